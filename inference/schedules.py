@@ -1,0 +1,42 @@
+"""Learning-rate schedules for :func:`pyro_bnn.inference.fit`: functions of the training's length in steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+#: ``(optimizer, steps in an epoch, epochs) -> scheduler``, stepped after every optimiser step
+Schedule = Callable[[Optimizer, int, int], LRScheduler]
+
+
+def cosine(warmup: float = 0.0) -> Schedule:
+    """From the base rate to 0 along half a cosine, after a linear warm-up of ``warmup`` epochs."""
+
+    def build(optimizer: Optimizer, steps: int, epochs: int) -> LRScheduler:
+        start, end = warmup * steps, epochs * steps
+
+        def factor(step: int) -> float:
+            if step < start:
+                return (step + 1) / start
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - start) / max(1.0, end - start))))
+
+        return LambdaLR(optimizer, factor)
+
+    return build
+
+
+def warmup_steps(warmup: float, milestones: Sequence[float], ratio: float) -> Schedule:
+    """A linear warm-up of ``warmup`` epochs, then times ``ratio`` at every milestone (in epochs)."""
+
+    def build(optimizer: Optimizer, steps: int, epochs: int) -> LRScheduler:
+        def factor(step: int) -> float:
+            if step < warmup * steps:
+                return (step + 1) / (warmup * steps)
+            return ratio ** sum(step >= m * steps for m in milestones)
+
+        return LambdaLR(optimizer, factor)
+
+    return build

@@ -1,0 +1,6 @@
+"""The Bayesian networks: each a Pyro model and the guides that go with it."""
+
+from pyro_bnn.models.dense import Dense, MeanFieldGuide, PointGuide
+from pyro_bnn.models.rank1 import Rank1, Rank1Guide
+
+__all__ = ["Dense", "MeanFieldGuide", "PointGuide", "Rank1", "Rank1Guide"]

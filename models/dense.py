@@ -1,0 +1,149 @@
+"""Dense Bayesian networks: every chosen parameter is a latent site with its own shape, and mean-field guides for them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pyro_bnn import priors
+from pyro_bnn.guide import MixtureGuide, inverse_softplus
+from pyro_bnn.likelihoods import Likelihood
+from pyro_bnn.model import (
+    BayesianNetwork,
+    Site,
+    sample_local,
+    sample_noise,
+    sample_scales,
+    site_distribution,
+    storable,
+)
+from pyro_bnn.network import Output, Select, select_parameters
+from pyro_bnn.priors import Normal, PriorLike, typical_tau
+
+
+@storable
+class Dense(BayesianNetwork):
+    """Pyro model ``w ~ prior, y ~ likelihood(net_w(x))`` over the parameters themselves.
+
+    Each chosen parameter is a site with its dotted name; the others are point estimates (normalisation layers, by
+    default). Hierarchical priors have one ``<name>_tau`` for a parameter.
+
+    :param net: any module; the model works on a copy.
+    :param likelihood: what the output means; ``None`` for the function alone, inside a larger Pyro model.
+    :param num_data: size N of the training set.
+    :param prior: as for :class:`~pyro_bnn.models.Rank1`; ``loc=None`` means 0 here.
+    :param select: which parameters are random; by default all except those of normalisation layers.
+    :param chunk_size: how many members are vectorised at a time; ``None`` for all.
+    :param prefix, members_dim, output: see :class:`~pyro_bnn.model.BayesianNetwork`.
+    :raises ValueError: when ``select`` matches nothing, or a prior does not fit.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        likelihood: Likelihood | None,
+        num_data: int | None = None,
+        *,
+        prior: PriorLike = Normal(0.0, 1.0),
+        select: Select | None = None,
+        chunk_size: int | None = None,
+        prefix: str = "",
+        members_dim: int = -2,
+        output: Output = None,
+    ) -> None:
+        super().__init__(net, likelihood, num_data, prefix=prefix, members_dim=members_dim, output=output)
+        core = self.core()
+        parameters = core.parameters_by_name()
+        if select is None:
+            norms = core.normalisation_parameters()
+            self.random = [n for n, p in parameters.items() if n not in norms and p.is_floating_point()]
+        else:
+            self.random = select_parameters(dict(parameters), core.net, select)
+        if not self.random:
+            raise ValueError("the network has no parameters to make random")
+        self.prior, self.chunk_size = prior, chunk_size
+        self._priors = {n: priors.resolve(prior, (n,), parameters[n].detach()) for n in self.random}
+        for name in self.random:
+            parameters[name].requires_grad_(False)  # kept as the starting value and for its shape
+        self._sites = self._list_sites(parameters)
+
+    def _list_sites(self, parameters: dict[str, nn.Parameter]) -> list[Site]:
+        scales, weights = [], []
+        for name in self.random:
+            prior, value = self._priors[name], parameters[name].detach()
+            if prior.has_tau:
+                scales.append(Site(self.site(f"{name}_tau"), torch.Size(), "scale", typical_tau(prior)))
+            if prior.has_lambda:
+                scales.append(Site(self.site(f"{name}_lambda"), value.shape, "scale", 1.0))
+            weights.append(Site(self.site(name), value.shape, "weight", value))
+        if self.likelihood is not None and self.likelihood.learns_noise:
+            scales.append(Site(self.site("noise"), torch.Size(), "scale", 1.0))
+        return scales + weights
+
+    def arguments(self) -> dict[str, Any]:
+        return super().arguments() | {"select": [re.escape(n) for n in self.random], "chunk_size": self.chunk_size}
+
+    def sites(self) -> list[Site]:
+        return self._sites
+
+    def sample_latents(self) -> dict[str, Tensor]:
+        parameters = self.core().parameters_by_name()
+        values: dict[str, Tensor] = {}
+        scales: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        for name in self.random:
+            prior, like = self._priors[name], parameters[name].detach()
+            tau = sample_scales(prior, like, self.site(name))
+            local = sample_local(prior, like, self.site(name))
+            scales[name] = tau, local
+            for suffix, value in (("tau", tau), ("lambda", local)):
+                if value is not None:
+                    values[self.site(f"{name}_{suffix}")] = value
+        values |= sample_noise(self)
+        for name in self.random:
+            d = site_distribution(self._priors[name], 0.0, parameters[name].detach(), *scales[name])
+            values[self.site(name)] = pyro.sample(self.site(name), d)
+        return values
+
+    def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
+        lead = self.lead_shape(latents)
+        weights = {}
+        for name in self.random:
+            value = latents[self.site(name)]
+            event_dim = next(len(s.shape) for s in self._sites if s.name == self.site(name))
+            weights[name] = self.fold(value, event_dim, lead)[:, 0].expand(lead.numel(), *[-1] * event_dim)
+        return self.unfold(self.core().explicit(x, weights, self.chunk_size), lead)
+
+
+@storable
+class MeanFieldGuide(MixtureGuide):
+    """Independent Normals for every element of every parameter (Blundell et al. 2015), or K of them as a mixture.
+
+    :param model: a :class:`Dense`.
+    :param components: number of mixture components; 1 is mean field.
+    :param init_scale: starting standard deviation of every weight. Means start at the network's own values.
+    """
+
+    def __init__(self, model: Dense, components: int = 1, *, init_scale: float = 1e-2) -> None:
+        super().__init__(model, components)
+        rho = self._parameters["rho"]
+        assert rho is not None
+        with torch.no_grad():
+            rho.fill_(inverse_softplus(init_scale))
+
+    def arguments(self) -> dict[str, Any]:
+        return {"components": self.num_members}
+
+
+@storable
+class PointGuide(MixtureGuide):
+    """One point for all parameters: the MAP estimate, which is the deterministic network with its weight penalty.
+
+    :param model: a :class:`Dense`.
+    """
+
+    def __init__(self, model: Dense) -> None:
+        super().__init__(model, family="point")

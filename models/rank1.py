@@ -1,0 +1,348 @@
+"""Rank-1 Bayesian neural networks (Dusenberry et al., ICML 2020, arXiv 2005.07186).
+
+W' = W o (r s^T) in every product, convolution and embedding (eq. 1). W is a point estimate; r and s are latent, with a
+prior that is centred at 1 and a posterior that is a mixture of K components, one component index for the whole network
+(sections 3.2 and 3.3). In training, every sample of a batch has a draw of its own in each component (section 3.1).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyro_bnn import priors
+from pyro_bnn.guide import Family, MixtureGuide, inverse_softplus
+from pyro_bnn.likelihoods import Likelihood
+from pyro_bnn.model import (
+    BayesianNetwork,
+    Site,
+    sample_local,
+    sample_noise,
+    sample_scales,
+    site_distribution,
+    storable,
+)
+from pyro_bnn.network import Output, Select, batch_size, select_parameters
+from pyro_bnn.perturb import Perturbation, Rank1Factors, Replacement
+from pyro_bnn.priors import HierarchicalCauchy, Normal, Prior, PriorLike, typical_tau
+
+
+@storable
+class Rank1(BayesianNetwork):
+    """Pyro model of a rank-1 Bayesian network.
+
+    For every chosen weight W with r over dimension 0 and s over dimension 1 of the stored tensor::
+
+        [<W>_tau ~ prior.tau]    s_i ~ prior(1 | tau),   r_j ~ prior(1 | tau),   y ~ likelihood(net with W o (r s^T))
+
+    and ``log p(W)`` enters as one factor. With ``member_bias=True`` the biases of these layers are sites too: latent
+    with the prior ``weight_prior``, and a point of its own in every component of :class:`Rank1Guide`.
+
+    :param net: any module; a copy is trained, the given one stays as it is.
+    :param likelihood: what the output means; ``None`` for the function alone, inside a larger Pyro model.
+    :param num_data: size N of the training set.
+    :param prior: prior of the factors: a class of :mod:`pyro_bnn.priors`, a Pyro distribution, a function
+        ``(site name, tensor) -> distribution``, or a mapping of patterns (of weight or site names) to these.
+    :param select: which weights get factors: pattern, module type, function or several; all of them by default.
+    :param member_bias: whether every component has biases of its own.
+    :param weight_prior: prior of W, elementwise; ``None`` for a flat one (use weight decay, or nothing, then).
+    :param clip: factors are clipped to ``[-clip, clip]`` where the network uses them (the released code of the paper
+        clips at 10, which matters for Cauchy draws); ``None`` for no clipping.
+    :param example: an input; given, the weights are those that the network is seen to use, and the layouts are probed
+        at once. Needed when ``forward`` calls ``F.linear`` and the like on parameters of its own.
+    :param prefix, members_dim, output: see :class:`~pyro_bnn.model.BayesianNetwork`.
+    :raises ValueError: when ``select`` matches nothing, or a prior does not fit.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        likelihood: Likelihood | None,
+        num_data: int | None = None,
+        *,
+        prior: PriorLike = HierarchicalCauchy(),
+        select: Select | None = None,
+        member_bias: bool = True,
+        weight_prior: Prior | None = Normal(0.0, 1.0),
+        clip: float | None = None,
+        example: Any = None,
+        prefix: str = "",
+        members_dim: int = -2,
+        output: Output = None,
+    ) -> None:
+        super().__init__(net, likelihood, num_data, prefix=prefix, members_dim=members_dim, output=output)
+        core = self.core()
+        parameters = core.parameters_by_name()
+        self.prior, self.weight_prior, self.member_bias, self.clip = prior, weight_prior, member_bias, clip
+        consumed = None if example is None else core.consumed(example)
+        known = core.product_weights()
+        if consumed is None:
+            candidates = {
+                n: parameters[n] for n in (known if select is None else parameters) if parameters[n].dim() > 1
+            }
+        else:
+            candidates = {n: p for n, p in parameters.items() if n in consumed and p.dim() > 1}
+        if not candidates:
+            raise ValueError(
+                "the network has no weights that take factors: no linear, convolutional, recurrent, attention or "
+                "embedding layer was found. Give example=x when its forward uses parameters of its own."
+            )
+        norms = core.normalisation_parameters()
+        candidates = {n: p for n, p in candidates.items() if n not in norms}
+        self.weights = list(candidates) if select is None else select_parameters(candidates, core.net, select)
+        self._complete = select is not None or example is not None
+        self.biases = core.biases_of(self.weights) if member_bias else []
+        self._priors: dict[str, Prior] = {}
+        for weight in self.weights:
+            for factor, size in zip("sr", self._sizes(weight, parameters[weight]), strict=True):
+                like = parameters[weight].detach().new_ones(size)
+                self._priors[f"{weight}.{factor}"] = priors.resolve(prior, (f"{weight}.{factor}", weight), like)
+        self._sites = self._list_sites(parameters)
+        if example is not None:
+            core.layouts(example, batch_size(example), self._perturbed())
+
+    def _sizes(self, weight: str, parameter: Tensor) -> tuple[int, int]:
+        """Sizes of s and r. A grouped convolution has one s for every channel of the layer."""
+        owner = self.core().owner(weight)
+        groups = owner.groups if isinstance(owner, nn.modules.conv._ConvNd) else 1
+        return parameter.shape[1] * groups, parameter.shape[0]
+
+    def _shared_tau(self, weight: str) -> bool:
+        """Whether r and s of a weight have one tau, which they do unless a mapping gives them different priors."""
+        s, r = self._priors[f"{weight}.s"], self._priors[f"{weight}.r"]
+        return s.has_tau and s == r
+
+    def _tau_names(self, weight: str) -> dict[str, Prior]:
+        if self._shared_tau(weight):
+            return {weight: self._priors[f"{weight}.s"]}
+        return {n: p for n in (f"{weight}.s", f"{weight}.r") if (p := self._priors[n]).has_tau}
+
+    def _list_sites(self, parameters: dict[str, nn.Parameter]) -> list[Site]:
+        scales, factors = [], []
+        for weight in self.weights:
+            for name, prior in self._tau_names(weight).items():
+                scales.append(Site(self.site(f"{name}_tau"), torch.Size(), "scale", typical_tau(prior)))
+            for factor, size in zip("sr", self._sizes(weight, parameters[weight]), strict=True):
+                name, shape = f"{weight}.{factor}", torch.Size([size])
+                if self._priors[name].has_lambda:
+                    scales.append(Site(self.site(f"{name}_lambda"), shape, "scale", 1.0))
+                factors.append(Site(self.site(name), shape, "factor", 1.0))
+        for name in self.biases:
+            value = parameters[name].detach()
+            scales.append(Site(self.site(name), value.shape, "bias", value.clone()))
+        if self.likelihood is not None and self.likelihood.learns_noise:
+            scales.append(Site(self.site("noise"), torch.Size(), "scale", 1.0))
+        return scales + factors
+
+    def sites(self) -> list[Site]:
+        return self._sites
+
+    def arguments(self) -> dict[str, Any]:
+        return super().arguments() | {
+            "select": [re.escape(n) for n in self.weights],
+            "member_bias": self.member_bias,
+            "weight_prior": priors.describe(self.weight_prior),
+            "clip": self.clip,
+        }
+
+    @classmethod
+    def from_arguments(cls, net: nn.Module, arguments: dict[str, Any]) -> Rank1:
+        weight_prior = priors.from_description(arguments.pop("weight_prior"))
+        return cls(net, **arguments, weight_prior=weight_prior)  # type: ignore[arg-type]
+
+    def _perturbed(self) -> list[str]:
+        return [*self.weights, *self.biases]
+
+    def sample_latents(self) -> dict[str, Tensor]:
+        parameters = self.core().parameters_by_name()
+        values: dict[str, Tensor] = {}
+        tau: dict[str, Tensor | None] = {}
+        local: dict[str, Tensor | None] = {}
+        like: dict[str, Tensor] = {}
+        for weight in self.weights:
+            w = parameters[weight].detach()
+            shared = self._shared_tau(weight)
+            for name, prior in self._tau_names(weight).items():
+                tau[name] = values[self.site(f"{name}_tau")] = sample_scales(prior, w, self.site(name))  # type: ignore
+            for factor, size in zip("sr", self._sizes(weight, w), strict=True):
+                name = f"{weight}.{factor}"
+                like[name] = w.new_empty(()).expand(size)
+                if shared:
+                    tau[name] = tau[weight]
+                local[name] = sample_local(self._priors[name], like[name], self.site(name))
+                if local[name] is not None:
+                    values[self.site(f"{name}_lambda")] = local[name]  # type: ignore[assignment]
+        for bias in self.biases:
+            values[self.site(bias)] = pyro.sample(self.site(bias), self._bias_prior(parameters[bias].detach()))
+        values |= sample_noise(self)
+        with self.rows():
+            for name, one in like.items():
+                d = site_distribution(self._priors[name], 1.0, one, tau.get(name), local.get(name))
+                values[self.site(name)] = pyro.sample(self.site(name), d)
+        return values
+
+    def _require_complete(self, x: Any) -> None:
+        """With ``select=None`` every weight of a product has factors: none may be missed because of its module's type."""
+        core = self.core()
+        norms = core.normalisation_parameters()
+        parameters = core.parameters_by_name()
+        missed = [n for n in core.consumed(x) if n not in self.weights and n not in norms and parameters[n].dim() > 1]
+        if missed:
+            raise ValueError(
+                f"the network also uses {', '.join(map(repr, sorted(missed)))} in products, which module types do not "
+                "tell: build the model with example=x to give them factors too, or with select= to leave them out"
+            )
+        self._complete = True
+
+    def _bias_prior(self, like: Tensor) -> dist.TorchDistribution:
+        if self.weight_prior is None:
+            return dist.ImproperUniform(dist.constraints.real, (), like.shape)
+        return self.weight_prior.elements(0.0, like, None).expand(like.shape).to_event(1)
+
+    def log_prior(self) -> Tensor | None:
+        if self.weight_prior is None:
+            return None
+        parameters = self.core().parameters_by_name()
+        total = sum(
+            self.weight_prior.elements(0.0, parameters[n].detach(), None).log_prob(parameters[n]).sum()
+            for n in self.weights
+        )
+        assert isinstance(total, Tensor)
+        return total
+
+    def decayed(self) -> list[nn.Parameter]:
+        parameters = self.core().parameters_by_name()
+        return [parameters[n] for n in self.weights]
+
+    def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
+        if not self._complete:
+            self._require_complete(x)
+        lead = self.lead_shape(latents)
+        perturbations: dict[str, Perturbation] = {}
+        for weight in self.weights:
+            r, s = (self.fold(latents[self.site(f"{weight}.{f}")], 1, lead) for f in "rs")
+            if self.clip is not None:
+                r, s = r.clamp(-self.clip, self.clip), s.clamp(-self.clip, self.clip)
+            perturbations[weight] = Rank1Factors(r, s)
+        for bias in self.biases:
+            perturbations[bias] = Replacement(self.fold(latents[self.site(bias)], 1, lead))
+        f = self.core().perturbed(x, size, perturbations, lead.numel())
+        return self.unfold(f, lead)
+
+    @staticmethod
+    def paper_settings(
+        task: Literal["cifar10", "cifar100", "imagenet"], family: Family = "normal"
+    ) -> dict[str, dict[str, Any]]:
+        """The settings of the paper's tables 5 and 6 (not the defaults of the released code), by what they belong to.
+
+        ``Rank1(**s["model"])``, ``Rank1Guide(**s["guide"])``, ``fit(**s["fit"])``, ``posterior.predict(**s["predict"])``;
+        ``s["network"]`` says which network. The L2 coefficient on sum(w^2) is a ``weight_decay`` of twice its value in
+        torch, and takes the place of ``weight_prior``. On CIFAR it applies to the biases and normalisation layers too.
+
+        :raises ValueError: for another task or family.
+        """
+        from pyro_bnn.inference.schedules import warmup_steps
+
+        if task not in _PAPER or family not in ("normal", "cauchy"):
+            raise ValueError(
+                f"paper_settings({task!r}, family={family!r}): expected {', '.join(_PAPER)}; normal, cauchy"
+            )
+        t = _PAPER[task]
+        scale = t["scale"][family]
+        return {
+            "network": {"name": t["network"], "num_classes": t["classes"]},
+            "model": {
+                "prior": Normal(1.0, scale) if family == "normal" else priors.Cauchy(1.0, scale),
+                "weight_prior": None,
+                "clip": 10.0,
+            },
+            "guide": {
+                "components": 4,
+                "family": family,
+                "init_dropout_rate": 1e-3 if family == "normal" else 1e-6,
+                "init_means": Normal(1.0, t["spread"]),
+            },
+            "fit": {
+                "epochs": t["epochs"],
+                "batch_size": t["batch"],
+                "optim": "sgd",
+                "lr": t["lr"],
+                "weight_decay": 2 * t["l2"],
+                "decay": t["decay"],
+                "kl_annealing": t["anneal"],
+                "schedule": warmup_steps(t["warmup"], t["milestones"], t["ratio"]),
+            },
+            "predict": {"num_samples": 1 if family == "normal" else 4},
+        }
+
+
+_PAPER: dict[str, dict[str, Any]] = {
+    "cifar10": {
+        **{"network": "wide_resnet_28_10", "classes": 10, "scale": {"normal": 0.1, "cauchy": 0.1}, "spread": 0.5},
+        **{"l2": 1e-4, "epochs": 250, "anneal": 200, "batch": 128, "lr": 0.1, "decay": "all"},
+        **{"warmup": 1, "milestones": (100, 200, 225), "ratio": 0.2},
+    },
+    "cifar100": {
+        **{"network": "wide_resnet_28_10", "classes": 100, "scale": {"normal": 0.1, "cauchy": 0.01}, "spread": 1.0},
+        **{"l2": 3e-4, "epochs": 250, "anneal": 200, "batch": 128, "lr": 0.1, "decay": "all"},
+        **{"warmup": 1, "milestones": (100, 200, 225), "ratio": 0.2},
+    },
+    "imagenet": {
+        **{"network": "resnet50", "classes": 1000, "scale": {"normal": 0.05, "cauchy": 0.005}, "spread": 0.75},
+        **{"l2": 1e-4, "epochs": 135, "anneal": 90, "batch": 1024, "lr": 0.4, "decay": "weights"},
+        **{"warmup": 5, "milestones": (45, 90, 120), "ratio": 0.1},
+    },
+}
+
+
+@storable
+class Rank1Guide(MixtureGuide):
+    """A uniform mixture of K factorised components over all factors, with one component index for the network.
+
+    :param model: a :class:`Rank1`.
+    :param components: number K of components.
+    :param family: ``"normal"`` or ``"cauchy"`` factors.
+    :param init_dropout_rate: p in the starting scale ``sqrt(p / (1 - p))`` of every factor (appendix B).
+    :param init_means: distribution of the starting means: a Pyro distribution, a class of :mod:`pyro_bnn.priors` or a
+        function ``shape -> tensor``. Random signs, for example: ``lambda shape: torch.randn(shape).sign()``.
+    :param draws: in training, one draw for every ``"row"`` of the batch (the paper) or for every ``"member"``.
+    :raises ValueError: when ``components < 1`` or a rate is not in (0, 1).
+    """
+
+    def __init__(
+        self,
+        model: Rank1,
+        components: int = 4,
+        family: Family = "normal",
+        *,
+        init_dropout_rate: float = 1e-3,
+        init_means: Prior | dist.TorchDistribution | Callable[[torch.Size], Tensor] = Normal(1.0, 0.5),
+        draws: Literal["row", "member"] = "row",
+    ) -> None:
+        if not isinstance(model, Rank1):
+            raise TypeError(f"Rank1Guide takes a pyro_bnn.models.Rank1, got {type(model).__name__}")
+        if not 0 < init_dropout_rate < 1:
+            raise ValueError(f"init_dropout_rate={init_dropout_rate!r}: expected a rate in (0, 1)")
+        if draws not in ("row", "member"):
+            raise ValueError(f"draws={draws!r}: expected 'row' or 'member'")
+        super().__init__(model, components, family, rows=draws == "row")
+        self.draws = draws
+        loc, rho = self._parameters["loc"], self._parameters["rho"]
+        assert loc is not None and rho is not None
+        with torch.no_grad():
+            if isinstance(init_means, Prior):
+                loc.copy_(init_means.elements(1.0, loc, None).expand(loc.shape).sample())
+            elif isinstance(init_means, dist.TorchDistribution):
+                loc.copy_(init_means.expand(loc.shape).sample())
+            else:
+                loc.copy_(init_means(loc.shape))
+            rho.fill_(inverse_softplus((init_dropout_rate / (1 - init_dropout_rate)) ** 0.5))
+
+    def arguments(self) -> dict[str, Any]:
+        return {"components": self.num_members, "family": self.family, "draws": self.draws}

@@ -1,0 +1,12 @@
+"""Bayesian neural networks in Pyro: any ``torch.nn.Module`` becomes a Pyro model with a guide, a posterior and ArviZ."""
+
+from pyro_bnn import diagnostics, inference, likelihoods, models, perturb, priors
+from pyro_bnn.posterior import Posterior
+from pyro_bnn.prediction import Prediction
+from pyro_bnn.storage import load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    *("Posterior", "Prediction", "diagnostics", "inference", "likelihoods", "load", "models", "perturb", "priors"),
+]

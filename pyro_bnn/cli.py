@@ -1,0 +1,367 @@
+"""The command line: `pyro-bnn fit` trains a Bayesian network beside its deterministic twin, `evaluate` scores it again.
+
+A run folder holds
+
+- ``config.json``: every option as it was used, the shape of the inputs and how raw data became tensors;
+- ``metrics.json``: the metrics of the Bayesian network, and under ``deterministic`` those of its twin;
+- ``posterior/`` and ``deterministic/``: the two fitted posteriors, for `pyro_bnn.load`;
+- ``posterior.nc``: the posterior and its predictions on test data, for ArviZ.
+"""
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import pyro_bnn as pb
+from pyro_bnn.data import Encoding, Task, load
+from pyro_bnn.models import architectures
+
+FORMAT = 1
+ARVIZ_DRAWS = 100
+ARVIZ_ROWS = 1000
+
+Metrics = dict[str, Any]
+
+
+Method = Literal["rank1", "dense"]
+Network = Literal["auto", "cnn", "mlp", "resnet18"]
+Family = Literal["normal", "cauchy"]
+Prior = Literal["hierarchical-cauchy", "hierarchical-normal", "horseshoe", "normal", "cauchy", "laplace", "student-t"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run was asked for, with everything that was left to choose filled in."""
+
+    data: str
+    target: str | None
+    method: Method
+    network: Network
+    epochs: int
+    components: int
+    prior: Prior
+    family: Family
+    batch_size: int
+    lr: float
+    samples: int
+    seed: int
+    device: str
+
+
+app = typer.Typer(
+    help="Bayesian neural networks as Pyro programs.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def fit(
+    data: Annotated[
+        str, typer.Option(help="digits, or a path: .npz, .csv (with --target) or a folder of images")
+    ] = "digits",
+    target: Annotated[str | None, typer.Option(help="column of a .csv that is to be predicted")] = None,
+    method: Annotated[Method, typer.Option(help="rank-1 factors, or mean-field Normals on all weights")] = "rank1",
+    network: Annotated[Network, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
+    epochs: Annotated[int, typer.Option(min=1, help="passes over the training data")] = 60,
+    components: Annotated[int | None, typer.Option(min=1, help="of the guide's mixture; rank1: 4, dense: 1")] = None,
+    prior: Annotated[Prior | None, typer.Option(help="rank1: hierarchical-cauchy, dense: normal")] = None,
+    family: Annotated[Family, typer.Option(help="of the guide; cauchy for rank1 alone")] = "normal",
+    batch_size: Annotated[int, typer.Option(min=1, help="rows of a training step")] = 64,
+    lr: Annotated[float, typer.Option(help="learning rate")] = 1e-3,
+    samples: Annotated[int, typer.Option(min=1, help="draws from each component for a prediction")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="of weights, batches and draws")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="run folder [default: runs/METHOD-DATA]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run in that folder")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
+) -> None:
+    """Trains a Bayesian network and, with the same budget, its deterministic twin; compares both on test data."""
+    console = Console(quiet=quiet)
+    with _user_errors(ValueError, OSError):
+        if not (lr > 0 and math.isfinite(lr)):
+            raise ValueError(f"--lr must be a positive number, got {lr}")
+        if method == "dense" and family != "normal":
+            raise ValueError(f"--family {family} goes with --method rank1; --method dense has Normals")
+        place = _device(device)
+        task = load(data, target)
+        folder = out or Path("runs") / f"{method}-{task.name}"
+        _check_free(folder, overwrite)
+        options = Options(
+            data=data if data == "digits" else str(Path(data).resolve()),
+            target=target,
+            method=method,
+            network=network if network != "auto" else "cnn" if task.x_train.dim() == 4 else "mlp",
+            epochs=epochs,
+            components=components or (4 if method == "rank1" else 1),
+            prior=prior or ("hierarchical-cauchy" if method == "rank1" else "normal"),
+            family=family,
+            batch_size=min(batch_size, len(task.x_train)),
+            lr=lr,
+            samples=samples,
+            seed=seed,
+            device=str(place),
+        )
+        torch.manual_seed(seed)
+        net = _network(options.network, tuple(task.x_train.shape[1:]), task.out_features).to(place)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    twin = _train(_deterministic(net, task), task, options, console)
+    bayesian = _train(_bayesian(net, task, options), task, options, console)
+    metrics = _measure(bayesian.posterior, task, options) | bayesian.cost
+    metrics["deterministic"] = _measure(twin.posterior, task, options) | twin.cost
+    with _user_errors(ValueError, OSError):
+        _save(folder, task, options, bayesian.posterior, twin.posterior, metrics)
+    console.print(_table(metrics, options, task.name))
+    console.print(f"Saved in {folder}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def evaluate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="run folder of `pyro-bnn fit`")],
+    data: Annotated[str | None, typer.Option(help="other data of the same form; their test part is scored")] = None,
+    target: Annotated[str | None, typer.Option(help="column of a .csv [default: that of the run]")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
+) -> None:
+    """Scores a saved run again, on its own test data (metrics.json) or on others (metrics-NAME.json)."""
+    with _user_errors(ValueError, OSError):
+        place = _device(device)
+        options, in_shape, encoding = _read_config(folder)
+        if target is None and (data is None or Path(data).suffix.lower() == ".csv"):
+            target = options.target
+        task = load(data or options.data, target, encoding)
+        if tuple(task.x_test.shape[1:]) != in_shape:
+            raise ValueError(
+                f"a row of {data or options.data!r} has shape {tuple(task.x_test.shape[1:])}, "
+                f"the network of {str(folder)!r} takes {in_shape}"
+            )
+        net = _network(options.network, in_shape, task.out_features).to(place)
+        bayesian = pb.load(folder / "posterior", net)
+        twin = pb.load(folder / "deterministic", net)
+        known = _read_json(folder / "metrics.json")
+
+    metrics = known | _measure(bayesian, task, options)
+    metrics["deterministic"] = known.get("deterministic", {}) | _measure(twin, task, options)
+    with _user_errors(ValueError, OSError):
+        _write_json(folder / ("metrics.json" if data is None else f"metrics-{task.name}.json"), metrics)
+    Console(quiet=quiet).print(_table(metrics, options, task.name))
+
+
+@dataclass(frozen=True)
+class _Trained:
+    posterior: pb.Posterior
+    cost: Metrics
+
+
+def _bayesian(net: nn.Module, task: Task, options: Options) -> tuple[nn.Module, nn.Module]:
+    prior = _prior(options)
+    size = len(task.x_train)
+    if options.method == "dense":
+        dense = pb.models.Dense(net, _likelihood(task), size, prior=prior)
+        return dense, pb.models.MeanFieldGuide(dense, components=options.components)
+    rank1 = pb.models.Rank1(net, _likelihood(task), size, prior=prior)
+    return rank1, pb.models.Rank1Guide(rank1, components=options.components, family=options.family)
+
+
+def _deterministic(net: nn.Module, task: Task) -> tuple[nn.Module, nn.Module]:
+    model = pb.models.Dense(net, _likelihood(task), len(task.x_train))
+    return model, pb.models.PointGuide(model)
+
+
+def _likelihood(task: Task) -> pb.likelihoods.Likelihood:
+    return pb.likelihoods.Categorical() if task.kind == "classification" else pb.likelihoods.Gaussian(scale=None)
+
+
+def _prior(options: Options) -> pb.priors.Prior:
+    # A factor stays within some 10 % of 1, as published for rank-1 networks; a weight is of order 1.
+    scale = 0.1 if options.method == "rank1" else 1.0
+    match options.prior:
+        case "hierarchical-cauchy":
+            return pb.priors.HierarchicalCauchy(scale)
+        case "hierarchical-normal":
+            return pb.priors.HierarchicalNormal(2.0, 2.0 * scale**2)
+        case "horseshoe":
+            return pb.priors.Horseshoe(scale)
+        case "normal":
+            return pb.priors.Normal(scale=scale)
+        case "cauchy":
+            return pb.priors.Cauchy(scale=scale)
+        case "laplace":
+            return pb.priors.Laplace(scale=scale)
+        case "student-t":
+            return pb.priors.StudentT(scale=scale)
+
+
+def _network(name: Network, in_shape: tuple[int, ...], out_features: int) -> nn.Module:
+    if name == "mlp":
+        return architectures.mlp(math.prod(in_shape), (128, 128), out_features)
+    if len(in_shape) != 3 or min(in_shape[1:]) < 4:
+        raise ValueError(f"--network {name} takes images [channels, height, width], a row of these data is {in_shape}")
+    if name == "resnet18":
+        return architectures.resnet18(out_features, in_channels=in_shape[0])
+    return architectures.digits_cnn(out_features, in_channels=in_shape[0])
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name} is not to be had here: {error}") from error
+    return device
+
+
+def _train(model_and_guide: tuple[nn.Module, nn.Module], task: Task, options: Options, console: Console) -> _Trained:
+    model, guide = model_and_guide
+    start = time.perf_counter()
+    with _user_errors(ArithmeticError):
+        posterior = pb.inference.fit(
+            model,
+            guide,
+            (task.x_train, task.y_train),
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            lr=options.lr,
+            seed=options.seed,
+            progress=not console.quiet,
+        )
+    parameters = {id(p): p for module in (model, guide) for p in module.parameters() if p.requires_grad}
+    size = sum(parameter.numel() for parameter in parameters.values())
+    return _Trained(posterior, {"seconds": time.perf_counter() - start, "trainable_parameters": size})
+
+
+def _measure(posterior: pb.Posterior, task: Task, options: Options) -> Metrics:
+    """Metrics on the test data, those of a regression in the target's own unit."""
+    ood = task.x_ood if task.kind == "classification" else None
+    metrics: Metrics = pb.diagnostics.evaluate(
+        posterior, (task.x_test, task.y_test), ood, num_samples=options.samples, seed=options.seed
+    )
+    if task.kind == "classification":
+        return {"ood_auroc": None} | metrics
+    metrics["rmse"] *= task.encoding.y_scale
+    metrics["nll"] += math.log(task.encoding.y_scale)
+    return metrics
+
+
+def _table(metrics: Metrics, options: Options, name: str) -> Table:
+    kind = f"{options.method}, {options.components} component{'s' if options.components > 1 else ''}"
+    table = Table("on test data", kind, "deterministic", title=f"{name}, {options.network}, {options.epochs} epochs")
+    formats: Mapping[str, tuple[str, Callable[[Any], str]]] = {
+        "accuracy": ("accuracy", "{:.4f}".format),
+        "rmse": ("RMSE", "{:.4g}".format),
+        "nll": ("NLL [nats]", "{:.4f}".format),
+        "brier": ("Brier score", "{:.4f}".format),
+        "ece": ("ECE", "{:.4f}".format),
+        "coverage": ("coverage of 95 % intervals", "{:.3f}".format),
+        "ood_auroc": ("OOD AUROC", "{:.4f}".format),
+        "seconds": ("training [s]", "{:.1f}".format),
+        "trainable_parameters": ("trainable parameters", "{:,}".format),
+    }
+    for key, (label, text) in formats.items():
+        if metrics.get(key) is not None:
+            table.add_row(label, text(metrics[key]), text(metrics["deterministic"][key]))
+    return table
+
+
+def _check_free(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"--out {folder} is a file; give a folder")
+    if not overwrite and (folder / "config.json").exists():
+        raise FileExistsError(f"{str(folder)!r} holds a run already; give another --out, or --overwrite")
+
+
+def _save(
+    folder: Path, task: Task, options: Options, bayesian: pb.Posterior, twin: pb.Posterior, metrics: Metrics
+) -> None:
+    """Writes ``config.json`` last: a folder without it is no run, whatever else a killed process left in it."""
+    (folder / "config.json").unlink(missing_ok=True)
+    bayesian.save(folder / "posterior")
+    twin.save(folder / "deterministic")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # ArviZ announces its next release on import
+        draws = pb.diagnostics.to_arviz(
+            bayesian,
+            task.x_test[:ARVIZ_ROWS],
+            task.y_test[:ARVIZ_ROWS],
+            num_samples=math.ceil(ARVIZ_DRAWS / bayesian.members),
+            seed=options.seed,
+        )
+        with _replacing(folder / "posterior.nc") as path:
+            draws.to_netcdf(str(path))
+    _write_json(folder / "metrics.json", metrics)
+    config = {
+        "format": FORMAT,
+        "options": asdict(options),
+        "in_shape": list(task.x_train.shape[1:]),
+        "encoding": asdict(task.encoding),
+    }
+    _write_json(folder / "config.json", config)
+
+
+def _read_config(folder: Path) -> tuple[Options, tuple[int, ...], Encoding]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} is not the folder of a run: it has no config.json")
+    config = _read_json(path)
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{str(path)!r} has format {config.get('format')!r}, this version reads format {FORMAT}")
+    try:
+        encoding = Encoding.from_json(config["encoding"])
+        return Options(**config["options"]), tuple(config["in_shape"]), encoding
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} is not the configuration of a run: {error}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{str(path)!r} holds {type(content).__name__}, expected an object with names")
+    return content
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with _replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of ``path`` once all is written."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _user_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turns what the user can mend into one line and exit code 2."""
+    try:
+        yield
+    except kinds as error:
+        message = " ".join(str(error).split())
+        typer.echo(f"pyro-bnn: {message}", err=True)
+        raise typer.Exit(2) from error

@@ -1,0 +1,129 @@
+"""A posterior's predictions on data of any accepted form, one batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset
+
+from pyro_bnn.network import batch_size as count_rows
+
+if TYPE_CHECKING:
+    from pyro_bnn.posterior import Posterior, Prediction
+
+#: rows in one batch, where neither the caller nor a loader says how many
+ROWS = 256
+
+
+def predictions(
+    posterior: Posterior, data: Any, *, num_samples: int, batch_size: int | None, seed: int
+) -> Iterator[tuple[Any, Prediction, Tensor]]:
+    """Yields ``(x, prediction, y)`` for every batch, with y on the device of the prediction.
+
+    Every batch is predicted with the same seed and so with the same draws: the functions that are looked at do not
+    change from batch to batch.
+
+    :param data: a ``DataLoader`` or another iterable of pairs ``(x, y)``, a ``Dataset`` of such pairs, or one pair of
+        tensors, in which x may be any nesting of dicts and tuples of tensors.
+    :raises TypeError: when data is none of these.
+    :raises ValueError: when x and y differ in length, or a prediction holds NaN.
+    """
+    for batch in _pairs(data, batch_size or ROWS):
+        if not _is_pair(batch):
+            raise TypeError(
+                f"expected pairs (x, y) in which y is a tensor, got {_describe(batch)}. Let the dataset return "
+                "(x, y), with all inputs of the network in x."
+            )
+        x, y = batch
+        count_rows(x, y)
+        prediction = _predict(posterior, x, num_samples, batch_size, seed)
+        yield x, prediction, y.to(prediction.members.device)
+
+
+def predictions_of_inputs(
+    posterior: Posterior, data: Any, *, like: Any, num_samples: int, batch_size: int | None, seed: int
+) -> Iterator[Prediction]:
+    """Yields the prediction for every batch of inputs; labels that stand beside the inputs are left out.
+
+    :param data: a ``DataLoader`` or another iterable of batches, a ``Dataset``, or x itself.
+    :param like: an input of the same network, which tells a pair ``(x, y)`` from a network's tuple of inputs.
+    :raises TypeError: when data is none of these.
+    :raises ValueError: when a prediction holds NaN.
+    """
+    for x in _inputs(data, like, batch_size or ROWS):
+        yield _predict(posterior, x, num_samples, batch_size, seed)
+
+
+def log_density(prediction: Prediction, y: Tensor) -> Tensor:
+    """log p(y_n) under each draw of each member: ``[draws, members, N]``, in nats.
+
+    :raises TypeError: when y has the wrong dtype.
+    :raises ValueError: when y does not fit the likelihood, or a density is NaN.
+    """
+    if prediction.likelihood is not None:
+        prediction.likelihood.check(y, prediction.outputs[0, 0])
+    log_prob = prediction.log_prob(y)
+    if log_prob.isnan().any():
+        raise ValueError("the log-density of y under the posterior is NaN: look for infinite outputs of the network")
+    return log_prob
+
+
+def _predict(posterior: Posterior, x: Any, num_samples: int, batch_size: int | None, seed: int) -> Prediction:
+    prediction = posterior.predict(x, num_samples=num_samples, batch_size=batch_size, seed=seed)
+    if prediction.members.isnan().any():
+        raise ValueError(
+            "the posterior predicts NaN: look for parameters that diverged in training (posterior.losses shows when)"
+        )
+    return prediction
+
+
+def _pairs(data: Any, rows: int) -> Iterable[Any]:
+    if _is_pair(data):
+        return _slices(data, count_rows(*data), rows)
+    return _loader(data, rows)
+
+
+def _inputs(data: Any, like: Any, rows: int) -> Iterable[Any]:
+    if isinstance(data, (Tensor, dict, tuple)):
+        x = _without_label(data, like)
+        return _slices(x, count_rows(x), rows)
+    return (_without_label(batch, like) for batch in _loader(data, rows))
+
+
+def _loader(data: Any, rows: int) -> Iterable[Any]:
+    if isinstance(data, Dataset):
+        return DataLoader(data, batch_size=rows)
+    if isinstance(data, Iterable) and not isinstance(data, (Tensor, dict, tuple, str)):
+        return data
+    raise TypeError(f"data is a DataLoader, a Dataset or a pair (x, y) of tensors, got {_describe(data)}")
+
+
+def _slices(tree: Any, size: int, rows: int) -> Iterator[Any]:
+    def cut(start: int) -> Any:
+        return pytree.tree_map(lambda t: t[start : start + rows] if _has_rows(t, size) else t, tree)
+
+    return (cut(start) for start in range(0, size, rows))
+
+
+def _has_rows(value: Any, size: int) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
+
+
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor) and batch[1].dim() > 0
+
+
+def _without_label(batch: Any, like: Any) -> Any:
+    if not isinstance(batch, (tuple, list)):
+        return batch
+    takes_several = isinstance(like, (tuple, list))
+    return batch if takes_several and not isinstance(batch[0], (tuple, list)) else batch[0]
+
+
+def _describe(data: Any) -> str:
+    if isinstance(data, (tuple, list)):
+        return f"a {type(data).__name__} of {len(data)} ({', '.join(type(item).__name__ for item in data[:4])})"
+    return type(data).__name__

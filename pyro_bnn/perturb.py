@@ -1,0 +1,422 @@
+"""Run a network with a different weight in every row of the batch, without touching its code.
+
+Pyro intercepts ``pyro.sample``; this file intercepts the torch function that consumes a weight. :class:`Perturb` is a
+:class:`torch.overrides.TorchFunctionMode` that knows, by identity, which parameters are perturbed and rewrites the
+calls that consume them. With W' = W o (r s^T) (Dusenberry et al. 2020, eq. 1)
+
+    F.linear(x, W', b) = F.linear(x * s, W) * r + b,
+
+so W is used once, in one product, although every row has factors of its own. *Members* (mixture components, particles,
+posterior draws) are folded into the batch: row ``m * B + b`` of the folded batch is sample b seen by member m.
+
+Which axis of a tensor inside the network is the batch, and which of its entries belong to which sample, differs from
+call to call (sequence-first attention, windows, ``reshape(T * B, C)``). :mod:`pyro_bnn.probe` finds it once, as one
+:class:`Layout` for each use of a weight.
+
+A *rule* rewrites one torch function. New rules are added with :func:`register`::
+
+    @pb.perturb.register(torch.mv, signature=("input", "vec"))
+    def _mv(call): ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Call", "Layout", "Perturb", "Rank1Factors", "Replacement", "Use", "register"]
+
+
+class Rank1Factors(NamedTuple):
+    """W' = W o (r s^T). ``r`` runs over dimension 0 and ``s`` over dimension 1 of the stored weight.
+
+    Both have the shape ``[members | 1, rows | 1, n]``. For a grouped convolution ``s`` may have ``groups`` times the
+    entries of dimension 1, one for each channel of the whole layer, or one for each channel of a group.
+    """
+
+    r: Tensor
+    s: Tensor
+
+    def transposed(self) -> Rank1Factors:
+        return Rank1Factors(self.s, self.r)
+
+    def narrow(self, start: int, length: int) -> Rank1Factors:
+        """The factors of ``W[start : start + length]``."""
+        return Rank1Factors(self.r.narrow(-1, start, length), self.s)
+
+    def explicit(self, weight: Tensor, member: int, row: int) -> Tensor:
+        """The weight that one row of one member sees; the definition that every rule must agree with."""
+        r, s = (_pick(factor, member, row) for factor in self)
+        shape = weight.shape
+        repeats = s.numel() // shape[1]
+        if repeats == 1:
+            outer = torch.outer(r, s)
+        else:  # channels are numbered group by group, and so are the halves of dimension 0
+            outer = r[:, None] * s.view(repeats, shape[1]).repeat_interleave(shape[0] // repeats, 0)
+        return weight * outer.reshape(shape[:2] + (1,) * (weight.dim() - 2)).to(weight.dtype)
+
+
+class Replacement(NamedTuple):
+    """A vector (a bias) of its own for every member: ``value`` is ``[members | 1, rows | 1, n]``."""
+
+    value: Tensor
+
+    def narrow(self, start: int, length: int) -> Replacement:
+        return Replacement(self.value.narrow(-1, start, length))
+
+    def explicit(self, weight: Tensor, member: int, row: int) -> Tensor:
+        return _pick(self.value, member, row).to(weight.dtype)
+
+
+def _pick(factor: Tensor, member: int, row: int) -> Tensor:
+    return factor[member if factor.shape[0] > 1 else 0, row if factor.shape[1] > 1 else 0]
+
+
+Perturbation = Rank1Factors | Replacement
+
+
+class Use(NamedTuple):
+    """One use of one parameter in a forward pass: its name, and how many uses came before."""
+
+    parameter: str
+    occurrence: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the samples are: entry i of axis ``dim`` belongs to folded row ``(i // inner) % rows``.
+
+    ``inner > 1`` is a batch-major flatten (windows), ``outer > 1`` one in which the batch is not the leading part
+    (time-major). ``dim=None`` means that the tensor does not depend on the sample at all.
+    """
+
+    dim: int | None
+    outer: int = 1
+    inner: int = 1
+
+
+class Perturb(TorchFunctionMode):
+    """Rewrites the calls that consume perturbed parameters; ``with Perturb(...): y = net(folded_x)``.
+
+    :param perturbations: perturbation by ``id`` of the parameter.
+    :param names: parameter name by ``id``.
+    :param layouts: what :func:`pyro_bnn.probe.find_layouts` found.
+    :param members: number of members M.
+    :param rows: number of samples B in the batch; the folded batch has ``M * B`` rows.
+    """
+
+    def __init__(
+        self,
+        perturbations: dict[int, Perturbation],
+        names: dict[int, str],
+        layouts: dict[Use, Layout],
+        members: int,
+        rows: int,
+    ) -> None:
+        super().__init__()
+        self.perturbations = dict(perturbations)
+        self.names = dict(names)
+        self.layouts = layouts
+        self.members, self.rows = members, rows
+        self._occurrences: dict[str, int] = {}
+        self._derived: list[Tensor] = []
+        #: by ``id`` of a tensor whose samples were put into another order: the tensor, and the order
+        self.reordered: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        rule = _RULES.get(func)
+        if rule is None or not (rule.always or any(id(t) in self.perturbations for t in tensors((args, kwargs)))):
+            return func(*args, **kwargs)
+        return rule.apply(Call(self, func, args, kwargs, rule.signature))
+
+    def derive(self, tensor: Tensor, source: Tensor, perturbation: Perturbation) -> Tensor:
+        """``tensor`` is a view or cast of the parameter ``source``: it carries a perturbation of its own."""
+        self.perturbations[id(tensor)] = perturbation
+        self.names[id(tensor)] = self.names[id(source)]
+        self._derived.append(tensor)  # keeps the id from being given to another tensor during this pass
+        return tensor
+
+    def locate(self, x: Tensor, parameter: Tensor) -> Layout:
+        """The layout of ``x``, a tensor that is about to meet the perturbation of ``parameter``."""
+        name = self.names[id(parameter)]
+        occurrence = self._occurrences.get(name, 0)
+        self._occurrences[name] = occurrence + 1
+        return self.layout(x, Use(name, occurrence))
+
+    def layout(self, x: Tensor, use: Use) -> Layout:
+        try:
+            layout = self.layouts[use]
+        except KeyError:
+            raise RuntimeError(
+                f"the network used parameter {use.parameter!r} {use.occurrence + 1} times in this call, but "
+                f"{use.occurrence} times when it was probed in eval mode on inputs of the same shape. How often a "
+                "weight is used must not depend on the batch, its values or train()/eval(); leave the parameter out "
+                "with `select=` or run the branch in both modes."
+            ) from None
+        if layout.dim is not None and x.shape[layout.dim] != layout.outer * self.members * self.rows * layout.inner:
+            raise RuntimeError(
+                f"use {use.occurrence + 1} of parameter {use.parameter!r} saw an input of shape {tuple(x.shape)}; the "
+                f"probe says that axis {layout.dim} should have {layout.outer} x {self.members * self.rows} rows x "
+                f"{layout.inner} entries. The network must treat every sample of the batch alike."
+            )
+        return layout
+
+    def fold(self, values: Tensor) -> Tensor:
+        """``[members | 1, rows | 1, n] -> [members * rows, n]``, or ``[1, n]`` when all rows share one draw."""
+        if values.shape[:2] == (1, 1):
+            return values[0]
+        return values.expand(self.members, self.rows, -1).reshape(self.members * self.rows, -1)
+
+    def combine(self, op: Callable[..., Tensor], x: Tensor, values: Tensor, dim: int, layout: Layout) -> Tensor:
+        """``op(x, values)`` with every entry of ``x`` meeting the values of its own row along the axis ``dim``."""
+        n = x.shape[dim]
+        values = self.fold(values).to(x.dtype)
+        if values.shape[-1] != n:  # one factor for each channel of a group, shared by the groups
+            values = values.repeat(1, n // values.shape[-1])
+        dim = dim % x.dim() - x.dim()
+        if values.shape[0] == 1:
+            return op(x, values.view((n,) + (1,) * (-dim - 1)))
+        if layout.dim is None:  # the same for all samples so far: from here on it is not
+            x = x if x.dim() > -dim and x.shape[0] == 1 else x.unsqueeze(0)
+            layout = Layout(0)
+        assert layout.dim is not None
+        if layout.outer == layout.inner == 1:
+            return op(x, values.view(_shape(x.dim(), {layout.dim: values.shape[0], dim: n})))
+        split = x.unflatten(layout.dim, (layout.outer, values.shape[0], layout.inner))
+        shape = _shape(split.dim(), {layout.dim + 1: values.shape[0], dim: n})
+        return op(split, values.view(shape)).flatten(layout.dim, layout.dim + 2)
+
+    def product(
+        self,
+        op: Callable[[Tensor, Tensor, Tensor | None], Tensor],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        dims: tuple[int, int],
+        transposed: bool = False,
+        weight_perturbation: Perturbation | None = None,
+        bias_perturbation: Perturbation | None = None,
+        layout: Layout | None = None,
+    ) -> Tensor:
+        """``op(x, W', b')`` for a product ``op(x, W, b)`` that is linear in W.
+
+        :param dims: the feature axis of ``x`` and that of the result, counted from the end.
+        :param transposed: whether dimension 0 of the stored weight is the input side.
+        """
+        factors = weight_perturbation or self.perturbations.get(id(weight))
+        offset = bias_perturbation or (self.perturbations.get(id(bias)) if bias is not None else None)
+        if factors is None and offset is None:
+            return op(x, weight, bias)
+        if layout is None:
+            layout = self.locate(x, weight if factors is not None else bias)  # type: ignore[arg-type]
+        if factors is not None:
+            assert isinstance(factors, Rank1Factors)
+            if transposed:
+                factors = factors.transposed()
+            y = op(self.combine(torch.mul, x, factors.s, dims[0], layout), weight, None)
+            if layout.dim is None and factors.s.shape[:2] != (1, 1):
+                layout = Layout(0)  # the product just got an axis for the rows
+            y = self.combine(torch.mul, y, factors.r, dims[1], layout)
+            if offset is None and bias is not None:
+                return y + bias.view((-1,) + (1,) * (-dims[1] - 1))
+        else:
+            y = op(x, weight, None)
+        if offset is not None:
+            assert isinstance(offset, Replacement)
+            y = self.combine(torch.add, y, offset.value, dims[1], layout)
+        return y
+
+
+def _shape(ndim: int, sizes: dict[int, int]) -> list[int]:
+    shape = [1] * ndim
+    for dim, size in sizes.items():
+        shape[dim] = size
+    return shape
+
+
+def tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments of a call, inside lists and tuples too."""
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list, dict)):
+            yield from tensors(value)
+
+
+class Call:
+    """A call that consumes at least one perturbed parameter: its arguments by name, and the mode that met it."""
+
+    def __init__(self, mode: Perturb, func: Any, args: Any, kwargs: dict[str, Any], signature: tuple[str, ...]) -> None:
+        self.mode, self.func, self.args, self.kwargs = mode, func, args, kwargs
+        self.arguments = dict(zip(signature, args, strict=False)) | kwargs
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.__dict__["arguments"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def perturbation(self, tensor: Tensor | None) -> Perturbation | None:
+        return self.mode.perturbations.get(id(tensor)) if tensor is not None else None
+
+    def rest(self, *names: str) -> dict[str, Any]:
+        """The arguments except those named."""
+        return {k: v for k, v in self.arguments.items() if k not in names}
+
+
+class _Rule(NamedTuple):
+    signature: tuple[str, ...]
+    apply: Callable[[Call], Any]
+    always: bool
+    consumes: bool
+
+
+_RULES: dict[Any, _Rule] = {}
+
+
+def register(
+    *functions: Any, signature: Sequence[str], always: bool = False, consumes: bool = True
+) -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
+    """Registers a rule for torch functions.
+
+    :param functions: the functions as :class:`~torch.overrides.TorchFunctionMode` sees them.
+    :param signature: the names of their positional arguments, in order; the rule finds them as ``call.<name>``.
+        An argument that was not given is not there (``getattr(call, name, default)``).
+    :param always: run the rule even when no argument is a perturbed parameter, for rules that only watch.
+    :param consumes: whether the function uses the weight up; views and casts only pass it on.
+    """
+
+    def decorate(rule: Callable[[Call], Any]) -> Callable[[Call], Any]:
+        for function in functions:
+            _RULES[function] = _Rule(tuple(signature), rule, always, consumes)
+        return rule
+
+    return decorate
+
+
+def consumes(function: Any) -> bool:
+    """Whether a torch function has a rule that uses a weight up."""
+    return function in _RULES and _RULES[function].consumes
+
+
+def passes_on(function: Any) -> bool:
+    """Whether a torch function has a rule by which its result is the weight in another form."""
+    return function in _RULES and not _RULES[function].consumes and not _RULES[function].always
+
+
+# --------------------------------------------------------------------------------------------------- the rules
+
+
+@register(F.linear, signature=("input", "weight", "bias"))
+def _linear(call: Call) -> Tensor:
+    return call.mode.product(F.linear, call.input, call.weight, getattr(call, "bias", None), dims=(-1, -1))
+
+
+def _register_convolution(function: Callable[..., Tensor], spatial: int, transposed: bool) -> None:
+    options = ("stride", "padding") + (
+        ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
+    )
+    channel = -spatial - 1
+
+    @register(function, signature=("input", "weight", "bias", *options))
+    def _convolution(call: Call) -> Tensor:
+        rest = call.rest("input", "weight", "bias")
+        return call.mode.product(
+            lambda x, w, b: function(x, w, b, **rest),
+            call.input,
+            call.weight,
+            getattr(call, "bias", None),
+            dims=(channel, channel),
+            transposed=transposed,
+        )
+
+
+for _spatial, _plain, _transposed in (
+    (1, torch.conv1d, torch.conv_transpose1d),
+    (2, torch.conv2d, torch.conv_transpose2d),
+    (3, torch.conv3d, torch.conv_transpose3d),
+):
+    _register_convolution(_plain, _spatial, transposed=False)
+    _register_convolution(_transposed, _spatial, transposed=True)
+
+
+@register(F.bilinear, signature=("input1", "input2", "weight", "bias"))
+def _bilinear(call: Call) -> Tensor:
+    def op(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        other = call.input2
+        if x.dim() != other.dim():
+            other = other.expand(x.shape[:1] + other.shape)
+        return F.bilinear(x, other.expand(x.shape[:-1] + other.shape[-1:]), w, b)
+
+    return call.mode.product(op, call.input1, call.weight, getattr(call, "bias", None), dims=(-1, -1))
+
+
+@register(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, signature=("left", "right"))
+def _matmul(call: Call) -> Tensor:
+    left, right = (*call.args, *call.kwargs.values())  # the second has three names: other, mat2, mat
+    if call.perturbation(right) is not None:
+        return call.mode.product(lambda x, w, b: torch.matmul(x, w), left, right, None, dims=(-1, -1), transposed=True)
+    return call.mode.product(lambda x, w, b: torch.matmul(w, x), right, left, None, dims=(-2, -2))
+
+
+@register(torch.addmm, Tensor.addmm, signature=("bias", "input", "weight"))
+def _addmm(call: Call) -> Tensor:
+    """``Conv1D`` of the transformers library: a linear layer that stores its weight as [in, out]."""
+    if call.rest("bias", "input", "weight"):
+        raise TypeError("torch.addmm with beta or alpha has no rule; write the product with F.linear")
+    op = lambda x, w, b: torch.matmul(x, w) if b is None else torch.addmm(b, x, w)  # noqa: E731
+    return call.mode.product(op, call.input, call.weight, call.bias, dims=(-1, -1), transposed=True)
+
+
+@register(
+    F.embedding,
+    signature=("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+)
+def _embedding(call: Call) -> Tensor:
+    """Row ``i`` of the table is ``W[i] * r[i] * s``."""
+    mode, index, factors = call.mode, call.input, call.perturbation(call.weight)
+    assert isinstance(factors, Rank1Factors)
+    y = F.embedding(**call.arguments)
+    layout = mode.locate(index, call.weight)
+    if factors.r.shape[:2] == (1, 1):
+        y = y * factors.r[0, 0][index].unsqueeze(-1).to(y.dtype)
+    else:
+        rows = mode.members * mode.rows
+        row = torch.arange(rows, device=index.device)
+        if layout.dim is None:
+            index = index if index.dim() and index.shape[0] == 1 else index.unsqueeze(0)
+            y, layout = y.reshape(index.shape + y.shape[-1:]), Layout(0)
+        else:
+            row = row.view(1, -1, 1).expand(layout.outer, rows, layout.inner).reshape(-1)
+        assert layout.dim is not None
+        row = row.view(_shape(index.dim(), {layout.dim: row.numel()}))
+        member = row // mode.rows if factors.r.shape[0] > 1 else 0
+        sample = row % mode.rows if factors.r.shape[1] > 1 else 0
+        y = y * factors.r[member, sample, index].unsqueeze(-1).to(y.dtype)
+    return mode.combine(torch.mul, y, factors.s, -1, layout)
+
+
+@register(Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__, signature=("input",), consumes=False)
+def _transpose(call: Call) -> Tensor:
+    factors = call.perturbation(call.input)
+    assert isinstance(factors, Rank1Factors)
+    return call.mode.derive(call.func(call.input), call.input, factors.transposed())
+
+
+@register(
+    *(Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.contiguous),
+    signature=("input",),
+    consumes=False,
+)
+def _cast(call: Call) -> Tensor:
+    perturbation = call.perturbation(call.input)
+    result = call.func(*call.args, **call.kwargs)
+    return result if perturbation is None else call.mode.derive(result, call.input, perturbation)

@@ -1,0 +1,389 @@
+"""One object for what any engine found: it draws, predicts, and hands out a Pyro guide."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer import MCMC, Predictive
+from pyro.infer.autoguide import AutoGuide
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.model import BayesianNetwork, storable, training_mode
+from pyro_bnn.network import batch_size as count_samples
+from pyro_bnn.prediction import Prediction
+from pyro_bnn.probe import batched
+
+#: numbers held at once by one pass of prediction: weights of a group of draws, or the largest activation
+_MAX_ELEMENTS = 2**24
+
+
+@storable
+class DrawsGuide(PyroModule):
+    """The empirical distribution of stored draws as a guide: every call gives one of them, at random.
+
+    :param draws: ``{site: [n, members, *event]}``.
+    """
+
+    def __init__(self, draws: dict[str, Tensor]) -> None:
+        super().__init__("draws_guide")
+        self.names = list(draws)
+        for i, value in enumerate(draws.values()):
+            self.register_buffer(f"draws_{i}", value)
+
+    def draws(self) -> dict[str, Tensor]:
+        return {name: self.get_buffer(f"draws_{i}") for i, name in enumerate(self.names)}
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        stored = self.draws()
+        count, members = next(iter(stored.values())).shape[:2]
+        device = next(iter(stored.values())).device
+        uniform = dist.Categorical(logits=torch.zeros(count * members, device=device))
+        index = pyro.sample("draw", uniform, infer={"is_auxiliary": True})
+        return {
+            name: pyro.sample(name, dist.Delta(value.flatten(0, 1)[index], event_dim=value.dim() - 2))
+            for name, value in stored.items()
+        }
+
+
+class Posterior:
+    """An approximate posterior of a Pyro model, whatever engine it came from.
+
+    :param model: a model of this package, or any Pyro model (``predict`` then needs ``return_site=``).
+    :param guide: a Pyro guide for it: ours, an AutoGuide or a function.
+    :param losses: negative ELBO per datum in nats, one for each training step.
+    :param example: an input for guides that need one when they draw.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *,
+        losses: Sequence[float] = (),
+        example: Any = None,
+    ) -> None:
+        self.model, self._guide = model, guide
+        self.losses = list(losses)
+        self._example = example
+        self._statistics: Iterable[Any] | None = None
+        self._store: Any = None
+        for program in (model, guide):
+            if isinstance(program, nn.Module):
+                program.eval()
+
+    @classmethod
+    def from_mcmc(cls, mcmc: MCMC, model: Callable[..., Any]) -> Posterior:
+        """From a finished ``pyro.infer.MCMC`` run, all chains together."""
+        return cls.from_draws(model, mcmc.get_samples())
+
+    @classmethod
+    def from_draws(cls, model: Callable[..., Any], draws: dict[str, Tensor]) -> Posterior:
+        """From draws ``{site: [n, *event]}``; plate axes of size 1 that a model of ours adds may be there."""
+        return cls(model, DrawsGuide(_with_members(model, draws)))
+
+    @property
+    def guide(self) -> Callable[..., Any]:
+        """A Pyro guide that gives one draw a call: ``Predictive(model, guide=posterior.guide, num_samples=...)``."""
+        return self._guide
+
+    @property
+    def members(self) -> int:
+        """Number of mixture components or particles; 1 for a plain guide."""
+        if isinstance(self._guide, DrawsGuide):
+            return int(next(iter(self._guide.draws().values())).shape[1])
+        return self._guide.num_members if isinstance(self._guide, MixtureGuide) else 1
+
+    # ------------------------------------------------------------------------------------------------- draws
+
+    def draws(self, n: int, seed: int | None = None, *, example: Any = None) -> dict[str, Tensor]:
+        """``{site: [n, members, *event]}``: n draws of each member. Of stored draws: n evenly spaced ones.
+
+        :raises ValueError: when fewer than n draws are stored.
+        """
+        if n < 1:
+            raise ValueError(f"num_samples={n!r}: expected at least one draw")
+        if isinstance(self._guide, DrawsGuide):
+            stored = self._guide.draws()
+            total = next(iter(stored.values())).shape[0]
+            if n > total:
+                raise ValueError(f"num_samples={n}, but only {total} draws are stored")
+            index = torch.linspace(0, total - 1, n).round().long()
+            return {name: value[index.to(value.device)] for name, value in stored.items()}
+        example = self._example if example is None else example
+        with self._seeded(seed), self._programs():
+            return self._draw_guide(n, () if example is None else (example,))
+
+    def _draw_guide(self, n: int, args: tuple[Any, ...]) -> dict[str, Tensor]:
+        guide, model = self._guide, self.model
+        if isinstance(model, BayesianNetwork) and isinstance(guide, (MixtureGuide, AutoGuide)):
+            every = guide.every_member() if isinstance(guide, MixtureGuide) else contextlib.nullcontext()
+            vectorised = pyro.plate("_draws", n, dim=model.members_dim - 1, device=model.like().device)
+            if isinstance(guide, MixtureGuide):
+                args = (model.like(),)  # nothing of x is used without rows
+            with every, vectorised:
+                values = _latents(poutine.trace(guide).get_trace(*args))
+            shapes = {s.name: s.shape for s in model.sites()}
+            return {
+                name: v.expand(torch.broadcast_shapes(v.shape, _one_draw(n, model, shapes[name]))).reshape(
+                    (n, -1) + shapes[name]
+                )
+                for name, v in values.items()
+                if name in shapes
+            }
+        traces = [_latents(poutine.trace(guide).get_trace(*args)) for _ in range(n)]
+        return _with_members(model, {name: torch.stack([t[name] for t in traces]) for name in traces[0]})
+
+    def sample(self, n: int, seed: int | None = None) -> dict[str, Tensor]:
+        """``{site: [n, *event]}``: n draws, each of a random member; a draw is a draw."""
+        draws = self.draws(n, seed)
+        with self._seeded(None if seed is None else seed + 1):
+            member = torch.randint(self.members, (n,))
+        return {name: value[torch.arange(n), member.to(value.device) % value.shape[1]] for name, value in draws.items()}
+
+    @contextlib.contextmanager
+    def _seeded(self, seed: int | None) -> Iterator[None]:
+        if seed is None:
+            yield
+            return
+        device = self.model.like().device if isinstance(self.model, BayesianNetwork) else torch.device("cpu")
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
+
+    # -------------------------------------------------------------------------------------------- prediction
+
+    def predict(
+        self,
+        x: Any,
+        num_samples: int = 16,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        *,
+        return_site: str | None = None,
+    ) -> Prediction:
+        """The predictive distribution at x, from ``num_samples`` draws of every member.
+
+        A draw is a whole function: the same for all rows of x and for every ``batch_size``.
+
+        :param x: tensor, dict or tuple with N samples on axis 0, on any device.
+        :param batch_size: number of samples in one pass; by default what fits a fixed memory budget.
+        :param seed: makes the draws reproducible, and leaves the global random state alone.
+        :param return_site: for a model that is not of this package, the site whose values are wanted.
+        :raises ValueError: for NaN in x, or when draws are asked for that are not stored.
+        """
+        model = self.model
+        if not isinstance(model, BayesianNetwork) or model.likelihood is None and return_site is not None:
+            return Prediction(self._foreign(x, num_samples, seed, return_site), None)
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: expected a number of samples, at least 1")
+        require_finite(x)
+        like = model.like()
+        x = to_device(x, like)
+        outputs, noise = [], []
+        with torch.no_grad(), self._seeded(seed), _evaluating(model):
+            for latents in self._groups(num_samples, x):
+                if model.site("noise") in latents:
+                    noise.append(latents[model.site("noise")])
+                if self._statistics is not None:
+                    self._refresh(model, latents)
+                outputs.append(self._outputs(model, latents, x, batch_size))
+        return Prediction(torch.cat(outputs), model.likelihood, torch.cat(noise) if noise else None)
+
+    def log_likelihood(
+        self, x: Any, y: Tensor, num_samples: int = 16, batch_size: int | None = None, seed: int | None = None
+    ) -> Tensor:
+        """``[draws, members, N]``: ``log p(y | x, weights)`` under every draw of every member, in nats."""
+        if not isinstance(self.model, BayesianNetwork):
+            return self._foreign_log_likelihood(x, y, num_samples, seed)
+        count_samples(x, y)
+        prediction = self.predict(x, num_samples, batch_size, seed)
+        return prediction.log_prob(y.to(prediction.outputs.device))
+
+    def recompute_statistics(self, loader: Iterable[Any] | None) -> None:
+        """From now on every draw predicts with normalisation statistics of its own, gathered over ``loader``.
+
+        Costs one pass over the loader for each draw; ``None`` goes back to the statistics of training.
+        """
+        self._statistics = loader
+
+    def _groups(self, n: int, x: Any) -> Iterator[dict[str, Tensor]]:
+        """Draws in groups whose size depends on the model alone, so that a seed gives the same draws for every x."""
+        model = self.model
+        assert isinstance(model, BayesianNetwork)
+        if isinstance(self._guide, DrawsGuide):
+            draws = self.draws(n)
+            group = n
+        else:
+            elements = self.members * sum(s.shape.numel() for s in model.sites())
+            group = max(1, _MAX_ELEMENTS // max(1, elements))
+        step = 1 if self._statistics is not None else group
+        for start in range(0, n, group):
+            size = min(group, n - start)
+            if not isinstance(self._guide, DrawsGuide):
+                draws = self.draws(size, example=x)
+            for i in range(0, size, step):
+                yield {name: value[i : i + step] for name, value in draws.items()}
+
+    def _outputs(self, model: BayesianNetwork, latents: dict[str, Tensor], x: Any, batch_size: int | None) -> Tensor:
+        size = count_samples(x)
+        count = next(iter(latents.values())).shape[0]
+        row = model.core().activation_elements(x, size)
+        fitting = max(1, _MAX_ELEMENTS // (row * self.members))  # rows of one draw
+        rows = min(size, batch_size or fitting)
+        step = max(1, fitting // rows)
+        groups = []
+        for i in range(0, count, step):
+            part = {name: _plated(model, value[i : i + step], value.dim() - 2) for name, value in latents.items()}
+            blocks = []
+            for start in range(0, size, rows):
+                stop = min(size, start + rows)
+                piece = x if rows == size else _rows(x, size, start, stop)
+                f = model.function(piece, part, stop - start)
+                blocks.append(f.reshape(f.shape[:2] + f.shape[-model.members_dim :]))
+            groups.append(torch.cat(blocks, 2) if len(blocks) > 1 else blocks[0])
+        return torch.cat(groups) if len(groups) > 1 else groups[0]
+
+    def _refresh(self, model: BayesianNetwork, latents: dict[str, Tensor]) -> None:
+        layers = [m for m in model.core().net.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+        momenta = [layer.momentum for layer in layers]
+        part = {name: _plated(model, value, value.dim() - 2) for name, value in latents.items()}
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # a plain average over the loader
+            layer.train()
+        for batch in self._statistics or ():
+            x = to_device(batch[0] if isinstance(batch, (tuple, list)) else batch, model.like())
+            model.function(x, part, count_samples(x))
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+            layer.eval()
+
+    # ---------------------------------------------------------------------------- models of other packages
+
+    def _foreign(self, x: Any, n: int, seed: int | None, site: str | None) -> Tensor:
+        if site is None:
+            raise ValueError(
+                "predict() of a model that is not of this package needs return_site=, the name of the site wanted"
+            )
+        args = x if isinstance(x, tuple) else (x,)
+        draws = {k: v[:, 0] for k, v in self.draws(n, seed, example=x).items()}
+        with self._seeded(seed), self._programs():
+            values = Predictive(self.model, posterior_samples=draws, return_sites=[site])(*args)
+        if site not in values:
+            raise ValueError(f"the model has no site {site!r}")
+        return values[site].unsqueeze(1)
+
+    def _foreign_log_likelihood(self, x: Any, y: Tensor, n: int, seed: int | None) -> Tensor:
+        draws = self.draws(n, seed, example=x)
+        rows = []
+        with self._programs():
+            for i in range(n):
+                conditioned = poutine.condition(self.model, {k: v[i, 0] for k, v in draws.items()})
+                trace = poutine.trace(conditioned).get_trace(x, y)
+                observed = [
+                    site["fn"].log_prob(site["value"])
+                    for site in trace.nodes.values()
+                    if site["type"] == "sample" and site["is_observed"] and torch.equal(_squeezed(site["value"]), y)
+                ]
+                if len(observed) != 1:
+                    raise ValueError(f"expected one site that observes y, found {len(observed)}")
+                rows.append(observed[0].reshape(-1))
+        return torch.stack(rows).unsqueeze(1)
+
+    def save(self, path: Any, *, prior: bool = True) -> None:
+        """Writes a folder with safetensors and JSON, whole or not at all. See :func:`pyro_bnn.storage.save`."""
+        from pyro_bnn.storage import save
+
+        save(self, path, prior=prior)
+
+    def keep_store(self, state: Any) -> None:
+        """The parameter store in which programs that are functions were trained; they run in it from now on."""
+        self._store = state
+
+    @contextlib.contextmanager
+    def _programs(self) -> Iterator[None]:
+        """Where guide and model run: without gradients, in eval mode, with the parameters they were trained with."""
+        with torch.no_grad(), training_mode(False), pyro.get_param_store().scope(self._store):
+            yield
+
+    def as_draws(self, n: int, seed: int | None = None) -> Posterior:
+        """The same posterior as n stored draws of every member: the form that any guide can be saved in."""
+        return Posterior(self.model, DrawsGuide(self.draws(n, seed)), losses=self.losses)
+
+
+def require_finite(x: Any, name: str = "x") -> None:
+    """Raises ValueError when a floating tensor in x holds NaN or infinite values."""
+    for leaf in pytree.tree_leaves(x):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
+            bad = int((~torch.isfinite(leaf)).sum())
+            raise ValueError(f"{name} holds {bad} NaN or infinite values; drop or impute these samples first")
+
+
+def to_device(x: Any, like: Tensor) -> Any:
+    """x on the device of ``like``; dtypes stay."""
+    return pytree.tree_map(lambda t: t.to(like.device) if isinstance(t, Tensor) else t, x)
+
+
+@contextlib.contextmanager
+def _evaluating(model: BayesianNetwork) -> Iterator[None]:
+    """Eval mode, and buffers as they were afterwards: prediction never moves statistics."""
+    net = model.core().net
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for buffer, value in buffers:
+            buffer.copy_(value)
+
+
+def _latents(trace: poutine.Trace) -> dict[str, Tensor]:
+    return {
+        name: site["value"].detach()
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not site["is_observed"]
+        and not site["infer"].get("is_auxiliary")
+        and type(site["fn"]).__name__ != "_Subsample"
+    }
+
+
+def _with_members(model: Callable[..., Any], draws: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``{site: [n, members, *event]}`` from draws that a trace or a sampler gave."""
+    if not isinstance(model, BayesianNetwork):
+        return {name: value.unsqueeze(1) for name, value in draws.items()}
+    shapes = {s.name: s.shape for s in model.sites()}
+    missing = [name for name in shapes if name not in draws]
+    if missing:
+        raise ValueError(f"the draws lack {len(missing)} sites of the model, the first is {missing[0]!r}")
+    return {name: draws[name].reshape((draws[name].shape[0], -1) + shape) for name, shape in shapes.items()}
+
+
+def _one_draw(n: int, model: BayesianNetwork, shape: torch.Size) -> tuple[int, ...]:
+    return (n,) + (1,) * -model.members_dim + shape
+
+
+def _plated(model: BayesianNetwork, value: Tensor, event_dim: int) -> Tensor:
+    """``[n, members, *event]`` with the plate axes that the model's function expects."""
+    shape = value.shape
+    return value.reshape(shape[:2] + (1,) * (-model.members_dim - 1) + shape[value.dim() - event_dim :])
+
+
+def _rows(x: Any, size: int, start: int, stop: int) -> Any:
+    return pytree.tree_map(lambda t: t[start:stop] if batched(t, size) else t, x)
+
+
+def _squeezed(value: Tensor) -> Tensor:
+    return value.reshape([s for s in value.shape if s != 1]) if value.dim() > 1 else value

@@ -1,0 +1,350 @@
+"""Where the samples are inside a network: one :class:`~pyro_bnn.perturb.Layout` for each use of a weight.
+
+The network is run on three samples, once as they are and then with one of them marked (NaN, or other integers). The
+entries of a tensor that change are those of the marked sample, and their pattern along an axis tells how the batch was
+flattened into it; comparing lengths would not do (a time-major and a batch-major flatten have the same lengths).
+What was found is then checked: a small batch folded with random perturbations must equal one run for each row with its
+own explicit weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from pyro_bnn.perturb import Layout, Perturb, Perturbation, Rank1Factors, Replacement, Use, consumes, passes_on, tensors
+
+_SAMPLES = 3  # of the probe: the smallest number for which period and run length of a flatten can both be read
+
+
+def batched(leaf: Any, size: int) -> bool:
+    """Whether a leaf of x carries the batch: a tensor whose leading axis has the batch's length."""
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
+
+
+def find_layouts(
+    run: Callable[..., Tensor],
+    net: nn.Module,
+    names: dict[int, str],
+    neutral: dict[int, Perturbation],
+    x: Any,
+    size: int,
+) -> dict[Use, Layout]:
+    """The layout of every use of a perturbed parameter.
+
+    :param run: ``run(x, weights=None)`` calls ``net`` and returns its output tensor.
+    :param names: name of each perturbed parameter, by ``id``.
+    :param neutral: a perturbation of shape ``[1, 1, n]`` for each of them, that changes nothing.
+    :param x: an example input whose tensors have ``size`` samples on axis 0.
+    :raises ValueError: when a perturbed parameter is never consumed by a rule, or by an operation without one.
+    :raises RuntimeError: when the samples of the batch cannot be told apart where a weight is used.
+    """
+    base_x = select_samples(x, size, [i % size for i in range(_SAMPLES)])
+    with undisturbed(net):
+        base = _Recorder(neutral, names, strict=True)
+        with base:
+            run(base_x)
+        base.require_consumption()
+        layouts: dict[Use, Layout] = {}
+        failures: list[Exception] = []
+        for marks in _marks(base_x):
+            missing = [use for use in base.inputs if use not in layouts]
+            if not missing:
+                break
+            marked: list[dict[Use, Tensor]] = []
+            try:
+                for sample in (1, 2):
+                    recorder = _Recorder(neutral, names)
+                    with recorder:
+                        run(_mark(base_x, marks, sample))
+                    marked.append(recorder.inputs)
+            except Exception as error:  # this way of marking is not one that the network can run: the next may be
+                failures.append(error)
+                continue
+            for use in missing:
+                layout = _fit(base.inputs[use], [m.get(use) for m in marked])
+                if layout is not None:
+                    layouts[use] = layout
+        missing = [use for use in base.inputs if use not in layouts]
+        if missing:
+            layouts |= _constant(run, net, names, neutral, x, size, base.inputs, missing, failures)
+    return layouts
+
+
+class _Recorder(Perturb):
+    """Runs the rules with perturbations that change nothing, and keeps the tensors that they would act on."""
+
+    def __init__(self, neutral: dict[int, Perturbation], names: dict[int, str], strict: bool = False) -> None:
+        super().__init__(neutral, names, {}, 1, _SAMPLES)
+        self.inputs: dict[Use, Tensor] = {}
+        self.strict = strict
+        self.declared = set(names.values())
+        self.by_rule: set[str] = set()
+        self.without_rule: dict[str, list[str]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        used = [self.names[id(t)] for t in tensors((args, kwargs or {})) if id(t) in self.perturbations]
+        result = super().__torch_function__(func, types, args, kwargs)
+        if used and consumes(func):
+            self.by_rule.update(used)
+        elif used and any(id(t) not in self.perturbations for t in tensors((result,))):
+            for name in used:
+                self.without_rule.setdefault(name, []).append(getattr(func, "__name__", str(func)))
+        return result
+
+    def layout(self, x: Tensor, use: Use) -> Layout:
+        self.inputs[use] = x.detach().clone()
+        return Layout(None)
+
+    def require_consumption(self) -> None:
+        if self.without_rule:
+            name, functions = next(iter(self.without_rule.items()))
+            raise ValueError(
+                f"parameter {name!r} is random, but the network uses it in {', '.join(sorted(set(functions)))}, which "
+                "has no rule. Leave it out with `select=`, or teach the rule with `pyro_bnn.perturb.register`."
+            )
+        unused = sorted(self.declared - self.by_rule)
+        if unused:
+            raise ValueError(
+                f"parameter {unused[0]!r} is random, but the network's forward pass never used it"
+                + (f" (nor {len(unused) - 1} others: {', '.join(unused[1:4])} ...)" if len(unused) > 1 else "")
+                + ". Leave it out with `select=`, or check that forward() reaches it."
+            )
+
+
+class _Finder(TorchFunctionMode):
+    """Notes which parameters of a network meet a rule."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.names, self.found = names, set[str]()
+        self.derived: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        used = [self.names[id(t)] for t in tensors((args, kwargs or {})) if id(t) in self.names]
+        if used and consumes(func):
+            self.found.update(used)
+        elif used and passes_on(func) and id(args[0]) in self.names:
+            self.names[id(result)] = used[0]
+            self.derived.append(result)
+        return result
+
+
+def find_consumed(run: Callable[..., Tensor], net: nn.Module, x: Any, size: int) -> set[str]:
+    """The names of all parameters that the network gives to an operation with a rule."""
+    finder = _Finder({id(p): name for name, p in net.named_parameters()})
+    with undisturbed(net), finder:
+        run(select_samples(x, size, [0]))
+    return finder.found
+
+
+def check_fold(
+    run: Callable[..., Tensor],
+    net: nn.Module,
+    names: dict[int, str],
+    parameters: dict[str, Tensor],
+    layouts: dict[Use, Layout],
+    x: Any,
+    size: int,
+) -> None:
+    """A folded batch of 2 members x 2 samples with random perturbations equals four runs with explicit weights.
+
+    :raises RuntimeError: when it does not; the message names the parameters at fault.
+    """
+    pair = select_samples(x, size, [0, 1 % size])
+    with undisturbed(net), _no_zero_weights(net):
+        bad = [] if _folds(run, net, names, parameters, layouts, pair) else list(parameters)
+        if len(bad) > 1:
+            bad = [n for n in bad if not _folds(run, net, names, {n: parameters[n]}, layouts, pair)] or bad
+    if bad:
+        raise RuntimeError(
+            f"rows with weights of their own for {', '.join(map(repr, bad[:5]))} do not give what the network gives "
+            "with those weights: the network treats the rows of a batch differently (or the weight meets a tensor "
+            "that does not depend on the sample). Leave it out with `select=`."
+        )
+
+
+def _folds(
+    run: Callable[..., Tensor],
+    net: nn.Module,
+    names: dict[int, str],
+    parameters: dict[str, Tensor],
+    layouts: dict[Use, Layout],
+    pair: Any,
+) -> bool:
+    like = next(iter(parameters.values()))
+    generator = torch.Generator().manual_seed(0)
+
+    def random(n: int) -> Tensor:
+        return (0.5 + torch.rand(2, 2, n, generator=generator)).to(like.device, like.dtype)
+
+    perturbations: dict[str, Perturbation] = {}
+    for name, parameter in parameters.items():
+        if parameter.dim() == 1:
+            perturbations[name] = Replacement(parameter.detach() + random(parameter.shape[0]) - 1)
+        else:
+            perturbations[name] = Rank1Factors(random(parameter.shape[0]), random(parameter.shape[1]))
+    folded = pytree.tree_map(lambda t: torch.cat([t, t]) if batched(t, 2) else t, pair)
+    ids = {name: i for i, name in names.items()}
+    try:
+        with Perturb({ids[n]: p for n, p in perturbations.items()}, names, layouts, 2, 2):
+            y = run(folded)
+    except RuntimeError:
+        return False
+    if y.shape[0] != 4:
+        return False
+    tolerance = torch.finfo(y.dtype).eps ** 0.5
+    for m in range(2):
+        for b in range(2):
+            weights = {n: p.explicit(parameters[n], m, b) for n, p in perturbations.items()}
+            alone = run(select_samples(pair, 2, [b]), weights)[0]
+            scale = alone.abs().max()
+            if not torch.allclose(y[2 * m + b], alone, rtol=0, atol=float(tolerance * scale), equal_nan=True):
+                return False
+    return True
+
+
+@contextlib.contextmanager
+def undisturbed(net: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, full precision; modes, buffers and random state are put back."""
+    modes = [(module, module.training) for module in net.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    devices = {t.device for t in [*net.parameters(), *net.buffers()] if t.device.type == "cuda"}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.no_grad())
+        for kind in {"cpu", *(device.type for device in devices)}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        net.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _no_zero_weights(net: nn.Module) -> Iterator[None]:
+    """Gives weights that start at zero (last layers, residual branches) values, behind which nothing can hide."""
+    zeros = [p for p in net.parameters() if p.dim() > 1 and p.is_floating_point() and not p.any()]
+    try:
+        for p in zeros:
+            p.normal_(std=p[0].numel() ** -0.5)
+        yield
+    finally:
+        for p in zeros:
+            p.zero_()
+
+
+def select_samples(x: Any, size: int, index: list[int]) -> Any:
+    """Some samples of x, without NaN."""
+
+    def pick(leaf: Any) -> Any:
+        if not batched(leaf, size):
+            return leaf
+        rows = leaf.detach()[torch.tensor(index, device=leaf.device)]
+        return torch.nan_to_num(rows) if rows.is_floating_point() else rows
+
+    return pytree.tree_map(pick, x)
+
+
+def _marks(x: Any) -> list[set[int]]:
+    """Which leaves to mark together: all, only those of floating point, then each alone."""
+    leaves = pytree.tree_leaves(x)
+    all_ = {i for i, leaf in enumerate(leaves) if batched(leaf, _SAMPLES)}
+    floats = {i for i in all_ if leaves[i].is_floating_point()}
+    ways = [all_, floats, *({i} for i in sorted(all_))]
+    return [way for i, way in enumerate(ways) if way and way not in ways[:i]]
+
+
+def _mark(x: Any, which: set[int], sample: int) -> Any:
+    leaves, spec = pytree.tree_flatten(x)
+    leaves = list(leaves)
+    for i in which:
+        leaf = leaves[i].clone()
+        if leaf.is_floating_point() or leaf.is_complex():
+            leaf[sample] = torch.nan
+        elif leaf.dtype == torch.bool:
+            leaf[sample] = ~leaf[sample]
+        else:  # each integer becomes the next one that occurs, so that all stay valid
+            values = torch.unique(leaf)
+            other = values.roll(-1) if len(values) > 1 else torch.where(values == 0, 1, 0).to(values.dtype)
+            leaf[sample] = other[torch.searchsorted(values, leaf[sample].contiguous())]
+        leaves[i] = leaf
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def _fit(base: Tensor, marked: list[Tensor | None]) -> Layout | None:
+    """The one axis along which the changed entries have the pattern of samples 1 and 2 of three."""
+    changed = []
+    for other in marked:
+        if other is None or other.shape != base.shape:
+            return None
+        changed.append((base != other) & ~(base.isnan() & other.isnan()))
+    for dim, length in enumerate(base.shape):
+        if length % _SAMPLES:
+            continue
+        others = [d for d in range(base.dim()) if d != dim]
+        seen = [c.any(others) if others else c for c in changed]
+        for inner in _divisors(length // _SAMPLES):
+            sample = torch.arange(length, device=base.device) // inner % _SAMPLES
+            if all(torch.equal(s, sample == j) for j, s in zip((1, 2), seen, strict=True)):
+                return Layout(dim, length // _SAMPLES // inner, inner)
+    return None
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _constant(
+    run: Callable[..., Tensor],
+    net: nn.Module,
+    names: dict[int, str],
+    neutral: dict[int, Perturbation],
+    x: Any,
+    size: int,
+    inputs: dict[Use, Tensor],
+    uses: list[Use],
+    failures: list[Exception],
+) -> dict[Use, Layout]:
+    """Layouts of tensors that no mark reached: the same for every sample, with or without an axis for the batch."""
+    smaller = _Recorder(neutral, names)
+    with smaller:
+        run(select_samples(x, size, [0, 1 % size]))
+    layouts: dict[Use, Layout] = {}
+    for use in uses:
+        base, other = inputs[use], smaller.inputs.get(use)
+        grown = [] if other is None or other.dim() != base.dim() else [
+            d for d in range(base.dim()) if base.shape[d] * 2 == other.shape[d] * _SAMPLES
+        ]  # fmt: skip
+        fits = [
+            Layout(d, base.shape[d] // _SAMPLES // inner, inner)
+            for d in grown
+            for inner in _divisors(base.shape[d] // _SAMPLES)
+            if _same_for_all(base.unflatten(d, (-1, _SAMPLES, inner)), d + 1)
+        ]
+        if fits:
+            layouts[use] = fits[0]
+        elif other is not None and base.shape == other.shape:
+            layouts[use] = Layout(None)
+        else:
+            raise RuntimeError(
+                f"the samples of the batch cannot be told apart where parameter {use.parameter!r} is used (an input "
+                f"of shape {tuple(base.shape)}): rows interact before it, in eval mode too. Leave it out with "
+                "`select=`."
+            ) from (failures[-1] if failures else None)
+    return layouts
+
+
+def _same_for_all(x: Tensor, dim: int) -> bool:
+    return torch.equal(x.select(dim, 0), x.select(dim, 1)) and torch.equal(x.select(dim, 0), x.select(dim, 2))

@@ -1,0 +1,95 @@
+"""A posterior whose predictions are given numbers, so that every diagnostic can be worked out by hand."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_bnn import likelihoods
+
+
+class FakePrediction:
+    """The interface of ``Prediction`` over a distribution of y with batch shape ``[draws, members, N]``."""
+
+    def __init__(self, members: Tensor, y: dist.TorchDistribution, likelihood: Any) -> None:
+        self.members = self.outputs = members
+        self.mean = members.mean((0, 1))
+        self.likelihood = likelihood
+        self._y = y
+
+    @property
+    def probs(self) -> Tensor:
+        return self.mean
+
+    @property
+    def entropy(self) -> Tensor:
+        if isinstance(self.likelihood, likelihoods.Bernoulli):
+            return torch.special.entr(self.mean) + torch.special.entr(1 - self.mean)
+        return torch.special.entr(self.mean).sum(-1)
+
+    def log_prob(self, y: Tensor) -> Tensor:
+        log_prob = self._y.log_prob(y)
+        return log_prob.flatten(3).sum(-1) if log_prob.dim() > 3 else log_prob
+
+    def sample(self, seed: int | None = None) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed or 0)
+            return self._y.sample()
+
+    def interval(self, level: float) -> tuple[Tensor, Tensor]:
+        half = dist.Normal(0.0, 1.0).icdf(torch.tensor((1 + level) / 2))
+        scale = getattr(self._y, "scale", self.mean.sqrt())
+        scale = scale.mean((0, 1)) if scale.dim() > self.mean.dim() else scale
+        return self.mean - half * scale, self.mean + half * scale
+
+
+class FakePosterior:
+    """Row i of x holds i, and the prediction for it is column i of ``table``.
+
+    :param table: ``[draws, members, N, ...]``: class probabilities, probabilities of 1, means or rates.
+    :param scale: noise of a Gaussian likelihood.
+    """
+
+    def __init__(
+        self,
+        table: Tensor,
+        likelihood: Any,
+        *,
+        scale: float = 1.0,
+        sites: dict[str, Tensor] | None = None,
+        losses: list[float] | None = None,
+    ) -> None:
+        self.table, self.scale = table, scale
+        self.model = SimpleNamespace(likelihood=likelihood)
+        self.members = table.shape[1]
+        self.losses = losses or []
+        self.guide = None
+        self._sites = sites or {}
+        self.calls: list[dict[str, Any]] = []
+
+    def predict(self, x: Any, num_samples: int = 16, batch_size: int | None = None, seed: int | None = None) -> Any:
+        index = x["rows"] if isinstance(x, dict) else x[0] if isinstance(x, (tuple, list)) else x
+        self.calls.append({"rows": len(index), "num_samples": num_samples, "batch_size": batch_size, "seed": seed})
+        members = self.table[:num_samples, :, index.long().flatten()]
+        likelihood = self.model.likelihood
+        match likelihood:
+            case likelihoods.Categorical():
+                y: dist.TorchDistribution = dist.Categorical(logits=members.log(), validate_args=False)
+            case likelihoods.Bernoulli():
+                y = dist.Bernoulli(probs=members, validate_args=False)
+            case likelihoods.Poisson():
+                y = dist.Poisson(members, validate_args=False)
+            case _:
+                y = dist.Normal(members, torch.full_like(members, self.scale), validate_args=False)
+        return FakePrediction(members, y, likelihood)
+
+    def draws(self, n: int, seed: int | None = None, *, example: Any = None) -> dict[str, Tensor]:
+        return {site: values[:n] for site, values in self._sites.items()}
+
+
+def rows(n: int) -> Tensor:
+    return torch.arange(n, dtype=torch.float64)

@@ -1,0 +1,307 @@
+"""Every metric against scikit-learn, scipy or a number worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+import sklearn.metrics
+import torch
+from diagnostics.fake import FakePosterior, rows
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from pyro_bnn import likelihoods
+from pyro_bnn.diagnostics import evaluate
+
+
+def classifier(
+    n: int = 300, classes: int = 4, draws: int = 5, members: int = 3, sharpness: float = 2.0
+) -> FakePosterior:
+    generator = torch.Generator().manual_seed(0)
+    logits = sharpness * torch.randn(draws, members, n, classes, generator=generator, dtype=torch.float64)
+    return FakePosterior(logits.softmax(-1), likelihoods.Categorical())
+
+
+def labels(n: int = 300, classes: int = 4) -> Tensor:
+    return torch.randint(classes, (n,), generator=torch.Generator().manual_seed(1))
+
+
+def binned_calibration_error(probs: np.ndarray, y: np.ndarray, bins: int = 15) -> float:
+    confidence, correct = probs.max(1), probs.argmax(1) == y
+    index = np.minimum(np.floor(confidence * bins).astype(int), bins - 1)
+    gaps = [abs(correct[index == b].sum() - confidence[index == b].sum()) for b in range(bins)]
+    return float(sum(gaps) / len(y))
+
+
+def test_classification_equals_independent_computations() -> None:
+    posterior, y = classifier(), labels()
+    p = posterior.table.mean((0, 1)).numpy()
+    result = evaluate(posterior, (rows(200), y[:200]), ood=rows(300)[200:], num_samples=5)
+    inside, outside = p[:200], p[200:]
+    assert list(result) == ["accuracy", "nll", "brier", "ece", "ood_auroc"]
+    assert result["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(y[:200], inside.argmax(1)), abs=1e-6)
+    assert result["nll"] == pytest.approx(sklearn.metrics.log_loss(y[:200], inside, labels=range(4)), rel=1e-10)
+    brier = sklearn.metrics.brier_score_loss(y[:200], inside, labels=range(4), scale_by_half=False)
+    assert result["brier"] == pytest.approx(brier, rel=1e-10)
+    assert result["ece"] == pytest.approx(binned_calibration_error(inside, y[:200].numpy()), abs=1e-6)
+    entropy = scipy.stats.entropy(np.concatenate([inside, outside]), axis=1)
+    assert result["ood_auroc"] == pytest.approx(sklearn.metrics.roc_auc_score([0] * 200 + [1] * 100, entropy), abs=1e-6)
+
+
+def test_two_data_by_hand() -> None:
+    # Two draws of one member; the mean probabilities are (0.7, 0.3) and (0.4, 0.6), the labels 0 and 0.
+    table = torch.tensor([[[[0.9, 0.1], [0.5, 0.5]]], [[[0.5, 0.5], [0.3, 0.7]]]])
+    result = evaluate(FakePosterior(table, likelihoods.Categorical()), (rows(2), torch.tensor([0, 0])))
+    assert result["accuracy"] == 0.5
+    assert result["nll"] == pytest.approx(-(math.log(0.7) + math.log(0.4)) / 2, rel=1e-6)
+    assert result["brier"] == pytest.approx((2 * 0.3**2 + 2 * 0.6**2) / 2, rel=1e-6)
+    assert result["ece"] == pytest.approx(((1 - 0.7) + (0.6 - 0)) / 2, rel=1e-5)
+
+
+def test_members_are_averaged_like_draws() -> None:
+    posterior, y = classifier(draws=6, members=2), labels()
+    turned = FakePosterior(posterior.table.transpose(0, 1).contiguous(), likelihoods.Categorical())
+    first, second = (evaluate(p, (rows(300), y)) for p in (posterior, turned))
+    assert first == pytest.approx(second, rel=1e-10)
+
+
+def test_perfect_predictions() -> None:
+    y = labels()
+    table = torch.nn.functional.one_hot(y, 4).double().expand(2, 3, -1, -1)
+    result = evaluate(FakePosterior(table, likelihoods.Categorical()), (rows(300), y))
+    assert result == pytest.approx({"accuracy": 1, "nll": 0, "brier": 0, "ece": 0}, abs=1e-6)
+
+
+def test_constant_predictions() -> None:
+    y = labels()
+    posterior = FakePosterior(torch.full((2, 3, 300, 4), 0.25), likelihoods.Categorical())
+    result = evaluate(posterior, (rows(300), y), ood=rows(100))
+    share = float((y == 0).double().mean())
+    assert result["accuracy"] == pytest.approx(share, abs=1e-6)  # of equally probable classes, the first
+    assert result["nll"] == pytest.approx(math.log(4), rel=1e-6)
+    assert result["brier"] == pytest.approx(0.75, rel=1e-6)
+    assert result["ece"] == pytest.approx(abs(share - 0.25), abs=1e-6)
+    assert result["ood_auroc"] == 0.5
+
+
+def test_a_certain_mistake_costs_infinity() -> None:
+    table = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
+    result = evaluate(FakePosterior(table, likelihoods.Categorical()), (rows(2), torch.tensor([0, 0])))
+    assert result["nll"] == math.inf
+    assert result["brier"] == 1.0
+    # Both confidences are exactly 1: they share the last bin, whose accuracy is one half.
+    assert result["ece"] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_certain_and_nearly_certain_predictions_share_the_last_bin() -> None:
+    table = torch.tensor([[[[1.0, 0.0], [0.95, 0.05]]]], dtype=torch.float64)
+    y = torch.tensor([1, 0])
+    result = evaluate(FakePosterior(table, likelihoods.Categorical()), (rows(2), y))
+    assert result["ece"] == pytest.approx(abs((0 + 1) - (1 + 0.95)) / 2, abs=1e-6)
+
+
+def test_probabilities_above_one_by_rounding_stay_probabilities() -> None:
+    posterior, y = classifier(), labels()
+    expected = evaluate(posterior, (rows(300), y))
+    table = posterior.table.clone()
+    table[:, :, 0] = torch.nn.functional.one_hot(y[:1], 4).double()[0]
+    exact = evaluate(FakePosterior(table, likelihoods.Categorical()), (rows(300), y))
+    rounded = FakePosterior(table, likelihoods.Categorical())
+    rounded.table = torch.where(table == 1, 1 + 1e-7, table)
+    assert evaluate(rounded, (rows(300), y)) == pytest.approx(exact, abs=1e-6)
+    assert exact["ece"] != expected["ece"]
+
+
+def test_small_entropies_are_no_ties() -> None:
+    # All are nearly certain, the ones from elsewhere a little less: perfectly separable.
+    p = torch.cat([torch.full((50,), 1e-7), torch.full((50,), 2e-7)])
+    posterior = FakePosterior(torch.stack([p, 1 - p], -1).double()[None, None].float(), likelihoods.Categorical())
+    result = evaluate(posterior, (rows(50), torch.ones(50).long()), ood=rows(100)[50:])
+    assert result["ood_auroc"] == 1.0
+
+
+@pytest.mark.parametrize("column", [False, True])
+def test_bernoulli_is_a_classification_into_two(column: bool) -> None:
+    generator = torch.Generator().manual_seed(2)
+    p = torch.rand(5, 2, 100, generator=generator, dtype=torch.float64)
+    y = torch.randint(2, (100,), generator=generator).double()
+    posterior = FakePosterior(p[..., None] if column else p, likelihoods.Bernoulli())
+    target = y[:60, None] if column else y[:60]
+    result = evaluate(posterior, (rows(60), target), ood=rows(100)[60:])
+    mean = p.mean((0, 1)).numpy()
+    inside = mean[:60]
+    assert result["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(y[:60], inside > 0.5), abs=1e-6)
+    assert result["nll"] == pytest.approx(sklearn.metrics.log_loss(y[:60], inside), rel=1e-10)
+    assert result["brier"] == pytest.approx(2 * sklearn.metrics.brier_score_loss(y[:60], inside), rel=1e-10)
+    both = np.stack([1 - inside, inside], 1)
+    assert result["ece"] == pytest.approx(binned_calibration_error(both, y[:60].numpy()), abs=1e-6)
+    entropy = scipy.stats.entropy(np.stack([1 - mean, mean]), axis=0)
+    assert result["ood_auroc"] == pytest.approx(sklearn.metrics.roc_auc_score([0] * 60 + [1] * 40, entropy), abs=1e-6)
+
+
+@pytest.mark.parametrize("outputs", [(), (1,), (3,)])
+def test_regression_equals_independent_computations(outputs: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(3)
+    means = torch.randn(4, 2, 200, *outputs, generator=generator, dtype=torch.float64)
+    y = 2 * torch.randn(200, *outputs, generator=generator, dtype=torch.float64)
+    posterior = FakePosterior(means, likelihoods.Gaussian(scale=0.8), scale=0.8)
+    result = evaluate(posterior, (rows(200), y), batch_size=64)
+    assert list(result) == ["nll", "rmse", "coverage"]
+    center = means.mean((0, 1))
+    rmse = sklearn.metrics.root_mean_squared_error(y.flatten(), center.flatten())
+    assert result["rmse"] == pytest.approx(rmse, rel=1e-10)
+    log_density = scipy.stats.norm.logpdf(y.numpy(), means.numpy(), 0.8).reshape(8, 200, -1).sum(-1)
+    mixture = scipy.special.logsumexp(log_density, axis=0) - math.log(8)
+    assert result["nll"] == pytest.approx(-mixture.mean(), rel=1e-10)
+    inside = (y - center).abs() <= scipy.stats.norm.ppf(0.975) * 0.8
+    assert result["coverage"] == pytest.approx(float(inside.double().mean()), abs=1e-12)
+
+
+def test_a_column_of_targets_meets_a_row_of_predictions() -> None:
+    means, y = torch.zeros(2, 1, 3), torch.tensor([1.0, -1.0, 2.0])
+    posterior = FakePosterior(means, likelihoods.Gaussian(scale=1.0))
+    posterior_column = FakePosterior(means[..., None], likelihoods.Gaussian(scale=1.0))
+    expected = evaluate(posterior, (rows(3), y))
+    assert expected["rmse"] == pytest.approx(math.sqrt(2), rel=1e-6)
+    assert evaluate(posterior_column, (rows(3), y[:, None])) == pytest.approx(expected, rel=1e-6)
+
+
+def test_perfect_regression() -> None:
+    y = torch.randn(20)
+    posterior = FakePosterior(y.expand(3, 2, -1), likelihoods.Gaussian(scale=1.0))
+    result = evaluate(posterior, (rows(20), y))
+    assert result["rmse"] == pytest.approx(0, abs=1e-6)
+    assert result["coverage"] == 1
+    assert result["nll"] == pytest.approx(0.5 * math.log(2 * math.pi), rel=1e-6)
+
+
+def test_counts() -> None:
+    generator = torch.Generator().manual_seed(4)
+    rates = 5 * torch.rand(4, 3, 100, generator=generator, dtype=torch.float64) + 0.5
+    y = torch.poisson(rates.mean((0, 1)), generator=generator)
+    result = evaluate(FakePosterior(rates, likelihoods.Poisson()), (rows(100), y))
+    log_mass = scipy.stats.poisson.logpmf(y.numpy(), rates.numpy()).reshape(12, 100)
+    assert result["nll"] == pytest.approx(-(scipy.special.logsumexp(log_mass, axis=0) - math.log(12)).mean(), rel=1e-10)
+    rmse = sklearn.metrics.root_mean_squared_error(y, rates.mean((0, 1)))
+    assert result["rmse"] == pytest.approx(rmse, rel=1e-10)
+    assert 0 <= result["coverage"] <= 1
+
+
+class Rows(Dataset[tuple[Tensor, Tensor]]):
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.x, self.y = x, y
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index], self.y[index]
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 7, 300, 1000])
+def test_the_result_does_not_depend_on_the_batches(batch_size: int | None) -> None:
+    posterior, y = classifier(), labels()
+    whole = evaluate(posterior, (rows(300), y), ood=rows(50), batch_size=300)
+    assert evaluate(posterior, (rows(300), y), ood=rows(50), batch_size=batch_size) == pytest.approx(whole, rel=1e-6)
+    assert {call["seed"] for call in posterior.calls} == {0}
+    if batch_size:
+        assert max(call["rows"] for call in posterior.calls[2:]) <= batch_size
+
+
+def test_every_form_of_data_gives_the_same() -> None:
+    posterior, x, y = classifier(390), rows(300), labels()
+    other = rows(390)[300:]
+    expected = evaluate(posterior, (x, y), ood=other)
+    dataset, far = Rows(x, y), TensorDataset(other)
+    nested = ({"rows": x, "weight": torch.rand(300, 2)}, y)
+    forms = [
+        ([x, y], other),
+        (dataset, far),
+        (DataLoader(dataset, batch_size=64, shuffle=True), DataLoader(far, batch_size=32)),
+        ([(x[:100], y[:100]), (x[100:], y[100:])], (other, torch.zeros(90))),
+        (nested, {"rows": other, "weight": torch.rand(90, 2)}),
+        (nested, [({"rows": other[:50]}, torch.zeros(50)), {"rows": other[50:]}]),
+        (((x, torch.rand(300, 2)), y), (other, torch.rand(90, 2))),
+        (((x, torch.rand(300, 2)), y), ((other, torch.rand(90, 2)), torch.zeros(90))),
+        (dataset, Rows(other, torch.zeros(90))),
+    ]
+    for data, ood in forms:
+        assert evaluate(posterior, data, ood=ood) == pytest.approx(expected, abs=1e-6)
+
+
+def test_settings_reach_the_posterior() -> None:
+    posterior = classifier()
+    evaluate(posterior, (rows(300), labels()), num_samples=3, batch_size=200, seed=11)
+    assert posterior.calls == [
+        {"rows": 200, "num_samples": 3, "batch_size": 200, "seed": 11},
+        {"rows": 100, "num_samples": 3, "batch_size": 200, "seed": 11},
+    ]
+
+
+@pytest.mark.parametrize("data", [(rows(0), torch.zeros(0).long()), TensorDataset(rows(0), rows(0)), []])
+def test_empty_data(data: object) -> None:
+    with pytest.raises(ValueError, match="data is empty.*at least one row"):
+        evaluate(classifier(), data)
+
+
+@pytest.mark.parametrize("ood", [rows(0), TensorDataset(rows(0)), []])
+def test_empty_ood(ood: object) -> None:
+    with pytest.raises(ValueError, match="ood is empty.*leave out"):
+        evaluate(classifier(), (rows(300), labels()), ood=ood)
+
+
+def test_nan_predictions() -> None:
+    posterior = classifier()
+    posterior.table[2, 1, 40, 0] = math.nan
+    with pytest.raises(ValueError, match="predicts NaN: look for parameters that diverged"):
+        evaluate(posterior, (rows(300), labels()))
+    with pytest.raises(ValueError, match="predicts NaN"):
+        evaluate(posterior, (rows(30), labels()[:30]), ood=rows(50))
+
+
+def test_nan_targets() -> None:
+    posterior = FakePosterior(torch.zeros(2, 1, 3), likelihoods.Gaussian(scale=1.0))
+    with pytest.raises(ValueError, match="y holds NaN or infinite values; drop"):
+        evaluate(posterior, (rows(3), torch.tensor([0.0, math.nan, 1.0])))
+
+
+def test_lengths_that_differ() -> None:
+    with pytest.raises(ValueError, match="x and y disagree on the number of samples"):
+        evaluate(classifier(), (rows(300), labels()[:299]))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (rows(300), "data is a DataLoader, a Dataset or a pair"),
+        ((rows(3), rows(3), labels()[:3]), "got a tuple of 3"),
+        (3, "got int"),
+        (TensorDataset(rows(300)), r"expected pairs \(x, y\)"),
+        ([rows(2), rows(2), rows(2)], r"expected pairs \(x, y\).*got Tensor"),
+        ((rows(3), 1), "got a tuple of 2"),
+    ],
+)
+def test_data_of_another_form(data: object, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        evaluate(classifier(), data)
+
+
+def test_ood_of_another_form() -> None:
+    with pytest.raises(TypeError, match="got int"):
+        evaluate(classifier(), (rows(300), labels()), ood=3)
+
+
+def test_ood_of_a_regression() -> None:
+    posterior = FakePosterior(torch.zeros(2, 1, 3), likelihoods.Gaussian(scale=1.0))
+    with pytest.raises(ValueError, match="regression does not have: leave out ood="):
+        evaluate(posterior, (rows(3), torch.zeros(3)), ood=rows(3))
+
+
+def test_a_model_without_likelihood() -> None:
+    posterior = FakePosterior(torch.zeros(2, 1, 3), None)
+    with pytest.raises(ValueError, match="evaluate needs a model with a likelihood"):
+        evaluate(posterior, (rows(3), torch.zeros(3)))
