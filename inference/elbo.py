@@ -50,8 +50,9 @@ class MixtureELBO(TraceMeanField_ELBO):
         ``"kt"``    "mean" + (1/K) sum_k log (1/K) sum_j exp(-B(q_k, q_j)) with the Bhattacharyya distance B: the bound
         of Kolchinsky and Tracey (Entropy 19, 361, 2017), never above "mean". It bounds the divergence of what the
         members share the space of, so a model with a bias for each member (a point, not a draw) is refused.
-    :param likelihood_bound: ``"average"`` takes (1/K) sum_k log p(y | k) (eq. 13 of the paper), ``"mixture"`` the tighter
-        log (1/K) sum_k p(y | k) (eq. 14).
+    :param likelihood_bound: ``"average"`` takes (1/K) sum_k log p(y | k) of every sample (eq. 13 of the paper),
+        ``"mixture"`` the larger log (1/K) sum_k p(y | k) (eq. 14), which is tighter for the predictive density of one
+        sample; summed over a data set it is an objective, and no longer a bound of the evidence.
     :param num_particles: draws of the guide for one estimate.
     :raises ValueError: for other options, and in use when "kt" cannot be computed.
     """
@@ -102,7 +103,7 @@ def kolchinsky_tracey(guide_trace: poutine.Trace) -> Tensor:
     :raises ValueError: when a site of the guide is a point, or of a family without a closed form.
     """
     total: Tensor | float = 0.0
-    beta = 1.0
+    beta: Any = 1.0
     for name, site in guide_trace.nodes.items():
         frame = _members_frame(site) if site["type"] == "sample" else None
         if frame is None or site["is_observed"] or type(site["fn"]).__name__ == "_Subsample":
@@ -123,8 +124,8 @@ def _pairwise(name: str, fn: Any, dim: int) -> Tensor:
         base = base.base_dist
     if isinstance(base, Delta):
         raise ValueError(
-            f"mixture_kl='kt' bounds the divergence of random sites, but {name!r} is a point in every member: build the "
-            "model with member_bias=False, or use 'mean'"
+            f"mixture_kl='kt' bounds the divergence of random sites, but {name!r} is a point in every member: build "
+            "the model with member_bias=False, or use 'mean'"
         )
     batch = len(fn.batch_shape)
     if batch + dim != 0:

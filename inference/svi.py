@@ -20,12 +20,14 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
+from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference import checkpoint as checkpoints
 from pyro_bnn.inference.elbo import MixtureELBO, ScaleLatents
 from pyro_bnn.inference.schedules import Schedule
 from pyro_bnn.model import BayesianNetwork, training_mode
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.posterior import Posterior, require_finite, to_device
+from pyro_bnn.probe import batched
 
 Optim = str | Optimizer | Callable[[list[dict[str, Any]]], Optimizer] | None
 
@@ -84,7 +86,8 @@ def fit(
         groups to one.
     :param lr: learning rate; 1e-3 for AdamW and 0.1 for SGD by default.
     :param weight_decay: of the named optimisers. The model's ``weight_prior`` makes it 0 by default.
-    :param decay: what it applies to: ``"weights"``, the W of the model alone, or ``"all"`` parameters of the network.
+    :param decay: what it applies to: ``"weights"``, the W of the model alone, or ``"all"`` parameters of the network
+        with the biases of its members. Never the factors.
     :param schedule: see :mod:`pyro_bnn.inference.schedules`; constant by default.
     :param kl_annealing: epochs over which the weight of the KL divergence grows linearly, step by step, to 1.
     :param elbo: the objective, :class:`~pyro_bnn.inference.MixtureELBO` by default, or any ELBO of Pyro.
@@ -111,7 +114,7 @@ def fit(
             torch.manual_seed(seed)
         store = stack.enter_context(pyro.get_param_store().scope())
         parameters = _initialise(model, guide, first)
-        optimizer = _optimizer(optim, parameters, model, lr, weight_decay, decay)
+        optimizer = _optimizer(optim, parameters, model, guide, lr, weight_decay, decay)
         scheduler = schedule(optimizer, steps, epochs) if schedule is not None else None
         run = _Run(model, guide, parameters, optimizer, scheduler)
         if checkpoint is not None:
@@ -122,19 +125,20 @@ def fit(
         while run.epoch < epochs:
             _train_mode(model, guide)
             total = 0.0
-            for count, batch in enumerate(batches(), start=1):
+            before = run.step
+            for batch in batches():
                 beta = min(1.0, (run.step + 1) / (steps * kl_annealing)) if kl_annealing > 0 else 1.0
                 # distributions validate their arguments on the first step; later ones have the same shapes
                 with pyro.validation_enabled(run.step == 0), training_mode(True), ScaleLatents(beta):
-                    loss = objective.differentiable_loss(model, guide, *batch) / size
+                    loss = objective.differentiable_loss(model, guide, *batch) / size  # type: ignore[attr-defined]
                 value = float(loss.detach())
                 if not math.isfinite(value):
                     site = _offending_site(objective, model, guide, batch, parameters)
                     run.restore()
                     raise FloatingPointError(
-                        f"the loss became {value} at step {run.step + 1} (epoch {run.epoch + 1}), {site}. Model and guide "
-                        f"are back at the end of epoch {run.remembered_epoch}. A smaller lr, clip_norm= or a longer "
-                        "kl_annealing usually helps"
+                        f"the loss became {value} at step {run.step + 1} (epoch {run.epoch + 1}), {site}. Model and "
+                        f"guide are back at the end of epoch {run.remembered_epoch}. A smaller lr, clip_norm= or a "
+                        "longer kl_annealing usually helps"
                     )
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -148,12 +152,13 @@ def fit(
                 total += value
             run.epoch += 1
             run.remember()
-            mean = total / count
+            mean = total / (run.step - before)
             bar.update(task, completed=run.epoch, elbo=f"ELBO {-mean:.4f} nats/datum")
             if checkpoint is not None:
                 run.write(checkpoint)
             state = FitState(run.epoch, run.step, mean, model, guide, optimizer, run.losses)
-            if any([callback(state) for callback in callbacks]):
+            stop = [callback(state) for callback in callbacks]
+            if any(stop):
                 break
         example = pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() else t, first[0])
         posterior = Posterior(model, guide, losses=run.losses, example=example)
@@ -183,13 +188,13 @@ def _batches(
         _check(network, x, y)
         x, y = to_device(x, like), y.to(like.device)
 
-        def pair() -> Iterator[tuple[Any, ...]]:
-            order = torch.randperm(size).to(y.device)
-            for index in order.split(batch_size):
-                yield pytree.tree_map(lambda t: t[index] if _is_batched(t, size) else t, x), y[index]
+        def take(index: Tensor) -> tuple[Any, Tensor]:
+            return pytree.tree_map(lambda t: t[index] if batched(t, size) else t, x), y[index]
 
-        first_rows = torch.arange(min(batch_size, size), device=y.device)
-        first = pytree.tree_map(lambda t: t[first_rows] if _is_batched(t, size) else t, x), y[first_rows]
+        def pair() -> Iterator[tuple[Any, ...]]:
+            yield from map(take, torch.randperm(size).to(y.device).split(batch_size))
+
+        first = take(torch.arange(min(batch_size, size), device=y.device))
         _require_num_data(network, size)
         return pair, -(-size // batch_size), size, first
     if isinstance(data, DataLoader):
@@ -222,10 +227,6 @@ def _batches(
     return loaded, steps, size, first
 
 
-def _is_batched(t: Any, size: int) -> bool:
-    return isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == size
-
-
 def _require_num_data(network: BayesianNetwork | None, size: int) -> None:
     if network is not None and network.num_data is not None and network.num_data != size:
         raise ValueError(
@@ -241,17 +242,18 @@ def _check(network: BayesianNetwork | None, x: Any, y: Tensor) -> None:
     if network is None or network.likelihood is None:
         return
     size = y.shape[0]
-    row = pytree.tree_map(lambda t: t[:1] if _is_batched(t, size) else t, to_device(x, network.like()))
-    key = "_output_example"
-    if key not in network.__dict__:
+    row = pytree.tree_map(lambda t: t[:1] if batched(t, size) else t, to_device(x, network.like()))
+    key = tuple(t.shape for t in pytree.tree_leaves(row) if isinstance(t, Tensor))  # sequences differ in length
+    examples = network.__dict__.setdefault("_output_examples", {})
+    if key not in examples:
         with torch.no_grad(), torch.random.fork_rng([]):
             net = network.core().net
             modes = [(m, m.training) for m in net.modules()]
             net.eval()
-            network.__dict__[key] = network.core()(row)
+            examples[key] = network.core()(row)
             for module, training in modes:
                 module.training = training
-    f = network.__dict__[key]
+    f = examples[key]
     noise = f.new_ones(()) if network.likelihood.learns_noise else None
     network.likelihood.given(f, y[:1].to(f.device), noise)
     network.likelihood.check(y, f)
@@ -266,9 +268,10 @@ def _initialise(model: Callable[..., Any], guide: Callable[..., Any], first: tup
     for module in modules:
         module.eval()  # this first call, which sets up an AutoGuide, must not move statistics
     with torch.no_grad(), training_mode(False), poutine.trace(param_only=True) as capture:
-        guide(*first)
-        model(*first)
-    declared = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
+        draw = poutine.trace(guide).get_trace(*first)
+        poutine.replay(model, trace=draw)(*first)  # an improper prior has no draws of its own
+    sites: list[Any] = list(capture.trace.nodes.values())
+    declared = [site["value"].unconstrained() for site in sites]
     owned = [p for module in modules for p in module.parameters()]
     unique = {id(p): p for p in (*owned, *declared) if p.requires_grad and p.numel()}
     if not unique:
@@ -280,6 +283,7 @@ def _optimizer(
     optim: Optim,
     parameters: list[Tensor],
     model: Callable[..., Any],
+    guide: Callable[..., Any],
     lr: float | None,
     weight_decay: float,
     decay: str,
@@ -288,9 +292,10 @@ def _optimizer(
         return optim
     if decay not in ("weights", "all"):
         raise ValueError(f"decay={decay!r}: expected 'weights' or 'all'")
+    points = guide.points() if isinstance(guide, MixtureGuide) else []
     chosen: Iterable[Tensor] = ()
     if isinstance(model, BayesianNetwork):
-        chosen = model.decayed() if decay == "weights" else model.parameters()
+        chosen = model.decayed() if decay == "weights" else [*model.parameters(), *points]
     ids = {id(p) for p in chosen}
     groups = [
         {"params": [p for p in parameters if id(p) in ids], "weight_decay": weight_decay},

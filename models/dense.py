@@ -1,4 +1,4 @@
-"""Dense Bayesian networks: every chosen parameter is a latent site with its own shape, and mean-field guides for them."""
+"""Dense Bayesian networks: every chosen parameter is a latent site of its own shape, with mean-field guides."""
 
 from __future__ import annotations
 

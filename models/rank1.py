@@ -8,12 +8,14 @@ prior that is centred at 1 and a posterior that is a mixture of K components, on
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_bnn import priors
@@ -79,6 +81,13 @@ class Rank1(BayesianNetwork):
         super().__init__(net, likelihood, num_data, prefix=prefix, members_dim=members_dim, output=output)
         core = self.core()
         parameters = core.parameters_by_name()
+        if weight_prior is not None and (not isinstance(weight_prior, Prior) or weight_prior.has_tau):
+            raise TypeError(
+                f"weight_prior={weight_prior!r}: expected a class of pyro_bnn.priors that has no scales of its own "
+                "(Normal, Cauchy, Laplace or StudentT), or None for a flat prior"
+            )
+        if clip is not None and not clip > 0:
+            raise ValueError(f"clip={clip!r}: expected a positive number, or None for no clipping")
         self.prior, self.weight_prior, self.member_bias, self.clip = prior, weight_prior, member_bias, clip
         consumed = None if example is None else core.consumed(example)
         known = core.product_weights()
@@ -188,7 +197,7 @@ class Rank1(BayesianNetwork):
         return values
 
     def _require_complete(self, x: Any) -> None:
-        """With ``select=None`` every weight of a product has factors: none may be missed because of its module's type."""
+        """With ``select=None`` every weight of a product has factors: none may be missed for its module's type."""
         core = self.core()
         norms = core.normalisation_parameters()
         parameters = core.parameters_by_name()
@@ -241,14 +250,14 @@ class Rank1(BayesianNetwork):
     ) -> dict[str, dict[str, Any]]:
         """The settings of the paper's tables 5 and 6 (not the defaults of the released code), by what they belong to.
 
-        ``Rank1(**s["model"])``, ``Rank1Guide(**s["guide"])``, ``fit(**s["fit"])``, ``posterior.predict(**s["predict"])``;
-        ``s["network"]`` says which network. The L2 coefficient on sum(w^2) is a ``weight_decay`` of twice its value in
-        torch, and takes the place of ``weight_prior``. On CIFAR it applies to the biases and normalisation layers too.
+        ``Rank1(**s["model"])``, ``Rank1Guide(**s["guide"])``, ``fit(**s["fit"])``,
+        ``posterior.predict(**s["predict"])``; the objective is ``MixtureELBO(**s["elbo"])`` and the schedule
+        ``warmup_steps(**s["schedule"])``, both of :mod:`pyro_bnn.inference`, and ``s["network"]`` says which network.
+        The L2 coefficient on sum(w^2) is a ``weight_decay`` of twice its value in torch, and takes the place of
+        ``weight_prior``. On CIFAR it applies to the biases and normalisation layers too.
 
         :raises ValueError: for another task or family.
         """
-        from pyro_bnn.inference.schedules import warmup_steps
-
         if task not in _PAPER or family not in ("normal", "cauchy"):
             raise ValueError(
                 f"paper_settings({task!r}, family={family!r}): expected {', '.join(_PAPER)}; normal, cauchy"
@@ -266,7 +275,7 @@ class Rank1(BayesianNetwork):
                 "components": 4,
                 "family": family,
                 "init_dropout_rate": 1e-3 if family == "normal" else 1e-6,
-                "init_means": Normal(1.0, t["spread"]),
+                "init_means": Normal(1.0, t["spread"][family]),
             },
             "fit": {
                 "epochs": t["epochs"],
@@ -276,25 +285,29 @@ class Rank1(BayesianNetwork):
                 "weight_decay": 2 * t["l2"],
                 "decay": t["decay"],
                 "kl_annealing": t["anneal"],
-                "schedule": warmup_steps(t["warmup"], t["milestones"], t["ratio"]),
             },
+            "elbo": {"mixture_kl": "sum", "likelihood_bound": "average"},
+            "schedule": {"warmup": t["warmup"], "milestones": t["milestones"], "ratio": t["ratio"]},
             "predict": {"num_samples": 1 if family == "normal" else 4},
         }
 
 
 _PAPER: dict[str, dict[str, Any]] = {
     "cifar10": {
-        **{"network": "wide_resnet_28_10", "classes": 10, "scale": {"normal": 0.1, "cauchy": 0.1}, "spread": 0.5},
+        **{"network": "wide_resnet_28_10", "classes": 10, "scale": {"normal": 0.1, "cauchy": 0.1}},
+        **{"spread": {"normal": 0.5, "cauchy": 0.5}},
         **{"l2": 1e-4, "epochs": 250, "anneal": 200, "batch": 128, "lr": 0.1, "decay": "all"},
         **{"warmup": 1, "milestones": (100, 200, 225), "ratio": 0.2},
     },
     "cifar100": {
-        **{"network": "wide_resnet_28_10", "classes": 100, "scale": {"normal": 0.1, "cauchy": 0.01}, "spread": 1.0},
+        **{"network": "wide_resnet_28_10", "classes": 100, "scale": {"normal": 0.1, "cauchy": 0.01}},
+        **{"spread": {"normal": 1.0, "cauchy": 1.0}},
         **{"l2": 3e-4, "epochs": 250, "anneal": 200, "batch": 128, "lr": 0.1, "decay": "all"},
         **{"warmup": 1, "milestones": (100, 200, 225), "ratio": 0.2},
     },
     "imagenet": {
-        **{"network": "resnet50", "classes": 1000, "scale": {"normal": 0.05, "cauchy": 0.005}, "spread": 0.75},
+        **{"network": "resnet50", "classes": 1000, "scale": {"normal": 0.05, "cauchy": 0.005}},
+        **{"spread": {"normal": 0.75, "cauchy": 0.5}},
         **{"l2": 1e-4, "epochs": 135, "anneal": 90, "batch": 1024, "lr": 0.4, "decay": "weights"},
         **{"warmup": 5, "milestones": (45, 90, 120), "ratio": 0.1},
     },
@@ -307,7 +320,8 @@ class Rank1Guide(MixtureGuide):
 
     :param model: a :class:`Rank1`.
     :param components: number K of components.
-    :param family: ``"normal"`` or ``"cauchy"`` factors.
+    :param family: ``"normal"`` or ``"cauchy"`` factors. A Cauchy has a finite KL divergence only from priors with
+        tails as heavy as its own (Cauchy, HierarchicalCauchy, StudentT); with others it warns.
     :param init_dropout_rate: p in the starting scale ``sqrt(p / (1 - p))`` of every factor (appendix B).
     :param init_means: distribution of the starting means: a Pyro distribution, a class of :mod:`pyro_bnn.priors` or a
         function ``shape -> tensor``. Random signs, for example: ``lambda shape: torch.randn(shape).sign()``.
@@ -331,6 +345,13 @@ class Rank1Guide(MixtureGuide):
             raise ValueError(f"init_dropout_rate={init_dropout_rate!r}: expected a rate in (0, 1)")
         if draws not in ("row", "member"):
             raise ValueError(f"draws={draws!r}: expected 'row' or 'member'")
+        light = next((name for name, p in model._priors.items() if not p.heavy_tails), None)
+        if family == "cauchy" and light is not None:
+            warnings.warn(
+                f"family='cauchy', but the prior of {light!r} has light tails: the KL divergence is infinite, and its "
+                "estimates mean nothing. Use the prior Cauchy, HierarchicalCauchy or StudentT, or family='normal'",
+                stacklevel=2,
+            )
         super().__init__(model, components, family, rows=draws == "row")
         self.draws = draws
         loc, rho = self._parameters["loc"], self._parameters["rho"]
@@ -338,7 +359,7 @@ class Rank1Guide(MixtureGuide):
         with torch.no_grad():
             if isinstance(init_means, Prior):
                 loc.copy_(init_means.elements(1.0, loc, None).expand(loc.shape).sample())
-            elif isinstance(init_means, dist.TorchDistribution):
+            elif isinstance(init_means, TorchDistributionMixin):
                 loc.copy_(init_means.expand(loc.shape).sample())
             else:
                 loc.copy_(init_means(loc.shape))

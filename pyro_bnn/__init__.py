@@ -1,4 +1,4 @@
-"""Bayesian neural networks in Pyro: any ``torch.nn.Module`` becomes a Pyro model with a guide, a posterior and ArviZ."""
+"""Bayesian neural networks in Pyro: any ``torch.nn.Module`` becomes a Pyro model with a guide and a posterior."""
 
 from pyro_bnn import diagnostics, inference, likelihoods, models, perturb, priors
 from pyro_bnn.posterior import Posterior
@@ -8,5 +8,13 @@ from pyro_bnn.storage import load
 __version__ = "0.1.0"
 
 __all__ = [
-    *("Posterior", "Prediction", "diagnostics", "inference", "likelihoods", "load", "models", "perturb", "priors"),
+    "Posterior",
+    "Prediction",
+    "diagnostics",
+    "inference",
+    "likelihoods",
+    "load",
+    "models",
+    "perturb",
+    "priors",
 ]

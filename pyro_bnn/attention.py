@@ -22,7 +22,13 @@ _SIGNATURE = (
 )
 
 
-@register(F.multi_head_attention_forward, signature=_SIGNATURE)
+_WEIGHTS = (
+    *("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj_weight"),
+    *("in_proj_bias", "out_proj_bias"),
+)
+
+
+@register(F.multi_head_attention_forward, signature=_SIGNATURE, weights=_WEIGHTS)
 def _attention(call: Call) -> tuple[Tensor, Tensor | None]:
     if call.query.dim() != 3:
         raise ValueError(

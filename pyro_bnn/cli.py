@@ -231,6 +231,7 @@ def _device(name: str) -> torch.device:
 
 def _train(model_and_guide: tuple[nn.Module, nn.Module], task: Task, options: Options, console: Console) -> _Trained:
     model, guide = model_and_guide
+    console.print(f"{type(model).__name__} with {type(guide).__name__}, {options.network}, {options.device}")
     start = time.perf_counter()
     with _user_errors(ArithmeticError):
         posterior = pb.inference.fit(
@@ -267,12 +268,12 @@ def _table(metrics: Metrics, options: Options, name: str) -> Table:
     formats: Mapping[str, tuple[str, Callable[[Any], str]]] = {
         "accuracy": ("accuracy", "{:.4f}".format),
         "rmse": ("RMSE", "{:.4g}".format),
-        "nll": ("NLL [nats]", "{:.4f}".format),
+        "nll": ("NLL (nats)", "{:.4f}".format),
         "brier": ("Brier score", "{:.4f}".format),
         "ece": ("ECE", "{:.4f}".format),
         "coverage": ("coverage of 95 % intervals", "{:.3f}".format),
         "ood_auroc": ("OOD AUROC", "{:.4f}".format),
-        "seconds": ("training [s]", "{:.1f}".format),
+        "seconds": ("training (s)", "{:.1f}".format),
         "trainable_parameters": ("trainable parameters", "{:,}".format),
     }
     for key, (label, text) in formats.items():

@@ -58,9 +58,9 @@ class MixtureGuide(PyroModule):
     def __init__(
         self, model: BayesianNetwork, components: int = 1, family: Family = "normal", rows: bool = False
     ) -> None:
-        super().__init__(f"{model.prefix}_guide" if model.prefix else "guide")
         if not isinstance(model, BayesianNetwork):
             raise TypeError(f"{type(self).__name__} takes one of pyro_bnn.models, got {type(model).__name__}")
+        super().__init__(f"{model.prefix}_guide" if model.prefix else "guide")
         if not isinstance(components, int) or components < 1:
             raise ValueError(f"components={components!r}: expected the number of mixture components, at least 1")
         if family not in (*_FAMILIES, "point"):
@@ -141,12 +141,16 @@ class MixtureGuide(PyroModule):
         scales = flat.split(take(F.softplus(p[rho]) + SMALLEST_SCALE))
         return [family(m, v).to_event(len(site.shape)) for m, v, site in zip(locs, scales, flat.sites, strict=True)]
 
+    def points(self) -> list[nn.Parameter]:
+        """The members' own biases, which are points and not random."""
+        return [p for name, p in self._named() if name == "point"]
+
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, p) for name, p in self._parameters.items() if p is not None and p.numel()]
 
     def _plate(self, name: str, size: int, dim: int, device: torch.device) -> pyro.plate:
         full = f"{self.prefix}.{name}" if self.prefix else name
-        return pyro.plate(full, 1, subsample=torch.arange(size, device=device), dim=dim, device=device)
+        return pyro.plate(full, 1, subsample=torch.arange(size, device=device), dim=dim, device=str(device))
 
     def _component(self, stack: contextlib.ExitStack, members: pyro.plate, like: Tensor) -> Tensor | None:
         """The index of a random component for every draw, ``[..., 1 ...]``."""

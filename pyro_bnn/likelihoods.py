@@ -8,7 +8,7 @@ event axes. ``temperature=T`` raises the likelihood to the power 1/T, and is the
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import pyro.distributions as dist
@@ -25,13 +25,13 @@ _SMALLEST_SCALE = 1e-6  # keeps a heteroscedastic density bounded in float32
 class Likelihood:
     """Base class. ``temperature`` is T in ``p(y | f)^(1/T)``; 1 is Bayes."""
 
-    temperature: float = 1.0
+    temperature: float = field(default=1.0, kw_only=True)
     kind: ClassVar[Literal["classification", "regression", "count"]]
     #: whether there is a noise scale to learn, a latent site of the model
     learns_noise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature!r}: expected a positive number (1 is the plain posterior)")
 
     def distribution(self, f: Tensor, noise: Tensor | None = None) -> dist.TorchDistribution:
@@ -188,7 +188,7 @@ class Gaussian(Likelihood):
 
 @dataclass(frozen=True)
 class HeteroscedasticGaussian(Likelihood):
-    """``y ~ N(m, softplus(v)^2)`` with ``f = [m, v]`` along the last axis: ``[..., N, 2 D]``, y ``[N, D]`` or ``[N]``."""
+    """``y ~ N(m, softplus(v)^2)``, f = [m, v] along the last axis: ``[..., N, 2 D]``; y is ``[N, D]`` or ``[N]``."""
 
     kind = "regression"
 
@@ -204,6 +204,11 @@ class HeteroscedasticGaussian(Likelihood):
     def given(self, f: Tensor, y: Tensor | None, noise: Tensor | None = None, lead: int = 1) -> dist.TorchDistribution:
         if y is not None and not y.is_floating_point():
             raise TypeError(f"HeteroscedasticGaussian: y has dtype {y.dtype}; expected floating point (y.float())")
+        if f.dim() == lead:
+            raise ValueError(
+                f"HeteroscedasticGaussian: the network's output has shape {tuple(f.shape[lead - 1 :])}, without an axis "
+                "for mean and scale; end the network with two outputs for each target"
+            )
         d = self.distribution(f)
         plain = d.batch_shape[-1] == 1 and (y is None or y.dim() == len(d.batch_shape) - lead)
         if plain:
@@ -230,5 +235,5 @@ class Poisson(Likelihood):
         return dist.Poisson(f.exp())
 
     def check(self, y: Tensor, f: Tensor) -> None:
-        if not bool(((y >= 0) & (y == y.floor())).all()):
-            raise ValueError("Poisson: y holds values that are no counts (negative, fractional or NaN)")
+        if not bool(((y >= 0) & (y == y.floor()) & torch.isfinite(y)).all()):
+            raise ValueError("Poisson: y holds values that are no counts (negative, fractional, infinite or NaN)")

@@ -1,10 +1,10 @@
 """The part that all Bayesian networks share: plates, likelihood, and the function between latents and data.
 
-The stateless pattern of members and rows: the model opens ``plate("members", 1)`` and, for latents that may differ from
-row to row, ``plate("rows", 1)``. A guide opens the same plates with ``subsample=arange(K)`` and ``subsample=arange(B)``;
-Pyro's replay carries these indices into the model, whose latents then have K members and B rows, and Pyro's rule
-size / subsample weighs them by 1/K and 1/B. Without such a guide (NUTS, AutoNormal, Predictive) the same model has one
-member and one row.
+The stateless pattern of members and rows: the model opens ``plate("members", 1)`` and, for latents that may differ
+from row to row, ``plate("rows", 1)``. A guide opens the same plates with ``subsample=arange(K)`` and
+``subsample=arange(B)``; Pyro's replay carries these indices into the model, whose latents then have K members and B
+rows, and Pyro's rule size / subsample weighs them by 1/K and 1/B. Without such a guide (NUTS, AutoNormal, Predictive)
+the same model has one member and one row.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def picklable_state(module: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in module.__dict__.items() if k != "_members"}
 
 
-STORABLE: dict[str, type] = {}
+#: classes that ``pb.load`` can build again, by name
+STORABLE: dict[str, Any] = {}
 
 _Class = TypeVar("_Class", bound=type)
 
@@ -231,7 +232,7 @@ class BayesianNetwork(PyroModule):
         return plate
 
     def rows(self) -> pyro.plate:
-        return pyro.plate(self.site("rows"), 1, dim=-1, device=self.like().device)
+        return pyro.plate(self.site("rows"), 1, dim=-1, device=str(self.like().device))
 
     def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
         enter_mode(self)
@@ -243,7 +244,8 @@ class BayesianNetwork(PyroModule):
                 f"the batch has {size} samples, but num_data={self.num_data}: num_data is the size of the whole "
                 "training set"
             )
-        log_prior = self.log_prior()
+        # Pyro warns of factors outside inference, where nobody would read this one
+        log_prior = self.log_prior() if poutine.runtime.am_i_wrapped() else None
         if log_prior is not None:
             pyro.factor(self.site("weight_prior"), log_prior)
         self.__dict__["_members"] = plate = pyro.plate(
@@ -261,6 +263,7 @@ class BayesianNetwork(PyroModule):
             subsample_size=size,
             subsample=torch.arange(size, device=like.device),
             dim=-1,
+            device=str(like.device),
         )
         noise = latents.get(self.site("noise"))
         lead = len(self.lead_shape(latents)) - self.members_dim - 1

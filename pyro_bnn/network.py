@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,16 @@ from torch.utils import _pytree as pytree
 
 from pyro_bnn import attention, recurrent  # noqa: F401  (their rules register themselves)
 from pyro_bnn.perturb import Layout, Perturb, Perturbation, Rank1Factors, Replacement, Use
-from pyro_bnn.probe import batched, check_fold, find_consumed, find_layouts, select_samples, undisturbed
+from pyro_bnn.probe import (
+    batched,
+    check_fold,
+    find_consumed,
+    find_layouts,
+    require_rows,
+    select_samples,
+    undisturbed,
+    unlike,
+)
 
 Output = str | int | Callable[[Any], Tensor] | None
 Select = (
@@ -53,7 +62,7 @@ def batch_size(x: Any, y: Any = None) -> int:
     return size
 
 
-def select_parameters(candidates: dict[str, Tensor], net: nn.Module, select: Select) -> list[str]:
+def select_parameters(candidates: Mapping[str, Tensor], net: nn.Module, select: Select) -> list[str]:
     """The names among ``candidates`` that ``select`` picks.
 
     :param select: a regular expression that matches the whole name, a module type (the parameters that it owns), a
@@ -78,6 +87,8 @@ def select_parameters(candidates: dict[str, Tensor], net: nn.Module, select: Sel
         if not picked:
             raise ValueError(f"select={one!r} matches none of the parameters: {', '.join(candidates) or '(none)'}")
         chosen += [n for n in picked if n not in chosen]
+    if not chosen:
+        raise ValueError(f"select={select!r} is empty: give a pattern, a module type or a function, or leave it out")
     return [n for n in candidates if n in chosen]
 
 
@@ -170,16 +181,17 @@ class Network(nn.Module):
         by_id = {i: perturbations[name] for i, name in names.items()}
         with _no_fused_attention(), Perturb(by_id, names, layouts, members, size):
             y = self(folded)
-        if y.shape[:1] != (members * size,):
-            raise ValueError(
-                f"the network's output has shape {tuple(y.shape)}; its axis 0 must run over the {members * size} rows "
-                "of its input. Pick or transpose it with `output=`."
-            )
+        require_rows(y, members * size)
         return y.unflatten(0, (members, size))
 
     def layouts(self, x: Any, size: int, perturbed: Iterable[str]) -> dict[Use, Layout]:
         """The layouts for inputs of this shape, probed on first sight. See :mod:`pyro_bnn.probe`."""
-        key = (_shapes(x, size), tuple(perturbed))
+        # A network that sorts its samples looks regular as long as nothing differs by which it could sort them.
+        shapes, chosen_names = _shapes(x, size), tuple(perturbed)
+        layouts = self._layouts.get((shapes, chosen_names, True))
+        if layouts is not None:
+            return layouts
+        key = (shapes, chosen_names, unlike(x, size))
         if key not in self._layouts:
             parameters = self.parameters_by_name()
             chosen = {name: parameters[name].detach() for name in perturbed}
@@ -187,7 +199,7 @@ class Network(nn.Module):
             neutral = {id(parameters[name]): _neutral(p) for name, p in chosen.items()}
             with _no_fused_attention():
                 layouts = find_layouts(self, self.net, names, neutral, x, size)
-                check_fold(self, self.net, names, chosen, layouts, x, size)
+                check_fold(self, self.net, names, neutral, chosen, layouts, x, size)
             self._layouts[key] = layouts
         return self._layouts[key]
 

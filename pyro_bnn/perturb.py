@@ -180,18 +180,21 @@ class Perturb(TorchFunctionMode):
         values = self.fold(values).to(x.dtype)
         if values.shape[-1] != n:  # one factor for each channel of a group, shared by the groups
             values = values.repeat(1, n // values.shape[-1])
-        dim = dim % x.dim() - x.dim()
-        if values.shape[0] == 1:
+        dim, rows = dim % x.dim() - x.dim(), values.shape[0]
+        if rows == 1:
             return op(x, values.view((n,) + (1,) * (-dim - 1)))
         if layout.dim is None:  # the same for all samples so far: from here on it is not
             x = x if x.dim() > -dim and x.shape[0] == 1 else x.unsqueeze(0)
             layout = Layout(0)
         assert layout.dim is not None
+        behind = layout.dim - x.dim() > dim  # the rows lie behind the features, as in W @ x
+        if behind:
+            values = values.t()
         if layout.outer == layout.inner == 1:
-            return op(x, values.view(_shape(x.dim(), {layout.dim: values.shape[0], dim: n})))
-        split = x.unflatten(layout.dim, (layout.outer, values.shape[0], layout.inner))
-        shape = _shape(split.dim(), {layout.dim + 1: values.shape[0], dim: n})
-        return op(split, values.view(shape)).flatten(layout.dim, layout.dim + 2)
+            return op(x, values.reshape(_shape(x.dim(), {layout.dim: rows, dim: n})))
+        split = x.unflatten(layout.dim, (layout.outer, rows, layout.inner))
+        shape = _shape(split.dim(), {layout.dim + 1: rows, dim - 2 * behind: n})
+        return op(split, values.reshape(shape)).flatten(layout.dim, layout.dim + 2)
 
     def product(
         self,
@@ -225,8 +228,10 @@ class Perturb(TorchFunctionMode):
             if layout.dim is None and factors.s.shape[:2] != (1, 1):
                 layout = Layout(0)  # the product just got an axis for the rows
             y = self.combine(torch.mul, y, factors.r, dims[1], layout)
+            if layout.dim is None and factors.r.shape[:2] != (1, 1):
+                layout = Layout(0)
             if offset is None and bias is not None:
-                return y + bias.view((-1,) + (1,) * (-dims[1] - 1))
+                return y + bias.view((-1,) + (1,) * (-dims[1] - 1)).to(y.dtype)
         else:
             y = op(x, weight, None)
         if offset is not None:
@@ -277,34 +282,49 @@ class _Rule(NamedTuple):
     apply: Callable[[Call], Any]
     always: bool
     consumes: bool
+    weights: tuple[str, ...] | None
 
 
 _RULES: dict[Any, _Rule] = {}
 
 
 def register(
-    *functions: Any, signature: Sequence[str], always: bool = False, consumes: bool = True
+    *functions: Any,
+    signature: Sequence[str],
+    weights: Sequence[str] | None = None,
+    always: bool = False,
+    consumes: bool = True,
 ) -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
     """Registers a rule for torch functions.
 
     :param functions: the functions as :class:`~torch.overrides.TorchFunctionMode` sees them.
     :param signature: the names of their positional arguments, in order; the rule finds them as ``call.<name>``.
         An argument that was not given is not there (``getattr(call, name, default)``).
+    :param weights: the arguments that may be perturbed; any of them by default. A parameter given as another argument
+        (a learned input of a linear layer) is not a weight of this call.
     :param always: run the rule even when no argument is a perturbed parameter, for rules that only watch.
     :param consumes: whether the function uses the weight up; views and casts only pass it on.
     """
 
     def decorate(rule: Callable[[Call], Any]) -> Callable[[Call], Any]:
         for function in functions:
-            _RULES[function] = _Rule(tuple(signature), rule, always, consumes)
+            _RULES[function] = _Rule(
+                tuple(signature), rule, always, consumes, None if weights is None else tuple(weights)
+            )
         return rule
 
     return decorate
 
 
-def consumes(function: Any) -> bool:
-    """Whether a torch function has a rule that uses a weight up."""
-    return function in _RULES and _RULES[function].consumes
+def consumed(function: Any, args: Any, kwargs: dict[str, Any] | None) -> list[Tensor]:
+    """The tensors of a call that the rule of its torch function uses up as weights; none when there is no rule."""
+    rule = _RULES.get(function)
+    if rule is None or not rule.consumes:
+        return []
+    if rule.weights is None:
+        return list(tensors((args, kwargs or {})))
+    arguments = dict(zip(rule.signature, args, strict=False)) | (kwargs or {})
+    return list(tensors([arguments.get(name) for name in rule.weights]))
 
 
 def passes_on(function: Any) -> bool:
@@ -315,7 +335,10 @@ def passes_on(function: Any) -> bool:
 # --------------------------------------------------------------------------------------------------- the rules
 
 
-@register(F.linear, signature=("input", "weight", "bias"))
+_WEIGHTS = ("weight", "bias")
+
+
+@register(F.linear, signature=("input", "weight", "bias"), weights=_WEIGHTS)
 def _linear(call: Call) -> Tensor:
     return call.mode.product(F.linear, call.input, call.weight, getattr(call, "bias", None), dims=(-1, -1))
 
@@ -326,7 +349,7 @@ def _register_convolution(function: Callable[..., Tensor], spatial: int, transpo
     )
     channel = -spatial - 1
 
-    @register(function, signature=("input", "weight", "bias", *options))
+    @register(function, signature=("input", "weight", "bias", *options), weights=_WEIGHTS)
     def _convolution(call: Call) -> Tensor:
         rest = call.rest("input", "weight", "bias")
         return call.mode.product(
@@ -348,7 +371,7 @@ for _spatial, _plain, _transposed in (
     _register_convolution(_transposed, _spatial, transposed=True)
 
 
-@register(F.bilinear, signature=("input1", "input2", "weight", "bias"))
+@register(F.bilinear, signature=("input1", "input2", "weight", "bias"), weights=_WEIGHTS)
 def _bilinear(call: Call) -> Tensor:
     def op(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
         other = call.input2
@@ -361,13 +384,13 @@ def _bilinear(call: Call) -> Tensor:
 
 @register(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, signature=("left", "right"))
 def _matmul(call: Call) -> Tensor:
-    left, right = (*call.args, *call.kwargs.values())  # the second has three names: other, mat2, mat
+    left, right = list(call.args) + list(call.kwargs.values())  # the second has three names: other, mat2, mat
     if call.perturbation(right) is not None:
         return call.mode.product(lambda x, w, b: torch.matmul(x, w), left, right, None, dims=(-1, -1), transposed=True)
     return call.mode.product(lambda x, w, b: torch.matmul(w, x), right, left, None, dims=(-2, -2))
 
 
-@register(torch.addmm, Tensor.addmm, signature=("bias", "input", "weight"))
+@register(torch.addmm, Tensor.addmm, signature=("bias", "input", "weight"), weights=_WEIGHTS)
 def _addmm(call: Call) -> Tensor:
     """``Conv1D`` of the transformers library: a linear layer that stores its weight as [in, out]."""
     if call.rest("bias", "input", "weight"):
@@ -379,11 +402,17 @@ def _addmm(call: Call) -> Tensor:
 @register(
     F.embedding,
     signature=("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
+    weights=("weight",),
 )
 def _embedding(call: Call) -> Tensor:
     """Row ``i`` of the table is ``W[i] * r[i] * s``."""
     mode, index, factors = call.mode, call.input, call.perturbation(call.weight)
     assert isinstance(factors, Rank1Factors)
+    if call.arguments.get("max_norm") is not None:
+        raise ValueError(
+            f"the embedding {mode.names[id(call.weight)]!r} has max_norm, which rescales rows of the table by their "
+            "length: that has no rank-1 form. Take max_norm away, or leave the embedding out with `select=`."
+        )
     y = F.embedding(**call.arguments)
     layout = mode.locate(index, call.weight)
     if factors.r.shape[:2] == (1, 1):
@@ -404,7 +433,15 @@ def _embedding(call: Call) -> Tensor:
     return mode.combine(torch.mul, y, factors.s, -1, layout)
 
 
-@register(Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__, signature=("input",), consumes=False)
+_TRANSPOSES: tuple[Any, ...] = (
+    Tensor.t,
+    torch.t,
+    vars(torch._C.TensorBase)["T"].__get__,
+    vars(torch._C.TensorBase)["mT"].__get__,
+)
+
+
+@register(*_TRANSPOSES, signature=("input",), consumes=False)
 def _transpose(call: Call) -> Tensor:
     factors = call.perturbation(call.input)
     assert isinstance(factors, Rank1Factors)

@@ -104,29 +104,56 @@ class Posterior:
 
     # ------------------------------------------------------------------------------------------------- draws
 
+    @property
+    def stored(self) -> int | None:
+        """Number of stored draws of each member; ``None`` when draws come from a guide."""
+        if not isinstance(self._guide, DrawsGuide):
+            return None
+        return int(next(iter(self._guide.draws().values())).shape[0])
+
     def draws(self, n: int, seed: int | None = None, *, example: Any = None) -> dict[str, Tensor]:
         """``{site: [n, members, *event]}``: n draws of each member. Of stored draws: n evenly spaced ones.
 
+        :param seed: ``predict`` with the same seed uses these very draws.
+        :param example: an input, for guides of other packages that need one.
         :raises ValueError: when fewer than n draws are stored.
         """
+        groups = list(self.draw_groups(n, seed, example=example))
+        return {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
+
+    def draw_groups(self, n: int, seed: int | None = None, *, example: Any = None) -> Iterator[dict[str, Tensor]]:
+        """The same draws in groups that fit a fixed memory budget, which depends on the model alone."""
         if n < 1:
             raise ValueError(f"num_samples={n!r}: expected at least one draw")
-        if isinstance(self._guide, DrawsGuide):
-            stored = self._guide.draws()
-            total = next(iter(stored.values())).shape[0]
-            if n > total:
-                raise ValueError(f"num_samples={n}, but only {total} draws are stored")
-            index = torch.linspace(0, total - 1, n).round().long()
-            return {name: value[index.to(value.device)] for name, value in stored.items()}
+        if self.stored is not None and n > self.stored:
+            raise ValueError(f"num_samples={n}, but only {self.stored} draws are stored")
+        group = n
+        if isinstance(self.model, BayesianNetwork):
+            elements = self.members * sum(site.shape.numel() for site in self.model.sites())
+            group = max(1, _MAX_ELEMENTS // max(1, elements))
+        starts = range(0, n, group)
+        seeds: list[int | None] = [None] * len(starts)
+        if seed is not None:
+            generator = torch.Generator().manual_seed(seed)
+            seeds = torch.randint(2**62, (len(starts),), generator=generator).tolist()
         example = self._example if example is None else example
-        with self._seeded(seed), self._programs():
-            return self._draw_guide(n, () if example is None else (example,))
+        if isinstance(self.model, BayesianNetwork) and example is not None:
+            example = to_device(example, self.model.like())
+        for start, own_seed in zip(starts, seeds, strict=True):
+            size = min(group, n - start)
+            if isinstance(self._guide, DrawsGuide):
+                index = torch.linspace(0, (self.stored or 1) - 1, n).round().long()[start : start + size]
+                yield {name: value[index.to(value.device)] for name, value in self._guide.draws().items()}
+                continue
+            with self._seeded(own_seed), self._programs():
+                draws = self._draw_guide(size, () if example is None else (example,))
+            yield draws
 
     def _draw_guide(self, n: int, args: tuple[Any, ...]) -> dict[str, Tensor]:
         guide, model = self._guide, self.model
         if isinstance(model, BayesianNetwork) and isinstance(guide, (MixtureGuide, AutoGuide)):
             every = guide.every_member() if isinstance(guide, MixtureGuide) else contextlib.nullcontext()
-            vectorised = pyro.plate("_draws", n, dim=model.members_dim - 1, device=model.like().device)
+            vectorised = pyro.plate("_draws", n, dim=model.members_dim - 1, device=str(model.like().device))
             if isinstance(guide, MixtureGuide):
                 args = (model.like(),)  # nothing of x is used without rows
             with every, vectorised:
@@ -189,13 +216,17 @@ class Posterior:
         like = model.like()
         x = to_device(x, like)
         outputs, noise = [], []
-        with torch.no_grad(), self._seeded(seed), _evaluating(model):
-            for latents in self._groups(num_samples, x):
-                if model.site("noise") in latents:
-                    noise.append(latents[model.site("noise")])
-                if self._statistics is not None:
-                    self._refresh(model, latents)
-                outputs.append(self._outputs(model, latents, x, batch_size))
+        with torch.no_grad(), _evaluating(model):
+            for group in self.draw_groups(num_samples, seed, example=x):
+                if model.site("noise") in group:
+                    noise.append(group[model.site("noise")])
+                if self._statistics is None:
+                    outputs.append(self._outputs(model, group, x, batch_size))
+                    continue
+                for i in range(len(next(iter(group.values())))):
+                    one = {name: value[i : i + 1] for name, value in group.items()}
+                    self._refresh(model, one)
+                    outputs.append(self._outputs(model, one, x, batch_size))
         return Prediction(torch.cat(outputs), model.likelihood, torch.cat(noise) if noise else None)
 
     def log_likelihood(
@@ -214,24 +245,6 @@ class Posterior:
         Costs one pass over the loader for each draw; ``None`` goes back to the statistics of training.
         """
         self._statistics = loader
-
-    def _groups(self, n: int, x: Any) -> Iterator[dict[str, Tensor]]:
-        """Draws in groups whose size depends on the model alone, so that a seed gives the same draws for every x."""
-        model = self.model
-        assert isinstance(model, BayesianNetwork)
-        if isinstance(self._guide, DrawsGuide):
-            draws = self.draws(n)
-            group = n
-        else:
-            elements = self.members * sum(s.shape.numel() for s in model.sites())
-            group = max(1, _MAX_ELEMENTS // max(1, elements))
-        step = 1 if self._statistics is not None else group
-        for start in range(0, n, group):
-            size = min(group, n - start)
-            if not isinstance(self._guide, DrawsGuide):
-                draws = self.draws(size, example=x)
-            for i in range(0, size, step):
-                yield {name: value[i : i + step] for name, value in draws.items()}
 
     def _outputs(self, model: BayesianNetwork, latents: dict[str, Tensor], x: Any, batch_size: int | None) -> Tensor:
         size = count_samples(x)
@@ -274,10 +287,9 @@ class Posterior:
             raise ValueError(
                 "predict() of a model that is not of this package needs return_site=, the name of the site wanted"
             )
-        args = x if isinstance(x, tuple) else (x,)
         draws = {k: v[:, 0] for k, v in self.draws(n, seed, example=x).items()}
         with self._seeded(seed), self._programs():
-            values = Predictive(self.model, posterior_samples=draws, return_sites=[site])(*args)
+            values = Predictive(self.model, posterior_samples=draws, return_sites=[site])(x)
         if site not in values:
             raise ValueError(f"the model has no site {site!r}")
         return values[site].unsqueeze(1)
@@ -289,10 +301,11 @@ class Posterior:
             for i in range(n):
                 conditioned = poutine.condition(self.model, {k: v[i, 0] for k, v in draws.items()})
                 trace = poutine.trace(conditioned).get_trace(x, y)
+                sites: list[Any] = list(trace.nodes.values())
                 observed = [
                     site["fn"].log_prob(site["value"])
-                    for site in trace.nodes.values()
-                    if site["type"] == "sample" and site["is_observed"] and torch.equal(_squeezed(site["value"]), y)
+                    for site in sites
+                    if site["type"] == "sample" and site["is_observed"] and _same_values(site["value"], y)
                 ]
                 if len(observed) != 1:
                     raise ValueError(f"expected one site that observes y, found {len(observed)}")
@@ -350,9 +363,10 @@ def _evaluating(model: BayesianNetwork) -> Iterator[None]:
 
 
 def _latents(trace: poutine.Trace) -> dict[str, Tensor]:
+    nodes: dict[str, Any] = trace.nodes
     return {
         name: site["value"].detach()
-        for name, site in trace.nodes.items()
+        for name, site in nodes.items()
         if site["type"] == "sample"
         and not site["is_observed"]
         and not site["infer"].get("is_auxiliary")
@@ -385,5 +399,5 @@ def _rows(x: Any, size: int, start: int, stop: int) -> Any:
     return pytree.tree_map(lambda t: t[start:stop] if batched(t, size) else t, x)
 
 
-def _squeezed(value: Tensor) -> Tensor:
-    return value.reshape([s for s in value.shape if s != 1]) if value.dim() > 1 else value
+def _same_values(value: Tensor, y: Tensor) -> bool:
+    return value.numel() == y.numel() and torch.equal(value.reshape(y.shape), y)

@@ -67,7 +67,7 @@ class Prediction:
 
     @property
     def epistemic(self) -> Tensor:
-        """``[N, ...]``: entropy minus expected entropy; for regression and counts the variance of the members' means."""
+        """``[N, ...]``: entropy minus expected entropy; for regression and counts the variance of members' means."""
         if self._classifies:
             return (self.entropy - self.aleatoric).clamp_min(0)
         return self.members.flatten(0, 1).var(0, correction=0)
@@ -110,7 +110,7 @@ class Prediction:
 
     def _cdf(self, d: dist.TorchDistribution, y: Tensor) -> Tensor:
         if isinstance(self.likelihood, Poisson):
-            return torch.special.gammaincc(y.floor() + 1, d.rate) * (y >= 0)
+            return torch.special.gammaincc(y.floor().clamp_min(0) + 1, d.rate) * (y >= 0)
         return d.cdf(y)
 
     def log_prob(self, y: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ Hierarchical priors have scales of their own as latent sites, named ``<site>_tau
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 __all__ = [
@@ -26,10 +28,13 @@ __all__ = [
 ]
 
 
-def _positive(owner: object, **values: float) -> None:
-    for name, value in values.items():
+def _require_numbers(owner: object, **positive: float) -> None:
+    for name, value in positive.items():
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
             raise ValueError(f"{type(owner).__name__}({name}={value!r}): expected a positive finite number")
+    loc = getattr(owner, "loc", None)
+    if loc is not None and not (isinstance(loc, (int, float)) and math.isfinite(loc)):
+        raise ValueError(f"{type(owner).__name__}(loc={loc!r}): expected a finite number, or None for the centre")
 
 
 class Prior:
@@ -39,6 +44,8 @@ class Prior:
     has_tau: ClassVar[bool] = False
     #: whether every element has a scale ``lambda`` of its own
     has_lambda: ClassVar[bool] = False
+    #: whether a Cauchy has a finite KL divergence from it
+    heavy_tails: ClassVar[bool] = True
 
     def tau(self, like: Tensor) -> dist.TorchDistribution:
         """The distribution of the layer's scale, on the device and with the dtype of ``like``."""
@@ -60,10 +67,10 @@ class Prior:
 class _LocationScale(Prior):
     loc: float | None = None
     scale: float = 1.0
-    family: ClassVar[type[dist.TorchDistribution]]
+    family: ClassVar[Callable[[Tensor, Tensor], dist.TorchDistribution]]
 
     def __post_init__(self) -> None:
-        _positive(self, scale=self.scale)
+        _require_numbers(self, scale=self.scale)
 
     def elements(self, center: float, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
         loc = like.new_full((), center if self.loc is None else self.loc)
@@ -75,6 +82,7 @@ class Normal(_LocationScale):
     """``N(loc, scale^2)``, independent elements."""
 
     family = dist.Normal
+    heavy_tails: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ class Laplace(_LocationScale):
     """``Laplace(loc, scale)``, independent elements."""
 
     family = dist.Laplace
+    heavy_tails: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,7 @@ class StudentT(Prior):
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        _positive(self, df=self.df, scale=self.scale)
+        _require_numbers(self, df=self.df, scale=self.scale)
 
     def elements(self, center: float, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
         loc = center if self.loc is None else self.loc
@@ -116,7 +125,7 @@ class HierarchicalCauchy(Prior):
     has_tau: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _positive(self, scale=self.scale)
+        _require_numbers(self, scale=self.scale)
 
     def tau(self, like: Tensor) -> dist.TorchDistribution:
         return dist.HalfCauchy(like.new_full((), self.scale))
@@ -138,9 +147,10 @@ class HierarchicalNormal(Prior):
     rate: float = 0.02
     loc: float | None = None
     has_tau: ClassVar[bool] = True
+    heavy_tails: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _positive(self, concentration=self.concentration, rate=self.rate)
+        _require_numbers(self, concentration=self.concentration, rate=self.rate)
 
     def tau(self, like: Tensor) -> dist.TorchDistribution:
         variance = dist.InverseGamma(like.new_full((), self.concentration), like.new_full((), self.rate))
@@ -153,7 +163,7 @@ class HierarchicalNormal(Prior):
 
 @dataclass(frozen=True)
 class Horseshoe(Prior):
-    """tau ~ HalfCauchy(scale) for a layer, lambda_i ~ HalfCauchy(1) for an element, element_i ~ N(loc, (tau lambda_i)^2).
+    """element_i ~ N(loc, (tau lambda_i)^2), lambda_i ~ HalfCauchy(1), and tau ~ HalfCauchy(scale) for a layer.
 
     Carvalho, Polson and Scott (2010).
     """
@@ -162,9 +172,10 @@ class Horseshoe(Prior):
     loc: float | None = None
     has_tau: ClassVar[bool] = True
     has_lambda: ClassVar[bool] = True
+    heavy_tails: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _positive(self, scale=self.scale)
+        _require_numbers(self, scale=self.scale)
 
     def tau(self, like: Tensor) -> dist.TorchDistribution:
         return dist.HalfCauchy(like.new_full((), self.scale))
@@ -197,6 +208,7 @@ class _Fixed(Prior):
             fits = torch.broadcast_shapes(shape, like.shape) == like.shape
         except RuntimeError:
             fits = False
+        fits = fits and d.event_shape == like.shape[like.dim() - len(d.event_shape) :]  # an event cannot be expanded
         if not fits:
             raise ValueError(
                 f"the prior of {self.name!r} has shape {tuple(shape)}, the site has {tuple(like.shape)}: give a "
@@ -205,16 +217,20 @@ class _Fixed(Prior):
         return d
 
 
-def _moved(d: Any, like: Tensor) -> Any:
-    """A distribution with its tensors on the device and with the dtype of ``like``."""
-    if isinstance(d, torch.distributions.Independent):
-        return dist.Independent(_moved(d.base_dist, like), d.reinterpreted_batch_ndims)
-    if isinstance(d, torch.distributions.TransformedDistribution) and not d.__dict__.keys() & d.arg_constraints.keys():
-        return type(d)(_moved(d.base_dist, like), d.transforms) if type(d) is dist.TransformedDistribution else d
-    arguments = {k: getattr(d, k) for k in d.arg_constraints if k in d.__dict__ or not isinstance(d, dist.Delta)}
-    if all(v.device == like.device and v.dtype == like.dtype for v in arguments.values() if isinstance(v, Tensor)):
-        return d
-    return type(d)(**{k: v.to(like) if isinstance(v, Tensor) else v for k, v in arguments.items()})
+def _moved(value: Any, like: Tensor) -> Any:
+    """A distribution, whatever it is made of, with its tensors on the device and with the dtype of ``like``."""
+    if isinstance(value, Tensor):
+        return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+    if isinstance(value, list):
+        return [_moved(one, like) for one in value]
+    if isinstance(value, torch.distributions.transforms._InverseTransform):
+        return _moved(value.inv, like).inv
+    if isinstance(value, (torch.distributions.Distribution, torch.distributions.Transform)):
+        moved = copy.copy(value)
+        for name, part in value.__dict__.items():
+            moved.__dict__[name] = None if name == "_inv" else _moved(part, like)  # transforms make inverses anew
+        return moved
+    return value
 
 
 PriorLike = (
@@ -243,13 +259,13 @@ def resolve(prior: PriorLike, names: tuple[str, ...], like: Tensor) -> Prior:
         )
     if isinstance(prior, Prior):
         return prior
-    if isinstance(prior, dist.TorchDistribution):
+    if isinstance(prior, TorchDistributionMixin):
         fixed = _Fixed(names[0], prior)
     elif callable(prior):
         result = prior(names[0], like)
         if isinstance(result, Prior):
             return result
-        if not isinstance(result, dist.TorchDistribution):
+        if not isinstance(result, TorchDistributionMixin):
             raise TypeError(f"the prior function returned {type(result).__name__} for {names[0]!r}, not a distribution")
         fixed = _Fixed(names[0], result)
     else:
@@ -276,8 +292,8 @@ def describe(prior: PriorLike | None) -> Any:
     if isinstance(prior, Mapping):
         return {"patterns": [[pattern, describe(one)] for pattern, one in prior.items()]}
     if type(prior).__name__ in _BY_NAME and isinstance(prior, Prior):
-        return {"class": type(prior).__name__, **asdict(prior)}  # type: ignore[call-overload]
-    kind = type(prior).__name__ if isinstance(prior, dist.TorchDistribution) else "a function"
+        return {"class": type(prior).__name__, **asdict(prior)}  # type: ignore[arg-type]
+    kind = type(prior).__name__ if isinstance(prior, TorchDistributionMixin) else "a function"
     raise TypeError(f"a prior given as {kind} cannot be written to JSON")
 
 

@@ -18,9 +18,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from pyro_bnn.perturb import Layout, Perturb, Perturbation, Rank1Factors, Replacement, Use, consumes, passes_on, tensors
+from pyro_bnn.perturb import Layout, Perturb, Perturbation, Rank1Factors, Replacement, Use, consumed, passes_on, tensors
 
 _SAMPLES = 3  # of the probe: the smallest number for which period and run length of a flatten can both be read
+
+#: functions that read shape, dtype or device of a tensor, not its values
+_READ_NO_VALUES = {
+    *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like),
+    *(Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor),
+}
 
 
 def batched(leaf: Any, size: int) -> bool:
@@ -45,9 +51,9 @@ def find_layouts(
     :raises ValueError: when a perturbed parameter is never consumed by a rule, or by an operation without one.
     :raises RuntimeError: when the samples of the batch cannot be told apart where a weight is used.
     """
-    base_x = select_samples(x, size, [i % size for i in range(_SAMPLES)])
+    base_x = select_samples(x, size, unlike_samples(x, size, _SAMPLES))
     with undisturbed(net):
-        base = _Recorder(neutral, names, strict=True)
+        base = _Recorder(neutral, names)
         with base:
             run(base_x)
         base.require_consumption()
@@ -80,22 +86,24 @@ def find_layouts(
 class _Recorder(Perturb):
     """Runs the rules with perturbations that change nothing, and keeps the tensors that they would act on."""
 
-    def __init__(self, neutral: dict[int, Perturbation], names: dict[int, str], strict: bool = False) -> None:
+    def __init__(self, neutral: dict[int, Perturbation], names: dict[int, str]) -> None:
         super().__init__(neutral, names, {}, 1, _SAMPLES)
         self.inputs: dict[Use, Tensor] = {}
-        self.strict = strict
         self.declared = set(names.values())
         self.by_rule: set[str] = set()
         self.without_rule: dict[str, list[str]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        used = [self.names[id(t)] for t in tensors((args, kwargs or {})) if id(t) in self.perturbations]
+        used = [t for t in tensors((args, kwargs or {})) if id(t) in self.perturbations]
         result = super().__torch_function__(func, types, args, kwargs)
-        if used and consumes(func):
-            self.by_rule.update(used)
-        elif used and any(id(t) not in self.perturbations for t in tensors((result,))):
-            for name in used:
-                self.without_rule.setdefault(name, []).append(getattr(func, "__name__", str(func)))
+        if used:
+            taken = {id(t) for t in consumed(func, args, kwargs)}
+            self.by_rule.update(self.names[id(t)] for t in used if id(t) in taken)
+            if func in _READ_NO_VALUES or passes_on(func):
+                return result
+            if any(id(t) not in self.perturbations for t in tensors((result,))):
+                for name in (self.names[id(t)] for t in used if id(t) not in taken):
+                    self.without_rule.setdefault(name, []).append(_name(func))
         return result
 
     def layout(self, x: Tensor, use: Use) -> Layout:
@@ -107,7 +115,8 @@ class _Recorder(Perturb):
             name, functions = next(iter(self.without_rule.items()))
             raise ValueError(
                 f"parameter {name!r} is random, but the network uses it in {', '.join(sorted(set(functions)))}, which "
-                "has no rule. Leave it out with `select=`, or teach the rule with `pyro_bnn.perturb.register`."
+                "has no rule for it. Leave it out with `select=` (biases with `member_bias=False`), or teach the rule "
+                "with `pyro_bnn.perturb.register`."
             )
         unused = sorted(self.declared - self.by_rule)
         if unused:
@@ -116,6 +125,12 @@ class _Recorder(Perturb):
                 + (f" (nor {len(unused) - 1} others: {', '.join(unused[1:4])} ...)" if len(unused) > 1 else "")
                 + ". Leave it out with `select=`, or check that forward() reaches it."
             )
+
+
+def _name(function: Any) -> str:
+    """A torch function as its documentation calls it: the getter of a property has no name of its own."""
+    name = torch.overrides.resolve_name(function)
+    return name.removesuffix(".__get__") if name else getattr(function, "__name__", str(function))
 
 
 class _Finder(TorchFunctionMode):
@@ -128,11 +143,9 @@ class _Finder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        used = [self.names[id(t)] for t in tensors((args, kwargs or {})) if id(t) in self.names]
-        if used and consumes(func):
-            self.found.update(used)
-        elif used and passes_on(func) and id(args[0]) in self.names:
-            self.names[id(result)] = used[0]
+        self.found.update(self.names[id(t)] for t in consumed(func, args, kwargs) if id(t) in self.names)
+        if passes_on(func) and args and id(args[0]) in self.names:
+            self.names[id(result)] = self.names[id(args[0])]
             self.derived.append(result)
         return result
 
@@ -149,6 +162,7 @@ def check_fold(
     run: Callable[..., Tensor],
     net: nn.Module,
     names: dict[int, str],
+    neutral: dict[int, Perturbation],
     parameters: dict[str, Tensor],
     layouts: dict[Use, Layout],
     x: Any,
@@ -157,28 +171,42 @@ def check_fold(
     """A folded batch of 2 members x 2 samples with random perturbations equals four runs with explicit weights.
 
     :raises RuntimeError: when it does not; the message names the parameters at fault.
+    :raises ValueError: when axis 0 of the network's output does not run over its rows.
     """
-    pair = select_samples(x, size, [0, 1 % size])
-    with undisturbed(net), _no_zero_weights(net):
-        bad = [] if _folds(run, net, names, parameters, layouts, pair) else list(parameters)
-        if len(bad) > 1:
-            bad = [n for n in bad if not _folds(run, net, names, {n: parameters[n]}, layouts, pair)] or bad
-    if bad:
-        raise RuntimeError(
-            f"rows with weights of their own for {', '.join(map(repr, bad[:5]))} do not give what the network gives "
-            "with those weights: the network treats the rows of a batch differently (or the weight meets a tensor "
-            "that does not depend on the sample). Leave it out with `select=`."
+    pair = select_samples(x, size, unlike_samples(x, size, 2))
+    with undisturbed(net), _no_small_weights(net):
+        reason = _misfold(run, names, neutral, parameters, layouts, pair)
+        if reason is None:
+            return
+        alone = {n: _misfold(run, names, neutral, {n: p}, layouts, pair) for n, p in parameters.items()}
+        bad = [n for n, why in alone.items() if why is not None] or list(parameters)
+    raise RuntimeError(
+        f"rows with weights of their own for {', '.join(map(repr, bad[:5]))} do not give what the network gives with "
+        f"those weights ({reason}): the network treats the rows of a batch differently, or the weight meets a tensor "
+        "that does not depend on the sample. Leave it out with `select=`."
+    )
+
+
+def require_rows(y: Tensor, rows: int) -> None:
+    """
+    :raises ValueError: when axis 0 of a network's output does not run over its rows.
+    """
+    if y.shape[:1] != (rows,):
+        raise ValueError(
+            f"the network's output has shape {tuple(y.shape)}; its axis 0 must run over the {rows} rows of its input. "
+            "Pick or transpose it with `output=`."
         )
 
 
-def _folds(
+def _misfold(
     run: Callable[..., Tensor],
-    net: nn.Module,
     names: dict[int, str],
+    neutral: dict[int, Perturbation],
     parameters: dict[str, Tensor],
     layouts: dict[Use, Layout],
     pair: Any,
-) -> bool:
+) -> str | None:
+    """What goes wrong in a folded batch in which ``parameters`` are perturbed and the others keep their values."""
     like = next(iter(parameters.values()))
     generator = torch.Generator().manual_seed(0)
 
@@ -194,12 +222,11 @@ def _folds(
     folded = pytree.tree_map(lambda t: torch.cat([t, t]) if batched(t, 2) else t, pair)
     ids = {name: i for i, name in names.items()}
     try:
-        with Perturb({ids[n]: p for n, p in perturbations.items()}, names, layouts, 2, 2):
+        with Perturb(neutral | {ids[n]: p for n, p in perturbations.items()}, names, layouts, 2, 2):
             y = run(folded)
-    except RuntimeError:
-        return False
-    if y.shape[0] != 4:
-        return False
+    except RuntimeError as error:
+        return str(error)
+    require_rows(y, 4)
     tolerance = torch.finfo(y.dtype).eps ** 0.5
     for m in range(2):
         for b in range(2):
@@ -207,15 +234,18 @@ def _folds(
             alone = run(select_samples(pair, 2, [b]), weights)[0]
             scale = alone.abs().max()
             if not torch.allclose(y[2 * m + b], alone, rtol=0, atol=float(tolerance * scale), equal_nan=True):
-                return False
-    return True
+                return "another output"
+    return None
 
 
 @contextlib.contextmanager
 def undisturbed(net: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, full precision; modes, buffers and random state are put back."""
     modes = [(module, module.training) for module in net.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    # Copies take the place of the buffers: a write into one of these, even of its old values, would invalidate the
+    # graph of an earlier pass whose gradients are still to come, and a forward may also put new ones in their place.
+    buffers = [(m, name, b) for m in net.modules() for name, b in m._buffers.items() if b is not None]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in buffers}
     devices = {t.device for t in [*net.parameters(), *net.buffers()] if t.device.type == "cuda"}
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
@@ -223,26 +253,52 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
         for kind in {"cpu", *(device.type for device in devices)}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         net.eval()
+        for module, name, buffer in buffers:
+            module._buffers[name] = copies[id(buffer)]
         try:
             yield
         finally:
             for module, training in modes:
                 module.training = training
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for module, name, buffer in buffers:
+                module._buffers[name] = buffer
 
 
 @contextlib.contextmanager
-def _no_zero_weights(net: nn.Module) -> Iterator[None]:
-    """Gives weights that start at zero (last layers, residual branches) values, behind which nothing can hide."""
-    zeros = [p for p in net.parameters() if p.dim() > 1 and p.is_floating_point() and not p.any()]
+def _no_small_weights(net: nn.Module) -> Iterator[None]:
+    """Gives weights, gains and gates that start at or near zero (last layers, residual branches) other values.
+
+    An error behind them would be too small to be seen.
+    """
+    small = [p.data for p in net.parameters() if p.is_floating_point() and p.numel() and p.abs().max() < 1e-3]
+    values = [p.clone() for p in small]  # through `.data`, for the reason given in `undisturbed`
     try:
-        for p in zeros:
-            p.normal_(std=p[0].numel() ** -0.5)
+        for p in small:
+            p.normal_(std=p[0].numel() ** -0.5 if p.dim() > 1 else 1.0)
         yield
     finally:
-        for p in zeros:
-            p.zero_()
+        for p, value in zip(small, values, strict=True):
+            p.copy_(value)
+
+
+def _per_sample(leaf: Any, size: int) -> bool:
+    """Whether a leaf of x holds one integer for each sample, such as the lengths of sequences."""
+    integer = batched(leaf, size) and not (leaf.is_floating_point() or leaf.is_complex())
+    return bool(integer and leaf.dim() == 1)
+
+
+def unlike(x: Any, size: int) -> bool:
+    """Whether samples differ in an integer of theirs, by which a network may sort them."""
+    return any(_per_sample(leaf, size) and bool((leaf != leaf[0]).any()) for leaf in pytree.tree_leaves(x))
+
+
+def unlike_samples(x: Any, size: int, count: int) -> list[int]:
+    """The first samples, or some that are in no order by an integer of theirs: least, greatest, least."""
+    for leaf in pytree.tree_leaves(x):
+        if _per_sample(leaf, size) and (leaf != leaf[0]).any():
+            low, high = int(leaf.long().argmin()), int(leaf.long().argmax())
+            return [low, high, low][:count]
+    return [i % size for i in range(count)]
 
 
 def select_samples(x: Any, size: int, index: list[int]) -> Any:
@@ -320,7 +376,7 @@ def _constant(
     """Layouts of tensors that no mark reached: the same for every sample, with or without an axis for the batch."""
     smaller = _Recorder(neutral, names)
     with smaller:
-        run(select_samples(x, size, [0, 1 % size]))
+        run(select_samples(x, size, unlike_samples(x, size, 2)))
     layouts: dict[Use, Layout] = {}
     for use in uses:
         base, other = inputs[use], smaller.inputs.get(use)

@@ -147,9 +147,12 @@ def _aligned(mode: Perturb, layout: Layout, batch_dim: int) -> Callable[[Tensor]
     return rows
 
 
-def _packed(mode: Perturb, data: Tensor) -> Callable[[Tensor], Tensor]:
-    """Values of every row, in the order in which ``pack_padded_sequence`` sorted the sequences."""
-    order = mode.reordered[id(data)][1] if id(data) in mode.reordered else None
+def _packed(mode: Perturb, batch_sizes: Tensor) -> Callable[[Tensor], Tensor]:
+    """Values of every row, in the order in which ``pack_padded_sequence`` sorted the sequences.
+
+    The sizes stand for the order: they stay the same tensor when layers put other data into a ``PackedSequence``.
+    """
+    order = mode.reordered[id(batch_sizes)][1] if id(batch_sizes) in mode.reordered else None
 
     def rows(values: Tensor) -> Tensor:
         folded = mode.fold(values)
@@ -175,7 +178,7 @@ def _watch_sort(call: Call) -> Tensor:
 def _watch_pack(call: Call) -> tuple[Tensor, Tensor]:
     data, batch_sizes = call.func(*call.args, **call.kwargs)
     if id(call.input) in call.mode.reordered:
-        call.mode.reordered[id(data)] = (data, call.mode.reordered[id(call.input)][1])
+        call.mode.reordered[id(batch_sizes)] = (batch_sizes, call.mode.reordered[id(call.input)][1])
     return data, batch_sizes
 
 
@@ -191,7 +194,7 @@ def _register_recurrent(function: Any, cell: Cell, states: int) -> None:
         mode = call.mode
         if packed:
             steps = call.input.split(call.batch_sizes.tolist())
-            outputs, final = _layers(call, steps, initial, _packed(mode, call.input), cell, call.train)
+            outputs, final = _layers(call, steps, initial, _packed(mode, call.batch_sizes), cell, call.train)
             return (torch.cat(outputs), *final)
         layout = mode.locate(call.input, _perturbed(call, call.params))
         rows = _aligned(mode, layout, 0 if call.batch_first else 1)
@@ -201,7 +204,9 @@ def _register_recurrent(function: Any, cell: Cell, states: int) -> None:
 
 
 def _register_cell(function: Any, cell: Cell, states: int) -> None:
-    @register(function, signature=("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"))
+    weights = ("w_ih", "w_hh", "b_ih", "b_hh")
+
+    @register(function, signature=("input", "hx", *weights), weights=weights)
     def _cell(call: Call) -> Tensor | State:
         b_ih, b_hh = call.arguments.get("b_ih"), call.arguments.get("b_hh")
         layout = call.mode.locate(call.input, _perturbed(call, (call.w_ih, call.w_hh, b_ih, b_hh)))

@@ -93,8 +93,13 @@ def _replace(new: Path, path: Path) -> None:
         return
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent)) / path.name
     os.replace(path, old)
-    os.replace(new, path)
-    shutil.rmtree(old.parent)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)
 
 
 def load(

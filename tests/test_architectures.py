@@ -38,7 +38,7 @@ def test_wrn_28_10_starts_from_he_normal_weights(wrn_28_10: nn.Module) -> None:
 
 
 def test_wide_resnet_layers_are_as_the_paper_says() -> None:
-    """Proves: a bias in the classifier alone, a 1 x 1 projection of the raw input, batch-norm constants, 8 x 8 pooling."""
+    """Proves: one bias, in the classifier; a 1 x 1 projection of the raw input; batch-norm constants; 8 x 8 pooling."""
     net = architectures.WideResNet(depth=10, width=1).eval()
     assert [name for name, _ in net.named_parameters() if name.endswith("bias") and "bn" not in name] == [
         "classifier.bias"

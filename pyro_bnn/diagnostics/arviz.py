@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pyro_bnn.diagnostics.stream import log_density, predictions, predictions_of_inputs
 from pyro_bnn.network import batch_size as count_rows
-from pyro_bnn.posterior import DrawsGuide
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior, Prediction
@@ -84,7 +83,7 @@ def to_arviz(
     """
     wanted = _checked_groups(groups, x, y)
     if num_samples is None:
-        num_samples = _stored_draws(posterior) or DRAWS
+        num_samples = posterior.stored or DRAWS
     budget = _Budget(max_values)
     tree: dict[str, Group] = {}
     if "posterior" in wanted:
@@ -95,7 +94,8 @@ def to_arviz(
     if "observed_data" in wanted and y is not None:
         budget.take("observed_data/obs", y.numel())
         tree["observed_data"] = {"obs": _array(_plain(y, 1), "obs_id", *_outputs(_plain(y, 1).dim() - 1))}
-    tree |= _predictive(posterior, x, y, wanted, num_samples, batch_size, seed, budget)
+    settings = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
+    tree |= _predictive(posterior, x, y, wanted, settings, budget)
     if "constant_data" in wanted:
         tree["constant_data"] = _constant_data(x, budget)
 
@@ -160,12 +160,6 @@ def _checked_groups(groups: str | Sequence[str], x: Any, y: Tensor | None) -> tu
     return wanted
 
 
-def _stored_draws(posterior: Posterior) -> int:
-    if not isinstance(posterior.guide, DrawsGuide):
-        return 0
-    return int(next(iter(posterior.guide.draws().values())).shape[0])
-
-
 def _posterior(draws: dict[str, Tensor], sites: str | Sequence[str] | None, budget: _Budget) -> Group:
     whole = _chosen_sites(sites, draws)
     group: Group = {}
@@ -226,21 +220,20 @@ def _predictive(
     x: Any,
     y: Tensor | None,
     wanted: Sequence[str],
-    num_samples: int,
-    batch_size: int | None,
-    seed: int,
+    settings: dict[str, Any],
     budget: _Budget,
 ) -> dict[str, Group]:
-    """The groups ``posterior_predictive`` and ``log_likelihood``, in one pass over x."""
+    """The groups ``posterior_predictive``, ``function`` and ``log_likelihood``, in one pass over x."""
     with_y, with_log_likelihood = "posterior_predictive" in wanted, "log_likelihood" in wanted
     if not (with_y or with_log_likelihood):
         return {}
-    if getattr(posterior.model, "likelihood", None) is None:
+    likelihood = getattr(posterior.model, "likelihood", None)
+    if likelihood is None:
         raise ValueError(
             "posterior_predictive and log_likelihood need a model with a likelihood of pyro_bnn.likelihoods, and this "
             "one has none: choose other groups="
         )
-    functions = num_samples * posterior.members
+    functions = settings["num_samples"] * posterior.members
     rows = count_rows(x, y)
     if rows == 0:
         raise ValueError("x has no rows: give at least one, or choose groups= that need no x")
@@ -249,7 +242,6 @@ def _predictive(
     if with_y:
         budget.take("posterior_predictive/obs", functions * (rows if y is None else y.numel()))
 
-    settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
     stream: Iterable[tuple[Prediction, Any]]
     if y is None:
         stream = ((prediction, None) for prediction in predictions_of_inputs(posterior, x, like=x, **settings))
@@ -257,21 +249,22 @@ def _predictive(
         stream = ((prediction, target) for _, prediction, target in predictions(posterior, (x, y), **settings))
 
     parts: dict[str, list[Tensor]] = {"log_likelihood": [], "obs": [], "function": []}
-    function, keep_function = "", False
+    function, keep_function = "probs" if likelihood.kind == "classification" else "mean", False
     for index, (prediction, target) in enumerate(stream):
         if with_log_likelihood:
-            parts["log_likelihood"].append(log_density(prediction, target).double())
+            parts["log_likelihood"].append(log_density(prediction, target).flatten(0, 1).cpu().double())
         if with_y:
             # Noise of its own for every batch, and none that the latent sites have used under the same seed.
-            parts["obs"].append(prediction.sample(seed=seed + 1 + index))
+            obs = prediction.sample(seed=settings["seed"] + 1 + index)
             if not index:
-                function = "probs" if prediction.likelihood.kind == "classification" else "mean"
+                budget.take("posterior_predictive/obs", functions * rows * obs[0, 0, 0].numel())
                 size = functions * rows * prediction.members[0, 0, 0].numel()
                 keep_function = budget.offer(f"function/{function}", size)
+            parts["obs"].append(obs.flatten(0, 1).cpu())
             if keep_function:
-                parts["function"].append(prediction.members)
+                parts["function"].append(prediction.members.flatten(0, 1).cpu())
 
-    whole = {name: torch.cat([p.flatten(0, 1).cpu() for p in part], 1) for name, part in parts.items() if part}
+    whole = {name: torch.cat(part, 1) for name, part in parts.items() if part}
     tree: dict[str, Group] = {}
     if with_log_likelihood:
         tree["log_likelihood"] = {"obs": _enumerated(whole["log_likelihood"], posterior.members)}
@@ -351,5 +344,6 @@ def _at_least_float32(values: Tensor) -> Tensor:
 def _container(groups: dict[str, xr.Dataset], attrs: dict[str, Any]) -> Any:
     # ArviZ 1.x still answers to `arviz.InferenceData`, with a warning and another class.
     if arviz.__version__.partition(".")[0] == "0":
-        return arviz.InferenceData(attrs=attrs, **groups)
+        container: Any = arviz.InferenceData
+        return container(attrs=attrs, **groups)
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs), **groups})

@@ -54,16 +54,16 @@ def evaluate(
     A Bernoulli likelihood counts as a classification with the two classes 0 and 1. A target of several numbers counts
     each of them in every metric but ``nll``, where a datum is a row, and in the entropy, which is their mean.
 
-    The memory in use depends on the size of a batch, not on the number of batches. Every batch sees the same draws.
+    Every batch sees the same draws. Of a batch that is done, at most four numbers for each row stay in memory.
 
     :param data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair of tensors; x may be any
-        nesting of dicts and tuples of tensors. Batches are moved to the device of the model.
+        nesting of dicts and tuples of tensors. Everything runs on the device of the model.
     :param ood: inputs from elsewhere: a loader, a dataset, or x itself; labels beside them are left out.
     :param num_samples: draws from every member, S.
     :param batch_size: the most rows in one forward pass; a loader keeps its own batches otherwise, and other data are
         cut into batches of 256.
     :param seed: of the draws.
-    :raises TypeError: when data or ood is none of the forms above.
+    :raises TypeError: when data or ood is none of the forms above, or y has the wrong dtype.
     :raises ValueError: when data or ood is empty, y does not fit the likelihood, y or a prediction holds NaN, or ood
         is given for a regression.
 
@@ -155,7 +155,7 @@ class _Classification:
 
     def _rank(self, prediction: Prediction, label: int) -> None:
         entropy = prediction.entropy.flatten(1).mean(1) if prediction.entropy.dim() > 1 else prediction.entropy
-        # torchmetrics squashes scores outside [0, 1], and small entropies would become ties.
+        # torchmetrics takes the sigmoid of a batch with a score outside [0, 1], and of no other batch.
         score = (entropy / math.log(self.classes)).clamp(0, 1)
         self.metrics["ood_auroc"].update(score, torch.full_like(score, label, dtype=torch.long))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
@@ -95,7 +96,8 @@ def _inputs(data: Any, like: Any, rows: int) -> Iterable[Any]:
 
 def _loader(data: Any, rows: int) -> Iterable[Any]:
     if isinstance(data, Dataset):
-        return DataLoader(data, batch_size=rows)
+        # A loader takes a seed for its workers, from the global generator unless it has one of its own.
+        return DataLoader(data, batch_size=rows, generator=torch.Generator())
     if isinstance(data, Iterable) and not isinstance(data, (Tensor, dict, tuple, str)):
         return data
     raise TypeError(f"data is a DataLoader, a Dataset or a pair (x, y) of tensors, got {_describe(data)}")

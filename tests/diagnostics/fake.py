@@ -68,6 +68,7 @@ class FakePosterior:
         self.members = table.shape[1]
         self.losses = losses or []
         self.guide = None
+        self.stored = None
         self._sites = sites or {}
         self.calls: list[dict[str, Any]] = []
 

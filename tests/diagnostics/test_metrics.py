@@ -116,12 +116,15 @@ def test_probabilities_above_one_by_rounding_stay_probabilities() -> None:
     assert exact["ece"] != expected["ece"]
 
 
-def test_small_entropies_are_no_ties() -> None:
-    # All are nearly certain, the ones from elsewhere a little less: perfectly separable.
-    p = torch.cat([torch.full((50,), 1e-7), torch.full((50,), 2e-7)])
-    posterior = FakePosterior(torch.stack([p, 1 - p], -1).double()[None, None].float(), likelihoods.Categorical())
-    result = evaluate(posterior, (rows(50), torch.ones(50).long()), ood=rows(100)[50:])
-    assert result["ood_auroc"] == 1.0
+def test_an_entropy_above_one_changes_no_other_score() -> None:
+    # All but one are nearly certain, those from elsewhere a little less. The one belongs to the data and has an entropy
+    # above 1; torchmetrics takes the sigmoid of every batch that holds such a score, and of no other.
+    rest = torch.cat([torch.full((50,), 1e-9), torch.full((50,), 2e-9)])[:, None].expand(-1, 3)
+    table = torch.cat([rest, 1 - rest.sum(-1, keepdim=True)], -1)
+    table[0] = 0.25
+    posterior = FakePosterior(table[None, None], likelihoods.Categorical())
+    result = evaluate(posterior, (rows(50), torch.full((50,), 3)), ood=rows(100)[50:])
+    assert result["ood_auroc"] == pytest.approx(49 / 50, abs=1e-6)
 
 
 @pytest.mark.parametrize("column", [False, True])

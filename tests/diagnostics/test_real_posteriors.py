@@ -10,6 +10,7 @@ import pytest
 import torch
 from pyro.infer import MCMC, NUTS
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import pyro_bnn as pb
 
@@ -144,6 +145,32 @@ def test_all_draws_of_nuts() -> None:
     np.testing.assert_allclose(data["posterior"]["noise"][0], mcmc.get_samples()["noise"].reshape(-1))
     assert data["log_likelihood"]["obs"].shape == (1, 30, 200)
     assert pytest.importorskip("arviz").loo(data).n_data_points == 200
+
+
+def test_the_global_random_state_is_left_alone(classifier: pb.Posterior) -> None:
+    x = inputs(20)
+    before = torch.get_rng_state()
+    pb.diagnostics.evaluate(classifier, TensorDataset(x, classes(x)), ood=TensorDataset(x))
+    pb.diagnostics.to_arviz(classifier, x, classes(x), num_samples=5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_data_on_the_cpu_and_a_network_on_the_gpu() -> None:
+    x = inputs(50)
+    for y, columns, likelihood in (
+        (classes(x), 3, pb.likelihoods.Categorical()),
+        (targets(x), 1, pb.likelihoods.Gaussian()),
+    ):
+        model = pb.models.Rank1(nn.Linear(2, columns).cuda(), likelihood, 50)
+        posterior = pb.Posterior(model, pb.models.Rank1Guide(model, components=2))
+        ood = x if columns == 3 else None
+        result = pb.diagnostics.evaluate(posterior, (x, y), ood=ood)
+        assert all(math.isfinite(value) for value in result.values())
+        assert pb.diagnostics.evaluate(posterior, (x.cuda(), y.cuda()), ood=ood) == pytest.approx(result, rel=1e-5)
+        data = pb.diagnostics.to_arviz(posterior, x, y, num_samples=5)
+        assert data["log_likelihood"]["obs"].shape == (1, 10, 50)
 
 
 def test_data_that_do_not_fit(classifier: pb.Posterior) -> None:

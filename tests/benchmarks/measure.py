@@ -1,0 +1,80 @@
+"""Timing of alternatives in one run, and peak memory in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(alternatives: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, float]:
+    """Median seconds of each alternative; they take turns, so that a drift of the machine meets all alike."""
+    for _ in range(warmup):
+        for run in alternatives.values():
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in alternatives}
+    for _ in range(rounds):
+        for name, run in alternatives.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def peak_memory(build: Callable[[], Callable[[], Any]], steps: int = 3) -> float:
+    """Megabytes that a step needs beyond the process that has imported everything, measured in a new process."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak, (build, steps))
+
+
+def _peak(build: Callable[[], Callable[[], Any]], steps: int) -> float:
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _status("VmRSS")
+    run = build()
+    for _ in range(steps):
+        run()
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(key: str) -> int:
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if key in line)
+
+
+def machine() -> dict[str, Any]:
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pyro": version("pyro-ppl"),
+    }
+
+
+def report(name: str, rows: list[dict[str, Any]]) -> None:
+    """Prints the rows and writes them, with machine and versions, to the committed results."""
+    for row in rows:
+        print("  ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    os.replace(temporary, path)
+    print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")

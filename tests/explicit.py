@@ -1,0 +1,157 @@
+"""What a perturbed network must agree with: the plain network, run once for each row with that row's weights in it.
+
+Nothing in this file uses the rules, the probe or `Rank1Factors.explicit`.
+"""
+
+import copy
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pyro_bnn.network import Network
+from pyro_bnn.perturb import Perturbation, Rank1Factors, Replacement
+
+TOLERANCE = 1e-10  # relative, float64
+VISIBLE = 1e-4  # the relative change that every perturbation must cause, or the comparison would show nothing
+
+#: sizes of the first two axes of a perturbation
+DRAWS: dict[str, Callable[[int, int], tuple[int, int]]] = {
+    "row": lambda members, rows: (members, rows),
+    "member": lambda members, rows: (members, 1),
+    "sample": lambda members, rows: (1, rows),
+    "shared": lambda members, rows: (1, 1),
+}
+
+
+def outer(weight: Tensor, r: Tensor, s: Tensor, groups: int = 1) -> Tensor:
+    """W o (r s^T): r over dimension 0, s over dimension 1 of W (in every group, or through all groups)."""
+    if s.numel() == weight.shape[1]:
+        s = s.repeat(groups)
+    blocks = weight.unflatten(0, (groups, -1))
+    scaled = torch.einsum("goi...,go,gi->goi...", blocks, r.reshape(groups, -1), s.reshape(groups, -1))
+    return scaled.flatten(0, 1)
+
+
+def owner_of(net: nn.Module, name: str) -> nn.Module:
+    return net.get_submodule(name.rpartition(".")[0])
+
+
+def groups_of(net: nn.Module, name: str) -> int:
+    return int(getattr(owner_of(net, name), "groups", 1))
+
+
+def row_weights(net: nn.Module, perturbations: dict[str, Perturbation], member: int, row: int) -> dict[str, Tensor]:
+    """The perturbed parameters as one row of one member has them."""
+    parameters = dict(net.named_parameters())
+
+    def pick(values: Tensor) -> Tensor:
+        return values[min(member, values.shape[0] - 1), min(row, values.shape[1] - 1)]
+
+    return {
+        name: pick(p.value)
+        if isinstance(p, Replacement)
+        else outer(parameters[name], pick(p.r), pick(p.s), groups_of(net, name))
+        for name, p in perturbations.items()
+    }
+
+
+def call(net: nn.Module, x: Any) -> Any:
+    return net(**x) if isinstance(x, dict) else net(*x) if isinstance(x, (tuple, list)) else net(x)
+
+
+def sample(x: Any, size: int, row: int) -> Any:
+    """One sample of x, as a batch of one."""
+    return pytree.tree_map(
+        lambda leaf: leaf[row : row + 1] if isinstance(leaf, Tensor) and leaf.shape[:1] == (size,) else leaf, x
+    )
+
+
+def row_by_row(
+    net: nn.Module, x: Any, size: int, perturbations: dict[str, Perturbation], members: int, output: Any = None
+) -> Tensor:
+    """``[members, size, ...]``, every row from a run of its own."""
+    results = []
+    alone = copy.deepcopy(net)
+    parameters = dict(alone.named_parameters())
+    with torch.no_grad():
+        for member in range(members):
+            for row in range(size):
+                for name, weight in row_weights(net, perturbations, member, row).items():
+                    parameters[name].copy_(weight)
+                y = call(alone, sample(x, size, row))
+                results.append((y if output is None else output(y))[0])
+    return torch.stack(results).unflatten(0, (members, size))
+
+
+def relative(a: Tensor, b: Tensor) -> Tensor:
+    """The largest difference in every row, ``[members, rows]``, relative to the largest entry of b in that row."""
+    a, b = (t.flatten(2) if t.dim() > 2 else t.unsqueeze(-1) for t in (a, b))
+    return (a - b).abs().amax(-1) / b.abs().amax(-1)
+
+
+def weights_of(net: nn.Module, skip: Collection[str] = ()) -> tuple[list[str], list[str]]:
+    """The names of all parameters that factors, and of all that vectors of a member's own, can perturb."""
+    names = {name: p for name, p in net.named_parameters() if name not in skip}
+    return [n for n, p in names.items() if p.dim() > 1], [n for n, p in names.items() if p.dim() == 1]
+
+
+def perturb(
+    net: nn.Module,
+    weights: list[str],
+    biases: list[str],
+    members: int,
+    rows: int,
+    draws: str = "row",
+    seed: int = 0,
+    sizes: tuple[float, float] = (1.2, 1.8),
+    signs: bool = True,
+) -> dict[str, Perturbation]:
+    """Factors of these sizes for the weights (no product of two is 1 by default), other values for the biases."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = dict(net.named_parameters())
+    lead = DRAWS[draws](members, rows)
+
+    def uniform(n: int) -> Tensor:
+        size = torch.empty(*lead, n, dtype=torch.float64).uniform_(*sizes, generator=generator)
+        return size * (torch.rand(size.shape, generator=generator) - 0.5).sign() if signs else size
+
+    perturbations: dict[str, Perturbation] = {}
+    for name in weights:
+        out, into = parameters[name].shape[:2]
+        perturbations[name] = Rank1Factors(uniform(out), uniform(into * groups_of(net, name)))
+    for name in biases:
+        perturbations[name] = Replacement(parameters[name].detach() + uniform(parameters[name].numel()) - sum(sizes) / 4)
+    return perturbations
+
+
+def assert_exact(
+    net: nn.Module,
+    x: Any,
+    *,
+    draws: str = "row",
+    skip: Collection[str] = (),
+    members: int = 2,
+    perturbations: dict[str, Perturbation] | None = None,
+    effects: bool = True,
+) -> None:
+    """A folded pass equals one run for each row, and no perturbation is without effect on any row.
+
+    :param skip: parameters that are not perturbed; all others are.
+    :param effects: whether to run the loop again without each perturbation in turn, to see that it has an effect.
+    """
+    net = net.double()
+    size = next(leaf.shape[0] for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor))
+    if perturbations is None:
+        perturbations = perturb(net, *weights_of(net, skip), members, size, draws)
+    network = Network(net)
+    with torch.no_grad():
+        folded = network.perturbed(x, size, perturbations, members)
+    expected = row_by_row(net, x, size, perturbations, members)
+    assert folded.shape == expected.shape
+    assert relative(folded, expected).max() <= TOLERANCE
+    for name in perturbations if effects else ():
+        others = {n: p for n, p in perturbations.items() if n != name}
+        assert relative(row_by_row(net, x, size, others, members), expected).min() > VISIBLE, f"{name} has no effect"
