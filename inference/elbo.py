@@ -8,9 +8,15 @@ from typing import Any, Literal
 import torch
 from pyro import poutine
 from pyro.distributions import Cauchy, Delta, LogNormal, Normal
+from pyro.distributions.util import scale_and_mask
 from pyro.infer import TraceMeanField_ELBO
+from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement
+from pyro.infer.util import check_fully_reparametrized, is_validation_enabled, torch_item
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import prune_subsample_sites
+from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 
 class ScaleLatents(Messenger):
@@ -72,20 +78,57 @@ class MixtureELBO(TraceMeanField_ELBO):
         self.mixture_kl, self.likelihood_bound = mixture_kl, likelihood_bound
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[poutine.Trace, poutine.Trace]:
+        """Traces without log densities: which of them are needed is known only once closed forms have been tried."""
         with ScaleLatents(per_member=self.mixture_kl == "sum"):
-            model_trace, guide_trace = super()._get_trace(model, guide, args, kwargs)
-        if self.likelihood_bound == "mixture":
-            for site in model_trace.nodes.values():
-                if site["type"] == "sample" and site["is_observed"]:
-                    _mix_members(site)
+            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+            model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+        if is_validation_enabled():
+            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
+        guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
+        if is_validation_enabled():
+            _check_mean_field_requirement(model_trace, guide_trace)
+            model_trace.compute_log_prob()
+            guide_trace.compute_score_parts()
+            for trace in (model_trace, guide_trace):
+                for site in _sample_sites(trace).values():
+                    check_site_shape(site, self.max_plate_nesting)
         return model_trace, guide_trace
 
     def _differentiable_loss_particle(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Any:
-        loss, surrogate = super()._differentiable_loss_particle(model_trace, guide_trace)
+        model_sites, guide_sites = _sample_sites(model_trace), _sample_sites(guide_trace)
+        sampled: set[str] = set()
+        elbo: Any = 0.0
+        for name, site in model_sites.items():
+            if site["is_observed"]:
+                continue
+            if is_validation_enabled():
+                check_fully_reparametrized(guide_sites[name])
+            try:
+                kl = kl_divergence(guide_sites[name]["fn"], site["fn"])
+            except NotImplementedError:  # no closed form: estimated from this draw
+                sampled.add(name)
+                continue
+            kl = scale_and_mask(kl, scale=guide_sites[name]["scale"], mask=guide_sites[name]["mask"])
+            elbo = elbo - kl.sum()
+        model_trace.compute_log_prob(lambda name, site: site["is_observed"] or name in sampled)
+        guide_trace.compute_log_prob(lambda name, site: name in sampled or name not in model_sites)
+        for name, site in model_sites.items():
+            if site["is_observed"] and self.likelihood_bound == "mixture":
+                _mix_members(site)
+            if site["is_observed"] or name in sampled:
+                elbo = elbo + site["log_prob_sum"]
+        for name, site in guide_sites.items():
+            if name in sampled or name not in model_sites:  # the latter are auxiliary
+                elbo = elbo - site["log_prob_sum"]
+        surrogate = -elbo
         if self.mixture_kl == "kt":
-            correction = kolchinsky_tracey(guide_trace)
-            loss, surrogate = loss + float(correction.detach()), surrogate + correction
-        return loss, surrogate
+            surrogate = surrogate + kolchinsky_tracey(guide_trace)
+        return torch_item(surrogate), surrogate
+
+
+def _sample_sites(trace: poutine.Trace) -> dict[str, Any]:
+    nodes: dict[str, Any] = trace.nodes
+    return {name: site for name, site in nodes.items() if site["type"] == "sample"}
 
 
 def _mix_members(site: Any) -> None:

@@ -17,15 +17,26 @@ import torch.nn.functional as F
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_bnn.factorised import FactorisedNormal
 from pyro_bnn.model import BayesianNetwork, Site, enter_mode, picklable_state, register_parameters
 from pyro_bnn.network import batch_size
 
 Family = Literal["normal", "cauchy", "point"]
-_FAMILIES: dict[str, Callable[[Tensor, Tensor], dist.TorchDistribution]] = {
-    "normal": dist.Normal,
-    "cauchy": dist.Cauchy,
-}
 SMALLEST_SCALE = 1e-7
+
+
+def _cauchy(loc: Tensor, scale: Tensor, events: int) -> dist.TorchDistribution:
+    return dist.Cauchy(loc, scale).to_event(events)
+
+
+def _log_normal(loc: Tensor, scale: Tensor, events: int) -> dist.TorchDistribution:
+    return dist.LogNormal(loc, scale).to_event(events)
+
+
+_FAMILIES: dict[str, Callable[[Tensor, Tensor, int], dist.TorchDistribution]] = {
+    "normal": FactorisedNormal,
+    "cauchy": _cauchy,
+}
 
 
 class _Flat:
@@ -137,9 +148,9 @@ class MixtureGuide(PyroModule):
         locs = flat.split(take(p[loc].exp() if positive and self.family == "point" else p[loc]))
         if self.family == "point":
             return [dist.Delta(v, event_dim=len(s.shape)) for v, s in zip(locs, flat.sites, strict=True)]
-        family = dist.LogNormal if positive else _FAMILIES[self.family]
-        scales = flat.split(take(F.softplus(p[rho]) + SMALLEST_SCALE))
-        return [family(m, v).to_event(len(site.shape)) for m, v, site in zip(locs, scales, flat.sites, strict=True)]
+        family = _log_normal if positive else _FAMILIES[self.family]
+        scales = flat.split(take(F.softplus(p[rho]).add_(SMALLEST_SCALE)))
+        return [family(m, v, len(site.shape)) for m, v, site in zip(locs, scales, flat.sites, strict=True)]
 
     def points(self) -> list[nn.Parameter]:
         """The members' own biases, which are points and not random."""

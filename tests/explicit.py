@@ -15,7 +15,7 @@ from pyro_bnn.network import Network
 from pyro_bnn.perturb import Perturbation, Rank1Factors, Replacement
 
 TOLERANCE = 1e-10  # relative, float64
-VISIBLE = 1e-4  # the relative change that every perturbation must cause, or the comparison would show nothing
+VISIBLE = 1e-6  # the relative change that every perturbation must cause, or the comparison would show nothing
 
 #: sizes of the first two axes of a perturbation
 DRAWS: dict[str, Callable[[int, int], tuple[int, int]]] = {
@@ -92,7 +92,7 @@ def relative(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).abs().amax(-1) / b.abs().amax(-1)
 
 
-def weights_of(net: nn.Module, skip: Collection[str] = ()) -> tuple[list[str], list[str]]:
+def parameters_of(net: nn.Module, skip: Collection[str] = ()) -> tuple[list[str], list[str]]:
     """The names of all parameters that factors, and of all that vectors of a member's own, can perturb."""
     names = {name: p for name, p in net.named_parameters() if name not in skip}
     return [n for n, p in names.items() if p.dim() > 1], [n for n, p in names.items() if p.dim() == 1]
@@ -123,7 +123,9 @@ def perturb(
         out, into = parameters[name].shape[:2]
         perturbations[name] = Rank1Factors(uniform(out), uniform(into * groups_of(net, name)))
     for name in biases:
-        perturbations[name] = Replacement(parameters[name].detach() + uniform(parameters[name].numel()) - sum(sizes) / 4)
+        perturbations[name] = Replacement(
+            parameters[name].detach() + uniform(parameters[name].numel()) - sum(sizes) / 4
+        )
     return perturbations
 
 
@@ -145,7 +147,7 @@ def assert_exact(
     net = net.double()
     size = next(leaf.shape[0] for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor))
     if perturbations is None:
-        perturbations = perturb(net, *weights_of(net, skip), members, size, draws)
+        perturbations = perturb(net, *parameters_of(net, skip), members, size, draws)
     network = Network(net)
     with torch.no_grad():
         folded = network.perturbed(x, size, perturbations, members)

@@ -8,8 +8,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from explicit import DRAWS, TOLERANCE, assert_exact, call, outer, perturb, relative, row_by_row, row_weights, sample
-from explicit import weights_of as all_weights_of
+from explicit import (
+    DRAWS,
+    TOLERANCE,
+    assert_exact,
+    outer,
+    parameters_of,
+    perturb,
+    relative,
+    row_by_row,
+    row_weights,
+    sample,
+)
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -120,10 +130,10 @@ class Attention(nn.Module):
 class Recurrent(nn.Module):
     """A recurrent layer between batch-first input and output, with its final state."""
 
-    def __init__(self, kind: str, initial: bool = False, **options: Any) -> None:
+    def __init__(self, kind: str, **options: Any) -> None:
         super().__init__()
         self.layer = getattr(nn, kind)(4, 5, **options)
-        self.first, self.initial, self.lstm = options.get("batch_first", False), initial, kind == "LSTM"
+        self.first, self.lstm = options.get("batch_first", False), kind == "LSTM"
 
     def forward(self, x: Tensor, *states: Tensor) -> Tensor:
         x = x if self.first else x.transpose(0, 1)
@@ -171,6 +181,7 @@ class Cell(nn.Module):
 
 
 Case = tuple[Callable[[], nn.Module], Any]
+_W, _B = randn(3, 4), randn(3)
 CASES: dict[str, Case] = {
     "linear": (lambda: nn.Linear(4, 3), randn(ROWS, 4)),
     "linear, no bias": (lambda: nn.Linear(4, 3, bias=False), randn(ROWS, 4)),
@@ -184,7 +195,7 @@ CASES: dict[str, Case] = {
     "linear, .T": (lambda: Function(lambda p, x: F.linear(x, p.w.T, p.b), w=randn(4, 3), b=randn(3)), randn(ROWS, 4)),
     "linear, .mT": (lambda: Function(lambda p, x: F.linear(x, p.w.mT), w=randn(4, 3)), randn(ROWS, 4)),
     "linear, cast weight": (
-        lambda: Function(lambda p, x: F.linear(x, p.w.to(x.dtype).contiguous(), p.b.double()), w=randn(3, 4), b=randn(3)),
+        lambda: Function(lambda p, x: F.linear(x, p.w.to(x.dtype).contiguous(), p.b.double()), w=_W, b=_B),
         randn(ROWS, 4),
     ),
     "linear, used twice": (lambda: Function(lambda p, x: p.l(p.l(x).tanh()), l=nn.Linear(4, 4)), randn(ROWS, 4)),
@@ -219,15 +230,26 @@ CASES: dict[str, Case] = {
     ),
     "embedding": (lambda: nn.Embedding(7, 4), randint(7, ROWS, 5)),
     "embedding of one index": (lambda: nn.Embedding(7, 4), randint(7, ROWS)),
-    "embedding, padding_idx": (lambda: nn.Embedding(7, 4, padding_idx=2), torch.tensor([[0, 2, 3], [2, 5, 2], [1, 1, 6]])),
+    "embedding, padding_idx": (
+        lambda: nn.Embedding(7, 4, padding_idx=2),
+        torch.tensor([[0, 2, 3], [2, 5, 2], [1, 1, 6]]),
+    ),
     "embedding, time first": (
         lambda: Function(lambda p, i: p.e(i.t()).transpose(0, 1), e=nn.Embedding(7, 4)),
         randint(7, ROWS, 5),
     ),
+    "embedding, flattened": (
+        lambda: Function(lambda p, i: p.e(i.flatten()).unflatten(0, (-1, 5)), e=nn.Embedding(7, 4)),
+        randint(7, ROWS, 5),
+    ),
+    "embedding, flattened with time first": (
+        lambda: Function(lambda p, i: p.e(i.t().flatten()).unflatten(0, (5, -1)).transpose(0, 1), e=nn.Embedding(7, 4)),
+        randint(7, ROWS, 5),
+    ),
     "embedding of two axes": (lambda: nn.Embedding(7, 4), randint(7, ROWS, 2, 5)),
     "embedding of positions": (
-        lambda: Function(lambda p, i: p.e(i) + p.p(torch.arange(i.shape[1])), e=nn.Embedding(7, 4), p=nn.Embedding(5, 4)),
-        randint(7, ROWS, 5),
+        lambda: Function(lambda p, x: x + p.p(torch.arange(5)), p=nn.Embedding(5, 4)),
+        randn(ROWS, 5, 4),
     ),
     "embedding of positions, batch of one": (
         lambda: Function(lambda p, x: x + p.p(torch.arange(5)[None]), p=nn.Embedding(5, 4)),
@@ -245,7 +267,7 @@ CASES: dict[str, Case] = {
         lambda: Function(lambda p, x: x + p.c(p.tokens), c=nn.Conv1d(2, 4, 3), tokens=randn(2, 7)),
         randn(ROWS, 4, 5),
     ),
-}  # fmt: skip
+}
 
 for _i in (1, 2, 3):
     _conv: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[_i - 1]
@@ -263,7 +285,7 @@ for _i in (1, 2, 3):
         "reflect": {"out_channels": 3, "kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
         "replicate": {"out_channels": 4, "kernel_size": 3, "padding": 2, "padding_mode": "replicate", "groups": 2},
     }.items():
-        CASES[f"conv{_i}d, {_name}"] = (lambda m=_conv, o=_options: m(4, **o), _x)  # type: ignore[misc]
+        CASES[f"conv{_i}d, {_name}"] = (lambda m=_conv, o=_options: m(4, **o), _x)
     for _name, _options in {
         "plain": {"out_channels": 5, "kernel_size": 3},
         "no bias": {"out_channels": 5, "kernel_size": 2, "bias": False},
@@ -272,10 +294,8 @@ for _i in (1, 2, 3):
         "output padding": {"out_channels": 6, "kernel_size": 3, "stride": 2, "output_padding": 1, "groups": 2},
         "dilated": {"out_channels": 3, "kernel_size": 2, "dilation": 2, "padding": 1},
     }.items():
-        CASES[f"conv_transpose{_i}d, {_name}"] = (lambda m=_back, o=_options: m(4, **o), _x)  # type: ignore[misc]
-CASES["conv2d, kernel and stride by axis"] = (
-    lambda: nn.Conv2d(4, 3, (3, 1), (1, 2), (0, 1)), randn(ROWS, 4, 6, 5)
-)  # fmt: skip
+        CASES[f"conv_transpose{_i}d, {_name}"] = (lambda m=_back, o=_options: m(4, **o), _x)
+CASES["conv2d, kernel and stride by axis"] = (lambda: nn.Conv2d(4, 3, (3, 1), (1, 2), (0, 1)), randn(ROWS, 4, 6, 5))
 
 _Q, _K, _V = randn(ROWS, 4, 8), randn(ROWS, 5, 8, seed=1), randn(ROWS, 5, 8, seed=2)
 _PADDING = torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0], [0, 0, 1, 0, 0]], dtype=torch.bool)
@@ -313,7 +333,7 @@ for _need in (False, True):
         "kdim and vdim, bias_kv": {"kdim": 6, "vdim": 3, "add_bias_kv": True},
     }.items():
         CASES[f"attention, {_name}, need_weights={_need}"] = (
-            lambda o=_options | {"batch_first": _first}, a=_arguments: Attention(o, a, "cross"),  # type: ignore[misc]
+            lambda o=_options | {"batch_first": _first}, a=_arguments: Attention(o, a, "cross"),
             (_Q, randn(ROWS, 5, _options.get("kdim", 8)), randn(ROWS, 5, _options.get("vdim", 8), seed=3)),
         )
     for _name, _mask, _x in (
@@ -341,10 +361,11 @@ CASES["attention, weights of each head"] = _attend({}, {"average_attn_weights": 
 CASES["attention, learned queries"] = (
     lambda: Function(
         lambda p, x: p.a(p.q.expand(x.shape[0], -1, -1), x, x, need_weights=False)[0],
-        a=nn.MultiheadAttention(8, 2, batch_first=True), q=randn(1, 3, 8),
+        a=nn.MultiheadAttention(8, 2, batch_first=True),
+        q=randn(1, 3, 8),
     ),
     _K,
-)  # fmt: skip
+)
 
 _SEQUENCE = randn(ROWS, 7, 4)
 for _kind, _states in (("LSTM", 2), ("GRU", 1), ("RNN", 1)):
@@ -357,9 +378,9 @@ for _kind, _states in (("LSTM", 2), ("GRU", 1), ("RNN", 1)):
         "two layers and directions, no bias": {"num_layers": 2, "bidirectional": True, "bias": False},
         "dropout at zero": {"num_layers": 2, "dropout": 0.0},
     }.items():
-        CASES[f"{_kind}, {_name}"] = (lambda k=_kind, o=_options: Recurrent(k, **o), _SEQUENCE)  # type: ignore[misc]
+        CASES[f"{_kind}, {_name}"] = (lambda k=_kind, o=_options: Recurrent(k, **o), _SEQUENCE)
     CASES[f"{_kind}, initial state"] = (
-        lambda k=_kind: Recurrent(k, initial=True, num_layers=2),  # type: ignore[misc]
+        lambda k=_kind: Recurrent(k, num_layers=2),
         (_SEQUENCE, *(randn(ROWS, 2, 5, seed=i + 1) for i in range(_states))),
     )
     for _name, _options in {
@@ -370,15 +391,28 @@ for _kind, _states in (("LSTM", 2), ("GRU", 1), ("RNN", 1)):
         ", one after the other": {"layers": 2, "bidirectional": True},
     }.items():
         _lengths = torch.tensor([3, 7, 5])
-        CASES[f"{_kind}, packed{_name}"] = (lambda k=_kind, o=_options: Packed(k, **o), (_SEQUENCE, _lengths))  # type: ignore[misc]
-    CASES[f"{_kind}Cell"] = (lambda k=_kind: Cell(f"{k}Cell"), _SEQUENCE)  # type: ignore[misc]
-    CASES[f"{_kind}Cell, no bias"] = (lambda k=_kind: Cell(f"{k}Cell", bias=False), _SEQUENCE)  # type: ignore[misc]
+        CASES[f"{_kind}, packed{_name}"] = (lambda k=_kind, o=_options: Packed(k, **o), (_SEQUENCE, _lengths))
+    CASES[f"{_kind}Cell"] = (lambda k=_kind: Cell(f"{k}Cell"), _SEQUENCE)
+    CASES[f"{_kind}Cell, no bias"] = (lambda k=_kind: Cell(f"{k}Cell", bias=False), _SEQUENCE)
 CASES["LSTM, projected"] = (
-    lambda: Recurrent("LSTM", proj_size=3, num_layers=2, bidirectional=True, batch_first=True), _SEQUENCE
-)  # fmt: skip
+    lambda: Recurrent("LSTM", proj_size=3, num_layers=2, bidirectional=True, batch_first=True),
+    _SEQUENCE,
+)
 CASES["LSTM, projected, packed, no bias"] = (
-    lambda: Packed("LSTM", proj_size=3, bias=False), (_SEQUENCE, torch.tensor([3, 7, 5]))
-)  # fmt: skip
+    lambda: Packed("LSTM", proj_size=3, bias=False),
+    (_SEQUENCE, torch.tensor([3, 7, 5])),
+)
+CASES["LSTM, words of a text"] = (
+    lambda: Function(lambda p, x: p.r(x.flatten(0, 1))[0].unflatten(0, (-1, 2)), r=nn.LSTM(4, 5, batch_first=True)),
+    randn(ROWS, 2, 6, 4),
+)
+CASES["GRUCell, words of a text, text behind"] = (
+    lambda: Function(
+        lambda p, x: p.c(h := x.transpose(0, 1).flatten(0, 1), p.c(h)).unflatten(0, (4, -1)).transpose(0, 1),
+        c=nn.GRUCell(4, 5),
+    ),
+    randn(ROWS, 4, 4),
+)
 CASES["RNN, relu"] = (lambda: Recurrent("RNN", nonlinearity="relu"), _SEQUENCE)
 CASES["RNNCell, relu"] = (lambda: Cell("RNNCell", nonlinearity="relu"), _SEQUENCE)
 
@@ -410,20 +444,26 @@ def test_r_s_and_bias_of_different_shapes(name: str, mixed: tuple[str, str]) -> 
     """Proves that r, s and the bias need not agree on whether they differ between members and between rows."""
     make, x = CASES[name]
     net = make().double()
-    weights, biases = all_weights_of(net, _SKIP)
+    weights, biases = parameters_of(net, _SKIP)
     one, other = (perturb(net, weights, biases, MEMBERS, ROWS, draws) for draws in mixed)
     for bias in ("member", "shared", "row"):
-        perturbations = {n: Rank1Factors(one[n].r, other[n].s) for n in weights}  # type: ignore[union-attr]
-        perturbations |= perturb(net, [], biases, MEMBERS, ROWS, bias, seed=1)  # type: ignore[arg-type]
-        assert_exact(net, x, perturbations=perturbations)  # type: ignore[arg-type]
+        perturbations = {n: Rank1Factors(one[n].r, other[n].s) for n in weights}
+        perturbations |= perturb(net, [], biases, MEMBERS, ROWS, bias, seed=1)
+        assert_exact(net, x, perturbations=perturbations)
 
 
 def test_some_parameters_only() -> None:
     """Proves that a weight or a bias alone can be perturbed, and each part of a layer with several weights."""
-    for name in ("linear", "conv1d, grouped", "conv_transpose1d, grouped", "LSTM, two directions", "GRUCell",
-                 "attention, self, batch_first=True, need_weights=False",
-                 "attention, cross, batch_first=False, need_weights=True",
-                 "attention, kdim and vdim, need_weights=False"):  # fmt: skip
+    for name in (
+        "linear",
+        "conv1d, grouped",
+        "conv_transpose1d, grouped",
+        "LSTM, two directions",
+        "GRUCell",
+        "attention, self, batch_first=True, need_weights=False",
+        "attention, cross, batch_first=False, need_weights=True",
+        "attention, kdim and vdim, need_weights=False",
+    ):
         make, x = CASES[name]
         net = make().double()
         for parameter, _ in net.named_parameters():
@@ -469,7 +509,7 @@ def test_gradients(name: str, draws: str) -> None:
     """Proves that gradients of the network's parameters, of r, s and biases are those of the loop over rows."""
     make, x = CASES[name.replace("=0", "=False").replace("=1", "=True")]
     net = make().double()
-    weights, biases = all_weights_of(net, _SKIP)
+    weights, biases = parameters_of(net, _SKIP)
     leaves: dict[str, list[Tensor]] = {}
     perturbations: dict[str, Any] = {}
     for n, p in perturb(net, weights, biases, MEMBERS, ROWS, draws).items():
@@ -511,9 +551,7 @@ def test_a_registered_rule_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     @pb.perturb.register(torch.einsum, signature=("equation", "x", "weight"), weights=("weight",))
     def _einsum(call: rules.Call) -> Tensor:
         equation: str = call.equation
-        return call.mode.product(
-            lambda x, w, b: torch.einsum(equation, x, w), call.x, call.weight, None, dims=(-1, -1)
-        )
+        return call.mode.product(lambda x, w, b: torch.einsum(equation, x, w), call.x, call.weight, None, dims=(-1, -1))
 
     for draws in DRAWS:
         assert_exact(net, x, draws=draws)
@@ -545,7 +583,7 @@ def refuse(net: nn.Module, x: Any, error: type[Exception], message: str, skip: t
     network = Network(net.double().train())
     before = copy.deepcopy(network.net.state_dict())
     size = (x[0] if isinstance(x, tuple) else x).shape[0]
-    perturbations = perturb(net, *all_weights_of(net, skip), MEMBERS, size)
+    perturbations = perturb(net, *parameters_of(net, skip), MEMBERS, size)
     with pytest.raises(error, match=message):
         network.perturbed(x, size, perturbations, MEMBERS)
     after = network.net.state_dict()
@@ -575,7 +613,9 @@ def test_a_parameter_that_is_never_used_is_refused() -> None:
 def test_a_use_without_a_rule_is_refused(forward: Callable[..., Tensor], operation: str) -> None:
     """Proves that every use of a random weight must have a rule, also beside a use that has one; both are named."""
     x = randn(4, 4) if operation != "torch.Tensor.mul" else randn(4, 3, 4)
-    refuse(Function(forward, w=randn(3, 4)), x, ValueError, f"'w' is random, .* in {re.escape(operation)}, which has no")
+    refuse(
+        Function(forward, w=randn(3, 4)), x, ValueError, f"'w' is random, .* in {re.escape(operation)}, which has no"
+    )
 
 
 def test_a_bias_without_a_rule_is_refused() -> None:
@@ -615,7 +655,7 @@ def test_a_number_of_uses_that_depends_on_the_batch_is_refused(use: str) -> None
 
     def forward(p: nn.Module, x: Tensor, n: Tensor) -> Tensor:
         for _ in range(int(n.max())) if use == "values" else range(2 if p.training else 1):
-            x = p.l(x)  # type: ignore[operator]
+            x = p.l(x)
         return x
 
     net = Network(Function(forward, l=nn.Linear(4, 4)).double().train(use == "mode"))
@@ -649,6 +689,21 @@ def test_nothing_hides_behind_a_closed_gate(gate: Tensor) -> None:
     refuse(net, randn(ROWS, 4), RuntimeError, "own for .*'b.weight', .* do not give", skip=("gate",))
 
 
+def test_rows_that_are_left_out_are_refused() -> None:
+    """Proves that a network which sends only some of its rows through a weight is refused, also if not at first."""
+
+    def forward(p: Any, x: Tensor) -> Tensor:
+        chosen = ~(x[:, 0] < 0)
+        return x.masked_scatter(chosen[:, None].expand_as(x), p.l(x[chosen]))
+
+    network = Network(Function(forward, l=nn.Linear(4, 4)).double())
+    perturbations = perturb(network.net, ["l.weight"], ["l.bias"], MEMBERS, ROWS)
+    x = randn(ROWS, 4).abs()
+    network.perturbed(x, ROWS, perturbations, MEMBERS)
+    with pytest.raises(RuntimeError, match=r"'l.weight' saw an input of shape \(4, 4\).* 1 x 6 rows x 1 entries"):
+        network.perturbed(x * torch.tensor([[1.0], [-1.0], [1.0]]), ROWS, perturbations, MEMBERS)
+
+
 def test_rows_in_another_order_are_refused() -> None:
     """Proves that a network which sorts its samples is refused, as soon as they differ by what it sorts."""
 
@@ -659,7 +714,7 @@ def test_rows_in_another_order_are_refused() -> None:
 
     net = Function(forward, layer=nn.GRU(4, 5, batch_first=True)).double()
     network = Network(net)
-    perturbations = perturb(net, *all_weights_of(net), MEMBERS, ROWS)
+    perturbations = perturb(net, *parameters_of(net), MEMBERS, ROWS)
     equal = (_SEQUENCE, torch.tensor([7, 7, 7]))
     expected = row_by_row(net, equal, ROWS, perturbations, MEMBERS)
     assert relative(network.perturbed(equal, ROWS, perturbations, MEMBERS), expected).max() < TOLERANCE
@@ -682,10 +737,3 @@ def test_what_has_no_rank1_form_is_refused() -> None:
         r=nn.GRU(4, 5, batch_first=True),
     )
     refuse(packed, (_SEQUENCE, torch.tensor([7, 5, 3])), RuntimeError, "enforce_sorted=False")
-
-
-def test_call_helper() -> None:
-    """Proves that the loop over rows calls networks as `Network` does."""
-    net = Function(lambda p, x, y: p.l(x) - y, l=nn.Linear(4, 3).double())
-    x, y = randn(ROWS, 4), randn(ROWS, 3)
-    assert torch.equal(call(net, (x, y)), net(x, y)) and torch.equal(call(net, [x, y]), Network(net)([x, y]))
