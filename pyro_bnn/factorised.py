@@ -47,10 +47,8 @@ class _KLToNormal(torch.autograd.Function):
         dims = tuple(range(-events, 0))
         n = math.prod(loc.shape[loc.dim() - events :])
         # |loc - m|^2 is not expanded into sums, which would cancel where loc is near m
-        squares = (
-            torch.linalg.vector_norm(loc - m, dim=dims).square() + torch.linalg.vector_norm(scale, dim=dims).square()
-        )
-        return squares / (2 * s * s) - scale.log().sum(dims) + n * (s.log() - 0.5)
+        distance, spread = (torch.linalg.vector_norm(v, dim=dims).square() for v in (loc - m, scale))
+        return (distance + spread) / (2 * s * s) - scale.log().sum(dims) + n * (s.log() - 0.5)
 
     @staticmethod
     @once_differentiable

@@ -249,7 +249,7 @@ class BayesianNetwork(PyroModule):
         if log_prior is not None:
             pyro.factor(self.site("weight_prior"), log_prior)
         self.__dict__["_members"] = plate = pyro.plate(
-            self.site("members"), 1, dim=self.members_dim, device=like.device
+            self.site("members"), 1, dim=self.members_dim, device=str(like.device)
         )
         with plate:
             latents = self.sample_latents()

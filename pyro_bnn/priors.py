@@ -67,7 +67,7 @@ class Prior:
 class _LocationScale(Prior):
     loc: float | None = None
     scale: float = 1.0
-    family: ClassVar[Callable[[Tensor, Tensor], dist.TorchDistribution]]
+    family: ClassVar[Any]
 
     def __post_init__(self) -> None:
         _require_numbers(self, scale=self.scale)
