@@ -255,7 +255,7 @@ def _check(network: BayesianNetwork | None, x: Any, y: Tensor) -> None:
                 module.training = training
     f = examples[key]
     noise = f.new_ones(()) if network.likelihood.learns_noise else None
-    network.likelihood.given(f, y[:1].to(f.device), noise)
+    network.likelihood.given(f.expand(size, *f.shape[1:]), y.to(f.device), noise)
     network.likelihood.check(y, f)
 
 

@@ -237,11 +237,28 @@ class Network(nn.Module):
             return self(x, {n: w[0] for n, w in weights.items()}).unsqueeze(0)
         if any(m.training or isinstance(m, nn.RNNBase) for m in self.net.modules()):
             # neither the statistics of a normalisation layer nor the fused recurrent kernels can be vectorised
-            return torch.stack([self(x, {n: w[m] for n, w in weights.items()}) for m in range(members)])
+            return self._in_turn(x, [{n: w[m] for n, w in weights.items()} for m in range(members)])
         with _no_fused_attention():
             run = vmap(lambda w: self(x, w), randomness="different", chunk_size=chunk_size)
             result: Tensor = run(weights)
         return result
+
+    def _in_turn(self, x: Any, weights: list[dict[str, Tensor]]) -> Tensor:
+        """Every member starts from the same statistics, and they move once: to the average of where each took them."""
+        buffers = {
+            f"{prefix}.{name}" if prefix else name: buffer
+            for prefix, layer in self.net.named_modules()
+            if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.training
+            for name, buffer in layer.named_buffers()
+        }
+        outputs, ends = [], []
+        for own in weights:
+            ends.append({name: buffer.clone() for name, buffer in buffers.items()})
+            outputs.append(self(x, own | ends[-1]))
+        for name, buffer in buffers.items():
+            moved = [end[name] for end in ends]
+            buffer.copy_(torch.stack(moved).mean(0) if buffer.is_floating_point() else moved[0])
+        return torch.stack(outputs)
 
 
 def _shapes(x: Any, size: int) -> Any:

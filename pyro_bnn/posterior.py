@@ -31,11 +31,13 @@ class DrawsGuide(PyroModule):
     """The empirical distribution of stored draws as a guide: every call gives one of them, at random.
 
     :param draws: ``{site: [n, members, *event]}``.
+    :param model: the model that they are of; those of this package have a plate for members around their sites.
     """
 
-    def __init__(self, draws: dict[str, Tensor]) -> None:
+    def __init__(self, draws: dict[str, Tensor], model: Callable[..., Any]) -> None:
         super().__init__("draws_guide")
         self.names = list(draws)
+        self.plate = (model.site("members"), model.members_dim) if isinstance(model, BayesianNetwork) else None
         for i, value in enumerate(draws.values()):
             self.register_buffer(f"draws_{i}", value)
 
@@ -47,11 +49,14 @@ class DrawsGuide(PyroModule):
         count, members = next(iter(stored.values())).shape[:2]
         device = next(iter(stored.values())).device
         uniform = dist.Categorical(logits=torch.zeros(count * members, device=device))
-        index = pyro.sample("draw", uniform, infer={"is_auxiliary": True})
-        return {
-            name: pyro.sample(name, dist.Delta(value.flatten(0, 1)[index], event_dim=value.dim() - 2))
-            for name, value in stored.items()
-        }
+        with contextlib.ExitStack() as stack:
+            if self.plate is not None:
+                stack.enter_context(pyro.plate(self.plate[0], 1, dim=self.plate[1], device=str(device)))
+            index = pyro.sample("draw", uniform, infer={"is_auxiliary": True})
+            return {
+                name: pyro.sample(name, dist.Delta(value.flatten(0, 1)[index], event_dim=value.dim() - 2))
+                for name, value in stored.items()
+            }
 
 
 class Posterior:
@@ -88,7 +93,7 @@ class Posterior:
     @classmethod
     def from_draws(cls, model: Callable[..., Any], draws: dict[str, Tensor]) -> Posterior:
         """From draws ``{site: [n, *event]}``; plate axes of size 1 that a model of ours adds may be there."""
-        return cls(model, DrawsGuide(_with_members(model, draws)))
+        return cls(model, DrawsGuide(_with_members(model, draws), model))
 
     @property
     def guide(self) -> Callable[..., Any]:
@@ -330,7 +335,7 @@ class Posterior:
 
     def as_draws(self, n: int, seed: int | None = None) -> Posterior:
         """The same posterior as n stored draws of every member: the form that any guide can be saved in."""
-        return Posterior(self.model, DrawsGuide(self.draws(n, seed)), losses=self.losses)
+        return Posterior(self.model, DrawsGuide(self.draws(n, seed), self.model), losses=self.losses)
 
 
 def require_finite(x: Any, name: str = "x") -> None:

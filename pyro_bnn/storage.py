@@ -150,7 +150,7 @@ def _guide(description: dict[str, Any], model: BayesianNetwork, tensors: dict[st
     cls = STORABLE.get(description.pop("class"))
     if cls is DrawsGuide:
         names = description["names"]
-        return DrawsGuide({name: values[f"draws_{i}"].to(device) for i, name in enumerate(names)})
+        return DrawsGuide({name: values[f"draws_{i}"].to(device) for i, name in enumerate(names)}, model)
     if cls is None:
         raise ValueError("the guide of this posterior is of a class that is not registered")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # starting values are drawn, then replaced

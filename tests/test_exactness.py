@@ -391,6 +391,7 @@ def test_one_member_with_factors_of_one_is_the_plain_network(name: str, biased: 
             assert torch.equal(y, plain)
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 @pytest.mark.parametrize("name", ["lstm", "transformer", "tied", "windows, batch behind"])
 def test_one_member_with_factors_of_one_is_the_plain_sequence_network(name: str) -> None:
     """Proves the same for attention and recurrent layers, whose rules write out what torch fuses."""
@@ -409,18 +410,20 @@ def test_the_model_at_its_centre_is_the_plain_network() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 16, bias=False), nn.Tanh(), nn.Linear(16, 3, bias=False)).double()
     x = _randn(5, 4)
-    function = pb.models.Rank1(net, None)
+    function = pb.models.Rank1(net, None, prior=pb.priors.Normal())
     ones = {s.name: torch.ones(s.shape, dtype=torch.float64) for s in function.sites() if s.role == "factor"}
     with torch.no_grad():
         assert torch.equal(poutine.condition(function, ones)(x)[0], net(x))
+        model = pb.models.Rank1(net, pb.likelihoods.Gaussian(0.1), 5, prior=pb.priors.Normal())
         draws = {site: value[None] for site, value in ones.items()}
-        posterior = pb.Posterior.from_draws(pb.models.Rank1(net, pb.likelihoods.Gaussian(0.1), 5), draws)
+        posterior = pb.Posterior.from_draws(model, draws)
         assert torch.equal(posterior.predict(x, num_samples=1).members[0, 0], net(x))
 
 
 # ------------------------------------------------------------------------------------------ the user's own network
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 @pytest.mark.parametrize("name", ["tied", "transformer", "lstm"])
 def test_the_given_network_is_left_alone(name: str) -> None:
     """Proves that no construction, forward pass or prediction touches the given network, and that ties are kept."""
@@ -522,6 +525,7 @@ def test_the_probe_leaves_no_trace(rows: int) -> None:
     assert net.get_buffer("count") == 1, "only the pass itself is one"
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 @pytest.mark.parametrize("name", ["bidirectional gru", "transformer", "windows, batch in front", "tied"])
 def test_one_row(name: str) -> None:
     """Proves that a network can be probed and run with a batch of one, and with one token that all positions share."""

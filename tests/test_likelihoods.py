@@ -139,7 +139,9 @@ def test_learned_noise_is_a_site_of_the_model(members_dim: int) -> None:
     assert noise["value"].shape == (1,) * -members_dim
     expected = stats.halfcauchy.logpdf(float(noise["value"]), scale=2.0)
     assert float(noise["fn"].log_prob(noise["value"])) == pytest.approx(expected, rel=1e-5)
-    posterior = fit(model, MeanFieldGuide(model, 2), (x, y), epochs=150, lr=0.05, progress=False, seed=0, batch_size=400)
+    posterior = fit(
+        model, MeanFieldGuide(model, 2), (x, y), epochs=150, lr=0.05, progress=False, seed=0, batch_size=400
+    )
     drawn = posterior.draws(200, seed=0)["noise"]
     assert drawn.shape == (200, 2)
     # of N Gaussian residuals the standard deviation has a relative error of 1 / sqrt(2 N)
@@ -203,7 +205,9 @@ def test_wrong_shape(likelihood: Likelihood) -> None:
     f, y = example(likelihood, (), (2,))
     noise = torch.ones(2, 1, dtype=torch.float64)
     wrong = torch.zeros(N, 9, dtype=y.dtype)
-    expected = rf"{type(likelihood).__name__}: y has shape \(6, 9\); .*output of shape \(6, {f.shape[-1]}\) it should have "
+    expected = (
+        rf"{type(likelihood).__name__}: y has shape \(6, 9\); .*output of shape \(6, {f.shape[-1]}\) it should have "
+    )
     expected += r"\(6,\)" if isinstance(likelihood, Categorical) else r"\(6, 3\)"
     with pytest.raises(ValueError, match=expected):
         likelihood.given(f, wrong, noise, lead=2)

@@ -325,6 +325,7 @@ def test_one_explicit_set_of_weights_for_each_member() -> None:
     for net, shape in (
         (nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), (4,)),
         (nn.Sequential(nn.Conv1d(2, 4, 3, groups=2), nn.BatchNorm1d(4), nn.Flatten(), nn.Linear(12, 3)), (2, 5)),
+        (nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), (5, 4)),
     ):
         network, x = Network(net.double().eval()), randn(ROWS, *shape)
         weights = {n: torch.randn(MEMBERS, *p.shape).double() for n, p in net.named_parameters()}

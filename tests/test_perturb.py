@@ -181,7 +181,6 @@ class Cell(nn.Module):
 
 
 Case = tuple[Callable[[], nn.Module], Any]
-_W, _B = randn(3, 4), randn(3)
 CASES: dict[str, Case] = {
     "linear": (lambda: nn.Linear(4, 3), randn(ROWS, 4)),
     "linear, no bias": (lambda: nn.Linear(4, 3, bias=False), randn(ROWS, 4)),
@@ -194,8 +193,8 @@ CASES: dict[str, Case] = {
     "linear, transposed weight": (lambda: Function(lambda p, x: F.linear(x, p.w.t()), w=randn(4, 3)), randn(ROWS, 4)),
     "linear, .T": (lambda: Function(lambda p, x: F.linear(x, p.w.T, p.b), w=randn(4, 3), b=randn(3)), randn(ROWS, 4)),
     "linear, .mT": (lambda: Function(lambda p, x: F.linear(x, p.w.mT), w=randn(4, 3)), randn(ROWS, 4)),
-    "linear, cast weight": (
-        lambda: Function(lambda p, x: F.linear(x, p.w.to(x.dtype).contiguous(), p.b.double()), w=_W, b=_B),
+    "linear, copied weight": (
+        lambda: Function(lambda p, x: F.linear(x, p.w.t().contiguous()), w=randn(4, 3)),
         randn(ROWS, 4),
     ),
     "linear, used twice": (lambda: Function(lambda p, x: p.l(p.l(x).tanh()), l=nn.Linear(4, 4)), randn(ROWS, 4)),
@@ -203,6 +202,12 @@ CASES: dict[str, Case] = {
     "bilinear on sequences": (
         lambda: nn.Bilinear(4, 3, 5, bias=False),
         (randn(ROWS, 2, 4), randn(ROWS, 2, 3, seed=1)),
+    ),
+    "bilinear of learned inputs": (
+        lambda: Function(
+            lambda p, x: x + p.l(p.tokens, p.q), l=nn.Bilinear(4, 3, 5), tokens=randn(2, 4), q=randn(2, 3)
+        ),
+        randn(ROWS, 2, 5),
     ),
     "x @ W": (lambda: Function(lambda p, x: x @ p.w, w=randn(4, 3)), randn(ROWS, 4)),
     "x @ W, sequences": (lambda: Function(lambda p, x: torch.matmul(x, p.w), w=randn(4, 3)), randn(ROWS, 5, 4)),
@@ -367,6 +372,33 @@ CASES["attention, learned queries"] = (
     _K,
 )
 
+
+def _attend_by_function(p: Any, *x: Tensor, **options: Any) -> Tensor:
+    """The function below ``nn.MultiheadAttention``: boolean masks reach it as they are, and so do ready keys."""
+    q, k, v = (t.transpose(0, 1) for t in x[:3])
+    arguments = (8, 2, p.into, p.into_bias, None, None, False, 0.0, p.out, p.out_bias)
+    return F.multi_head_attention_forward(q, k, v, *arguments, **options)[0].transpose(0, 1)
+
+
+_PROJECTIONS = {"into": randn(24, 8), "into_bias": randn(24), "out": randn(8, 8, seed=1), "out_bias": randn(8, seed=1)}
+for _need in (False, True):
+    CASES[f"attention by its function, bool masks, need_weights={_need}"] = (
+        lambda n=_need: Function(
+            lambda p, *x: _attend_by_function(p, *x, attn_mask=_MASK, key_padding_mask=x[3], need_weights=n),
+            **_PROJECTIONS,
+        ),
+        (_Q, _K, _V, _PADDING),
+    )
+    CASES[f"attention by its function, static keys and values, need_weights={_need}"] = (
+        lambda n=_need: Function(
+            lambda p, *x: _attend_by_function(
+                p, *x, static_k=x[3].flatten(0, 1), static_v=x[4].flatten(0, 1), need_weights=n
+            ),
+            **_PROJECTIONS,
+        ),
+        (_Q, _K, _V, randn(ROWS, 2, 5, 4, seed=6), randn(ROWS, 2, 5, 4, seed=7)),
+    )
+
 _SEQUENCE = randn(ROWS, 7, 4)
 for _kind, _states in (("LSTM", 2), ("GRU", 1), ("RNN", 1)):
     for _name, _options in {
@@ -484,11 +516,24 @@ def test_factors_of_one_group_serve_all_groups() -> None:
 def test_factors_follow_the_dtype_of_the_network() -> None:
     """Proves that a pass keeps its dtype: half-way factors do not widen float32, nor a bias the result of autocast."""
     net = Network(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)))
-    perturbations = perturb(net.net, ["0.weight", "2.weight"], ["2.bias"], MEMBERS, ROWS)
     x = randn(ROWS, 4).float()
-    assert net.perturbed(x, ROWS, perturbations, MEMBERS).dtype == torch.float32
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert net(x).dtype == net.perturbed(x, ROWS, perturbations, MEMBERS).dtype == torch.bfloat16
+    for biases in ([], ["2.bias"]):
+        perturbations = perturb(net.net, ["0.weight", "2.weight"], biases, MEMBERS, ROWS)
+        assert net.perturbed(x, ROWS, perturbations, MEMBERS).dtype == torch.float32
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert net(x).dtype == net.perturbed(x, ROWS, perturbations, MEMBERS).dtype == torch.bfloat16
+
+
+def test_a_cast_weight_keeps_its_factors() -> None:
+    """Proves that a weight carries its factors into another precision (powers of two, which rounding leaves alone)."""
+    for cast in (Tensor.double, lambda w: w.to(torch.float64), lambda w: w.type_as(randn(1))):
+        net = Function(lambda p, x, c=cast: F.linear(x, c(p.w), c(p.b)), w=randn(3, 4).float(), b=randn(3).float())
+        r, s = (torch.randint(-2, 3, (MEMBERS, ROWS, n)).double().exp2() for n in (3, 4))
+        perturbations = {"w": Rank1Factors(r, s), "b": Replacement(randn(MEMBERS, 1, 3).float().double())}
+        x = randn(ROWS, 4)
+        folded = Network(net).perturbed(x, ROWS, perturbations, MEMBERS)
+        assert folded.dtype == torch.float64
+        assert relative(folded, row_by_row(net, x, ROWS, perturbations, MEMBERS)).max() <= TOLERANCE
 
 
 # -------------------------------------------------------------------------------------------------- gradients
@@ -595,6 +640,8 @@ def test_a_parameter_that_is_never_used_is_refused() -> None:
     """Proves that a random weight which the forward pass does not reach is an error that names it."""
     net = Function(lambda p, x: p.used(x), used=nn.Linear(4, 3), idle=nn.Linear(4, 3))
     refuse(net, randn(ROWS, 4), ValueError, "'idle.bias' is random, but .* never used it .*1 others: idle.weight")
+    turned = Function(lambda p, x: (p.used(x), p.idle.t())[0], used=nn.Linear(4, 3), idle=randn(3, 4))
+    refuse(turned, randn(ROWS, 4), ValueError, "'idle' is random, but .* never used it")
 
 
 @pytest.mark.parametrize(
@@ -680,7 +727,7 @@ def test_a_network_that_mixes_its_rows_is_refused() -> None:
     refuse(norm, x, RuntimeError, "cannot be told apart where parameter '2.weight'", skip=("1.weight", "1.bias"))
 
 
-@pytest.mark.parametrize("gate", [torch.zeros(1), torch.zeros(()), torch.full((4,), 1e-6)])
+@pytest.mark.parametrize("gate", [torch.zeros(1), torch.zeros(()), torch.full((4,), 1e-9)])
 def test_nothing_hides_behind_a_closed_gate(gate: Tensor) -> None:
     """Proves that the check of the fold opens gates, gains and layers that start at or near zero, and closes them."""
     net = Function(

@@ -187,13 +187,38 @@ def test_vectorised_particles_agree_with_the_loop() -> None:
         MixtureELBO("kt", **options).loss(unbiased, its_guide, x, y)
 
 
-@pytest.mark.parametrize("mixture_kl", ["mean", "sum", "kt"])
-@pytest.mark.parametrize("bound", ["average", "mixture"])
-def test_gradient_is_that_of_the_loss(mixture_kl: Any, bound: Any) -> None:
+@pytest.mark.parametrize(
+    ("prior", "family", "mixture_kl", "bound"),
+    [
+        (HierarchicalCauchy(), "cauchy", "mean", "mixture"),
+        (HierarchicalCauchy(), "cauchy", "kt", "average"),
+        (HierarchicalNormal(), "normal", "sum", "average"),
+        (Horseshoe(), "normal", "kt", "mixture"),
+        (Normal(1.0, 0.3), "normal", "mean", "average"),
+        (Normal(1.0, 0.3), "normal", "sum", "mixture"),
+        (Laplace(1.0, 0.3), "normal", "mean", "average"),
+        (StudentT(), "cauchy", "mean", "average"),
+    ],
+    ids=name_of,
+)
+def test_gradient_is_that_of_the_loss(prior: Any, family: Any, mixture_kl: Any, bound: Any) -> None:
     """What the optimiser descends is the loss that is reported: central differences at fixed draws."""
+    model, guide = rank1(prior, family, member_bias=False)
+    parameters = [guide.loc, guide.rho, guide.scale_loc, guide.scale_rho, model.core().net[0].weight]
+    check_gradient(MixtureELBO(mixture_kl, bound), model, guide, parameters)
+
+
+@pytest.mark.parametrize("prior", [Normal(0.1, 0.3), HierarchicalNormal(), Horseshoe()], ids=name_of)
+def test_gradient_of_a_dense_network(prior: Any) -> None:
+    """A scale that is the same for all elements, but sampled, passes its gradient on."""
+    model = Dense(chain(2, 3, 1), Gaussian(), N, prior=prior)
+    guide = MeanFieldGuide(model)
+    scatter(guide)
+    check_gradient(MixtureELBO(), model, guide, [guide.loc, guide.rho, guide.scale_loc, guide.scale_rho])
+
+
+def check_gradient(elbo: Any, model: Any, guide: Any, parameters: list[Tensor]) -> None:
     x, y = data()
-    model, guide = rank1(HierarchicalCauchy(), "cauchy", member_bias=False)
-    elbo = MixtureELBO(mixture_kl, bound)
 
     def loss() -> Tensor:
         torch.manual_seed(5)
@@ -203,8 +228,9 @@ def test_gradient_is_that_of_the_loss(mixture_kl: Any, bound: Any) -> None:
     value.backward()
     assert float(value.detach()) == pytest.approx(-at_seed(elbo, model, guide, x[:4], y[:4], seed=5)[0], rel=1e-12)
     step = 1e-6
-    for p in (guide.loc, guide.rho, guide.scale_loc, guide.scale_rho, model.core().net[0].weight):
-        for index in ((0, 0), (p.shape[0] - 1, p.shape[1] - 1)):
+    for p in parameters:
+        assert p.grad is not None
+        for index in {(0, 0), (p.shape[0] - 1, p.shape[1] - 1)}:
             gradient = float(p.grad[index])
             with torch.no_grad():
                 p[index] += step
@@ -360,10 +386,10 @@ def test_correction_goes_over_all_sites_at_once() -> None:
     model, guide = rank1(Horseshoe(), member_bias=False)
     trace = poutine.trace(guide).get_trace(x, y)
     expected = kolchinsky_tracey(model, guide, means_and_scales(model, guide))
-    assert float(correction(trace)) == pytest.approx(expected, rel=1e-8)
+    assert float(correction(trace).detach()) == pytest.approx(expected, rel=1e-8)
     moved, its_guide = rank1(Horseshoe(), member_bias=False, members_dim=-4)
     its_guide.load_state_dict(guide.state_dict())
-    assert float(correction(poutine.trace(its_guide).get_trace(x, y))) == pytest.approx(expected, rel=1e-8)
+    assert float(correction(poutine.trace(its_guide).get_trace(x, y)).detach()) == pytest.approx(expected, rel=1e-8)
 
 
 # --------------------------------------------------------------------------------------------------- annealing
