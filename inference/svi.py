@@ -128,18 +128,24 @@ def fit(
             before = run.step
             for batch in batches():
                 beta = min(1.0, (run.step + 1) / (steps * kl_annealing)) if kl_annealing > 0 else 1.0
-                # distributions validate their arguments on the first step; later ones have the same shapes
-                with pyro.validation_enabled(run.step == 0), training_mode(True), ScaleLatents(beta):
-                    loss = objective.differentiable_loss(model, guide, *batch) / size  # type: ignore[attr-defined]
-                value = float(loss.detach())
+                cause = None
+                try:
+                    # distributions validate their arguments on the first step; later ones have the same shapes
+                    with pyro.validation_enabled(run.step == 0), training_mode(True), ScaleLatents(beta):
+                        loss = objective.differentiable_loss(model, guide, *batch) / size  # type: ignore[attr-defined]
+                    value = float(loss.detach())
+                except ValueError as error:  # validation stops at NaN, but not only there
+                    if _offending_site(model, guide, batch) is None:
+                        raise
+                    value, cause = math.nan, error
                 if not math.isfinite(value):
-                    site = _offending_site(objective, model, guide, batch, parameters)
+                    site = _offending_site(model, guide, batch) or _without_site(parameters)
                     run.restore()
                     raise FloatingPointError(
                         f"the loss became {value} at step {run.step + 1} (epoch {run.epoch + 1}), {site}. Model and "
                         f"guide are back at the end of epoch {run.remembered_epoch}. A smaller lr, clip_norm= or a "
                         "longer kl_annealing usually helps"
-                    )
+                    ) from cause
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 if clip_norm is not None:
@@ -255,7 +261,8 @@ def _check(network: BayesianNetwork | None, x: Any, y: Tensor) -> None:
                 module.training = training
     f = examples[key]
     noise = f.new_ones(()) if network.likelihood.learns_noise else None
-    network.likelihood.given(f.expand(size, *f.shape[1:]), y.to(f.device), noise)
+    with pyro.validation_enabled(False):  # NaN in the output is not what is wrong with the data
+        network.likelihood.given(f.expand(size, *f.shape[1:]), y.to(f.device), noise)
     network.likelihood.check(y, f)
 
 
@@ -267,7 +274,8 @@ def _initialise(model: Callable[..., Any], guide: Callable[..., Any], first: tup
     modules = [program for program in (model, guide) if isinstance(program, nn.Module)]
     for module in modules:
         module.eval()  # this first call, which sets up an AutoGuide, must not move statistics
-    with torch.no_grad(), training_mode(False), poutine.trace(param_only=True) as capture:
+    quiet = pyro.validation_enabled(False)  # the first step validates, and reports
+    with torch.no_grad(), training_mode(False), quiet, poutine.trace(param_only=True) as capture:
         draw = poutine.trace(guide).get_trace(*first)
         poutine.replay(model, trace=draw)(*first)  # an improper prior has no draws of its own
     sites: list[Any] = list(capture.trace.nodes.values())
@@ -324,10 +332,8 @@ def _forked(model: Callable[..., Any]) -> Iterator[None]:
         yield
 
 
-def _offending_site(
-    elbo: ELBO, model: Callable[..., Any], guide: Callable[..., Any], batch: tuple[Any, ...], parameters: list[Tensor]
-) -> str:
-    """Where the first number that is not finite stands."""
+def _offending_site(model: Callable[..., Any], guide: Callable[..., Any], batch: tuple[Any, ...]) -> str | None:
+    """The first site whose log density is not finite."""
     with torch.no_grad(), pyro.validation_enabled(False):
         guide_trace = poutine.trace(guide).get_trace(*batch)
         model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*batch)
@@ -336,6 +342,10 @@ def _offending_site(
             for name, site in trace.nodes.items():
                 if site["type"] == "sample" and not bool(torch.isfinite(site["log_prob_sum"])):
                     return f"where the site {name!r} of the {program} has log density {float(site['log_prob_sum'])}"
+    return None
+
+
+def _without_site(parameters: list[Tensor]) -> str:
     if not all(bool(torch.isfinite(p).all()) for p in parameters):
         return "where a parameter is not finite after the last update"
     return "where no site is at fault on a second look: the draws of this step were"

@@ -206,8 +206,8 @@ class HeteroscedasticGaussian(Likelihood):
             raise TypeError(f"HeteroscedasticGaussian: y has dtype {y.dtype}; expected floating point (y.float())")
         if f.dim() == lead:
             raise ValueError(
-                f"HeteroscedasticGaussian: the network's output has shape {tuple(f.shape[lead - 1 :])}, without an axis "
-                "for mean and scale; end the network with two outputs for each target"
+                f"HeteroscedasticGaussian: the network's output has shape {tuple(f.shape[lead - 1 :])}, without an "
+                "axis for mean and scale; end the network with two outputs for each target"
             )
         d = self.distribution(f)
         plain = d.batch_shape[-1] == 1 and (y is None or y.dim() == len(d.batch_shape) - lead)

@@ -430,7 +430,12 @@ def _embedding(call: Call) -> Tensor:
         member = row // mode.rows if factors.r.shape[0] > 1 else 0
         sample = row % mode.rows if factors.r.shape[1] > 1 else 0
         y = y * factors.r[member, sample, index].unsqueeze(-1).to(y.dtype)
-    return mode.combine(torch.mul, y, factors.s, -1, layout)
+    y = mode.combine(torch.mul, y, factors.s, -1, layout)
+    padding = call.arguments.get("padding_idx")
+    if padding is None:
+        return y
+    # the padding row of the table, factors and all, has no gradient
+    return torch.where((index == padding % call.weight.shape[0]).unsqueeze(-1), y.detach(), y)
 
 
 _TRANSPOSES: tuple[Any, ...] = (

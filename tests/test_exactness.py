@@ -33,7 +33,7 @@ from pyro_bnn.perturb import Layout, Perturbation, Rank1Factors, Replacement, Us
 
 MEMBERS, ROWS = 2, 2
 DIFFERENT = 1e-3  # relative distance of rows that differ in their weights alone
-SENSITIVE = 1e-6  # relative first-order effect of the factors of every weight on every row
+SENSITIVE = 1e-7  # relative first-order effect of the factors of every weight on every row
 
 _vision = torchvision.models
 ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], int]] = {

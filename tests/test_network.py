@@ -319,6 +319,7 @@ def test_forward_with_other_weights() -> None:
     assert torch.equal(network(x), net(x))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_one_explicit_set_of_weights_for_each_member() -> None:
     """Proves `Network.explicit`, with and without vectorisation, and in chunks."""
     torch.manual_seed(0)

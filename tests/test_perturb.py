@@ -239,6 +239,10 @@ CASES: dict[str, Case] = {
         lambda: nn.Embedding(7, 4, padding_idx=2),
         torch.tensor([[0, 2, 3], [2, 5, 2], [1, 1, 6]]),
     ),
+    "embedding, padding_idx of a row that is not zero": (
+        lambda: nn.Embedding.from_pretrained(randn(7, 4), freeze=False, padding_idx=2),
+        torch.tensor([[0, 2, 3], [2, 5, 2], [1, 1, 6]]),
+    ),
     "embedding, time first": (
         lambda: Function(lambda p, i: p.e(i.t()).transpose(0, 1), e=nn.Embedding(7, 4)),
         randint(7, ROWS, 5),
@@ -543,7 +547,15 @@ def test_a_cast_weight_keeps_its_factors() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        *("linear", "linear, used twice", "x @ W", "bilinear", "embedding", "embedding, padding_idx"),
+        *(
+            "linear",
+            "linear, used twice",
+            "x @ W",
+            "bilinear",
+            "embedding",
+            "embedding, padding_idx",
+            "embedding, padding_idx of a row that is not zero",
+        ),
         *("conv2d, grouped", "conv2d, depthwise", "conv1d, circular", "conv_transpose2d, grouped"),
         *("LSTM, two layers", "LSTM, packed, two layers and directions", "GRU, two directions", "GRUCell"),
         *(f"attention, {form}, batch_first=True, need_weights={need}" for form in ("self", "cross") for need in (0, 1)),

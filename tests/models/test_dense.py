@@ -97,9 +97,7 @@ def test_point_guide_is_ridge_regression() -> None:
     options = {"optim": lambda groups: torch.optim.LBFGS(groups[0]["params"], lr=1), "progress": False}
     with pytest.raises(TypeError):  # a closure is no part of fit: LBFGS is for the user's own loop
         fit(problem.model, guide, (problem.x, problem.y), epochs=1, **options)
-    posterior = fit(
-        problem.model, guide, (problem.x, problem.y), epochs=600, lr=0.1, schedule=cosine(), progress=False
-    )
+    posterior = fit(problem.model, guide, (problem.x, problem.y), epochs=600, lr=0.1, schedule=cosine(), progress=False)
     torch.testing.assert_close(guide.loc.detach()[0], problem.ridge, rtol=1e-6, atol=1e-8)
     expected = problem.x @ problem.ridge[:2] + problem.ridge[2]
     prediction = posterior.predict(problem.x, 3)
@@ -116,7 +114,9 @@ def test_nuts_is_the_closed_form() -> None:
     mcmc.run(problem.x, problem.y)
     draws = pb.Posterior.from_mcmc(mcmc, problem.model).draws(800)
     flat = torch.cat([draws["0.weight"].reshape(800, 2), draws["0.bias"].reshape(800, 1)], 1)
-    effective = torch.cat([d["n_eff"].flatten() for d in mcmc.diagnostics().values() if "n_eff" in d]).min().clamp(max=800)
+    effective = (
+        torch.cat([d["n_eff"].flatten() for d in mcmc.diagnostics().values() if "n_eff" in d]).min().clamp(max=800)
+    )
     sd = problem.covariance.diagonal().sqrt()
     assert ((flat.mean(0) - problem.mean).abs() < 4 * sd / effective.sqrt()).all()
     assert ((flat.std(0) / sd - 1).abs() < 4 / (2 * effective).sqrt()).all()

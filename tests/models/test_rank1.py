@@ -39,9 +39,8 @@ def network(seed: int = 0) -> nn.Sequential:
 
 
 def convolutional() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3)
-    )  # fmt: skip
+    features = nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    return nn.Sequential(*features, nn.Linear(6, 3))
 
 
 def names(model: Any) -> list[str]:
@@ -247,7 +246,7 @@ def test_select(select: Any, weights: list[str]) -> None:
 
 
 def test_starting_values() -> None:
-    """Means from N(1, 0.5) and a scale of sqrt(p / (1 - p)), unless asked otherwise; scales in the bulk of the prior."""
+    """Means from N(1, 0.5) and a scale of sqrt(p / (1 - p)), unless asked otherwise; scales in the prior's bulk."""
     model = Rank1(nn.Linear(300, 200), Gaussian(), N, prior=HierarchicalCauchy(0.2))
     torch.manual_seed(0)
     guide = Rank1Guide(model)
@@ -279,7 +278,7 @@ def test_other_starting_means(means: Any, check: Any) -> None:
 
 @pytest.mark.parametrize("draws", ["row", "member"])
 def test_training_draws(draws: Any) -> None:
-    """All members, and a draw for every row of the batch or one for all of them; scales never differ within a member."""
+    """All members, and a draw for every row of the batch or one for all; scales never differ within a member."""
     model = Rank1(network(), Gaussian(), N)
     guide = Rank1Guide(model, 3, draws=draws)
     x, y = data()
@@ -320,7 +319,7 @@ def test_one_index_for_the_whole_network() -> None:
         guide.scale_rho.fill_(-15.0)
     guide.eval()
     for _ in range(20):
-        values = guide(data()[0])
+        values = {n: v.detach() for n, v in guide(data()[0]).items()}
         components = {
             round(float(v.log().mean() if "tau" in n or n == "noise" else v.mean())) for n, v in values.items()
         }
@@ -359,8 +358,8 @@ def test_bad_guides(make: Any, error: Any, message: str) -> None:
         (lambda: Rank1(network(), Gaussian(), 2.5), ValueError, "num_data=2.5"),
         (lambda: Rank1(network(), "gaussian", N), TypeError, "likelihood must be one of pyro_bnn.likelihoods"),
         (lambda: Rank1(lambda x: x, Gaussian(), N), TypeError, "net must be a torch.nn.Module, got function"),
-        (lambda: Rank1(network(), Gaussian(), N, members_dim=-1), ValueError, "members_dim=-1: axis -1 belongs to the data"),
-        (lambda: Rank1(network(), Gaussian(), N, select="fc"), ValueError, "select='fc' matches none of the parameters: 0.w"),
+        (lambda: Rank1(network(), Gaussian(), N, members_dim=-1), ValueError, "members_dim=-1: axis -1 belongs"),
+        (lambda: Rank1(network(), Gaussian(), N, select="fc"), ValueError, "select='fc' matches none of the par"),
         (lambda: Rank1(network(), Gaussian(), N, select=nn.Conv2d), ValueError, "matches none"),
         (lambda: Rank1(network(), Gaussian(), N, select=3), TypeError, "select takes a pattern, a module type or"),
         (lambda: Rank1(nn.ReLU(), Gaussian(), N), ValueError, "the network has no weights that take factors"),
