@@ -42,8 +42,12 @@ class ScaleLatents(Messenger):
         msg["scale"] = msg["scale"] * (self.scale * size)
 
 
+def _members_frames(site: Any) -> list[Any]:
+    return [f for f in site["cond_indep_stack"] if f.name.rpartition(".")[2] == "members"]
+
+
 def _members_frame(site: Any) -> Any:
-    return next((f for f in site["cond_indep_stack"] if f.name.rpartition(".")[2] == "members"), None)
+    return next(iter(_members_frames(site)), None)
 
 
 class MixtureELBO(TraceMeanField_ELBO):
@@ -132,32 +136,34 @@ def _sample_sites(trace: poutine.Trace) -> dict[str, Any]:
 
 
 def _mix_members(site: Any) -> None:
-    """Replaces the members' average of log p(y) by the log of their average of p(y)."""
-    frame = _members_frame(site)
-    if frame is None or frame.size == 1:
+    """Replaces the members' average of log p(y) by the log of their average of p(y), of all networks in the model."""
+    frames = [f for f in _members_frames(site) if f.size > 1]
+    if not frames:
         return
-    mixed = site["unscaled_log_prob"].logsumexp(frame.dim) - math.log(frame.size)
-    site["log_prob_sum"] = (mixed * site["scale"] * frame.size).sum()
+    count = math.prod(f.size for f in frames)
+    mixed = site["unscaled_log_prob"].logsumexp([f.dim for f in frames]) - math.log(count)
+    site["log_prob_sum"] = (mixed * site["scale"] * count).sum()
 
 
 def kolchinsky_tracey(guide_trace: poutine.Trace) -> Tensor:
     """``(1/K) sum_k log (1/K) sum_j exp(-B(q_k, q_j))``, at most 0, over all latent sites of a guide's trace.
 
+    Several networks in one model have independent mixtures, whose corrections add up.
+
     :raises ValueError: when a site of the guide is a point, or of a family without a closed form.
     """
-    total: Tensor | float = 0.0
-    beta: Any = 1.0
+    totals: dict[str, Any] = {}
+    betas: dict[str, Any] = {}
     for name, site in guide_trace.nodes.items():
         frame = _members_frame(site) if site["type"] == "sample" else None
         if frame is None or site["is_observed"] or type(site["fn"]).__name__ == "_Subsample":
             continue
-        distance = _pairwise(name, site["fn"], frame.dim)
-        total = total + distance
-        beta = site["scale"] * math.prod(f.size for f in site["cond_indep_stack"])
-    if not isinstance(total, Tensor):
+        totals[frame.name] = totals.get(frame.name, 0.0) + _pairwise(name, site["fn"], frame.dim)
+        betas[frame.name] = site["scale"] * math.prod(f.size for f in site["cond_indep_stack"])
+    if not totals:
         raise ValueError("mixture_kl='kt' needs a guide with a members plate, such as Rank1Guide")
-    k = total.shape[0]
-    return beta * ((-total).logsumexp(1) - math.log(k)).mean()
+    corrections = [betas[n] * ((-d).logsumexp(1) - math.log(len(d))).mean() for n, d in totals.items()]
+    return torch.stack(corrections).sum()
 
 
 def _pairwise(name: str, fn: Any, dim: int) -> Tensor:

@@ -226,9 +226,14 @@ def _batches(
     try:
         with torch.random.fork_rng([]):
             first = next(loaded())
-        steps = len(loader)  # type: ignore[arg-type]
     except StopIteration:
         raise ValueError("the loader is empty: it gives no batch") from None
+    try:
+        steps = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(
+            "the loader has no length, by which annealing and schedules count: give its data set a __len__"
+        ) from None
     size = network.num_data if network is not None and network.num_data else len(dataset) if dataset is not None else 1
     return loaded, steps, size, first
 

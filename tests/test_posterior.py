@@ -69,7 +69,7 @@ def test_a_draw_is_the_same_function_for_every_row_and_batch_size(make: Any) -> 
 
 
 def test_prediction_equals_the_network_with_the_explicit_weights_of_each_draw() -> None:
-    """Proves that draws(seed) are those of predict(seed), and that each output is net(x) with W o (r s^T) and biases."""
+    """Proves that draws(seed) are those of predict(seed), and each output is net(x) with W o (r s^T) and biases."""
     posterior = rank1()
     x, _ = data()
     outputs = posterior.predict(x, 2, seed=5).outputs
@@ -259,7 +259,7 @@ def test_posterior_of_nuts_and_of_an_autoguide() -> None:
 
 
 def test_models_of_other_packages() -> None:
-    """Proves prediction and log likelihood of a plain Pyro model with a function guide whose parameters are pyro.param."""
+    """Proves prediction and log likelihood of a plain Pyro model with a function guide that uses pyro.param."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, generator=generator)
     y = 2 * x + 0.1 * torch.randn(50, generator=generator)

@@ -64,13 +64,13 @@ def rank1(prior: Any = PRIORS[0], family: Any = "normal", draws: Any = "row", **
     return model, guide
 
 
-def at_seed(elbo: Any, model: Any, guide: Any, x: Tensor, y: Tensor, seed: int = 0) -> tuple[float, dict[str, Tensor]]:
+def at_seed(elbo: Any, model: Any, guide: Any, *args: Tensor, seed: int = 0) -> tuple[float, dict[str, Tensor]]:
     """The ELBO, and the draws that it was computed from."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        trace = poutine.trace(guide).get_trace(x, y)
+        trace = poutine.trace(guide).get_trace(*args)
         torch.manual_seed(seed)
-        value = -elbo.loss(model, guide, x, y)
+        value = -elbo.loss(model, guide, *args)
     return value, {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"}
 
 
@@ -390,6 +390,44 @@ def test_correction_goes_over_all_sites_at_once() -> None:
     moved, its_guide = rank1(Horseshoe(), member_bias=False, members_dim=-4)
     its_guide.load_state_dict(guide.state_dict())
     assert float(correction(poutine.trace(its_guide).get_trace(x, y)).detach()) == pytest.approx(expected, rel=1e-8)
+
+
+def test_two_networks_have_two_mixtures() -> None:
+    """Independent indices: corrections add up, and the mixture of the likelihood is over all pairs of members."""
+    few, many = random_members(2, 3, 5), random_members(3, 2, 6)
+    x = torch.randn(N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    prior = dist.Normal(torch.tensor(0.0, dtype=torch.float64), 1.0)
+
+    def guide(y: Tensor) -> None:
+        for name, dim, (m, s) in (("a", -2, few), ("b", -3, many)):
+            with pyro.plate(f"{name}.members", 1, subsample=torch.arange(len(m)), dim=dim):
+                shape = (len(m),) + (1,) * (-dim - 1) + m.shape[1:]
+                pyro.sample(name, dist.Normal(m.reshape(shape), s.reshape(shape)).to_event(1))
+
+    def model(y: Tensor) -> None:
+        first, second = pyro.plate("a.members", 1, dim=-2), pyro.plate("b.members", 1, dim=-3)
+        with first:
+            a = pyro.sample("a", prior.expand([3]).to_event(1))
+        with second:
+            b = pyro.sample("b", prior.expand([2]).to_event(1))
+        with first, second, pyro.plate("data", N, dim=-1):
+            pyro.sample("obs", dist.Normal((a.sum(-1) + b.sum(-1)) * x, 0.5), obs=y)
+
+    torch.manual_seed(0)
+    y = torch.randn(N, dtype=torch.float64)
+    separate = [MixtureELBO("kt").loss(*only_latent(dist.Normal, *one, prior)) for one in (few, many)]
+    terms = [MixtureELBO("mean").loss(*only_latent(dist.Normal, *one, prior)) for one in (few, many)]
+    values = {}
+    for kind in ("mean", "kt"):
+        for bound in ("average", "mixture"):
+            values[kind, bound], draws = at_seed(MixtureELBO(kind, bound), model, guide, y)
+    f = (draws["a"].sum(-1) + draws["b"].sum(-1)) * x
+    log_y = stats.norm.logpdf(y.numpy(), f.numpy(), 0.5)
+    assert log_y.shape == (3, 2, N)
+    average, mixture = log_y.mean((0, 1)).sum(), (np.logaddexp.reduce(log_y, (0, 1)) - math.log(6)).sum()
+    for (kind, bound), value in values.items():
+        kl = sum(separate if kind == "kt" else terms)
+        assert value == pytest.approx((average if bound == "average" else mixture) - kl, rel=1e-10)
 
 
 # --------------------------------------------------------------------------------------------------- annealing

@@ -18,7 +18,7 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import pyro_bnn as pb
 from pyro_bnn.inference import FitState, MixtureELBO, cosine, fit, warmup_steps
@@ -278,6 +278,13 @@ def test_bad_loaders() -> None:
         fit(model, guide, TensorDataset(x, x, y), epochs=1, progress=False)
     with pytest.raises(TypeError, match=r"the loader must give pairs \(x, y\)"):
         fit(model, guide, DataLoader(TensorDataset(x)), epochs=1, progress=False)
+
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(zip(x, y, strict=True))
+
+    with pytest.raises(TypeError, match="the loader has no length, by which annealing and schedules count"):
+        fit(model, guide, DataLoader(Stream(), batch_size=4), epochs=1, progress=False)
 
 
 @pytest.mark.parametrize(
