@@ -83,7 +83,7 @@ def fit(
     prior: Annotated[Prior | None, typer.Option(help="rank1: hierarchical-cauchy, dense: normal")] = None,
     family: Annotated[Family, typer.Option(help="of the guide; cauchy for rank1 alone")] = "normal",
     batch_size: Annotated[int, typer.Option(min=1, help="rows of a training step")] = 64,
-    lr: Annotated[float, typer.Option(help="learning rate")] = 1e-3,
+    lr: Annotated[float, typer.Option(help="learning rate of AdamW, falling to 0 along a cosine")] = 1e-2,
     samples: Annotated[int, typer.Option(min=1, help="draws from each component for a prediction")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="of weights, batches and draws")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
@@ -241,6 +241,7 @@ def _train(model_and_guide: tuple[nn.Module, nn.Module], task: Task, options: Op
             epochs=options.epochs,
             batch_size=options.batch_size,
             lr=options.lr,
+            schedule=pb.inference.cosine(warmup=1.0),
             seed=options.seed,
             progress=not console.quiet,
         )

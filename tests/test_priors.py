@@ -292,7 +292,14 @@ def test_distribution_of_another_shape(given: Any) -> None:
 
 def test_first_pattern_that_matches_the_whole_name_wins() -> None:
     names = ("layer1.fc.weight.s", "layer1.fc.weight")
-    mapping = {"fc": Normal(0, 9), r".*\.r": Normal(0, 8), r".*\.weight": Normal(0, 1), ".*": Normal(0, 2)}
+    mapping = {
+        "fc": Normal(0, 9),
+        "layer1": Normal(0, 7),
+        "weight": Normal(0, 6),
+        r".*\.r": Normal(0, 8),
+        r".*\.weight": Normal(0, 1),
+        ".*": Normal(0, 2),
+    }
     assert resolve(mapping, names, vector()) == Normal(0, 1), "the weight's name counts, a part of a name does not"
     assert resolve({r".*\.s": Cauchy(), **mapping}, names, vector()) == Cauchy()
     assert resolve(mapping, ("layer1.fc.weight.r", "layer1.fc.weight"), vector()) == Normal(0, 8)

@@ -47,7 +47,7 @@ def main() -> None:
     likelihood = pb.likelihoods.Categorical()
     dense = Dense(network(), likelihood, 60_000)
     auto = AutoNormal(dense)
-    auto(torch.randn(2, 784))
+    auto(torch.randn(2, 784), torch.tensor([0, 1]))  # with y: its first call must not meet a discrete latent
     mean_field = pb.Posterior(dense, MeanFieldGuide(dense))
     rank1 = Rank1(network(), likelihood, 60_000)
     # one component: 100 draws are 100 passes, as for the others
