@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any, Literal
 
@@ -13,10 +14,12 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro.infer.trace_mean_field_elbo import _check_mean_field_requirement
 from pyro.infer.util import check_fully_reparametrized, is_validation_enabled, torch_item
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.util import prune_subsample_sites
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.distributions import kl_divergence
+
+from pyro_bnn.factorised import FactorisedNormal, kl_of_block
 
 
 class ScaleLatents(Messenger):
@@ -83,13 +86,12 @@ class MixtureELBO(TraceMeanField_ELBO):
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[poutine.Trace, poutine.Trace]:
         """Traces without log densities: which of them are needed is known only once closed forms have been tried."""
-        with ScaleLatents(per_member=self.mixture_kl == "sum"):
+        with ScaleLatents(per_member=True) if self.mixture_kl == "sum" else contextlib.nullcontext():
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         if is_validation_enabled():
             check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
-        guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
-        if is_validation_enabled():
+            guide_trace, model_trace = prune_subsample_sites(guide_trace), prune_subsample_sites(model_trace)
             _check_mean_field_requirement(model_trace, guide_trace)
             model_trace.compute_log_prob()
             guide_trace.compute_score_parts()
@@ -98,15 +100,30 @@ class MixtureELBO(TraceMeanField_ELBO):
                     check_site_shape(site, self.max_plate_nesting)
         return model_trace, guide_trace
 
-    def _differentiable_loss_particle(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Any:
+    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The negative ELBO in nats, for ``backward()``; it is not read, so a GPU need not be waited for."""
+        loss: Any = 0.0
+        for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):
+            loss = loss + self._negative_elbo(model_trace, guide_trace)
+        return loss if self.num_particles == 1 else loss / self.num_particles
+
+    def _differentiable_loss_particle(
+        self, model_trace: poutine.Trace, guide_trace: poutine.Trace
+    ) -> tuple[float, Tensor]:
+        loss = self._negative_elbo(model_trace, guide_trace)
+        return torch_item(loss), loss
+
+    def _negative_elbo(self, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor:
         model_sites, guide_sites = _sample_sites(model_trace), _sample_sites(guide_trace)
-        sampled: set[str] = set()
-        elbo: Any = 0.0
-        for name, site in model_sites.items():
-            if site["is_observed"]:
-                continue
-            if is_validation_enabled():
+        latent = {name: site for name, site in model_sites.items() if not site["is_observed"]}
+        if is_validation_enabled():
+            for name in latent:
                 check_fully_reparametrized(guide_sites[name])
+        elbo, done = _closed_form_of_blocks(guide_sites, latent)
+        sampled: set[str] = set()
+        for name, site in latent.items():
+            if name in done:
+                continue
             try:
                 kl = kl_divergence(guide_sites[name]["fn"], site["fn"])
             except NotImplementedError:  # no closed form: estimated from this draw
@@ -115,24 +132,45 @@ class MixtureELBO(TraceMeanField_ELBO):
             kl = scale_and_mask(kl, scale=guide_sites[name]["scale"], mask=guide_sites[name]["mask"])
             elbo = elbo - kl.sum()
         model_trace.compute_log_prob(lambda name, site: site["is_observed"] or name in sampled)
-        guide_trace.compute_log_prob(lambda name, site: name in sampled or name not in model_sites)
+        alone = [name for name in guide_sites if name in sampled or name not in model_sites]  # the latter: auxiliary
+        guide_trace.compute_log_prob(lambda name, site: name in alone)
         for name, site in model_sites.items():
             if site["is_observed"] and self.likelihood_bound == "mixture":
                 _mix_members(site)
             if site["is_observed"] or name in sampled:
                 elbo = elbo + site["log_prob_sum"]
-        for name, site in guide_sites.items():
-            if name in sampled or name not in model_sites:  # the latter are auxiliary
-                elbo = elbo - site["log_prob_sum"]
-        surrogate = -elbo
+        for name in alone:
+            elbo = elbo - guide_sites[name]["log_prob_sum"]
         if self.mixture_kl == "kt":
-            surrogate = surrogate + kolchinsky_tracey(guide_trace)
-        return torch_item(surrogate), surrogate
+            elbo = elbo - kolchinsky_tracey(guide_trace)
+        return -elbo
+
+
+def _closed_form_of_blocks(guide_sites: dict[str, Any], latent: dict[str, Any]) -> tuple[Any, set[str]]:
+    """Minus the KL divergences of the blocks that have one for all their sites together, and the names of those."""
+    blocks: dict[int, list[str]] = {}
+    for name in latent:
+        fn = guide_sites[name]["fn"]
+        if isinstance(fn, FactorisedNormal):
+            blocks.setdefault(id(fn.block), []).append(name)
+    total: Any = 0.0
+    done: set[str] = set()
+    for names in blocks.values():
+        own = [guide_sites[name] for name in names]
+        first = own[0]
+        if any(site["mask"] is not None or site["scale"] != first["scale"] for site in own):
+            continue
+        kl = kl_of_block([site["fn"] for site in own], [latent[name]["fn"] for name in names])
+        if kl is None:
+            continue
+        total = total - (kl.expand(first["fn"].batch_shape) * first["scale"]).sum()
+        done.update(names)
+    return total, done
 
 
 def _sample_sites(trace: poutine.Trace) -> dict[str, Any]:
     nodes: dict[str, Any] = trace.nodes
-    return {name: site for name, site in nodes.items() if site["type"] == "sample"}
+    return {name: site for name, site in nodes.items() if site["type"] == "sample" and not site_is_subsample(site)}
 
 
 def _mix_members(site: Any) -> None:
@@ -168,7 +206,7 @@ def kolchinsky_tracey(guide_trace: poutine.Trace) -> Tensor:
 
 def _pairwise(name: str, fn: Any, dim: int) -> Tensor:
     """Bhattacharyya distances ``[K, K]`` between the members of one site."""
-    base = fn
+    base = fn.normal if isinstance(fn, FactorisedNormal) else fn
     while isinstance(base, torch.distributions.Independent):
         base = base.base_dist
     if isinstance(base, Delta):

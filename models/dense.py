@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bnn import priors
-from pyro_bnn.guide import MixtureGuide, inverse_softplus
+from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import (
     BayesianNetwork,
@@ -18,7 +18,6 @@ from pyro_bnn.model import (
     sample_local,
     sample_noise,
     sample_scales,
-    site_distribution,
     storable,
 )
 from pyro_bnn.network import Output, Select, select_parameters
@@ -104,17 +103,20 @@ class Dense(BayesianNetwork):
                     values[self.site(f"{name}_{suffix}")] = value
         values |= sample_noise(self)
         for name in self.random:
-            d = site_distribution(self._priors[name], 0.0, parameters[name].detach(), *scales[name])
-            values[self.site(name)] = pyro.sample(self.site(name), d)
+            site = self.site(name)
+            d = self.prior_of(site, self._priors[name], 0.0, parameters[name].detach(), *scales[name])
+            values[site] = pyro.sample(site, d)
         return values
 
     def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
         lead = self.lead_shape(latents)
+        plates = lead + (1,) * (-self.members_dim - 1)
+        parameters = self.core().parameters_by_name()
         weights = {}
         for name in self.random:
+            shape = parameters[name].shape
             value = latents[self.site(name)]
-            event_dim = next(len(s.shape) for s in self._sites if s.name == self.site(name))
-            weights[name] = self.fold(value, event_dim, lead)[:, 0].expand(lead.numel(), *[-1] * event_dim)
+            weights[name] = value.expand(plates + shape).reshape((-1,) + shape)
         return self.unfold(self.core().explicit(x, weights, self.chunk_size), lead)
 
 
@@ -129,10 +131,7 @@ class MeanFieldGuide(MixtureGuide):
 
     def __init__(self, model: Dense, components: int = 1, *, init_scale: float = 1e-2) -> None:
         super().__init__(model, components)
-        rho = self._parameters["rho"]
-        assert rho is not None
-        with torch.no_grad():
-            rho.fill_(inverse_softplus(init_scale))
+        self.start_scales(init_scale)
 
     def arguments(self) -> dict[str, Any]:
         return {"components": self.num_members}

@@ -19,7 +19,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_bnn import priors
-from pyro_bnn.guide import Family, MixtureGuide, inverse_softplus
+from pyro_bnn.guide import Family, MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import (
     BayesianNetwork,
@@ -27,7 +27,6 @@ from pyro_bnn.model import (
     sample_local,
     sample_noise,
     sample_scales,
-    site_distribution,
     storable,
 )
 from pyro_bnn.network import Output, Select, batch_size, select_parameters
@@ -192,8 +191,9 @@ class Rank1(BayesianNetwork):
         values |= sample_noise(self)
         with self.rows():
             for name, one in like.items():
-                d = site_distribution(self._priors[name], 1.0, one, tau.get(name), local.get(name))
-                values[self.site(name)] = pyro.sample(self.site(name), d)
+                site = self.site(name)
+                d = self.prior_of(site, self._priors[name], 1.0, one, tau.get(name), local.get(name))
+                values[site] = pyro.sample(site, d)
         return values
 
     def _require_complete(self, x: Any) -> None:
@@ -354,16 +354,15 @@ class Rank1Guide(MixtureGuide):
             )
         super().__init__(model, components, family, rows=draws == "row")
         self.draws = draws
-        loc, rho = self._parameters["loc"], self._parameters["rho"]
-        assert loc is not None and rho is not None
         with torch.no_grad():
-            if isinstance(init_means, Prior):
-                loc.copy_(init_means.elements(1.0, loc, None).expand(loc.shape).sample())
-            elif isinstance(init_means, TorchDistributionMixin):
-                loc.copy_(init_means.expand(loc.shape).sample())
-            else:
-                loc.copy_(init_means(loc.shape))
-            rho.fill_(inverse_softplus((init_dropout_rate / (1 - init_dropout_rate)) ** 0.5))
+            for loc in self.loc:
+                if isinstance(init_means, Prior):
+                    loc.copy_(init_means.elements(1.0, loc, None).expand(loc.shape).sample())
+                elif isinstance(init_means, TorchDistributionMixin):
+                    loc.copy_(init_means.expand(loc.shape).sample())
+                else:
+                    loc.copy_(init_means(loc.shape))
+        self.start_scales((init_dropout_rate / (1 - init_dropout_rate)) ** 0.5)
 
     def arguments(self) -> dict[str, Any]:
         return {"components": self.num_members, "family": self.family, "draws": self.draws}

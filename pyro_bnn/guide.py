@@ -1,13 +1,13 @@
 """Mixtures of factorised guides: K components as members, rows with draws of their own, all in Pyro's plates.
 
-The parameters of all sites of a kind lie in one flat tensor ``[K, n]``: a large network has hundreds of sites, but the
-optimiser sees a handful of parameters.
+The parameters of the sites of a kind lie side by side in blocks ``[K, n]``: a large network has hundreds of sites, but
+the optimiser sees a handful of parameters.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import pyro
@@ -17,39 +17,28 @@ import torch.nn.functional as F
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_bnn.factorised import FactorisedNormal
+from pyro_bnn.factorised import NormalBlock, split
 from pyro_bnn.model import BayesianNetwork, Site, enter_mode, picklable_state, register_parameters
 from pyro_bnn.network import batch_size
 
 Family = Literal["normal", "cauchy", "point"]
 SMALLEST_SCALE = 1e-7
+#: Sites share a block up to this many elements; a larger site has one of its own. Allocators serve tensors of tens of
+#: megabytes with fresh pages from the system every time, which costs more than the arithmetic on them.
+BLOCK_SIZE = 2**18
 
 
-def _cauchy(loc: Tensor, scale: Tensor, events: int) -> dist.TorchDistribution:
-    return dist.Cauchy(loc, scale).to_event(events)
-
-
-def _log_normal(loc: Tensor, scale: Tensor, events: int) -> dist.TorchDistribution:
-    return dist.LogNormal(loc, scale).to_event(events)
-
-
-_FAMILIES: dict[str, Callable[[Tensor, Tensor, int], dist.TorchDistribution]] = {
-    "normal": FactorisedNormal,
-    "cauchy": _cauchy,
-}
-
-
-class _Flat:
-    """Where each site lies in a flat tensor."""
-
-    def __init__(self, sites: list[Site]) -> None:
-        self.sites = sites
-        self.sizes = [site.shape.numel() for site in sites]
-
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """``[K, n] -> [K, *shape]`` for each site."""
-        parts = flat.split(self.sizes, -1)
-        return [part.reshape(part.shape[:-1] + site.shape) for part, site in zip(parts, self.sites, strict=True)]
+def _blocks(sites: list[Site]) -> list[list[Site]]:
+    """Neighbouring sites in groups of at most ``BLOCK_SIZE`` elements."""
+    blocks: list[list[Site]] = []
+    size = BLOCK_SIZE
+    for site in sites:
+        size += site.shape.numel()
+        if size > BLOCK_SIZE:
+            blocks.append([])
+            size = site.shape.numel()
+        blocks[-1].append(site)
+    return blocks
 
 
 class MixtureGuide(PyroModule):
@@ -66,6 +55,14 @@ class MixtureGuide(PyroModule):
     :param rows: whether in train mode every row of the batch has a draw of its own (factors only).
     """
 
+    # Lists of blocks [K, n]: of the weights or factors, of the logarithms of the positive scales, of the biases.
+
+    loc: nn.ParameterList
+    rho: nn.ParameterList
+    scale_loc: nn.ParameterList
+    scale_rho: nn.ParameterList
+    point: nn.ParameterList
+
     def __init__(
         self, model: BayesianNetwork, components: int = 1, family: Family = "normal", rows: bool = False
     ) -> None:
@@ -74,8 +71,8 @@ class MixtureGuide(PyroModule):
         super().__init__(f"{model.prefix}_guide" if model.prefix else "guide")
         if not isinstance(components, int) or components < 1:
             raise ValueError(f"components={components!r}: expected the number of mixture components, at least 1")
-        if family not in (*_FAMILIES, "point"):
-            raise ValueError(f"family={family!r}: expected one of {', '.join(map(repr, _FAMILIES))}, 'point'")
+        if family not in _FAMILIES:
+            raise ValueError(f"family={family!r}: expected one of {', '.join(map(repr, _FAMILIES))}")
         sites = model.sites()
         like = model.like()
         self.num_members = components
@@ -83,17 +80,22 @@ class MixtureGuide(PyroModule):
         self.per_row = rows
         self.prefix, self.members_dim = model.prefix, model.members_dim
         self._every = False
-        self._random = _Flat([s for s in sites if s.role in ("weight", "factor")])
-        self._in_rows = bool(self._random.sites) and self._random.sites[0].role == "factor"
-        self._scale = _Flat([s for s in sites if s.role == "scale"])
-        self._point = _Flat([s for s in sites if s.role == "bias"])
-        self._order = [s for s in sites if s.role in ("scale", "bias")]
-        for name, flat in (("loc", self._random), ("scale_loc", self._scale), ("point", self._point)):
-            value = _centers(flat, like, log=name == "scale_loc").expand(components, -1).clone()
-            self.register_parameter(name, nn.Parameter(value))
+        self._in_rows = any(s.role == "factor" for s in sites)
+        self._before_rows = [s.name for s in sites if s.role in ("scale", "bias")]
+        self._blocks: dict[str, list[list[Site]]] = {}
+        for name, roles in (("loc", ("weight", "factor")), ("scale_loc", ("scale",)), ("point", ("bias",))):
+            blocks = self._blocks[name] = _blocks([s for s in sites if s.role in roles])
+            values = [_centers(b, like, log=name == "scale_loc").expand(components, -1).clone() for b in blocks]
+            setattr(self, name, nn.ParameterList(values))
             if name != "point" and family != "point":
-                rho = name.replace("loc", "rho")
-                self.register_parameter(rho, nn.Parameter(torch.full_like(value, inverse_softplus(0.1))))
+                rhos = [torch.full_like(value, inverse_softplus(0.1)) for value in values]
+                setattr(self, name.replace("loc", "rho"), nn.ParameterList(rhos))
+
+    def start_scales(self, value: float) -> None:
+        """Sets the standard deviation (Cauchy: the scale) of every weight or factor."""
+        with torch.no_grad():
+            for rho in self._block_parameters("rho"):
+                rho.fill_(inverse_softplus(value))
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments as JSON, apart from those that only say where training starts."""
@@ -114,8 +116,7 @@ class MixtureGuide(PyroModule):
     def forward(self, x: Any, y: Tensor | None = None) -> dict[str, Tensor]:
         enter_mode(self)
         register_parameters(self, self._named())
-        p: dict[str, Tensor] = {n: q for n, q in self._parameters.items() if q is not None}
-        device = p["loc"].device
+        device = self.like().device
         values: dict[str, Tensor] = {}
         with contextlib.ExitStack() as stack:
             if self.training or self._every:
@@ -123,75 +124,124 @@ class MixtureGuide(PyroModule):
                 component = None
             else:
                 members = self._plate("members", 1, self.members_dim, device)
-                component = self._component(stack, members, p["loc"])
+                component = self._component(members)
             stack.enter_context(members)
             take = _taker(component, self.members_dim)
-            points = iter(self._point.split(take(p["point"])))
-            scales = iter(self._distributions(self._scale, p, take, "scale_loc", "scale_rho"))
-            for site in self._order:
-                d = next(scales) if site.role == "scale" else dist.Delta(next(points), event_dim=len(site.shape))
-                values[site.name] = pyro.sample(site.name, d)
+            scale = _positive_points if self.family == "point" else _log_normals
+            before = self._distributions("scale_loc", scale, take) | self._distributions("point", _points, take)
+            for name in self._before_rows:
+                values[name] = pyro.sample(name, before[name])
             if self._in_rows:
                 rows = batch_size(x, y) if self.training and self.per_row and not self._every else 1
                 stack.enter_context(self._plate("rows", rows, -1, device))
-            for site, d in zip(
-                self._random.sites, self._distributions(self._random, p, take, "loc", "rho"), strict=True
-            ):
-                values[site.name] = pyro.sample(site.name, d)
+            for name, d in self._distributions("loc", _FAMILIES[self.family], take).items():
+                values[name] = pyro.sample(name, d)
         return values
 
-    def _distributions(
-        self, flat: _Flat, p: dict[str, Tensor], take: Callable[[Tensor], Tensor], loc: str, rho: str
-    ) -> list[dist.TorchDistribution]:
+    def _block_parameters(self, name: str) -> list[Tensor]:
+        """The blocks of one kind, read past Pyro's attribute hooks."""
+        blocks = self._modules[name]
+        assert isinstance(blocks, nn.ParameterList)
+        return [p for p in blocks._parameters.values() if p is not None]
+
+    def _distributions(self, name: str, family: _Makes, take: _Take) -> dict[str, dist.TorchDistribution]:
         """The distribution of each site of one kind."""
-        positive = flat is self._scale
-        locs = flat.split(take(p[loc].exp() if positive and self.family == "point" else p[loc]))
-        if self.family == "point":
-            return [dist.Delta(v, event_dim=len(s.shape)) for v, s in zip(locs, flat.sites, strict=True)]
-        family = _log_normal if positive else _FAMILIES[self.family]
-        scales = flat.split(take(F.softplus(p[rho]).add_(SMALLEST_SCALE)))
-        return [family(m, v, len(site.shape)) for m, v, site in zip(locs, scales, flat.sites, strict=True)]
+        found: dict[str, dist.TorchDistribution] = {}
+        rho = name.replace("loc", "rho")
+        parameters = [self._block_parameters(n) for n in dict.fromkeys((name, rho)) if n in self._modules]
+        for sites, *blocks in zip(self._blocks[name], *parameters, strict=True):
+            made = family([site.shape for site in sites], *map(take, blocks))
+            found |= zip((site.name for site in sites), made, strict=True)
+        return found
+
+    def like(self) -> Tensor:
+        """A tensor on the guide's device and with its dtype."""
+        return self._block_parameters("loc")[0]
 
     def points(self) -> list[nn.Parameter]:
         """The members' own biases, which are points and not random."""
-        return [p for name, p in self._named() if name == "point"]
+        return [p for name, p in self._named() if name.startswith("point.")]
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self._parameters.items() if p is not None and p.numel()]
+        return [
+            (f"{kind}.{i}", p)
+            for kind, blocks in self._modules.items()
+            if isinstance(blocks, nn.ParameterList)
+            for i, p in blocks._parameters.items()
+            if p is not None
+        ]
 
     def _plate(self, name: str, size: int, dim: int, device: torch.device) -> pyro.plate:
         full = f"{self.prefix}.{name}" if self.prefix else name
         return pyro.plate(full, 1, subsample=torch.arange(size, device=device), dim=dim, device=str(device))
 
-    def _component(self, stack: contextlib.ExitStack, members: pyro.plate, like: Tensor) -> Tensor | None:
+    def _component(self, members: pyro.plate) -> Tensor | None:
         """The index of a random component for every draw, ``[..., 1 ...]``."""
         if self.num_members == 1:
             return None
         name = f"{self.prefix}.component" if self.prefix else "component"
         with members:
-            weights = dist.Categorical(logits=like.new_zeros(self.num_members))
+            weights = dist.Categorical(logits=self.like().new_zeros(self.num_members))
             index: Tensor = pyro.sample(name, weights, infer={"is_auxiliary": True})
         return index
 
 
-def _taker(component: Tensor | None, members_dim: int) -> Callable[[Tensor], Tensor]:
-    """Puts the components of a flat ``[K, n]`` on the members axis: ``[K, 1 ..., n]``, or the chosen one."""
+_Take = Callable[[Tensor], Tensor]
 
-    def take(flat: Tensor) -> Tensor:
+
+def _taker(component: Tensor | None, members_dim: int) -> _Take:
+    """Puts the components of a block ``[K, n]`` on the members axis: ``[K, 1 ..., n]``, or the chosen one."""
+
+    def take(block: Tensor) -> Tensor:
         if component is not None:
-            return flat[component]
-        return flat.reshape(flat.shape[:1] + (1,) * (-members_dim - 1) + flat.shape[1:])
+            return block[component]
+        return block.reshape(block.shape[:1] + (1,) * (-members_dim - 1) + block.shape[1:])
 
     return take
 
 
-def _centers(flat: _Flat, like: Tensor, log: bool) -> Tensor:
-    parts = [
-        torch.as_tensor(site.center, dtype=like.dtype, device=like.device).expand(site.shape).reshape(-1)
-        for site in flat.sites
-    ]
-    value = torch.cat(parts) if parts else like.new_zeros(0)
-    return value.detach().log() if log else value.detach()
+_Makes = Callable[..., Sequence[dist.TorchDistribution]]
+
+
+def _normals(shapes: list[torch.Size], loc: Tensor, rho: Tensor) -> Sequence[dist.TorchDistribution]:
+    return NormalBlock(loc, _positive(rho), shapes).parts()
+
+
+def _cauchys(shapes: list[torch.Size], loc: Tensor, rho: Tensor) -> Sequence[dist.TorchDistribution]:
+    parts = zip(split(loc, shapes), split(_positive(rho), shapes), shapes, strict=True)
+    return [dist.Cauchy(m, s).to_event(len(shape)) for m, s, shape in parts]
+
+
+def _log_normals(shapes: list[torch.Size], loc: Tensor, rho: Tensor) -> Sequence[dist.TorchDistribution]:
+    parts = zip(split(loc, shapes), split(_positive(rho), shapes), shapes, strict=True)
+    return [dist.LogNormal(m, s).to_event(len(shape)) for m, s, shape in parts]
+
+
+def _points(shapes: list[torch.Size], value: Tensor) -> Sequence[dist.TorchDistribution]:
+    parts = zip(split(value, shapes), shapes, strict=True)
+    return [dist.Delta(v, event_dim=len(shape)) for v, shape in parts]
+
+
+def _positive_points(shapes: list[torch.Size], log: Tensor) -> Sequence[dist.TorchDistribution]:
+    return _points(shapes, log.exp())
+
+
+#: ``family(shapes, *parameters [*batch, n])``: the distributions of sites that lie side by side
+_FAMILIES: dict[str, _Makes] = {"normal": _normals, "cauchy": _cauchys, "point": _points}
+
+
+def _positive(rho: Tensor) -> Tensor:
+    return F.softplus(rho).add_(SMALLEST_SCALE)
+
+
+def _centers(sites: list[Site], like: Tensor, log: bool) -> Tensor:
+    value = torch.cat(
+        [
+            torch.as_tensor(site.center, dtype=like.dtype, device=like.device).expand(site.shape).reshape(-1)
+            for site in sites
+        ]
+    ).detach()
+    return value.log() if log else value
 
 
 def inverse_softplus(value: float) -> float:

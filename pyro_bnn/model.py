@@ -63,10 +63,10 @@ def register_parameters(owner: PyroModule, named: Iterable[tuple[str, nn.Paramet
 
 
 def picklable_state(module: nn.Module) -> dict[str, Any]:
-    """The state of a module without what Pyro's parameter store leaves on parameters, and without the last plate."""
+    """The state of a module without what Pyro's parameter store leaves on parameters, the last plate, and caches."""
     for parameter in module.parameters():
         parameter.__dict__.pop("unconstrained", None)  # a weak reference, which the store makes anew
-    return {k: v for k, v in module.__dict__.items() if k != "_members"}
+    return {k: v if k != "_constants" else {} for k, v in module.__dict__.items() if k != "_members"}
 
 
 #: classes that ``pb.load`` can build again, by name
@@ -145,6 +145,7 @@ class BayesianNetwork(PyroModule):
         self.prefix = prefix
         self.members_dim = members_dim
         self.output = output
+        self._constants: dict[str, tuple[Any, dist.TorchDistribution]] = {}
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments, except the network and the prior, as JSON; ``from_arguments`` takes them back."""
@@ -204,17 +205,17 @@ class BayesianNetwork(PyroModule):
 
     def lead_shape(self, latents: dict[str, Tensor]) -> torch.Size:
         """The common shape of all plates from the members plate to the left."""
-        shapes = [_plates(latents[s.name], len(s.shape), self.members_dim) for s in self.sites()]
-        return torch.broadcast_shapes((1,), *shapes)
+        shapes = {_plates(latents[s.name], len(s.shape), self.members_dim) for s in self.sites()} - {torch.Size()}
+        return shapes.pop() if len(shapes) == 1 else torch.broadcast_shapes((1,), *shapes)
 
     def fold(self, value: Tensor, event_dim: int, lead: torch.Size) -> Tensor:
         """``[*lead, 1 ..., rows | 1, *event] -> [members | 1, rows | 1, *event]``."""
         event = value.shape[value.dim() - event_dim :]
         own = _plates(value, event_dim, self.members_dim)
         rows = value.shape[-event_dim - 1] if value.dim() > event_dim else 1
-        value = value.reshape(own + (rows,) + event)
         if own.numel() == 1:
             return value.reshape((1, rows) + event)
+        value = value.reshape(own + (rows,) + event)
         return value.expand(lead + (rows,) + event).reshape((-1, rows) + event)
 
     def unfold(self, f: Tensor, lead: torch.Size) -> Tensor:
@@ -222,6 +223,20 @@ class BayesianNetwork(PyroModule):
         return f.reshape(lead + (1,) * (-self.members_dim - 2) + f.shape[1:])
 
     # ------------------------------------------------------------------------------------------- the program
+
+    def prior_of(
+        self, name: str, prior: Prior, center: float, like: Tensor, tau: Tensor | None, local: Tensor | None
+    ) -> dist.TorchDistribution:
+        """The prior of the site of this name given its scales, built once where nothing can change it."""
+        if not prior.constant:
+            return site_distribution(prior, center, like, tau, local)
+        key = (like.device, like.dtype, torch.is_inference_mode_enabled())
+        known = self.__dict__["_constants"].get(name)
+        if known is None or known[0] != key:
+            elements = prior.elements(center, like, None).expand(like.shape)
+            known = self.__dict__["_constants"][name] = key, _Constant(elements, like.dim())
+        built: dist.TorchDistribution = known[1]
+        return built
 
     def members(self) -> pyro.plate:
         """The members plate of the last call, to be entered around an own observation."""
@@ -237,7 +252,8 @@ class BayesianNetwork(PyroModule):
     def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
         enter_mode(self)
         core, like = self.core(), self.like()
-        register_parameters(self, ((f"network.net.{n}", p) for n, p in core.net.named_parameters() if p.requires_grad))
+        parameters = core.parameters_by_name()
+        register_parameters(self, ((f"network.net.{n}", p) for n, p in parameters.items() if p.requires_grad))
         size = batch_size(x, y)
         if y is not None and self.num_data is not None and size > self.num_data:
             raise ValueError(
@@ -267,8 +283,24 @@ class BayesianNetwork(PyroModule):
         )
         noise = latents.get(self.site("noise"))
         lead = len(self.lead_shape(latents)) - self.members_dim - 1
-        with plate, data, poutine.scale(scale=1.0 / likelihood.temperature):
+        tempered = poutine.scale(scale=1.0 / likelihood.temperature)
+        with plate, data, tempered if likelihood.temperature != 1 else contextlib.nullcontext():
             return pyro.sample(self.site("obs"), likelihood.given(f, y, noise, lead), obs=y)
+
+
+class _Constant(dist.Independent):
+    """A distribution that never changes, and remembers how it was last expanded: plates do so at every call."""
+
+    _expanded: _Constant | None = None
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _Constant:
+        batch = torch.Size(batch_shape)
+        if batch == self.batch_shape:
+            return self
+        if self._expanded is None or self._expanded.batch_shape != batch:
+            elements = self.base_dist.expand(batch + self.event_shape)
+            self._expanded = _Constant(elements, self.reinterpreted_batch_ndims)
+        return self._expanded
 
 
 def _plates(value: Tensor, event_dim: int, members_dim: int) -> torch.Size:

@@ -117,12 +117,17 @@ class Network(nn.Module):
             raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
         self.net = copy.deepcopy(net)
         self.output = output
+        self._places = [
+            (name, self.net.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+            for name, _ in self.net.named_parameters()
+        ]
         self._layouts: dict[Any, dict[Use, Layout]] = {}
         self._activations: dict[Any, int] = {}
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
-        """Every parameter once, tied ones under their first name."""
-        return dict(self.net.named_parameters())
+        """Every parameter once, tied ones under their first name. Cheaper than ``named_parameters``."""
+        found: dict[str, Any] = {name: module._parameters[own] for name, module, own in self._places}
+        return found
 
     def product_weights(self) -> list[str]:
         """Names of the weights that products, convolutions and embeddings consume, as far as module types tell."""
@@ -234,7 +239,7 @@ class Network(nn.Module):
         """
         members = next(iter(weights.values())).shape[0]
         if members == 1:
-            return self(x, {n: w[0] for n, w in weights.items()}).unsqueeze(0)
+            return self(x, {n: w.squeeze(0) for n, w in weights.items()}).unsqueeze(0)
         if any(m.training or isinstance(m, nn.RNNBase) for m in self.net.modules()):
             # neither the statistics of a normalisation layer nor the fused recurrent kernels can be vectorised
             return self._in_turn(x, [{n: w[m] for n, w in weights.items()} for m in range(members)])

@@ -44,6 +44,8 @@ class Prior:
     has_tau: ClassVar[bool] = False
     #: whether every element has a scale ``lambda`` of its own
     has_lambda: ClassVar[bool] = False
+    #: whether nothing but the device and dtype changes the distribution, so that it can be built once
+    constant: ClassVar[bool] = False
     #: whether a Cauchy has a finite KL divergence from it
     heavy_tails: ClassVar[bool] = True
 
@@ -68,6 +70,7 @@ class _LocationScale(Prior):
     loc: float | None = None
     scale: float = 1.0
     family: ClassVar[Any]
+    constant: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _require_numbers(self, scale=self.scale)
@@ -107,6 +110,7 @@ class StudentT(Prior):
     df: float = 3.0
     loc: float | None = None
     scale: float = 1.0
+    constant: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _require_numbers(self, df=self.df, scale=self.scale)

@@ -38,7 +38,7 @@ def scatter(guide: Any, seed: int = 1) -> None:
     with torch.no_grad():
         for name, p in guide.named_parameters():
             p.add_(0.4 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-            if name == "rho":
+            if name.startswith("rho."):
                 p.copy_(-0.5 + 0.5 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
 
 
@@ -51,7 +51,7 @@ def softplus(v: Array) -> Array:
 
 
 def means_and_scales(model: Any, guide: Any) -> dict[str, tuple[Array, Array | None]]:
-    """``{site: (loc [K, *shape], scale [K, *shape])}``, read off the flat parameters of the guide."""
+    """``{site: (loc [K, *shape], scale [K, *shape])}``, read off the guide's blocks laid side by side."""
     kinds = {"scale": ("scale_loc", "scale_rho"), "bias": ("point", None)}
     offsets: dict[str, int] = {}
     found = {}
@@ -61,8 +61,8 @@ def means_and_scales(model: Any, guide: Any) -> dict[str, tuple[Array, Array | N
         stop = offsets[loc] = start + site.shape.numel()
 
         def part(name: str, start: int = start, stop: int = stop, shape: Any = site.shape) -> Array:
-            flat = array(getattr(guide, name))[:, start:stop]
-            return flat.reshape(-1, *shape)
+            flat = np.concatenate([array(block) for block in getattr(guide, name)], 1)
+            return flat[:, start:stop].reshape(-1, *shape)
 
         found[site.name] = part(loc), None if rho is None else softplus(part(rho)) + 1e-7
     return found

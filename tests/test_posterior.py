@@ -189,10 +189,10 @@ def test_sample_takes_whole_draws_of_random_members() -> None:
     assert isinstance(guide, Rank1Guide)
     sample = posterior.sample(60, seed=0)
     biases = sample["0.bias"]
-    points = guide.point.detach()[:, :6]
+    points = guide.point[0].detach()[:, :6]
     member = (biases[:, None] == points).all(-1).int().argmax(-1)
     torch.testing.assert_close(biases, points[member])
-    torch.testing.assert_close(sample["3.bias"], guide.point.detach()[member, 6:])
+    torch.testing.assert_close(sample["3.bias"], guide.point[0].detach()[member, 6:])
     assert set(member.tolist()) == {0, 1, 2}
     assert sample["0.weight.s"].shape == (60, 4) and sample["0.weight_tau"].shape == (60,)
 

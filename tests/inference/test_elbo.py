@@ -19,6 +19,7 @@ from scipy import integrate, stats
 from torch import Tensor
 
 import pyro_bnn as pb
+from pyro_bnn.factorised import NormalBlock
 from pyro_bnn.inference import MixtureELBO, ScaleLatents
 from pyro_bnn.inference.elbo import kolchinsky_tracey as correction
 from pyro_bnn.likelihoods import Categorical, Gaussian
@@ -136,6 +137,85 @@ def test_elbo_of_dense_equals_the_one_written_by_hand(prior: Any, components: in
             assert value == pytest.approx(expected.elbo, rel=1e-6)
 
 
+@pytest.mark.parametrize("block_size", [1, 7, 1000])
+@pytest.mark.parametrize(
+    "prior",
+    [
+        {"0.*": Normal(0.9, 0.3), "2.weight.*": Normal(0.2, 0.7), ".*": Normal(0, 2.0)},
+        {"0.weight.*": Normal(0.9, 0.3), ".*": Laplace(0.1, 0.5)},
+        {"0.weight.*": Normal(0.9, 0.3), ".*": HierarchicalNormal()},
+    ],
+    ids=["three normals", "one not normal", "one with a sampled scale"],
+)
+@pytest.mark.parametrize("model_class", [Dense, Rank1])
+def test_sites_of_a_block_count_as_if_each_were_alone(
+    monkeypatch: pytest.MonkeyPatch, model_class: Any, prior: Any, block_size: int
+) -> None:
+    """Proves that what is drawn and compared together adds up to the KL divergences that PyTorch has for each site,
+    with one site in a block, some or all, also when a user scales one of them; and so do the gradients."""
+    monkeypatch.setattr("pyro_bnn.guide.BLOCK_SIZE", block_size)
+    x, y = data()
+    model = model_class(chain(2, 3, 1), Gaussian(), N, prior=prior)
+    guide = (MeanFieldGuide if model_class is Dense else Rank1Guide)(model, 3)
+    assert len(guide.loc) == {1: 4, 7: 2, 1000: 1}[block_size]
+    scatter(guide)
+
+    def expected(trace: Any, conditioned: Any) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for name, site in conditioned.nodes.items():
+            if site["type"] != "sample" or type(site["fn"]).__name__ == "_Subsample":
+                continue
+            if site["is_observed"]:
+                total = total + (site["fn"].log_prob(site["value"]) * site["scale"]).sum()
+                continue
+            q = trace.nodes[name]["fn"]
+            q = getattr(q, "normal", q)
+            try:
+                kl = torch.distributions.kl_divergence(q, site["fn"])
+            except NotImplementedError:
+                kl = q.log_prob(site["value"]) - site["fn"].log_prob(site["value"])
+            total = total - (kl * site["scale"]).sum()
+        return total
+
+    for scaled in (None, "0.weight", "0.weight.s"):
+
+        class ScaleOne(poutine.messenger.Messenger):
+            def _pyro_sample(self, msg: Any, name: Any = scaled) -> None:
+                if msg["name"] == name:
+                    msg["scale"] = 0.25 * msg["scale"]
+
+        with torch.random.fork_rng(), ScaleOne():
+            torch.manual_seed(0)
+            loss = MixtureELBO().differentiable_loss(model, guide, x, y)
+            torch.manual_seed(0)
+            trace = poutine.trace(guide).get_trace(x, y)
+            value = expected(trace, poutine.trace(poutine.replay(model, trace=trace)).get_trace(x, y))
+        torch.testing.assert_close(loss, -value, rtol=1e-12, atol=0)
+        for own, other in zip(*(torch.autograd.grad(v, list(guide.parameters())) for v in (loss, -value)), strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-12)
+
+
+def test_every_draw_of_a_block_is_new() -> None:
+    """Proves that draws of neighbours and of one site again, and for more batch axes, are independent Normals."""
+    torch.manual_seed(0)
+    loc, scale = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.1, 0.2, 0.3]])
+    first, second = NormalBlock(loc, scale, [torch.Size([1]), torch.Size([2])]).parts()
+    count = 4000
+    wide = [d.expand((count, 1)) for d in (first, second)]
+    draws = [torch.cat([d.rsample() for d in wide], -1) for _ in range(2)] + [
+        torch.cat([d.rsample((count,)) for d in (first, second)], -1)
+    ]
+    z = torch.cat([(d.reshape(count, 3) - loc) / scale for d in draws], 1)
+    assert (z.mean(0).abs() < 5 / count**0.5).all()
+    assert ((z.T.cov() - torch.eye(9)).abs() < 5 * (2 / count) ** 0.5).all()
+    for d, index in ((first, [0]), (second, [1, 2])):
+        torch.testing.assert_close(d.mean, loc[:, index])
+        torch.testing.assert_close(d.stddev, scale[:, index])
+        torch.testing.assert_close(d.log_prob(loc[:, index]), d.normal.log_prob(loc[:, index]))
+        torch.testing.assert_close(d.entropy(), d.normal.entropy())
+        assert d.support.event_dim == d.event_dim == 1
+
+
 def test_elbo_of_points_is_the_log_joint_density() -> None:
     """A guide without spread turns the ELBO into what MAP maximises: log likelihood + log prior."""
     x, y = data()
@@ -204,7 +284,7 @@ def test_vectorised_particles_agree_with_the_loop() -> None:
 def test_gradient_is_that_of_the_loss(prior: Any, family: Any, mixture_kl: Any, bound: Any) -> None:
     """What the optimiser descends is the loss that is reported: central differences at fixed draws."""
     model, guide = rank1(prior, family, member_bias=False)
-    parameters = [guide.loc, guide.rho, guide.scale_loc, guide.scale_rho, model.core().net[0].weight]
+    parameters = [*guide.parameters(), model.core().net[0].weight]
     check_gradient(MixtureELBO(mixture_kl, bound), model, guide, parameters)
 
 
@@ -214,7 +294,7 @@ def test_gradient_of_a_dense_network(prior: Any) -> None:
     model = Dense(chain(2, 3, 1), Gaussian(), N, prior=prior)
     guide = MeanFieldGuide(model)
     scatter(guide)
-    check_gradient(MixtureELBO(), model, guide, [guide.loc, guide.rho, guide.scale_loc, guide.scale_rho])
+    check_gradient(MixtureELBO(), model, guide, list(guide.parameters()))
 
 
 def check_gradient(elbo: Any, model: Any, guide: Any, parameters: list[Tensor]) -> None:

@@ -539,9 +539,9 @@ def test_decay_is_for_weights_and_never_for_factors(decay: Any) -> None:
     assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
     chosen = {"0.weight", "2.weight"} if decay == "weights" else set(net)
     assert {n for n, p in net.items() if id(p) in decayed} == chosen
-    assert (id(guide.point) in decayed) == (decay == "all")
+    assert (id(guide.point[0]) in decayed) == (decay == "all")
     for name in ("loc", "rho", "scale_loc", "scale_rho"):
-        assert id(getattr(guide, name)) in plain
+        assert id(getattr(guide, name)[0]) in plain
     assert not decayed & plain
 
 
@@ -597,7 +597,7 @@ def test_progress_reports_the_elbo(capsys: pytest.CaptureFixture[str]) -> None:
 # ----------------------------------------------------------------------------------------- the parameter store
 
 
-NAMES = ["network.net.0.weight", "network.net.2.weight", "guide.loc", "guide.rho", "guide.point", "mine"]
+NAMES = ["network.net.0.weight", "network.net.2.weight", "guide.loc.0", "guide.rho.0", "guide.point.0", "mine"]
 
 
 def fill_store() -> dict[str, Tensor]:
@@ -619,7 +619,7 @@ def trained(model: Any, guide: Any, run: Any) -> list[str]:
 EVERY = [
     "0.network.net.0.weight",
     "0.network.net.2.weight",
-    *(f"1.{n}" for n in ("loc", "rho", "scale_loc", "scale_rho", "point")),
+    *(f"1.{n}.0" for n in ("loc", "rho", "scale_loc", "scale_rho", "point")),
 ]
 
 
@@ -649,7 +649,7 @@ def test_users_own_svi_trains_every_parameter(filled: bool) -> None:
         engine = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), TraceMeanField_ELBO())
         names = trained(model, guide, lambda e=engine: [e.step(x, y) for _ in range(2)])
         assert set(names) == set(EVERY)
-        assert pyro.get_param_store()._params["guide.loc"] is guide.loc
+        assert pyro.get_param_store()._params["guide.loc.0"] is guide.loc[0]
 
 
 class Both(PyroModule):

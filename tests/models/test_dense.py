@@ -75,7 +75,7 @@ def test_mean_field_is_the_closed_form(components: int) -> None:
     model, guide = problem.model.eval(), MeanFieldGuide(problem.model, components, init_scale=0.1)
     torch.manual_seed(0)
     with torch.no_grad():
-        guide.loc.add_(0.3 * torch.randn_like(guide.loc))
+        guide.loc[0].add_(0.3 * torch.randn_like(guide.loc[0]))
     elbo = MixtureELBO(num_particles=1500, vectorize_particles=True, max_plate_nesting=2)
     optimiser = torch.optim.Adam(guide.parameters(), lr=0.03, betas=(0.9, 0.99))
     schedule = cosine()(optimiser, 400, 1)
@@ -85,8 +85,8 @@ def test_mean_field_is_the_closed_form(components: int) -> None:
             elbo.differentiable_loss(model, guide, problem.x, problem.y).backward()
             optimiser.step()
             schedule.step()
-    variance = torch.nn.functional.softplus(guide.rho.detach()).square()
-    assert ((guide.loc.detach() - problem.mean).abs() < 0.02 * problem.covariance.diagonal().sqrt()).all()
+    variance = torch.nn.functional.softplus(guide.rho[0].detach()).square()
+    assert ((guide.loc[0].detach() - problem.mean).abs() < 0.02 * problem.covariance.diagonal().sqrt()).all()
     assert ((variance / problem.mean_field - 1).abs() < 0.02).all()
 
 
@@ -98,7 +98,7 @@ def test_point_guide_is_ridge_regression() -> None:
     with pytest.raises(TypeError):  # a closure is no part of fit: LBFGS is for the user's own loop
         fit(problem.model, guide, (problem.x, problem.y), epochs=1, **options)
     posterior = fit(problem.model, guide, (problem.x, problem.y), epochs=600, lr=0.1, schedule=cosine(), progress=False)
-    torch.testing.assert_close(guide.loc.detach()[0], problem.ridge, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(guide.loc[0].detach()[0], problem.ridge, rtol=1e-6, atol=1e-8)
     expected = problem.x @ problem.ridge[:2] + problem.ridge[2]
     prediction = posterior.predict(problem.x, 3)
     torch.testing.assert_close(prediction.mean, expected, rtol=1e-5, atol=1e-7)
@@ -129,8 +129,8 @@ def test_evidence_is_at_least_the_elbo() -> None:
     problem = LinearRegression()
     guide = MeanFieldGuide(problem.model)
     with torch.no_grad():
-        guide.loc.copy_(problem.mean)
-        guide.rho.copy_((problem.mean_field.sqrt() - 1e-7).expm1().log())
+        guide.loc[0].copy_(problem.mean)
+        guide.rho[0].copy_((problem.mean_field.sqrt() - 1e-7).expm1().log())
     torch.manual_seed(0)
     estimates = np.array([-MixtureELBO().loss(problem.model, guide, problem.x, problem.y) for _ in range(400)])
     features = torch.cat([problem.x, torch.ones(25, 1)], 1)
@@ -191,8 +191,8 @@ def test_means_start_at_the_network() -> None:
     net = chain(2, 3, 1)
     guide = MeanFieldGuide(Dense(net, Gaussian(), N), init_scale=0.03)
     flat = torch.cat([p.detach().flatten() for p in net.parameters()])
-    assert torch.equal(guide.loc.detach()[0], flat)
-    scale = torch.nn.functional.softplus(guide.rho.detach())
+    assert torch.equal(guide.loc[0].detach()[0], flat)
+    scale = torch.nn.functional.softplus(guide.rho[0].detach())
     torch.testing.assert_close(scale, torch.full_like(scale, 0.03))
 
 

@@ -59,9 +59,9 @@ def test_number_of_factor_parameters(make: Any, count: int) -> None:
     """Four components with a mean and a scale for every input and output of every layer, as in the published tables."""
     model = Rank1(make(), Categorical(), 50_000, prior=Normal(1.0, 0.1))
     guide = Rank1Guide(model, components=4)
-    assert guide.loc.numel() + guide.rho.numel() == count
+    assert sum(p.numel() for p in [*guide.loc, *guide.rho]) == count
     assert count == 2 * 4 * sum(s.shape.numel() for s in model.sites() if s.role == "factor")
-    assert guide.scale_loc.numel() == 0, "this prior has no scales"
+    assert len(guide.scale_loc) == 0, "this prior has no scales"
     assert [s.name for s in model.sites() if s.role == "bias"] == [
         n for n, p in model.core().net.named_parameters() if n in ("classifier.bias", "fc.bias")
     ]
@@ -181,9 +181,9 @@ def test_member_bias() -> None:
     own, shared = Rank1(net, Gaussian(), N), Rank1(net, Gaussian(), N, member_bias=False)
     guide = Rank1Guide(own, 3)
     start = torch.cat([net[0].bias, net[2].bias]).detach()
-    assert torch.equal(guide.point.detach(), start.expand(3, -1))
+    assert torch.equal(guide.point[0].detach(), start.expand(3, -1))
     assert names(shared) == [n for n in names(own) if not n.endswith("bias")]
-    assert Rank1Guide(shared).point.numel() == 0
+    assert len(Rank1Guide(shared).point) == 0
     x, y = data()
     for model in (own, shared):
         MixtureELBO().differentiable_loss(model, Rank1Guide(model), x, y).backward()
@@ -250,13 +250,13 @@ def test_starting_values() -> None:
     model = Rank1(nn.Linear(300, 200), Gaussian(), N, prior=HierarchicalCauchy(0.2))
     torch.manual_seed(0)
     guide = Rank1Guide(model)
-    loc = guide.loc.detach()
+    loc = guide.loc[0].detach()
     assert loc.shape == (4, 500)
     assert abs(float(loc.mean()) - 1) < 4 * 0.5 / math.sqrt(2000)
     assert abs(float(loc.std()) - 0.5) < 4 * 0.5 / math.sqrt(2 * 2000)
-    scale = torch.nn.functional.softplus(guide.rho.detach()) + 1e-7
+    scale = torch.nn.functional.softplus(guide.rho[0].detach()) + 1e-7
     torch.testing.assert_close(scale, torch.full_like(scale, math.sqrt(1e-3 / (1 - 1e-3))), rtol=1e-5, atol=0)
-    torch.testing.assert_close(guide.scale_loc.detach()[:, 0].exp(), torch.full((4,), 0.2))
+    torch.testing.assert_close(guide.scale_loc[0].detach()[:, 0].exp(), torch.full((4,), 0.2))
 
 
 @pytest.mark.parametrize(
@@ -272,8 +272,8 @@ def test_starting_values() -> None:
 def test_other_starting_means(means: Any, check: Any) -> None:
     torch.manual_seed(0)
     guide = Rank1Guide(Rank1(nn.Linear(60, 40), None), 4, init_means=means, init_dropout_rate=0.2)
-    assert check(guide.loc.detach())
-    assert float(torch.nn.functional.softplus(guide.rho[0, 0].detach())) == pytest.approx(0.5, rel=1e-5)
+    assert check(guide.loc[0].detach())
+    assert float(torch.nn.functional.softplus(guide.rho[0][0, 0].detach())) == pytest.approx(0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize("draws", ["row", "member"])
@@ -314,9 +314,9 @@ def test_one_index_for_the_whole_network() -> None:
         model, 4, init_dropout_rate=1e-6, init_means=lambda shape: torch.arange(4.0)[:, None].expand(shape)
     )
     with torch.no_grad():
-        guide.point.copy_(torch.arange(4.0)[:, None].expand_as(guide.point))
-        guide.scale_loc.copy_(torch.arange(4.0)[:, None].expand_as(guide.scale_loc))
-        guide.scale_rho.fill_(-15.0)
+        guide.point[0].copy_(torch.arange(4.0)[:, None].expand_as(guide.point[0]))
+        guide.scale_loc[0].copy_(torch.arange(4.0)[:, None].expand_as(guide.scale_loc[0]))
+        guide.scale_rho[0].fill_(-15.0)
     guide.eval()
     for _ in range(20):
         values = {n: v.detach() for n, v in guide(data()[0]).items()}
@@ -435,8 +435,8 @@ def test_linear_regression_through_s(draws: Any, components: int) -> None:
     particles = {"num_particles": 1000 if draws == "row" else 1500, "vectorize_particles": True, "max_plate_nesting": 2}
     options = {"optim": adam(0.03), "schedule": cosine(), "seed": 0, "progress": False}
     fit(problem.model, alone, (problem.x, problem.y), epochs=400, elbo=MixtureELBO(**particles), **options)
-    loc = guide.loc.detach()[:, :3]
-    variance = torch.nn.functional.softplus(guide.rho.detach()[:, :3]).square()
+    loc = guide.loc[0].detach()[:, :3]
+    variance = torch.nn.functional.softplus(guide.rho[0].detach()[:, :3]).square()
     assert ((loc - problem.mean).abs() < 0.02 * problem.covariance.diagonal().sqrt()).all()
     assert ((variance / problem.mean_field - 1).abs() < 0.02).all()
 
@@ -537,7 +537,7 @@ def test_predictive_agrees_with_the_posterior(model: Rank1) -> None:
     torch.manual_seed(0)
     guide = Rank1Guide(model, 3, init_dropout_rate=0.05)
     with torch.no_grad():
-        guide.scale_loc[:, -1] = -3.0  # little noise
+        guide.scale_loc[0][:, -1] = -3.0  # little noise
     posterior = pb.Posterior(model, guide)
     ours = posterior.predict(x, 500, seed=0).members.flatten(0, 1)
     theirs = Predictive(model, guide=posterior.guide, num_samples=1000, parallel=True)(x)["obs"].reshape(1000, N)
@@ -598,9 +598,9 @@ def test_copies_before_and_after_training(prior: Any) -> None:
             engine.step(x, y)
             for thing in (model, guide):
                 copies(thing)
-        start = guide.loc.detach().clone()
+        start = guide.loc[0].detach().clone()
         engine.step(x, y)
-        assert not torch.equal(start, guide.loc), "pickling in the middle of a run does not stop it"
+        assert not torch.equal(start, guide.loc[0]), "pickling in the middle of a run does not stop it"
     check()
     posterior = fit(model, guide, (x, y), epochs=1, progress=False)
     check()
