@@ -123,7 +123,7 @@ class _KLToNormal(torch.autograd.Function):
         loc, scale, m, s = ctx.saved_tensors
         grad = grad.unsqueeze(-1)
         weight = grad / (s * s)
-        return (loc - m).mul_(weight), torch.addcmul(-grad / scale, weight, scale), None, None
+        return (loc - m).mul_(weight), (-grad / scale).addcmul_(weight, scale), None, None
 
 
 def _constants(q: FactorisedNormal, p: Distribution) -> tuple[Tensor, Tensor] | None:

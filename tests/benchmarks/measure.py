@@ -32,11 +32,17 @@ def interleaved(alternatives: dict[str, Callable[[], Any]], rounds: int, warmup:
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def peak_memory(build: Callable[[], Callable[[], Any]], steps: int = 3) -> float:
-    """Megabytes that a step needs beyond the process that has imported everything, measured in a new process."""
+def peak_memory(build: Callable[[], Callable[[], Any]], steps: int = 3, repeats: int = 5) -> float:
+    """Megabytes that a step needs beyond the process that has imported everything: the median of new processes.
+
+    One process differs from the next by 10 %, because the allocator keeps more or less of what was freed.
+    """
     context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak, (build, steps))
+    peaks = []
+    for _ in range(repeats):
+        with context.Pool(1) as pool:
+            peaks.append(pool.apply(_peak, (build, steps)))
+    return statistics.median(peaks)
 
 
 def _peak(build: Callable[[], Callable[[], Any]], steps: int) -> float:
