@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,12 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference import checkpoint as checkpoints
+from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.elbo import MixtureELBO, ScaleLatents
 from pyro_bnn.inference.schedules import Schedule
 from pyro_bnn.model import BayesianNetwork, training_mode
-from pyro_bnn.network import batch_size as count_samples
-from pyro_bnn.posterior import Posterior, require_finite, to_device
-from pyro_bnn.probe import batched
+from pyro_bnn.posterior import Posterior
 
 Optim = str | Optimizer | Callable[[list[dict[str, Any]]], Optimizer] | None
 
@@ -101,7 +100,7 @@ def fit(
     """
     if epochs < 1:
         raise ValueError(f"epochs={epochs!r}: expected at least 1")
-    batches, steps, size, first = _batches(model, data, batch_size)
+    batches, steps, size, first = minibatches(model, data, batch_size)
     objective = MixtureELBO() if elbo is None else elbo
     bar = Progress(
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[elbo]}")),
@@ -132,7 +131,7 @@ def fit(
                 try:
                     # distributions validate their arguments on the first step; later ones have the same shapes
                     with pyro.validation_enabled(run.step == 0), training_mode(True), ScaleLatents(beta):
-                        loss = objective.differentiable_loss(model, guide, *batch) / size  # type: ignore[attr-defined]
+                        loss = objective.differentiable_loss(model, guide, *batch) / (size or 1)  # type: ignore[attr-defined]
                     value = float(loss.detach())
                 except ValueError as error:  # validation stops at NaN, but not only there
                     if _offending_site(model, guide, batch) is None:
@@ -171,104 +170,6 @@ def fit(
         if not (isinstance(model, nn.Module) and isinstance(guide, nn.Module)):
             posterior.keep_store(store)
     return posterior
-
-
-# ------------------------------------------------------------------------------------------------------ the data
-
-
-def _batches(
-    model: Callable[..., Any], data: Any, batch_size: int
-) -> tuple[Callable[[], Iterator[tuple[Any, ...]]], int, int, tuple[Any, ...]]:
-    """A function that iterates over an epoch, the steps in it, the size of the data set, and the first batch."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: expected at least 1")
-    network = model if isinstance(model, BayesianNetwork) else None
-    like = network.like() if network is not None else torch.zeros(())
-    if isinstance(data, tuple):
-        if len(data) != 2 or not isinstance(data[1], Tensor):
-            raise TypeError("data as a pair must be (x, y) with a tensor y")
-        x, y = data
-        size = count_samples(x, y)
-        if size == 0:
-            raise ValueError("the data is empty: x and y have no samples")
-        _check(network, x, y)
-        x, y = to_device(x, like), y.to(like.device)
-
-        def take(index: Tensor) -> tuple[Any, Tensor]:
-            return pytree.tree_map(lambda t: t[index] if batched(t, size) else t, x), y[index]
-
-        def pair() -> Iterator[tuple[Any, ...]]:
-            yield from map(take, torch.randperm(size).to(y.device).split(batch_size))
-
-        first = take(torch.arange(min(batch_size, size), device=y.device))
-        _require_num_data(network, size)
-        return pair, -(-size // batch_size), size, first
-    if isinstance(data, DataLoader):
-        loader: Iterable[Any] = data
-    elif isinstance(data, Dataset):
-        if isinstance(data, Sized) and len(data) == 0:
-            raise ValueError("the data set is empty")
-        loader = DataLoader(data, batch_size=batch_size, shuffle=True)
-    else:
-        raise TypeError(f"data must be a DataLoader, a Dataset or a pair (x, y), got {type(data).__name__}")
-    dataset = getattr(loader, "dataset", None)
-    if isinstance(dataset, Sized) and not getattr(loader, "drop_last", False):
-        _require_num_data(network, len(dataset))
-
-    def loaded() -> Iterator[tuple[Any, ...]]:
-        for batch in loader:
-            if network is not None:
-                if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                    raise TypeError("the loader must give pairs (x, y)")
-                _check(network, batch[0], batch[1])
-            yield tuple(to_device(part, like) for part in batch) if network is not None else tuple(batch)
-
-    try:
-        with torch.random.fork_rng([]):
-            first = next(loaded())
-    except StopIteration:
-        raise ValueError("the loader is empty: it gives no batch") from None
-    try:
-        steps = len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        raise TypeError(
-            "the loader has no length, by which annealing and schedules count: give its data set a __len__"
-        ) from None
-    size = network.num_data if network is not None and network.num_data else len(dataset) if dataset is not None else 1
-    return loaded, steps, size, first
-
-
-def _require_num_data(network: BayesianNetwork | None, size: int) -> None:
-    if network is not None and network.num_data is not None and network.num_data != size:
-        raise ValueError(
-            f"the model was built with num_data={network.num_data}, but the data has {size} samples: the likelihood "
-            "would be scaled wrongly. Build the model with the size of the training set"
-        )
-
-
-def _check(network: BayesianNetwork | None, x: Any, y: Tensor) -> None:
-    """Everything about a batch that would otherwise train silently on nonsense."""
-    count_samples(x, y)
-    require_finite(x)
-    if network is None or network.likelihood is None:
-        return
-    size = y.shape[0]
-    row = pytree.tree_map(lambda t: t[:1] if batched(t, size) else t, to_device(x, network.like()))
-    key = tuple(t.shape for t in pytree.tree_leaves(row) if isinstance(t, Tensor))  # sequences differ in length
-    examples = network.__dict__.setdefault("_output_examples", {})
-    if key not in examples:
-        with torch.no_grad(), torch.random.fork_rng([]):
-            net = network.core().net
-            modes = [(m, m.training) for m in net.modules()]
-            net.eval()
-            examples[key] = network.core()(row)
-            for module, training in modes:
-                module.training = training
-    f = examples[key]
-    noise = f.new_ones(()) if network.likelihood.learns_noise else None
-    with pyro.validation_enabled(False):  # NaN in the output is not what is wrong with the data
-        network.likelihood.given(f.expand(size, *f.shape[1:]), y.to(f.device), noise)
-    network.likelihood.check(y, f)
 
 
 # ------------------------------------------------------------------------------------------------ parameters

@@ -10,9 +10,11 @@ the same model has one member and one row.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import pyro
@@ -289,9 +291,36 @@ class BayesianNetwork(PyroModule):
 
 
 class _Constant(dist.Independent):
-    """A distribution that never changes, and remembers how it was last expanded: plates do so at every call."""
+    """A distribution that never changes, and remembers how it was last expanded: plates do so at every call.
+
+    Of Normals with one mean and standard deviation it adds up the squares before it does anything else, which takes
+    half the passes over memory that the sum of log densities takes.
+    """
 
     _expanded: _Constant | None = None
+
+    @cached_property
+    def _same_normal(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """``m, -1 / (2 s^2), -n log(s sqrt(2 pi))`` if all elements are N(m, s^2)."""
+        base, zeros = self.base_dist, (0,) * (len(self.batch_shape) + len(self.event_shape))
+        if not isinstance(base, torch.distributions.Normal) or any((*base.loc.stride(), *base.scale.stride())):
+            return None
+        m, s = base.loc[zeros], base.scale[zeros]
+        n = self.event_shape.numel()
+        return m, -0.5 / (s * s), -n * (s.log() + 0.5 * math.log(2 * math.pi))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._same_normal is None:
+            general: Tensor = super().log_prob(value)
+            return general
+        if self._validate_args:
+            self._validate_sample(value)
+        m, factor, constant = self._same_normal
+        squares = (value - m).square()
+        if self.event_shape:
+            squares = squares.sum(tuple(range(-len(self.event_shape), 0)))
+        result = torch.addcmul(constant, factor, squares)
+        return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> _Constant:
         batch = torch.Size(batch_shape)

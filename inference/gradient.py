@@ -1,0 +1,131 @@
+"""Gradients of a potential into one contiguous buffer, for one chain or many at once."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad_and_value, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
+
+from pyro_bnn.inference.potential import Potential
+
+#: A step of a model with more latent numbers than this is arithmetic more than overhead.
+CAPTURE_SIZE = 2**17
+
+
+class Gradient:
+    """``grad U`` at ``theta``, a buffer that the caller moves, for minibatches that come and go.
+
+    One chain is differentiated leaf by leaf: every site is a view of ``theta``, and its gradient accumulates in a view
+    of one buffer, so that no tensor is copied. Several chains, ``theta [chains, dim]``, are vectorised.
+
+    :param kwargs: keyword arguments of the model that never change.
+    :param chains: number of chains, each with a minibatch of its own on axis 0; ``None`` for one without the axis.
+    :param capture: see :class:`~pyro_bnn.inference.SGHMC`.
+    :raises ValueError: for several chains of a network whose normalisation layers gather statistics.
+    """
+
+    def __init__(
+        self, potential: Potential, kwargs: dict[str, Any], chains: int | None, capture: bool | Literal["auto"]
+    ) -> None:
+        self.potential, self.chains, self.kwargs = potential, chains, kwargs
+        shape = (potential.dim,) if chains is None else (chains, potential.dim)
+        self.theta = torch.zeros(shape, dtype=potential.like.dtype, device=potential.like.device)
+        self.energy = self.theta.new_zeros(())
+        moving = _moving_statistics(potential.model)
+        if chains is not None and moving:
+            raise ValueError(
+                f"the layer {moving!r} gathers statistics while it trains, which vectorised chains cannot do: run one "
+                "chain at a time (num_chains=1, with different seeds), or use a normalisation without statistics"
+            )
+        self._capture = potential.dim <= CAPTURE_SIZE and not moving if capture == "auto" else capture
+        self._insist = capture is True
+        self._graphs: dict[Any, torch.jit.ScriptModule] = {}
+        self._buffer = torch.zeros_like(self.theta)
+        self._leaves: dict[str, Tensor] = {}
+        if chains is None:
+            for (name, value), own in zip(
+                potential.split(self.theta.detach()).items(), potential.split(self._buffer).values(), strict=True
+            ):
+                self._leaves[name] = value.detach().requires_grad_()
+                self._leaves[name].grad = own
+
+    def __call__(self, *batch: Any) -> Tensor:
+        """The gradient, in a buffer that the next call overwrites; ``energy`` is U then, one for each chain."""
+        if self._capture:
+            leaves, spec = pytree.tree_flatten(batch)
+            key = (str(spec), tuple((t.shape, t.dtype) if isinstance(t, Tensor) else repr(t) for t in leaves))
+            graph = self._graphs.get(key)
+            if graph is None:
+                graph = self._record(leaves, spec)
+            if graph is not None:
+                self._graphs[key] = graph
+                with torch.no_grad():
+                    gradient, self.energy = graph(self.theta, *(t for t in leaves if isinstance(t, Tensor)))
+                return gradient
+        return self._eager(*batch)
+
+    def _eager(self, *batch: Any) -> Tensor:
+        if self.chains is not None:
+            gradient, self.energy = self._vectorised(self.theta, *batch)
+            return gradient.detach()
+        self._buffer.zero_()
+        energy = self.potential(self._leaves, *batch, **self.kwargs)
+        energy.backward()
+        self.energy = energy.detach()
+        return self._buffer
+
+    def _vectorised(self, theta: Tensor, *batch: Any) -> tuple[Tensor, Tensor]:
+        def energy(row: Tensor, *own: Any) -> Tensor:
+            return self.potential(self.potential.split(row), *own, **self.kwargs)
+
+        single = grad_and_value(energy)
+        if self.chains is None:
+            return single(theta, *batch)
+        axes = tuple(pytree.tree_map(lambda t: 0 if isinstance(t, Tensor) else None, part) for part in batch)
+        return vmap(single, in_dims=(0, *axes), randomness="different")(theta, *batch)
+
+    def _record(self, leaves: list[Any], spec: Any) -> Any:
+        """The gradient as a graph of tensor operations, compared with the gradient itself before it is used."""
+
+        def run(theta: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+            rest = iter(tensors)
+            batch = pytree.tree_unflatten([next(rest) if isinstance(t, Tensor) else t for t in leaves], spec)
+            return self._vectorised(theta, *batch)
+
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        devices = [self.theta.device] if self.theta.is_cuda else []
+        try:
+            with torch.random.fork_rng(devices), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that tracing keeps constants, which is what it is for
+                state = torch.get_rng_state()
+                expected = run(self.theta, *tensors)
+                traced = make_fx(run)(self.theta, *tensors)
+                traced.graph.eliminate_dead_code()
+                traced.recompile()
+                graph = torch.jit.trace(traced, (self.theta, *tensors), check_trace=False)
+                torch.set_rng_state(state)
+                found = graph(self.theta, *tensors)
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+        except Exception as error:
+            if self._insist:
+                raise
+            warnings.warn(
+                f"the gradient could not be recorded as a graph ({type(error).__name__}: {error}); it is computed step "
+                "by step, which is slower for a small model. capture=False silences this",
+                stacklevel=2,
+            )
+            self._capture = False
+            return None
+        return graph
+
+
+def _moving_statistics(model: Any) -> str | None:
+    """The name of a layer whose running statistics move in training."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return next((n for n, m in modules if isinstance(m, _NormBase) and m.track_running_stats), None)

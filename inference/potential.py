@@ -1,0 +1,147 @@
+"""The negative log joint density of a Pyro model as a function of one flat vector of unconstrained numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.distributions.transforms import Transform
+
+from pyro_bnn.model import BayesianNetwork, training_mode
+
+
+class Potential:
+    """``U(theta) = -log p(data, z) - log |dz / dtheta|`` in nats, where ``z = transform(theta)`` site by site.
+
+    A model that is called with a minibatch and scales it by N/B in its data plate gives an unbiased estimate of U.
+
+    :param model: any Pyro model whose latent sites are continuous and the same on every call.
+    :param args, kwargs: what it is called with here, to see its sites.
+    :raises ValueError: when it has no latent sites, or a discrete one.
+    """
+
+    def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        self.model = model
+        self._store = pyro.get_param_store().get_state()
+        self._arguments = args, kwargs
+        trace = self._prior_trace()
+        self.transforms: dict[str, Transform] = {}
+        self.shapes: dict[str, torch.Size] = {}
+        values: dict[str, Tensor] = {}
+        nodes: dict[str, Any] = trace.nodes
+        for name, site in nodes.items():
+            if site["type"] != "sample" or site["is_observed"] or poutine.util.site_is_subsample(site):
+                continue
+            support = site["fn"].support
+            if support.is_discrete:
+                raise ValueError(
+                    f"the latent site {name!r} is discrete ({type(site['fn']).__name__}), and has no gradient: sum it "
+                    "out (a mixture distribution, or pyro.infer.config_enumerate under another engine)"
+                )
+            self.transforms[name] = biject_to(support)
+            values[name] = self.transforms[name].inv(site["value"])
+            self.shapes[name] = values[name].shape
+        if not self.shapes:
+            raise ValueError("the model has no latent sites: there is nothing to sample")
+        self.sizes = [shape.numel() for shape in self.shapes.values()]
+        self.dim = sum(self.sizes)
+        like = next(iter(values.values()))
+        mixed = [n for n, v in values.items() if v.dtype != like.dtype or v.device != like.device]
+        if mixed:
+            raise ValueError(
+                f"the latent sites {next(iter(self.shapes))!r} and {mixed[0]!r} differ in dtype or device: "
+                f"{like.dtype}, {like.device} and {values[mixed[0]].dtype}, {values[mixed[0]].device}"
+            )
+        self.like = like
+
+    def _prior_trace(self) -> poutine.Trace:
+        args, kwargs = self._arguments
+        with torch.no_grad(), self._running(train=False):
+            return poutine.trace(self.model).get_trace(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _running(self, train: bool) -> Iterator[None]:
+        """Where the model runs: unseen by outer handlers, and with the user's parameters, which stay as they are."""
+        store = pyro.get_param_store().scope(self._store)
+        with store, poutine.block(), pyro.validation_enabled(False), training_mode(train):
+            yield
+
+    def start(self) -> Tensor:
+        """Where a chain starts, ``[dim]``: a network at its own weights, anything else at a draw from the prior."""
+        nodes: dict[str, Any] = self._prior_trace().nodes
+        values = {name: nodes[name]["value"] for name in self.shapes}
+        if isinstance(self.model, BayesianNetwork):
+            for site in self.model.sites():
+                center = torch.as_tensor(site.center, dtype=self.like.dtype, device=self.like.device)
+                values[site.name] = center.expand(site.shape)
+        return self.join({n: self.transforms[n].inv(v).expand(self.shapes[n]) for n, v in values.items()})
+
+    def split(self, theta: Tensor) -> dict[str, Tensor]:
+        """``[..., dim] -> {site: [..., *shape]}``, views, still unconstrained."""
+        parts = theta.split(self.sizes, -1)
+        return {
+            name: part.reshape(part.shape[:-1] + shape)
+            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
+        }
+
+    def join(self, values: dict[str, Tensor]) -> Tensor:
+        """The inverse of :meth:`split`."""
+        batch = next(v.shape[: v.dim() - len(self.shapes[n])] for n, v in values.items())
+        return torch.cat([values[name].reshape(*batch, -1) for name in self.shapes], -1)
+
+    def constrain(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From unconstrained values to those of the model."""
+        return {name: self.transforms[name](value) for name, value in values.items()}
+
+    def __call__(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """U in nats, a scalar.
+
+        :param values: ``{site: unconstrained [*shape]}``.
+        """
+        latents = {}
+        jacobian: Any = 0.0
+        for name, value in values.items():
+            transform = self.transforms[name]
+            latents[name] = transform(value)
+            if not _is_identity(transform):
+                jacobian = jacobian + transform.log_abs_det_jacobian(value, latents[name]).sum()
+        with self._running(train=True):
+            trace = poutine.trace(poutine.condition(self.model, latents)).get_trace(*args, **kwargs)
+            trace.compute_log_prob(lambda name, site: not poutine.util.site_is_subsample(site))
+        sites: list[Any] = list(trace.nodes.values())
+        total: Any = sum(site["log_prob_sum"] for site in sites if "log_prob_sum" in site)
+        energy: Tensor = -(total + jacobian)
+        return energy
+
+    def of_flat(self, theta: Tensor, *args: Any) -> Tensor:
+        """U of ``theta [dim]``."""
+        return self(self.split(theta), *args)
+
+    def offending_site(self, theta: Tensor, *args: Any) -> str:
+        """The first site that is not finite, or whose log density is not."""
+        values = self.split(theta)
+        for name, value in values.items():
+            if not bool(torch.isfinite(value).all()):
+                return name
+        with torch.no_grad(), self._running(train=False):
+            latents = self.constrain(values)
+            trace = poutine.trace(poutine.condition(self.model, latents)).get_trace(*args)
+        trace.compute_log_prob()
+        for name, site in trace.nodes.items():
+            if site["type"] == "sample" and not math.isfinite(float(site["log_prob_sum"])):
+                return str(name)
+        return "unknown"
+
+
+def _is_identity(transform: Transform) -> bool:
+    base = transform
+    while isinstance(base, torch.distributions.transforms.IndependentTransform):
+        base = base.base_transform
+    return isinstance(base, torch.distributions.transforms.ComposeTransform) and not base.parts

@@ -1,0 +1,328 @@
+"""Stochastic-gradient Hamiltonian Monte Carlo for any Pyro model with continuous latents.
+
+With U the negative log joint density (nats), N the size of the data set, h the step size, tau the preconditioner
+(one number for each coordinate), T the temperature and u the momentum in units in which it is N(0, T)::
+
+    u     <- (1 - friction) u - (h / sqrt N) sqrt(tau) grad U + sqrt(2 friction T) xi,    xi ~ N(0, I)
+    theta <- theta + (h / sqrt N) sqrt(tau) u
+
+This is the symplectic Euler step of Wenzel et al. (ICML 2020, section 3 and appendix B; Chen, Fox and Guestrin, ICML
+2014), whose learning rate on the mean loss U / N is h^2: at T = 0 it is SGD with momentum 1 - friction. Momentum moves
+first, then the position, which keeps the error of the stationary variance at O(h^2): for U / N = a theta^2 / 2 it is
+``T / (N a) / (1 - h^2 a tau / (2 (2 - friction)))``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pyro_bnn.inference.batches import Minibatches, minibatches
+from pyro_bnn.inference.gradient import Gradient
+from pyro_bnn.inference.potential import Potential
+from pyro_bnn.model import BayesianNetwork
+
+Preconditioner = Literal["identity", "rmsprop", "adaptive"]
+#: decay of the running second moment of "rmsprop", and its damping relative to the mean (Li et al. 2016)
+RMSPROP_DECAY, RMSPROP_DAMPING = 0.99, 0.1
+#: rate of the mirror descent of "adaptive" (Ke and Fan 2022)
+ADAPTIVE_RATE = 0.1
+
+
+class SGHMC(MCMCKernel):
+    """A kernel for ``pyro.infer.MCMC`` and :func:`pyro_bnn.inference.sample`. The module's text has the equations.
+
+    Every call of ``sample`` takes ``thinning`` steps, each on the next minibatch. A model that is called with a batch
+    must scale it by N/B, as those of this package and every ``pyro.plate`` with a subsample do. Minibatch noise is not
+    corrected for: it heats the chain, by the factor that :meth:`gradient_noise` reports, in proportion to h^2.
+
+    :param model: a model of this package, or any Pyro model with continuous latents.
+    :param data: a loader of (x, y), a dataset or the pair (x, y), with which ``model(x, y)`` is called; ``None`` for
+        a model that takes the arguments of ``MCMC.run``, or draws subsamples of its own in plates.
+    :param step_size: h. The learning rate on the mean loss is its square; halving it divides the bias by four.
+    :param friction: in (0, 1]; 1 minus the momentum decay. 1 is Langevin dynamics (SGLD).
+    :param temperature: T; 1 samples the posterior, whatever N is, and 0 is optimisation.
+    :param preconditioner: ``"identity"``; ``"rmsprop"``, tau = mean(M) / M with ``M = sqrt(V) + 0.1 mean sqrt(V)`` and
+        V the running second moment of the gradient; ``"adaptive"``, the tau in (0, 1) of Ke and Fan (2022) by mirror
+        descent. Both adapt in warm-up alone.
+    :param schedule: ``"constant"``, or ``"cyclical"`` (Zhang et al. 2020): the learning rate falls from h^2 to nearly 0
+        along half a cosine in each cycle of ``thinning`` steps, and the one draw of a cycle is taken at its end.
+    :param batch_size: for a dataset or a pair; a loader has its own.
+    :param num_data: N; by default the model's, or the size of the data, or 1 without data.
+    :param thinning: steps for each draw.
+    :param check_every: steps between two checks for divergence, the only times that the device is waited for.
+    :param capture: whether to record the gradient once as a graph of tensor operations and replay it, which spares
+        small models most of their time; ``"auto"`` does so when the model is small and the recording proves right.
+    :raises ValueError: for numbers out of range, a model without latents or with a discrete one, or unknown N.
+    :raises FloatingPointError: when a chain diverges: it stops, names the site, and is back at its last good state.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        data: Any = None,
+        *,
+        step_size: float,
+        friction: float,
+        temperature: float = 1.0,
+        preconditioner: Preconditioner = "identity",
+        schedule: Literal["constant", "cyclical"] = "constant",
+        batch_size: int = 128,
+        num_data: int | None = None,
+        thinning: int = 1,
+        check_every: int = 100,
+        capture: bool | Literal["auto"] = "auto",
+    ) -> None:
+        if not (step_size > 0 and math.isfinite(step_size)):
+            raise ValueError(
+                f"step_size={step_size!r}: expected a positive number (the square root of a learning rate)"
+            )
+        if not 0 < friction <= 1:
+            raise ValueError(
+                f"friction={friction!r}: expected a number in (0, 1]. It is 1 minus the decay of the momentum: 0.1 for "
+                "a momentum of 0.9, 1 for Langevin dynamics"
+            )
+        if not (temperature >= 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature={temperature!r}: expected 1 for the posterior, and no negative number")
+        if preconditioner not in ("identity", "rmsprop", "adaptive"):
+            raise ValueError(f"preconditioner={preconditioner!r}: expected 'identity', 'rmsprop' or 'adaptive'")
+        if schedule not in ("constant", "cyclical"):
+            raise ValueError(f"schedule={schedule!r}: expected 'constant' or 'cyclical'")
+        for name, count in (("thinning", thinning), ("check_every", check_every)):
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name}={count!r}: expected a number of steps, at least 1")
+        if num_data is not None and num_data < 1:
+            raise ValueError(f"num_data={num_data!r}: expected the number of training samples, at least 1")
+        self.model, self.data = model, data
+        self.step_size, self.friction, self.temperature = step_size, friction, temperature
+        self.preconditioner, self.schedule = preconditioner, schedule
+        self.batch_size, self.thinning, self.check_every, self.capture = batch_size, thinning, check_every, capture
+        self._asked_num_data = num_data
+        self._start: dict[str, Tensor] | None = None
+        self.chains: int | None = None
+        super().__init__()
+
+    # ----------------------------------------------------------------------------------- the contract of a kernel
+
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """Forgets everything of an earlier chain. ``warmup_steps`` counts draws."""
+        if self.data is not None:
+            self._batches: Minibatches | None = minibatches(self.model, self.data, self.batch_size)
+            args, kwargs = self._batches.first, {}
+        else:
+            self._batches = None
+        self._stream: Iterator[tuple[Any, ...]] = iter(())
+        self._arguments = args
+        self.num_data = self._find_num_data()
+        self.potential = Potential(self.model, *args, **kwargs)
+        self.transforms = {name: t.inv for name, t in self.potential.transforms.items()}  # as Pyro's runner has them
+        self._gradient = Gradient(self.potential, kwargs, self.chains, self.capture)
+        self.theta = self._gradient.theta
+        self.momentum = torch.zeros_like(self.theta)
+        self._noise = torch.zeros_like(self.theta)
+        self._root = None if self.preconditioner == "identity" else torch.ones_like(self.theta)
+        self._moment = torch.zeros_like(self.theta) if self.preconditioner == "rmsprop" else None
+        self._dual = torch.zeros_like(self.theta) if self.preconditioner == "adaptive" else None
+        self._previous_noise = torch.zeros_like(self.theta) if self.preconditioner == "adaptive" else None
+        if self._dual is not None:
+            self._root = self._dual.sigmoid().sqrt()
+        self.warmup_draws, self.draws, self.steps = warmup_steps, 0, 0
+        self._kinetic = self.theta.new_zeros(())
+        self._configurational = self.theta.new_zeros(())
+        self._energy = self.theta.new_zeros(())
+        self._last: dict[str, Tensor] | None = None
+        if self._start is None:
+            rows = [self.potential.start() for _ in range(self.chains or 1)]
+            self._start = self.potential.split(torch.stack(rows) if self.chains else rows[0])
+
+    def cleanup(self) -> None:
+        self._start = None
+        self._stream = iter(())
+
+    @property
+    def initial_params(self) -> dict[str, Tensor]:
+        """Where the chain starts, unconstrained."""
+        assert self._start is not None, "setup() comes first"
+        return self._start
+
+    @initial_params.setter
+    def initial_params(self, params: dict[str, Tensor]) -> None:
+        self._start = params
+
+    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The next draw, unconstrained."""
+        if params is not self._last:
+            self._begin_at(params)
+        for i in range(self.thinning):
+            self._step(i)
+        self.draws += 1
+        if self.draws > self.warmup_draws:
+            self._kinetic += self.momentum.square().mean()
+            self._energy += self._gradient.energy.mean()
+        draw = self.theta.clone()
+        self._last = self.potential.split(draw)
+        return self._last
+
+    def logging(self) -> OrderedDict[str, str]:
+        return OrderedDict([("U/N", f"{float(self._gradient.energy.mean()) / self.num_data:.4f}")])
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Temperatures after warm-up, in units of T: means over draws and coordinates, whose expectations are known.
+
+        ``kinetic``: mean of u^2, which is ``2 T / (2 - friction)`` up to O(h^2); ``configurational``: mean of
+        ``theta * grad U``, which is T for exact gradients.
+        """
+        count = max(1, self.draws - self.warmup_draws)
+        return {
+            "steps": self.steps,
+            "kinetic temperature": float(self._kinetic) / count,
+            "configurational temperature": float(self._configurational) / count,
+            "mean energy": float(self._energy) / count,
+        }
+
+    # ------------------------------------------------------------------------------------------------- one step
+
+    def _step(self, position: int) -> None:
+        """One update. ``position`` is that within the draw."""
+        grad = self._gradient(*self._next())
+        rate = 1.0
+        if self.schedule == "cyclical":
+            rate = 0.5 * (1 + math.cos(math.pi * position / self.thinning))
+        scale = self.step_size * math.sqrt(rate / self.num_data)
+        with torch.no_grad():
+            if self.draws < self.warmup_draws:
+                self._adapt(grad)
+            elif position == self.thinning - 1:
+                self._configurational += (self.theta * grad).mean()
+            self.momentum.mul_(1 - self.friction)
+            if self._root is None:
+                self.momentum.add_(grad, alpha=-scale)
+            else:
+                self.momentum.addcmul_(grad, self._root, value=-scale)
+            if self.temperature > 0:
+                self.momentum.add_(self._noise.normal_(), alpha=math.sqrt(2 * self.friction * self.temperature))
+            if self._root is None:
+                self.theta.add_(self.momentum, alpha=scale)
+            else:
+                self.theta.addcmul_(self.momentum, self._root, value=scale)
+            if self._previous_noise is not None:
+                self._previous_noise.copy_(self._noise)
+        self.steps += 1
+        if self.steps % self.check_every == 0:
+            self._check()
+
+    def _adapt(self, grad: Tensor) -> None:
+        """Moves the preconditioner; in warm-up alone, so that the chain has one stationary law afterwards."""
+        n = self.num_data
+        if self._moment is not None:
+            self._moment.mul_(RMSPROP_DECAY).addcmul_(grad, grad, value=(1 - RMSPROP_DECAY) / n**2)
+            mass = self._moment.sqrt()
+            mass += RMSPROP_DAMPING * mass.mean(-1, keepdim=True)
+            self._root = (mass.mean(-1, keepdim=True) / mass).sqrt_()
+        if self._dual is not None and self._previous_noise is not None:
+            spread = self.step_size**1.5 * math.sqrt(self.temperature / n)
+            slope = self._previous_noise * grad * (spread / n) - 1 / (n * self._dual.sigmoid())
+            self._root = self._dual.add_(slope, alpha=-ADAPTIVE_RATE).sigmoid().sqrt_()
+
+    def _begin_at(self, params: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            self.theta.copy_(self.potential.join(params))
+            self.momentum.normal_().mul_(math.sqrt(self.temperature))
+        self._good = self.theta.clone()
+
+    def _check(self) -> None:
+        """Stops a chain that has diverged. This waits for the device."""
+        if bool(torch.isfinite(self.theta).all()):
+            self._good.copy_(self.theta)
+            return
+        bad = self.theta if self.theta.dim() == 1 else self.theta[~torch.isfinite(self.theta).all(-1)][0]
+        site = self.potential.offending_site(bad, *self._next_single())
+        with torch.no_grad():
+            self.theta.copy_(self._good)
+        raise FloatingPointError(
+            f"the chain diverged within the {self.check_every} steps before step {self.steps}, first seen at the site "
+            f"{site!r}. The kernel is back at its last good state (kernel.last_good()). A smaller step_size or more "
+            "friction helps"
+        )
+
+    def last_good(self) -> dict[str, Tensor]:
+        """The last state that was checked and found finite, in the model's own units."""
+        return self.potential.constrain(self.potential.split(self._good))
+
+    # ------------------------------------------------------------------------------------------------ the data
+
+    def _find_num_data(self) -> int:
+        if self._asked_num_data is not None:
+            return self._asked_num_data
+        if isinstance(self.model, BayesianNetwork) and self.model.num_data is not None:
+            return self.model.num_data
+        if self._batches is None:
+            return 1
+        if self._batches.size is None:
+            raise ValueError(
+                "num_data is missing: the loader's data set has no length. Give num_data=, the number of training "
+                "samples, which scales the step and the noise"
+            )
+        return self._batches.size
+
+    def _next(self) -> tuple[Any, ...]:
+        """The next minibatch, or one for every chain stacked on axis 0."""
+        if self.chains is None or self._batches is None:
+            return self._next_single()
+        each = [self._next_single() for _ in range(self.chains)]
+        return tuple(
+            pytree.tree_map(lambda *leaves: torch.stack(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *parts)
+            for parts in zip(*each, strict=True)
+        )
+
+    def _next_single(self) -> tuple[Any, ...]:
+        if self._batches is None:
+            return self._arguments
+        while True:
+            for batch in self._stream:
+                if _length(batch) == _length(self._batches.first):  # the rest of an epoch would be a noisier step
+                    return batch
+            self._stream = self._batches.epoch()
+
+    def gradient_noise(self, num_batches: int = 20) -> dict[str, float]:
+        """How much the noise of minibatches heats the chain at its present state.
+
+        ``variance`` is that of the mean-loss gradient, averaged over coordinates, estimated from ``num_batches``
+        minibatches; ``heating`` the factor ``1 + h^2 tau N variance / (2 friction T)`` by which it raises the
+        temperature of a Gaussian (Stephan, Mandt, Blei 2017).
+        """
+        if num_batches < 2:
+            raise ValueError(f"num_batches={num_batches!r}: a variance needs at least 2")
+        mean, square = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
+        for i in range(num_batches):
+            grad = self._gradient(*self._next()) / self.num_data
+            delta = grad - mean
+            mean += delta / (i + 1)
+            square += delta * (grad - mean)
+        variance = square / (num_batches - 1)
+        tau = 1.0 if self._root is None else self._root.square()
+        heat = self.step_size**2 * tau * variance * self.num_data / (2 * self.friction * max(self.temperature, 1e-12))
+        return {"variance": float(variance.mean()), "heating": 1 + float(heat.mean())}
+
+
+def _length(batch: tuple[Any, ...]) -> int:
+    return next(len(t) for t in reversed(pytree.tree_leaves(batch)) if isinstance(t, Tensor) and t.dim())
+
+
+class SGLD(SGHMC):
+    """Stochastic-gradient Langevin dynamics (Welling and Teh 2011): :class:`SGHMC` with friction 1.
+
+    ``theta <- theta - (h^2 / N) tau grad U + sqrt(2 h^2 tau T / N) xi``; the epsilon of the paper is ``2 h^2 / N``.
+    """
+
+    def __init__(self, model: Callable[..., Any], data: Any = None, *, step_size: float, **options: Any) -> None:
+        if "friction" in options:
+            raise ValueError("SGLD has friction 1 by definition; SGHMC takes friction=")
+        super().__init__(model, data, step_size=step_size, friction=1.0, **options)
