@@ -9,7 +9,7 @@ import pyro
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size as count_samples
@@ -24,12 +24,14 @@ class Minibatches(NamedTuple):
     :param steps: number of batches in a pass.
     :param size: number N of samples in the data set; ``None`` when it does not tell.
     :param first: a batch.
+    :param shuffled: whether every pass is known to be in random order.
     """
 
     epoch: Callable[[], Iterator[tuple[Any, ...]]]
     steps: int
     size: int | None
     first: tuple[Any, ...]
+    shuffled: bool
 
 
 def minibatches(model: Callable[..., Any], data: Any, batch_size: int) -> Minibatches:
@@ -44,7 +46,7 @@ def minibatches(model: Callable[..., Any], data: Any, batch_size: int) -> Miniba
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: expected at least 1")
     network = model if isinstance(model, BayesianNetwork) else None
-    like = network.like() if network is not None else torch.zeros(())
+    like = network.like() if network is not None else None
     if isinstance(data, tuple):
         if len(data) != 2 or not isinstance(data[1], Tensor):
             raise TypeError("data as a pair must be (x, y) with a tensor y")
@@ -53,17 +55,18 @@ def minibatches(model: Callable[..., Any], data: Any, batch_size: int) -> Miniba
         if size == 0:
             raise ValueError("the data is empty: x and y have no samples")
         _check(network, x, y)
-        x, y = to_device(x, like), y.to(like.device)
+        if like is not None:
+            x, y = to_device(x, like), y.to(like.device)
 
         def take(index: Tensor) -> tuple[Any, Tensor]:
             return pytree.tree_map(lambda t: t[index] if batched(t, size) else t, x), y[index]
 
         def pair() -> Iterator[tuple[Any, ...]]:
-            yield from map(take, torch.randperm(size).to(y.device).split(batch_size))
+            yield from map(take, torch.randperm(size, device=y.device).split(batch_size))
 
         first = take(torch.arange(min(batch_size, size), device=y.device))
         _require_num_data(network, size)
-        return Minibatches(pair, -(-size // batch_size), size, first)
+        return Minibatches(pair, -(-size // batch_size), size, first, shuffled=True)
     if isinstance(data, DataLoader):
         loader: Iterable[Any] = data
     elif isinstance(data, Dataset):
@@ -82,7 +85,7 @@ def minibatches(model: Callable[..., Any], data: Any, batch_size: int) -> Miniba
                 if not isinstance(batch, (tuple, list)) or len(batch) != 2:
                     raise TypeError("the loader must give pairs (x, y)")
                 _check(network, batch[0], batch[1])
-            yield tuple(to_device(part, like) for part in batch) if network is not None else tuple(batch)
+            yield tuple(to_device(part, like) for part in batch) if like is not None else tuple(batch)
 
     try:
         with torch.random.fork_rng([]):
@@ -98,7 +101,8 @@ def minibatches(model: Callable[..., Any], data: Any, batch_size: int) -> Miniba
     known = len(dataset) if isinstance(dataset, Sized) else None
     if network is not None and network.num_data:
         known = network.num_data
-    return Minibatches(loaded, steps, known, first)
+    shuffled = isinstance(getattr(loader, "sampler", None), RandomSampler)
+    return Minibatches(loaded, steps, known, first, shuffled)
 
 
 def _require_num_data(network: BayesianNetwork | None, size: int) -> None:

@@ -158,7 +158,7 @@ def _closed_form_of_blocks(guide_sites: dict[str, Any], latent: dict[str, Any]) 
     for names in blocks.values():
         own = [guide_sites[name] for name in names]
         first = own[0]
-        if any(site["mask"] is not None or site["scale"] != first["scale"] for site in own):
+        if any(site["mask"] is not None or not _same_number(site["scale"], first["scale"]) for site in own):
             continue
         kl = kl_of_block([site["fn"] for site in own], [latent[name]["fn"] for name in names])
         if kl is None:
@@ -166,6 +166,10 @@ def _closed_form_of_blocks(guide_sites: dict[str, Any], latent: dict[str, Any]) 
         total = total - (kl.expand(first["fn"].batch_shape) * first["scale"]).sum()
         done.update(names)
     return total, done
+
+
+def _same_number(a: Any, b: Any) -> bool:
+    return a is b or not (isinstance(a, Tensor) or isinstance(b, Tensor)) and bool(a == b)
 
 
 def _sample_sites(trace: poutine.Trace) -> dict[str, Any]:
@@ -179,8 +183,15 @@ def _mix_members(site: Any) -> None:
     if not frames:
         return
     count = math.prod(f.size for f in frames)
-    mixed = site["unscaled_log_prob"].logsumexp([f.dim for f in frames]) - math.log(count)
-    site["log_prob_sum"] = (mixed * site["scale"] * count).sum()
+    dims = [f.dim for f in frames]
+    mixed = site["unscaled_log_prob"].logsumexp(dims, keepdim=True) - math.log(count)
+    mask = site["mask"]
+    if isinstance(mask, Tensor) and any(mask.dim() >= -d and mask.shape[d] > 1 for d in dims):
+        raise ValueError(
+            "likelihood_bound='mixture' averages over the members of a sample, whose mask must be the same for all of "
+            "them: give the mask an axis of length 1 there"
+        )
+    site["log_prob_sum"] = scale_and_mask(mixed, scale=site["scale"] * count, mask=mask).sum()
 
 
 def kolchinsky_tracey(guide_trace: poutine.Trace) -> Tensor:

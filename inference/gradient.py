@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -16,6 +18,8 @@ from pyro_bnn.inference.potential import Potential
 
 #: A step of a model with more latent numbers than this is arithmetic more than overhead.
 CAPTURE_SIZE = 2**17
+#: Batches come in a few forms; a model that sees more is computed step by step.
+MAX_GRAPHS = 8
 
 
 class Gradient:
@@ -25,15 +29,22 @@ class Gradient:
     of one buffer, so that no tensor is copied. Several chains, ``theta [chains, dim]``, are vectorised.
 
     :param kwargs: keyword arguments of the model that never change.
-    :param chains: number of chains, each with a minibatch of its own on axis 0; ``None`` for one without the axis.
+    :param chains: number of chains; ``None`` for one without the axis.
+    :param own_batches: whether every chain has a minibatch of its own, on axis 0 of every tensor.
     :param capture: see :class:`~pyro_bnn.inference.SGHMC`.
     :raises ValueError: for several chains of a network whose normalisation layers gather statistics.
     """
 
     def __init__(
-        self, potential: Potential, kwargs: dict[str, Any], chains: int | None, capture: bool | Literal["auto"]
+        self,
+        potential: Potential,
+        kwargs: dict[str, Any],
+        chains: int | None,
+        own_batches: bool,
+        capture: bool | Literal["auto"],
     ) -> None:
         self.potential, self.chains, self.kwargs = potential, chains, kwargs
+        self._own_batches = own_batches
         shape = (potential.dim,) if chains is None else (chains, potential.dim)
         self.theta = torch.zeros(shape, dtype=potential.like.dtype, device=potential.like.device)
         self.energy = self.theta.new_zeros(())
@@ -45,7 +56,7 @@ class Gradient:
             )
         self._capture = potential.dim <= CAPTURE_SIZE and not moving if capture == "auto" else capture
         self._insist = capture is True
-        self._graphs: dict[Any, torch.jit.ScriptModule] = {}
+        self._graphs: dict[Any, Any] = {}
         self._buffer = torch.zeros_like(self.theta)
         self._leaves: dict[str, Tensor] = {}
         if chains is None:
@@ -59,16 +70,24 @@ class Gradient:
         """The gradient, in a buffer that the next call overwrites; ``energy`` is U then, one for each chain."""
         if self._capture:
             leaves, spec = pytree.tree_flatten(batch)
-            key = (str(spec), tuple((t.shape, t.dtype) if isinstance(t, Tensor) else repr(t) for t in leaves))
-            graph = self._graphs.get(key)
-            if graph is None:
-                graph = self._record(leaves, spec)
+            graph = self._graph(leaves, spec)
             if graph is not None:
-                self._graphs[key] = graph
                 with torch.no_grad():
                     gradient, self.energy = graph(self.theta, *(t for t in leaves if isinstance(t, Tensor)))
                 return gradient
         return self._eager(*batch)
+
+    def verify(self, *batch: Any) -> None:
+        """Compares the graph for this batch with the model, which may have changed since; drops graphs that differ."""
+        if not self._capture:
+            return
+        leaves, spec = pytree.tree_flatten(batch)
+        graph = self._graph(leaves, spec)
+        if graph is not None:
+            try:
+                self._compare(graph, leaves, spec)
+            except AssertionError as error:
+                self._give_up(error, "is not what it was when it was recorded")
 
     def _eager(self, *batch: Any) -> Tensor:
         if self.chains is not None:
@@ -76,7 +95,7 @@ class Gradient:
             return gradient.detach()
         self._buffer.zero_()
         energy = self.potential(self._leaves, *batch, **self.kwargs)
-        energy.backward()
+        energy.backward(inputs=list(self._leaves.values()))
         self.energy = energy.detach()
         return self._buffer
 
@@ -87,42 +106,67 @@ class Gradient:
         single = grad_and_value(energy)
         if self.chains is None:
             return single(theta, *batch)
-        axes = tuple(pytree.tree_map(lambda t: 0 if isinstance(t, Tensor) else None, part) for part in batch)
+        axis = 0 if self._own_batches else None
+        axes = tuple(pytree.tree_map(lambda t: axis if isinstance(t, Tensor) else None, part) for part in batch)
         return vmap(single, in_dims=(0, *axes), randomness="different")(theta, *batch)
 
-    def _record(self, leaves: list[Any], spec: Any) -> Any:
-        """The gradient as a graph of tensor operations, compared with the gradient itself before it is used."""
+    def _graph(self, leaves: list[Any], spec: Any) -> Any:
+        """The graph for batches of this form, recorded on first sight; ``None`` for what cannot be recorded."""
+        plain = all(t is None or isinstance(t, (Tensor, bool, int, float, str)) for t in leaves)
+        key = (str(spec), *((t.shape, t.dtype) if isinstance(t, Tensor) else t for t in leaves))
+        if not plain or key not in self._graphs and len(self._graphs) == MAX_GRAPHS:
+            return None
+        if key not in self._graphs:
+            try:
+                self._graphs[key] = self._record(leaves, spec)
+            except Exception as error:
+                self._give_up(error, "could not be recorded as a graph")
+        return self._graphs.get(key)
 
+    def _give_up(self, error: Exception, why: str) -> None:
+        if self._insist:
+            raise error
+        self._capture = False
+        self._graphs.clear()
+        first_line = str(error).strip().partition("\n")[0]
+        warnings.warn(
+            f"the gradient {why} ({type(error).__name__}: {first_line}); from now on it is computed from the model at "
+            "every step, which is slower for a small model. capture=False silences this",
+            stacklevel=4,
+        )
+
+    def _run(self, leaves: list[Any], spec: Any) -> Callable[..., tuple[Tensor, Tensor]]:
         def run(theta: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
             rest = iter(tensors)
             batch = pytree.tree_unflatten([next(rest) if isinstance(t, Tensor) else t for t in leaves], spec)
             return self._vectorised(theta, *batch)
 
+        return run
+
+    def _record(self, leaves: list[Any], spec: Any) -> Any:
+        """The gradient as a graph of tensor operations, compared with the gradient itself before it is used."""
         tensors = [t for t in leaves if isinstance(t, Tensor)]
-        devices = [self.theta.device] if self.theta.is_cuda else []
-        try:
-            with torch.random.fork_rng(devices), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that tracing keeps constants, which is what it is for
-                state = torch.get_rng_state()
-                expected = run(self.theta, *tensors)
-                traced = make_fx(run)(self.theta, *tensors)
-                traced.graph.eliminate_dead_code()
-                traced.recompile()
-                graph = torch.jit.trace(traced, (self.theta, *tensors), check_trace=False)
-                torch.set_rng_state(state)
-                found = graph(self.theta, *tensors)
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
-        except Exception as error:
-            if self._insist:
-                raise
-            warnings.warn(
-                f"the gradient could not be recorded as a graph ({type(error).__name__}: {error}); it is computed step "
-                "by step, which is slower for a small model. capture=False silences this",
-                stacklevel=2,
-            )
-            self._capture = False
-            return None
+        run = self._run(leaves, spec)
+        with self._same_random_state(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that tracing keeps constants, which is what it is for
+            run(self.theta, *tensors)  # what the model builds once must not be part of the graph
+            traced = make_fx(run)(self.theta, *tensors)
+            traced.graph.eliminate_dead_code()
+            traced.recompile()
+            graph = torch.jit.trace(traced, (self.theta, *tensors), check_trace=False)
+        self._compare(graph, leaves, spec)
         return graph
+
+    def _compare(self, graph: Any, leaves: list[Any], spec: Any) -> None:
+        tensors = [t for t in leaves if isinstance(t, Tensor)]
+        results = []
+        for function in (graph, self._run(leaves, spec)):
+            with self._same_random_state(), torch.no_grad():
+                results.append(function(self.theta, *tensors))
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+    def _same_random_state(self) -> AbstractContextManager[None]:
+        return torch.random.fork_rng([self.theta.device] if self.theta.is_cuda else [])
 
 
 def _moving_statistics(model: Any) -> str | None:

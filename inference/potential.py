@@ -10,6 +10,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
@@ -24,7 +25,8 @@ class Potential:
 
     :param model: any Pyro model whose latent sites are continuous and the same on every call.
     :param args, kwargs: what it is called with here, to see its sites.
-    :raises ValueError: when it has no latent sites, or a discrete one.
+    :raises ValueError: when it has no latent sites, a discrete one, one in a plate that shows a part of its rows, or
+        one whose support depends on other latents.
     """
 
     def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
@@ -39,6 +41,13 @@ class Potential:
         for name, site in nodes.items():
             if site["type"] != "sample" or site["is_observed"] or poutine.util.site_is_subsample(site):
                 continue
+            partial = next((f for f in site["cond_indep_stack"] if f.full_size not in (None, f.size)), None)
+            if partial is not None:
+                raise ValueError(
+                    f"the latent site {name!r} lies in the plate {partial.name!r}, which shows {partial.size} of its "
+                    f"{partial.full_size} rows at a time: a state for each row is needed. Take it out of the plate, or "
+                    "give the plate all its rows"
+                )
             support = site["fn"].support
             if support.is_discrete:
                 raise ValueError(
@@ -60,28 +69,46 @@ class Potential:
                 f"{like.dtype}, {like.device} and {values[mixed[0]].dtype}, {values[mixed[0]].device}"
             )
         self.like = like
+        second: dict[str, Any] = self._prior_trace().nodes
+        for name, transform in self.transforms.items():
+            other = biject_to(second[name]["fn"].support) if name in second else None
+            if other is None or not torch.equal(transform(values[name]), other(values[name])):
+                raise ValueError(
+                    f"the support of the latent site {name!r} changes with other latent values: write it in terms of a "
+                    "site whose support is fixed, and transform that"
+                )
 
     def _prior_trace(self) -> poutine.Trace:
+        """A trace with a network's sites at its own weights, and the others drawn from their priors."""
         args, kwargs = self._arguments
-        with torch.no_grad(), self._running(train=False):
+        sites = self.model.sites() if isinstance(self.model, BayesianNetwork) else []
+        centers = {site.name: site.center for site in sites}
+
+        def value(site: Any) -> Tensor:
+            fn = site["fn"]
+            if site["name"] in centers:
+                like = self.model.like()  # type: ignore[attr-defined]
+                center = torch.as_tensor(centers[site["name"]], dtype=like.dtype, device=like.device)
+                return center.expand(fn.shape())
+            try:
+                return fn.sample()
+            except NotImplementedError:  # an improper prior: a point of its support
+                return biject_to(fn.support)(torch.rand(fn.shape()) * 2 - 1)
+
+        with torch.no_grad(), self._running(train=False), InitMessenger(value):
             return poutine.trace(self.model).get_trace(*args, **kwargs)
 
     @contextlib.contextmanager
     def _running(self, train: bool) -> Iterator[None]:
         """Where the model runs: unseen by outer handlers, and with the user's parameters, which stay as they are."""
         store = pyro.get_param_store().scope(self._store)
-        with store, poutine.block(), pyro.validation_enabled(False), training_mode(train):
+        with poutine.block(), store, pyro.validation_enabled(False), training_mode(train):
             yield
 
     def start(self) -> Tensor:
         """Where a chain starts, ``[dim]``: a network at its own weights, anything else at a draw from the prior."""
         nodes: dict[str, Any] = self._prior_trace().nodes
-        values = {name: nodes[name]["value"] for name in self.shapes}
-        if isinstance(self.model, BayesianNetwork):
-            for site in self.model.sites():
-                center = torch.as_tensor(site.center, dtype=self.like.dtype, device=self.like.device)
-                values[site.name] = center.expand(site.shape)
-        return self.join({n: self.transforms[n].inv(v).expand(self.shapes[n]) for n, v in values.items()})
+        return self.join({name: self.transforms[name].inv(nodes[name]["value"]) for name in self.shapes})
 
     def split(self, theta: Tensor) -> dict[str, Tensor]:
         """``[..., dim] -> {site: [..., *shape]}``, views, still unconstrained."""

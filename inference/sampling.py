@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from pyro_bnn.inference.sghmc import SGHMC
+from pyro_bnn.model import forked_random_state
 from pyro_bnn.posterior import Posterior
 
 
@@ -43,7 +45,7 @@ def sample(
         posterior reads: memory stays at one draw. By default draws are kept in memory, on the device.
     :param seed: makes the run reproducible, and leaves the global random state alone.
     :return: a posterior whose stored draws are those of all chains, chain after chain.
-    :raises ValueError: for counts out of range, or a folder that is not empty.
+    :raises ValueError: for counts out of range, or a folder that holds draws of these sites.
     :raises FloatingPointError: when a chain diverges; draws that were streamed stay on disk.
     """
     for name, count, least in (
@@ -54,8 +56,9 @@ def sample(
         if not isinstance(count, int) or count < least:
             raise ValueError(f"{name}={count!r}: expected a whole number, at least {least}")
     model: Callable[..., Any] = kernel.model  # type: ignore[attr-defined]
-    with torch.random.fork_rng(enabled=seed is not None):
+    with contextlib.ExitStack() as stack:
         if seed is not None:
+            stack.enter_context(forked_random_state(model))
             torch.manual_seed(seed)
         if isinstance(kernel, SGHMC):
             return Posterior.from_draws(
@@ -89,7 +92,10 @@ def _run(
         stack.callback(kernel.cleanup)
         kernel.setup(warmup_steps, *args)
         params = kernel.initial_params
-        kept: dict[str, Tensor] = {}
+        kept = {
+            name: _storage(num_chains, num_samples, value if num_chains > 1 else value.unsqueeze(0), name, stream)
+            for name, value in kernel.potential.constrain(params).items()
+        }
         stack.enter_context(bar)
         task = bar.add_task(type(kernel).__name__, total=warmup_steps + num_samples, state="warm-up")
         for i in range(-warmup_steps, num_samples):
@@ -100,19 +106,18 @@ def _run(
             if i < 0:
                 continue
             for name, value in kernel.potential.constrain(params).items():
-                one = value if num_chains > 1 else value.unsqueeze(0)
-                if name not in kept:
-                    kept[name] = _storage((num_chains, num_samples, *one.shape[1:]), one, name, stream)
-                kept[name][:, i] = one
+                kept[name][:, i] = value
+        kernel.check()
     return {name: value.flatten(0, 1) for name, value in kept.items()}
 
 
-def _storage(shape: tuple[int, ...], like: Tensor, name: str, stream: str | os.PathLike[str] | None) -> Tensor:
+def _storage(chains: int, draws: int, like: Tensor, name: str, stream: str | os.PathLike[str] | None) -> Tensor:
+    shape = (chains, draws, *like.shape[1:])
     if stream is None:
         return torch.empty(shape, dtype=like.dtype, device=like.device)
     folder = Path(stream)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.npy"
+    path = folder / f"{quote(name, safe='')}.npy"
     if path.exists():
         raise ValueError(f"{str(path)!r} exists: stream= takes a folder without draws of an earlier run")
     dtype = torch.empty((), dtype=like.dtype).numpy().dtype

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_bnn.inference.batches import Minibatches, minibatches
@@ -105,9 +105,16 @@ class SGHMC(MCMCKernel):
         self.preconditioner, self.schedule = preconditioner, schedule
         self.batch_size, self.thinning, self.check_every, self.capture = batch_size, thinning, check_every, capture
         self._asked_num_data = num_data
-        self._start: dict[str, Tensor] | None = None
+        self._users_start: dict[str, Tensor] | None = None
         self.chains: int | None = None
         super().__init__()
+        self._options = tuple(vars(self))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What the kernel was built with: a process that it is sent to sets it up again."""
+        return {
+            name: value for name, value in vars(self).items() if name in (*self._options, "_options", "save_params")
+        }
 
     # ----------------------------------------------------------------------------------- the contract of a kernel
 
@@ -123,7 +130,9 @@ class SGHMC(MCMCKernel):
         self.num_data = self._find_num_data()
         self.potential = Potential(self.model, *args, **kwargs)
         self.transforms = {name: t.inv for name, t in self.potential.transforms.items()}  # as Pyro's runner has them
-        self._gradient = Gradient(self.potential, kwargs, self.chains, self.capture)
+        self._gradient = Gradient(self.potential, kwargs, self.chains, self._batches is not None, self.capture)
+        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
+        self._modes = [(module, module.training) for module in modules]
         self.theta = self._gradient.theta
         self.momentum = torch.zeros_like(self.theta)
         self._noise = torch.zeros_like(self.theta)
@@ -137,24 +146,26 @@ class SGHMC(MCMCKernel):
         self._kinetic = self.theta.new_zeros(())
         self._configurational = self.theta.new_zeros(())
         self._energy = self.theta.new_zeros(())
+        self._shown = math.nan
         self._last: dict[str, Tensor] | None = None
-        if self._start is None:
-            rows = [self.potential.start() for _ in range(self.chains or 1)]
-            self._start = self.potential.split(torch.stack(rows) if self.chains else rows[0])
+        rows = [self.potential.start() for _ in range(self.chains or 1)]
+        self._own_start = self.potential.split(torch.stack(rows) if self.chains else rows[0])
 
     def cleanup(self) -> None:
-        self._start = None
+        """Puts modules back into the modes they were in, and forgets where the user wanted to start."""
+        self._users_start = None
         self._stream = iter(())
+        for module, training in getattr(self, "_modes", ()):
+            module.training = training
 
     @property
     def initial_params(self) -> dict[str, Tensor]:
-        """Where the chain starts, unconstrained."""
-        assert self._start is not None, "setup() comes first"
-        return self._start
+        """Where the chain starts, unconstrained: a network at its own weights, other latents at draws of the prior."""
+        return self._own_start if self._users_start is None else self._users_start
 
     @initial_params.setter
     def initial_params(self, params: dict[str, Tensor]) -> None:
-        self._start = params
+        self._users_start = params
 
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """The next draw, unconstrained."""
@@ -171,7 +182,8 @@ class SGHMC(MCMCKernel):
         return self._last
 
     def logging(self) -> OrderedDict[str, str]:
-        return OrderedDict([("U/N", f"{float(self._gradient.energy.mean()) / self.num_data:.4f}")])
+        """U / N in nats at the last check for divergence: to show more would be to wait for the device."""
+        return OrderedDict([("U/N", f"{self._shown:.4f}")])
 
     def diagnostics(self) -> dict[str, Any]:
         """Temperatures after warm-up, in units of T: means over draws and coordinates, whose expectations are known.
@@ -179,6 +191,7 @@ class SGHMC(MCMCKernel):
         ``kinetic``: mean of u^2, which is ``2 T / (2 - friction)`` up to O(h^2); ``configurational``: mean of
         ``theta * grad U``, which is T for exact gradients.
         """
+        self.check()
         count = max(1, self.draws - self.warmup_draws)
         return {
             "steps": self.steps,
@@ -191,7 +204,8 @@ class SGHMC(MCMCKernel):
 
     def _step(self, position: int) -> None:
         """One update. ``position`` is that within the draw."""
-        grad = self._gradient(*self._next())
+        batch = self._next()
+        grad = self._gradient(*batch)
         rate = 1.0
         if self.schedule == "cyclical":
             rate = 0.5 * (1 + math.cos(math.pi * position / self.thinning))
@@ -216,7 +230,8 @@ class SGHMC(MCMCKernel):
                 self._previous_noise.copy_(self._noise)
         self.steps += 1
         if self.steps % self.check_every == 0:
-            self._check()
+            self.check()
+            self._gradient.verify(*batch)
 
     def _adapt(self, grad: Tensor) -> None:
         """Moves the preconditioner; in warm-up alone, so that the chain has one stationary law afterwards."""
@@ -224,7 +239,7 @@ class SGHMC(MCMCKernel):
         if self._moment is not None:
             self._moment.mul_(RMSPROP_DECAY).addcmul_(grad, grad, value=(1 - RMSPROP_DECAY) / n**2)
             mass = self._moment.sqrt()
-            mass += RMSPROP_DAMPING * mass.mean(-1, keepdim=True)
+            mass += RMSPROP_DAMPING * mass.mean(-1, keepdim=True) + torch.finfo(mass.dtype).tiny
             self._root = (mass.mean(-1, keepdim=True) / mass).sqrt_()
         if self._dual is not None and self._previous_noise is not None:
             spread = self.step_size**1.5 * math.sqrt(self.temperature / n)
@@ -237,15 +252,23 @@ class SGHMC(MCMCKernel):
             self.momentum.normal_().mul_(math.sqrt(self.temperature))
         self._good = self.theta.clone()
 
-    def _check(self) -> None:
-        """Stops a chain that has diverged. This waits for the device."""
-        if bool(torch.isfinite(self.theta).all()):
+    def check(self) -> None:
+        """Stops a chain that has diverged: at every ``check_every`` steps and at the end. This waits for the device.
+
+        :raises FloatingPointError: when the state or its energy is not finite.
+        """
+        energy = self._gradient.energy.expand(self.theta.shape[:-1])
+        finite = torch.isfinite(self.theta).all(-1) & torch.isfinite(energy)
+        if bool(finite.all()):
             self._good.copy_(self.theta)
+            self._shown = float(energy.mean()) / self.num_data
             return
-        bad = self.theta if self.theta.dim() == 1 else self.theta[~torch.isfinite(self.theta).all(-1)][0]
+        bad = self.theta if self.chains is None else self.theta[~finite][0]
         site = self.potential.offending_site(bad, *self._next_single())
         with torch.no_grad():
             self.theta.copy_(self._good)
+            self.momentum.zero_()
+        self._last = None  # the next sample() begins afresh, with a momentum of its own
         raise FloatingPointError(
             f"the chain diverged within the {self.check_every} steps before step {self.steps}, first seen at the site "
             f"{site!r}. The kernel is back at its last good state (kernel.last_good()). A smaller step_size or more "
@@ -274,9 +297,10 @@ class SGHMC(MCMCKernel):
 
     def _next(self) -> tuple[Any, ...]:
         """The next minibatch, or one for every chain stacked on axis 0."""
-        if self.chains is None or self._batches is None:
+        chains = self._gradient.chains
+        if chains is None or self._batches is None:
             return self._next_single()
-        each = [self._next_single() for _ in range(self.chains)]
+        each = [self._next_of_full_length() for _ in range(chains)]
         return tuple(
             pytree.tree_map(lambda *leaves: torch.stack(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *parts)
             for parts in zip(*each, strict=True)
@@ -287,9 +311,20 @@ class SGHMC(MCMCKernel):
             return self._arguments
         while True:
             for batch in self._stream:
-                if _length(batch) == _length(self._batches.first):  # the rest of an epoch would be a noisier step
-                    return batch
+                return batch
             self._stream = self._batches.epoch()
+
+    def _next_of_full_length(self) -> tuple[Any, ...]:
+        """Chains side by side need batches of one length; the shorter rest of a random order can be left out."""
+        assert self._batches is not None
+        while _length(batch := self._next_single()) != _length(self._batches.first):
+            if not self._batches.shuffled:
+                raise ValueError(
+                    f"the loader gave a batch of {_length(batch)} samples after one of {_length(self._batches.first)}: "
+                    "vectorised chains need batches of one length. Build the loader with drop_last=True and "
+                    "shuffle=True, or run one chain at a time"
+                )
+        return batch
 
     def gradient_noise(self, num_batches: int = 20) -> dict[str, float]:
         """How much the noise of minibatches heats the chain at its present state.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from pyro_bnn.inference import checkpoint as checkpoints
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.elbo import MixtureELBO, ScaleLatents
 from pyro_bnn.inference.schedules import Schedule
-from pyro_bnn.model import BayesianNetwork, training_mode
+from pyro_bnn.model import BayesianNetwork, forked_random_state, training_mode
 from pyro_bnn.posterior import Posterior
 
 Optim = str | Optimizer | Callable[[list[dict[str, Any]]], Optimizer] | None
@@ -100,7 +100,7 @@ def fit(
     """
     if epochs < 1:
         raise ValueError(f"epochs={epochs!r}: expected at least 1")
-    batches, steps, size, first = minibatches(model, data, batch_size)
+    batches, steps, size, first, _ = minibatches(model, data, batch_size)
     objective = MixtureELBO() if elbo is None else elbo
     bar = Progress(
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[elbo]}")),
@@ -109,7 +109,7 @@ def fit(
     )
     with contextlib.ExitStack() as stack:
         if seed is not None:
-            stack.enter_context(_forked(model))
+            stack.enter_context(forked_random_state(model))
             torch.manual_seed(seed)
         store = stack.enter_context(pyro.get_param_store().scope())
         parameters = _initialise(model, guide, first)
@@ -229,13 +229,6 @@ def _train_mode(model: Callable[..., Any], guide: Callable[..., Any]) -> None:
     for program in (model, guide):
         if isinstance(program, nn.Module):
             program.train()
-
-
-@contextlib.contextmanager
-def _forked(model: Callable[..., Any]) -> Iterator[None]:
-    device = model.like().device if isinstance(model, BayesianNetwork) else torch.device("cpu")
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 def _offending_site(model: Callable[..., Any], guide: Callable[..., Any], batch: tuple[Any, ...]) -> str | None:

@@ -106,6 +106,14 @@ def enter_mode(module: nn.Module) -> None:
         module.train(train)
 
 
+@contextlib.contextmanager
+def forked_random_state(model: Any) -> Iterator[None]:
+    """Inside, random numbers on the processor and on the model's device leave no trace outside."""
+    device = model.like().device if isinstance(model, BayesianNetwork) else torch.device("cpu")
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
 class BayesianNetwork(PyroModule):
     """A network with latent weights as an ordinary Pyro model ``model(x, y=None)``.
 
@@ -232,7 +240,8 @@ class BayesianNetwork(PyroModule):
         """The prior of the site of this name given its scales, built once where nothing can change it."""
         if not prior.constant:
             return site_distribution(prior, center, like, tau, local)
-        key = (like.device, like.dtype, torch.is_inference_mode_enabled())
+        validate = torch.distributions.Distribution._validate_args
+        key = (like.device, like.dtype, torch.is_inference_mode_enabled(), validate)
         known = self.__dict__["_constants"].get(name)
         if known is None or known[0] != key:
             elements = prior.elements(center, like, None).expand(like.shape)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import pyro_bnn as pb
 from pyro_bnn.inference import SGHMC, SGLD, sample
+from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.models import Dense, Rank1
 
 CURVATURES = torch.tensor([0.3, 1.0, 2.5], dtype=torch.float64)
@@ -391,7 +392,146 @@ def test_other_kernels_give_a_posterior_too() -> None:
         sample(NUTS(model), 4, args=(x, y), stream="nowhere")
 
 
+class Wrapped:
+    """A batch that PyTorch cannot look into, and whose repr hides its values."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __repr__(self) -> str:
+        return "Wrapped"
+
+
+def collate(rows: Any) -> tuple[Wrapped, Tensor]:
+    return Wrapped(torch.stack([x for x, _ in rows])), torch.stack([y for _, y in rows])
+
+
+def test_batches_that_are_not_tensors_are_never_recorded() -> None:
+    """Proves that a graph cannot keep the numbers of one batch for all others."""
+    problem = Regression()
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(problem.x, problem.y), batch_size=50, shuffle=True, collate_fn=collate
+    )
+    kernel = SGHMC(lambda x, y: problem(x.x, y), loader, step_size=0.05, friction=0.3, thinning=10)
+    b = sample(kernel, 150, 20, seed=0, progress=False).draws(150)["b"][:, 0]
+    assert ((b.mean(0) - problem.mean).abs() < problem.covariance.diagonal().sqrt()).all()
+    assert not kernel._gradient._graphs
+
+
+def test_a_model_that_changes_is_noticed() -> None:
+    """Proves that a recorded gradient is compared with the model again at every check."""
+    strength = [1.0]
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(500), 1.0).to_event(1))
+        pyro.factor("more", -(strength[0] - 1) * z.square().sum() / 2)
+
+    torch.manual_seed(0)
+    kernel = SGHMC(model, step_size=0.1, friction=0.3, thinning=20, check_every=20)
+    kernel.setup(0)
+    params = kernel.sample(kernel.initial_params)
+    strength[0] = 10.0
+    with pytest.warns(UserWarning, match="is not what it was when it was recorded"):
+        params = kernel.sample(params)
+    for _ in range(30):
+        params = kernel.sample(params)
+    assert float(params["z"].var()) == pytest.approx(0.1, rel=0.35)
+
+
+def test_arguments_of_the_model_are_the_same_for_all_chains() -> None:
+    """Proves that ``args=`` is not taken for one minibatch a chain, also when the numbers of rows and chains agree."""
+    problem = Regression(size=8)
+    kernel = SGHMC(problem, step_size=0.3, friction=0.3, num_data=8, thinning=20)
+    draws = sample(kernel, 200, 20, num_chains=8, args=(problem.x, problem.y), seed=0, progress=False)
+    b = draws.draws(1600)["b"][:, 0].reshape(8, 200, 3).mean(1)
+    assert ((b - problem.mean).abs() < 0.6 * problem.covariance.diagonal().sqrt()).all()
+
+
+def test_every_row_of_a_loader_is_used() -> None:
+    """Proves that a loader in fixed order with a shorter last batch loses no rows in one chain, and is refused where
+    chains would need batches of one length."""
+    problem = Regression(size=100)
+    problem.y[64:] += 3.0  # the last rows tell another story
+    precision = problem.covariance.inverse()
+    problem.mean = torch.linalg.solve(precision, problem.x.T @ problem.y / 0.64)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(problem.x, problem.y), batch_size=64)
+    kernel = SGHMC(problem, loader, step_size=0.03, friction=0.3, thinning=20)
+    b = sample(kernel, 300, 50, seed=0, progress=False).draws(300)["b"][:, 0]
+    assert ((b.mean(0) - problem.mean).abs() < problem.covariance.diagonal().sqrt()).all()
+    with pytest.raises(ValueError, match="batches of one length"):
+        sample(kernel, 5, num_chains=2, progress=False)
+
+
+def test_flat_improper_priors_and_flat_gradients() -> None:
+    """Proves that a network whose biases have no proper prior starts at its own, and that rmsprop survives a gradient
+    of exactly zero."""
+    dense, x, y = network()
+    model = Rank1(dense.core().net, pb.likelihoods.Gaussian(0.5), 64, weight_prior=None)
+    kernel = SGHMC(model, (x, y), step_size=0.02, friction=0.1)
+    kernel.setup(0)
+    assert torch.equal(kernel.initial_params["0.bias"].flatten(), model.core().net[0].bias)
+    assert torch.isfinite(sample(kernel, 3, 1, progress=False).draws(3)["0.bias"]).all()
+    still = SGHMC(gaussian(4), step_size=0.1, friction=0.1, preconditioner="rmsprop")
+    assert torch.isfinite(run(still, 3, 3, start={"z": torch.zeros(4, 3, dtype=torch.float64)})).all()
+
+
+def test_nothing_is_left_behind() -> None:
+    """Proves that point-estimated weights get no gradients, modules return to their modes, a second run starts anew,
+    and a kernel that has run can still be pickled."""
+    dense, x, y = network()
+    model = Rank1(dense.core().net, pb.likelihoods.Gaussian(0.5), 64).eval()
+    kernel = SGHMC(model, (x, y), step_size=0.02, friction=0.1, capture=False)
+    MCMC(kernel, 2, 1, disable_progbar=True).run()
+    assert all(p.grad is None for p in model.parameters())
+    assert not model.training
+    pickle.loads(pickle.dumps(kernel)).setup(0)
+    free = SGHMC(gaussian(2), step_size=0.1, friction=0.1)
+    starts = []
+    for _ in range(2):
+        free.setup(0)
+        starts.append(free.initial_params["z"])
+    assert not torch.equal(*starts)
+
+
+def test_data_stay_where_the_user_put_them() -> None:
+    """Proves that the batches of a model of the user's own are not moved to PyTorch's default device."""
+    problem = Regression()
+    torch.set_default_device("meta")
+    try:
+        first = minibatches(problem, (problem.x, problem.y), 10).first
+    finally:
+        torch.set_default_device(None)  # type: ignore[arg-type]
+    assert first[0].device.type == first[1].device.type == "cpu"
+
+
 # ----------------------------------------------------------------------------------------------------- bad input
+
+
+def test_sites_whose_states_cannot_be_kept() -> None:
+    """Proves that a latent for each row of a subsampled plate, and a support that moves, are errors."""
+
+    def local() -> None:
+        with pyro.plate("rows", 200, subsample_size=20):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def moving() -> None:
+        low = pyro.sample("low", dist.Normal(0.0, 1.0))
+        pyro.sample("u", dist.Uniform(low, low + 1))
+
+    for model, message in ((local, "shows 20 of its 200 rows"), (moving, "support of the latent site 'u' changes")):
+        with pytest.raises(ValueError, match=message):
+            SGHMC(model, step_size=0.1, friction=0.1).setup(0)
+
+
+def test_a_short_run_that_diverges_is_noticed_at_its_end() -> None:
+    """Proves that no draw is returned unchecked, in our engine and in Pyro's."""
+    kernel = SGHMC(gaussian(2), step_size=60.0, friction=0.1)
+    with pytest.raises(FloatingPointError, match="diverged"):
+        sample(kernel, 99, progress=False)
+    with pytest.raises(FloatingPointError, match="diverged"):
+        MCMC(SGHMC(gaussian(2), step_size=60.0, friction=0.1), 99, 0, disable_progbar=True).run()
+    kernel.step_size = 0.1
+    assert torch.isfinite(sample(kernel, 5, progress=False).draws(5)["z"]).all()
 
 
 @pytest.mark.parametrize(
