@@ -147,11 +147,7 @@ class Potential:
         energy: Tensor = -(total + jacobian)
         return energy
 
-    def of_flat(self, theta: Tensor, *args: Any) -> Tensor:
-        """U of ``theta [dim]``."""
-        return self(self.split(theta), *args)
-
-    def offending_site(self, theta: Tensor, *args: Any) -> str:
+    def offending_site(self, theta: Tensor, *args: Any, **kwargs: Any) -> str:
         """The first site that is not finite, or whose log density is not."""
         values = self.split(theta)
         for name, value in values.items():
@@ -159,7 +155,7 @@ class Potential:
                 return name
         with torch.no_grad(), self._running(train=False):
             latents = self.constrain(values)
-            trace = poutine.trace(poutine.condition(self.model, latents)).get_trace(*args)
+            trace = poutine.trace(poutine.condition(self.model, latents)).get_trace(*args, **kwargs)
         trace.compute_log_prob()
         for name, site in trace.nodes.items():
             if site["type"] == "sample" and not math.isfinite(float(site["log_prob_sum"])):

@@ -264,7 +264,7 @@ class SGHMC(MCMCKernel):
             self._shown = float(energy.mean()) / self.num_data
             return
         bad = self.theta if self.chains is None else self.theta[~finite][0]
-        site = self.potential.offending_site(bad, *self._next_single())
+        site = self.potential.offending_site(bad, *self._next_single(), **self._gradient.kwargs)
         with torch.no_grad():
             self.theta.copy_(self._good)
             self.momentum.zero_()

@@ -530,6 +530,9 @@ def test_a_short_run_that_diverges_is_noticed_at_its_end() -> None:
         sample(kernel, 99, progress=False)
     with pytest.raises(FloatingPointError, match="diverged"):
         MCMC(SGHMC(gaussian(2), step_size=60.0, friction=0.1), 99, 0, disable_progbar=True).run()
+    keyed = SGHMC(lambda scale: pyro.sample("z", dist.Normal(0.0, scale)), step_size=60.0, friction=0.1)
+    with pytest.raises(FloatingPointError, match="site 'z'"):
+        MCMC(keyed, 99, 0, disable_progbar=True).run(scale=torch.tensor(1.0))
     kernel.step_size = 0.1
     assert torch.isfinite(sample(kernel, 5, progress=False).draws(5)["z"]).all()
 
