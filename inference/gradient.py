@@ -112,9 +112,10 @@ class Gradient:
 
     def _graph(self, leaves: list[Any], spec: Any) -> Any:
         """The graph for batches of this form, recorded on first sight; ``None`` for what cannot be recorded."""
-        plain = all(t is None or isinstance(t, (Tensor, bool, int, float, str)) for t in leaves)
-        key = (str(spec), *((t.shape, t.dtype) if isinstance(t, Tensor) else t for t in leaves))
-        if not plain or key not in self._graphs and len(self._graphs) == MAX_GRAPHS:
+        if not all(t is None or isinstance(t, (Tensor, bool, int, float, str)) for t in leaves):
+            return None
+        key = (str(spec), *((t.shape, t.dtype) if isinstance(t, Tensor) else (type(t), t) for t in leaves))
+        if key not in self._graphs and len(self._graphs) == MAX_GRAPHS:
             return None
         if key not in self._graphs:
             try:

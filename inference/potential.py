@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
+from pyro_bnn.factorised import split
 from pyro_bnn.model import BayesianNetwork, training_mode
 
 
@@ -59,8 +60,7 @@ class Potential:
             self.shapes[name] = values[name].shape
         if not self.shapes:
             raise ValueError("the model has no latent sites: there is nothing to sample")
-        self.sizes = [shape.numel() for shape in self.shapes.values()]
-        self.dim = sum(self.sizes)
+        self.dim = sum(shape.numel() for shape in self.shapes.values())
         like = next(iter(values.values()))
         mixed = [n for n, v in values.items() if v.dtype != like.dtype or v.device != like.device]
         if mixed:
@@ -112,11 +112,7 @@ class Potential:
 
     def split(self, theta: Tensor) -> dict[str, Tensor]:
         """``[..., dim] -> {site: [..., *shape]}``, views, still unconstrained."""
-        parts = theta.split(self.sizes, -1)
-        return {
-            name: part.reshape(part.shape[:-1] + shape)
-            for (name, shape), part in zip(self.shapes.items(), parts, strict=True)
-        }
+        return dict(zip(self.shapes, split(theta, list(self.shapes.values())), strict=True))
 
     def join(self, values: dict[str, Tensor]) -> Tensor:
         """The inverse of :meth:`split`."""

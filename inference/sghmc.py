@@ -120,6 +120,8 @@ class SGHMC(MCMCKernel):
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         """Forgets everything of an earlier chain. ``warmup_steps`` counts draws."""
+        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
+        self._modes = [(module, module.training) for module in modules]
         if self.data is not None:
             self._batches: Minibatches | None = minibatches(self.model, self.data, self.batch_size)
             args, kwargs = self._batches.first, {}
@@ -131,8 +133,6 @@ class SGHMC(MCMCKernel):
         self.potential = Potential(self.model, *args, **kwargs)
         self.transforms = {name: t.inv for name, t in self.potential.transforms.items()}  # as Pyro's runner has them
         self._gradient = Gradient(self.potential, kwargs, self.chains, self._batches is not None, self.capture)
-        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
-        self._modes = [(module, module.training) for module in modules]
         self.theta = self._gradient.theta
         self.momentum = torch.zeros_like(self.theta)
         self._noise = torch.zeros_like(self.theta)
@@ -335,6 +335,8 @@ class SGHMC(MCMCKernel):
         """
         if num_batches < 2:
             raise ValueError(f"num_batches={num_batches!r}: a variance needs at least 2")
+        if self.temperature == 0:
+            raise ValueError("at temperature 0 there is nothing that minibatches could heat by a factor")
         mean, square = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
         for i in range(num_batches):
             grad = self._gradient(*self._next()) / self.num_data
@@ -343,7 +345,7 @@ class SGHMC(MCMCKernel):
             square += delta * (grad - mean)
         variance = square / (num_batches - 1)
         tau = 1.0 if self._root is None else self._root.square()
-        heat = self.step_size**2 * tau * variance * self.num_data / (2 * self.friction * max(self.temperature, 1e-12))
+        heat = self.step_size**2 * tau * variance * self.num_data / (2 * self.friction * self.temperature)
         return {"variance": float(variance.mean()), "heating": 1 + float(heat.mean())}
 
 

@@ -1,8 +1,8 @@
 """Independent Normals over the elements of many sites, in as few passes over memory as a network of 1e7 weights needs.
 
 Sites that lie side by side in one tensor are drawn together, and together compared to their priors. Drawing takes one
-pass beyond the noise; the KL divergence to constant Normal priors reads each parameter twice and stores nothing.
-The generic expressions take about three times as many passes, and as many calls as there are sites.
+pass beyond the noise; the KL divergence to constant Normal priors keeps nothing but its arguments for the backward
+pass. The generic expressions take about three times as many passes, and as many calls as there are sites.
 """
 
 from __future__ import annotations

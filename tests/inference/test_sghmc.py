@@ -483,7 +483,10 @@ def test_nothing_is_left_behind() -> None:
     kernel = SGHMC(model, (x, y), step_size=0.02, friction=0.1, capture=False)
     MCMC(kernel, 2, 1, disable_progbar=True).run()
     assert all(p.grad is None for p in model.parameters())
-    assert not model.training
+    assert not any(m.training for m in model.modules())
+    model.train()
+    MCMC(kernel, 2, 1, disable_progbar=True).run()
+    assert all(m.training for m in model.modules())
     pickle.loads(pickle.dumps(kernel)).setup(0)
     free = SGHMC(gaussian(2), step_size=0.1, friction=0.1)
     starts = []
@@ -505,6 +508,16 @@ def test_data_stay_where_the_user_put_them() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
+
+
+def test_noise_cannot_be_compared_with_none() -> None:
+    """Proves that the factor of heating is refused where it has no meaning."""
+    kernel = SGHMC(gaussian(2), step_size=0.1, friction=0.1, temperature=0.0)
+    kernel.setup(0)
+    with pytest.raises(ValueError, match="at temperature 0"):
+        kernel.gradient_noise()
+    with pytest.raises(ValueError, match="a variance needs at least 2"):
+        kernel.gradient_noise(1)
 
 
 def test_sites_whose_states_cannot_be_kept() -> None:
