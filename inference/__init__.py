@@ -1,9 +1,23 @@
 """Engines: each takes a Pyro model and returns a :class:`pyro_bnn.Posterior`."""
 
+from pyro_bnn.inference import pruning
 from pyro_bnn.inference.elbo import MixtureELBO, ScaleLatents
+from pyro_bnn.inference.em import SGHMCEM
 from pyro_bnn.inference.sampling import sample
 from pyro_bnn.inference.schedules import cosine, warmup_steps
 from pyro_bnn.inference.sghmc import SGHMC, SGLD
 from pyro_bnn.inference.svi import FitState, fit
 
-__all__ = ["SGHMC", "SGLD", "FitState", "MixtureELBO", "ScaleLatents", "cosine", "fit", "sample", "warmup_steps"]
+__all__ = [
+    "SGHMC",
+    "SGHMCEM",
+    "SGLD",
+    "FitState",
+    "MixtureELBO",
+    "ScaleLatents",
+    "cosine",
+    "fit",
+    "pruning",
+    "sample",
+    "warmup_steps",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pyro
@@ -34,7 +34,7 @@ class Potential:
         self.model = model
         self._store = pyro.get_param_store().get_state()
         self._arguments = args, kwargs
-        trace = self._prior_trace()
+        trace = self.prior_trace()
         self.transforms: dict[str, Transform] = {}
         self.shapes: dict[str, torch.Size] = {}
         values: dict[str, Tensor] = {}
@@ -60,7 +60,8 @@ class Potential:
             self.shapes[name] = values[name].shape
         if not self.shapes:
             raise ValueError("the model has no latent sites: there is nothing to sample")
-        self.dim = sum(shape.numel() for shape in self.shapes.values())
+        self.held: dict[str, Tensor] = {}
+        self._unscored: frozenset[str] = frozenset()
         like = next(iter(values.values()))
         mixed = [n for n, v in values.items() if v.dtype != like.dtype or v.device != like.device]
         if mixed:
@@ -69,7 +70,7 @@ class Potential:
                 f"{like.dtype}, {like.device} and {values[mixed[0]].dtype}, {values[mixed[0]].device}"
             )
         self.like = like
-        second: dict[str, Any] = self._prior_trace().nodes
+        second: dict[str, Any] = self.prior_trace().nodes
         for name, transform in self.transforms.items():
             other = biject_to(second[name]["fn"].support) if name in second else None
             if other is None or not torch.equal(transform(values[name]), other(values[name])):
@@ -78,7 +79,7 @@ class Potential:
                     "site whose support is fixed, and transform that"
                 )
 
-    def _prior_trace(self) -> poutine.Trace:
+    def prior_trace(self) -> poutine.Trace:
         """A trace with a network's sites at its own weights, and the others drawn from their priors."""
         args, kwargs = self._arguments
         sites = self.model.sites() if isinstance(self.model, BayesianNetwork) else []
@@ -107,8 +108,22 @@ class Potential:
 
     def start(self) -> Tensor:
         """Where a chain starts, ``[dim]``: a network at its own weights, anything else at a draw from the prior."""
-        nodes: dict[str, Any] = self._prior_trace().nodes
+        nodes: dict[str, Any] = self.prior_trace().nodes
         return self.join({name: self.transforms[name].inv(nodes[name]["value"]) for name in self.shapes})
+
+    @property
+    def dim(self) -> int:
+        """Length of theta."""
+        return sum(shape.numel() for shape in self.shapes.values())
+
+    def leave_out(self, held: dict[str, Tensor], unscored: Collection[str]) -> None:
+        """From now on the latents ``held`` are no part of theta, and the density of the sites ``unscored`` none of U.
+
+        :param held: ``{site: value in the model's units}``.
+        """
+        self.held, self._unscored = held, frozenset(unscored)
+        for name in held:
+            del self.shapes[name]
 
     def split(self, theta: Tensor) -> dict[str, Tensor]:
         """``[..., dim] -> {site: [..., *shape]}``, views, still unconstrained."""
@@ -128,7 +143,7 @@ class Potential:
 
         :param values: ``{site: unconstrained [*shape]}``.
         """
-        latents = {}
+        latents = dict(self.held)
         jacobian: Any = 0.0
         for name, value in values.items():
             transform = self.transforms[name]
@@ -137,10 +152,14 @@ class Potential:
                 jacobian = jacobian + transform.log_abs_det_jacobian(value, latents[name]).sum()
         with self._running(train=True):
             trace = poutine.trace(poutine.condition(self.model, latents)).get_trace(*args, **kwargs)
-            trace.compute_log_prob(lambda name, site: not poutine.util.site_is_subsample(site))
+            trace.compute_log_prob(
+                lambda name, site: not poutine.util.site_is_subsample(site) and name not in self._unscored
+            )
         sites: list[Any] = list(trace.nodes.values())
         total: Any = sum(site["log_prob_sum"] for site in sites if "log_prob_sum" in site)
         energy: Tensor = -(total + jacobian)
+        if not isinstance(energy, Tensor):  # every density was left out
+            return sum(((value * 0).sum() for value in values.values()), self.like.new_zeros(()))
         return energy
 
     def offending_site(self, theta: Tensor, *args: Any, **kwargs: Any) -> str:
@@ -150,7 +169,7 @@ class Potential:
             if not bool(torch.isfinite(value).all()):
                 return name
         with torch.no_grad(), self._running(train=False):
-            latents = self.constrain(values)
+            latents = self.held | self.constrain(values)
             trace = poutine.trace(poutine.condition(self.model, latents)).get_trace(*args, **kwargs)
         trace.compute_log_prob()
         for name, site in trace.nodes.items():

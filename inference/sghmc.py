@@ -130,7 +130,7 @@ class SGHMC(MCMCKernel):
         self._stream: Iterator[tuple[Any, ...]] = iter(())
         self._arguments = args
         self.num_data = self._find_num_data()
-        self.potential = Potential(self.model, *args, **kwargs)
+        self.potential = self._make_potential(args, kwargs)
         self.transforms = {name: t.inv for name, t in self.potential.transforms.items()}  # as Pyro's runner has them
         self._gradient = Gradient(self.potential, kwargs, self.chains, self._batches is not None, self.capture)
         self.theta = self._gradient.theta
@@ -149,7 +149,10 @@ class SGHMC(MCMCKernel):
         self._shown = math.nan
         self._last: dict[str, Tensor] | None = None
         rows = [self.potential.start() for _ in range(self.chains or 1)]
-        self._own_start = self.potential.split(torch.stack(rows) if self.chains else rows[0])
+        self._own_start = self._state(torch.stack(rows) if self.chains else rows[0])
+
+    def _make_potential(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Potential:
+        return Potential(self.model, *args, **kwargs)
 
     def cleanup(self) -> None:
         """Puts modules back into the modes they were in, and forgets where the user wanted to start."""
@@ -175,11 +178,18 @@ class SGHMC(MCMCKernel):
             self._step(i)
         self.draws += 1
         if self.draws > self.warmup_draws:
-            self._kinetic += self.momentum.square().mean()
-            self._energy += self._gradient.energy.mean()
-        draw = self.theta.clone()
-        self._last = self.potential.split(draw)
+            self._kinetic += self._mean(self.momentum.square())
+            self._energy += self._total_energy()
+        self._last = self._state(self.theta.clone())
         return self._last
+
+    def _state(self, theta: Tensor) -> dict[str, Tensor]:
+        """A draw from the flat vector of unconstrained values."""
+        return self.potential.split(theta)
+
+    def _total_energy(self) -> Tensor:
+        """U at the last gradient, averaged over chains."""
+        return self._gradient.energy.mean()
 
     def logging(self) -> OrderedDict[str, str]:
         """U / N in nats at the last check for divergence: to show more would be to wait for the device."""
@@ -205,33 +215,49 @@ class SGHMC(MCMCKernel):
     def _step(self, position: int) -> None:
         """One update. ``position`` is that within the draw."""
         batch = self._next()
-        grad = self._gradient(*batch)
+        grad = self._force(*batch)
         rate = 1.0
         if self.schedule == "cyclical":
             rate = 0.5 * (1 + math.cos(math.pi * position / self.thinning))
-        scale = self.step_size * math.sqrt(rate / self.num_data)
         with torch.no_grad():
             if self.draws < self.warmup_draws:
                 self._adapt(grad)
             elif position == self.thinning - 1:
-                self._configurational += (self.theta * grad).mean()
-            self.momentum.mul_(1 - self.friction)
-            if self._root is None:
-                self.momentum.add_(grad, alpha=-scale)
-            else:
-                self.momentum.addcmul_(grad, self._root, value=-scale)
-            if self.temperature > 0:
-                self.momentum.add_(self._noise.normal_(), alpha=math.sqrt(2 * self.friction * self.temperature))
-            if self._root is None:
-                self.theta.add_(self.momentum, alpha=scale)
-            else:
-                self.theta.addcmul_(self.momentum, self._root, value=scale)
+                self._configurational += self._mean(self.theta * grad)
+            self._move(grad, self.step_size * math.sqrt(rate))
             if self._previous_noise is not None:
                 self._previous_noise.copy_(self._noise)
         self.steps += 1
         if self.steps % self.check_every == 0:
             self.check()
             self._gradient.verify(*batch)
+
+    def _force(self, *batch: Any) -> Tensor:
+        """``grad U``, in a buffer of its own or one that the next call overwrites."""
+        return self._gradient(*batch)
+
+    def _move(self, grad: Tensor, step_size: float) -> None:
+        """Momentum, then position."""
+        scale = step_size / math.sqrt(self.num_data)
+        self.momentum.mul_(1 - self.friction)
+        if self._root is None:
+            self.momentum.add_(grad, alpha=-scale)
+        else:
+            self.momentum.addcmul_(grad, self._root, value=-scale)
+        if self.temperature > 0:
+            self.momentum.add_(self._noise.normal_(), alpha=math.sqrt(2 * self.friction * self.temperature))
+        self._restrict()
+        if self._root is None:
+            self.theta.add_(self.momentum, alpha=scale)
+        else:
+            self.theta.addcmul_(self.momentum, self._root, value=scale)
+
+    def _restrict(self) -> None:
+        """Where a kernel takes out of the momentum what must not move."""
+
+    def _mean(self, value: Tensor) -> Tensor:
+        """Over the coordinates that move."""
+        return value.mean()
 
     def _adapt(self, grad: Tensor) -> None:
         """Moves the preconditioner; in warm-up alone, so that the chain has one stationary law afterwards."""

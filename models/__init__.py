@@ -2,5 +2,6 @@
 
 from pyro_bnn.models.dense import Dense, MeanFieldGuide, PointGuide
 from pyro_bnn.models.rank1 import Rank1, Rank1Guide
+from pyro_bnn.models.spike_slab import SpikeSlab
 
-__all__ = ["Dense", "MeanFieldGuide", "PointGuide", "Rank1", "Rank1Guide"]
+__all__ = ["Dense", "MeanFieldGuide", "PointGuide", "Rank1", "Rank1Guide", "SpikeSlab"]

@@ -18,10 +18,11 @@ from pyro_bnn.model import (
     sample_local,
     sample_noise,
     sample_scales,
+    sample_share,
     storable,
 )
 from pyro_bnn.network import Output, Select, select_parameters
-from pyro_bnn.priors import Normal, PriorLike, typical_tau
+from pyro_bnn.priors import Normal, Prior, PriorLike
 
 
 @storable
@@ -75,7 +76,9 @@ class Dense(BayesianNetwork):
         for name in self.random:
             prior, value = self._priors[name], parameters[name].detach()
             if prior.has_tau:
-                scales.append(Site(self.site(f"{name}_tau"), torch.Size(), "scale", typical_tau(prior)))
+                scales.append(Site(self.site(f"{name}_tau"), torch.Size(), "scale", prior.typical_tau()))
+            if prior.has_inclusion:
+                scales.append(Site(self.site(f"{name}_inclusion"), torch.Size(), "share", prior.typical_share()))
             if prior.has_lambda:
                 scales.append(Site(self.site(f"{name}_lambda"), value.shape, "scale", 1.0))
             weights.append(Site(self.site(name), value.shape, "weight", value))
@@ -92,19 +95,21 @@ class Dense(BayesianNetwork):
     def sample_latents(self) -> dict[str, Tensor]:
         parameters = self.core().parameters_by_name()
         values: dict[str, Tensor] = {}
-        scales: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+        given: dict[str, tuple[Prior, Tensor | None, Tensor | None]] = {}
         for name in self.random:
             prior, like = self._priors[name], parameters[name].detach()
             tau = sample_scales(prior, like, self.site(name))
+            prior, share = sample_share(prior, like, self.site(name))
             local = sample_local(prior, like, self.site(name))
-            scales[name] = tau, local
-            for suffix, value in (("tau", tau), ("lambda", local)):
+            given[name] = prior, tau, local
+            for suffix, value in (("tau", tau), ("inclusion", share), ("lambda", local)):
                 if value is not None:
                     values[self.site(f"{name}_{suffix}")] = value
         values |= sample_noise(self)
         for name in self.random:
             site = self.site(name)
-            d = self.prior_of(site, self._priors[name], 0.0, parameters[name].detach(), *scales[name])
+            prior, tau, local = given[name]
+            d = self.prior_of(site, prior, 0.0, parameters[name].detach(), tau, local)
             values[site] = pyro.sample(site, d)
         return values
 

@@ -27,11 +27,12 @@ from pyro_bnn.model import (
     sample_local,
     sample_noise,
     sample_scales,
+    sample_share,
     storable,
 )
 from pyro_bnn.network import Output, Select, batch_size, select_parameters
 from pyro_bnn.perturb import Perturbation, Rank1Factors, Replacement
-from pyro_bnn.priors import HierarchicalCauchy, Normal, Prior, PriorLike, typical_tau
+from pyro_bnn.priors import HierarchicalCauchy, Normal, Prior, PriorLike
 
 
 @storable
@@ -135,9 +136,12 @@ class Rank1(BayesianNetwork):
         scales, factors = [], []
         for weight in self.weights:
             for name, prior in self._tau_names(weight).items():
-                scales.append(Site(self.site(f"{name}_tau"), torch.Size(), "scale", typical_tau(prior)))
+                scales.append(Site(self.site(f"{name}_tau"), torch.Size(), "scale", prior.typical_tau()))
             for factor, size in zip("sr", self._sizes(weight, parameters[weight]), strict=True):
                 name, shape = f"{weight}.{factor}", torch.Size([size])
+                if self._priors[name].has_inclusion:
+                    share = self._priors[name].typical_share()
+                    scales.append(Site(self.site(f"{name}_inclusion"), torch.Size(), "share", share))
                 if self._priors[name].has_lambda:
                     scales.append(Site(self.site(f"{name}_lambda"), shape, "scale", 1.0))
                 factors.append(Site(self.site(name), shape, "factor", 1.0))
@@ -172,6 +176,7 @@ class Rank1(BayesianNetwork):
         values: dict[str, Tensor] = {}
         tau: dict[str, Tensor | None] = {}
         local: dict[str, Tensor | None] = {}
+        given: dict[str, Prior] = {}
         like: dict[str, Tensor] = {}
         for weight in self.weights:
             w = parameters[weight].detach()
@@ -183,6 +188,9 @@ class Rank1(BayesianNetwork):
                 like[name] = w.new_empty(()).expand(size)
                 if shared:
                     tau[name] = tau[weight]
+                given[name], share = sample_share(self._priors[name], like[name], self.site(name))
+                if share is not None:
+                    values[self.site(f"{name}_inclusion")] = share
                 local[name] = sample_local(self._priors[name], like[name], self.site(name))
                 if local[name] is not None:
                     values[self.site(f"{name}_lambda")] = local[name]  # type: ignore[assignment]
@@ -192,7 +200,7 @@ class Rank1(BayesianNetwork):
         with self.rows():
             for name, one in like.items():
                 site = self.site(name)
-                d = self.prior_of(site, self._priors[name], 1.0, one, tau.get(name), local.get(name))
+                d = self.prior_of(site, given[name], 1.0, one, tau.get(name), local.get(name))
                 values[site] = pyro.sample(site, d)
         return values
 

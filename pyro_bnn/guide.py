@@ -44,10 +44,10 @@ def _blocks(sites: list[Site]) -> list[list[Site]]:
 class MixtureGuide(PyroModule):
     """``q = (1/K) sum_k q_k``, one component index for the whole network, each ``q_k`` factorised over elements.
 
-    Weights and factors are Normal or Cauchy with scale ``softplus(rho) + 1e-7``, positive scales are LogNormal, and
-    sites with the role ``bias`` are points. In train mode a call samples all K members (and, with ``rows=True``, a draw
-    for every row of the batch); in eval mode one draw of one component, taken at random; inside
-    :meth:`every_member` one draw for each member.
+    Weights and factors are Normal or Cauchy with scale ``softplus(rho) + 1e-7``, positive scales are LogNormal, shares
+    have a Normal logit, and sites with the role ``bias`` are points. In train mode a call samples all K members (and,
+    with ``rows=True``, a draw for every row of the batch); in eval mode one draw of one component, taken at random;
+    inside :meth:`every_member` one draw for each member.
 
     :param model: the model whose sites it is for; the guide keeps their names and shapes, not the model.
     :param components: number K of components.
@@ -55,12 +55,14 @@ class MixtureGuide(PyroModule):
     :param rows: whether in train mode every row of the batch has a draw of its own (factors only).
     """
 
-    # Lists of blocks [K, n]: of the weights or factors, of the logarithms of the positive scales, of the biases.
+    # Lists of blocks [K, n]: of weights or factors, logarithms of positive scales, logits of shares, and biases.
 
     loc: nn.ParameterList
     rho: nn.ParameterList
     scale_loc: nn.ParameterList
     scale_rho: nn.ParameterList
+    share_loc: nn.ParameterList
+    share_rho: nn.ParameterList
     point: nn.ParameterList
 
     def __init__(
@@ -81,11 +83,16 @@ class MixtureGuide(PyroModule):
         self.prefix, self.members_dim = model.prefix, model.members_dim
         self._every = False
         self._in_rows = any(s.role == "factor" for s in sites)
-        self._before_rows = [s.name for s in sites if s.role in ("scale", "bias")]
+        self._before_rows = [s.name for s in sites if s.role in ("scale", "share", "bias")]
         self._blocks: dict[str, list[list[Site]]] = {}
-        for name, roles in (("loc", ("weight", "factor")), ("scale_loc", ("scale",)), ("point", ("bias",))):
+        for name, roles, link in (
+            ("loc", ("weight", "factor"), None),
+            ("scale_loc", ("scale",), torch.log),
+            ("share_loc", ("share",), torch.logit),
+            ("point", ("bias",), None),
+        ):
             blocks = self._blocks[name] = _blocks([s for s in sites if s.role in roles])
-            values = [_centers(b, like, log=name == "scale_loc").expand(components, -1).clone() for b in blocks]
+            values = [_centers(b, like, link).expand(components, -1).clone() for b in blocks]
             setattr(self, name, nn.ParameterList(values))
             if name != "point" and family != "point":
                 rhos = [torch.full_like(value, inverse_softplus(0.1)) for value in values]
@@ -127,8 +134,10 @@ class MixtureGuide(PyroModule):
                 component = self._component(members)
             stack.enter_context(members)
             take = _taker(component, self.members_dim)
-            scale = _positive_points if self.family == "point" else _log_normals
-            before = self._distributions("scale_loc", scale, take) | self._distributions("point", _points, take)
+            points = self.family == "point"
+            before = self._distributions("scale_loc", _positive_points if points else _log_normals, take)
+            before |= self._distributions("share_loc", _share_points if points else _logit_normals, take)
+            before |= self._distributions("point", _points, take)
             for name in self._before_rows:
                 values[name] = pyro.sample(name, before[name])
             if self._in_rows:
@@ -217,6 +226,12 @@ def _log_normals(shapes: list[torch.Size], loc: Tensor, rho: Tensor) -> Sequence
     return [dist.LogNormal(m, s).to_event(len(shape)) for m, s, shape in parts]
 
 
+def _logit_normals(shapes: list[torch.Size], loc: Tensor, rho: Tensor) -> Sequence[dist.TorchDistribution]:
+    parts = zip(split(loc, shapes), split(_positive(rho), shapes), shapes, strict=True)
+    sigmoid = dist.transforms.SigmoidTransform()
+    return [dist.TransformedDistribution(dist.Normal(m, s), [sigmoid]).to_event(len(shape)) for m, s, shape in parts]
+
+
 def _points(shapes: list[torch.Size], value: Tensor) -> Sequence[dist.TorchDistribution]:
     parts = zip(split(value, shapes), shapes, strict=True)
     return [dist.Delta(v, event_dim=len(shape)) for v, shape in parts]
@@ -224,6 +239,10 @@ def _points(shapes: list[torch.Size], value: Tensor) -> Sequence[dist.TorchDistr
 
 def _positive_points(shapes: list[torch.Size], log: Tensor) -> Sequence[dist.TorchDistribution]:
     return _points(shapes, log.exp())
+
+
+def _share_points(shapes: list[torch.Size], logit: Tensor) -> Sequence[dist.TorchDistribution]:
+    return _points(shapes, logit.sigmoid())
 
 
 #: ``family(shapes, *parameters [*batch, n])``: the distributions of sites that lie side by side
@@ -234,14 +253,14 @@ def _positive(rho: Tensor) -> Tensor:
     return F.softplus(rho).add_(SMALLEST_SCALE)
 
 
-def _centers(sites: list[Site], like: Tensor, log: bool) -> Tensor:
+def _centers(sites: list[Site], like: Tensor, link: Callable[[Tensor], Tensor] | None) -> Tensor:
     value = torch.cat(
         [
             torch.as_tensor(site.center, dtype=like.dtype, device=like.device).expand(site.shape).reshape(-1)
             for site in sites
         ]
     ).detach()
-    return value.log() if log else value
+    return value if link is None else link(value)
 
 
 def inverse_softplus(value: float) -> float:

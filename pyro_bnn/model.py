@@ -36,13 +36,13 @@ class Site:
     :param name: as in a trace.
     :param shape: event shape.
     :param role: ``weight`` and ``factor`` are the random weights, ``bias`` what belongs to a member without being
-        random in a rank-1 guide, ``scale`` a positive hyper-parameter or the noise.
-    :param center: value at which the network is as the user gave it (for ``scale``: a typical value of the prior).
+        random in a rank-1 guide, ``scale`` a positive hyper-parameter or the noise, ``share`` a probability.
+    :param center: value at which the network is as the user gave it (for ``scale`` and ``share``: a typical value).
     """
 
     name: str
     shape: torch.Size
-    role: Literal["weight", "factor", "bias", "scale"]
+    role: Literal["weight", "factor", "bias", "scale", "share"]
     center: Tensor | float
 
 
@@ -365,6 +365,14 @@ def sample_local(prior: Prior, like: Tensor, name: str) -> Tensor | None:
     if not prior.has_lambda:
         return None
     return pyro.sample(f"{name}_lambda", prior.local(like).expand(like.shape).to_event(like.dim()))
+
+
+def sample_share(prior: Prior, like: Tensor, name: str) -> tuple[Prior, Tensor | None]:
+    """The layer's ``<name>_inclusion``, and the prior given it."""
+    if not prior.has_inclusion:
+        return prior, None
+    share = pyro.sample(f"{name}_inclusion", prior.share(like))
+    return prior.with_share(share), share
 
 
 def site_distribution(

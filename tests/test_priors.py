@@ -16,7 +16,6 @@ from pyro import poutine
 from scipy import integrate, stats
 from torch import Tensor, nn
 
-from pyro_bnn import priors
 from pyro_bnn.likelihoods import Gaussian
 from pyro_bnn.model import site_distribution
 from pyro_bnn.models import Dense, Rank1
@@ -424,6 +423,6 @@ def test_priors_are_values() -> None:
 @pytest.mark.parametrize("prior", [HierarchicalCauchy(0.3), HierarchicalNormal(2.0, 0.5), Horseshoe(0.2)], ids=name_of)
 def test_guides_start_in_the_bulk_of_tau(prior: Prior) -> None:
     """The value lies between the 20 % and the 80 % quantile."""
-    start = priors.typical_tau(prior)
+    start = prior.typical_tau()
     draws = prior.tau(vector()).sample((4000,))
     assert 0.2 < float((draws < start).double().mean()) < 0.8

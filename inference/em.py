@@ -1,0 +1,405 @@
+"""Spike-and-slab posteriors by SGHMC within EM.
+
+Every weight group g has an indicator: slab or spike (:mod:`pyro_bnn.priors.spike_and_slab`). The weights are sampled,
+the indicators are replaced by what is expected of them, and the share theta of the slab and the scale sigma of both
+components are maximised over (Ke and Fan 2022, arXiv 2210.12957; Deng et al. 2019; Rockova and George 2014)::
+
+    E    p_g <- (1 - omega) p_g + omega P(slab | w_g, theta, sigma)
+    M    theta <- (1 - omega) theta + omega (sum_g p_g + a - 1) / (#groups + a + b - 2)
+         sigma <- (1 - omega) sigma + omega (B + sqrt(B^2 + 4 (n + 2 c + 2) (A + 2 r))) / (2 (n + 2 c + 2))
+    w    one step of SGHMC in  -log p(data | w) + sum_g [p_g (-log slab(w_g)) + (1 - p_g) (-log spike(w_g))]
+
+with theta ~ Beta(a, b), sigma^2 ~ InverseGamma(c, r), n weights and A, B as in
+:meth:`~pyro_bnn.priors.SpikeAndSlabDistribution.scale_statistics`. By Fisher's identity the gradient of the last line
+with omega = 1 is that of the collapsed prior, in which the indicators are summed out: while theta and sigma stay, the
+chain has the posterior under the spike-and-slab prior itself as its target.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pyro.distributions import Beta, InverseGamma
+from torch import Tensor
+
+from pyro_bnn.inference.potential import Potential
+from pyro_bnn.inference.pruning import Groups, Rule, RuleName, rule
+from pyro_bnn.inference.sghmc import ADAPTIVE_RATE, SGHMC
+from pyro_bnn.priors import SpikeAndSlabDistribution
+
+
+@dataclass
+class _Mixture(Groups):
+    """A spike-and-slab site with what is maximised over.
+
+    :param share: theta, ``[*lead]``.
+    :param scale: sigma, ``[*lead]``; ``None`` for 1.
+    :param share_prior, scale_prior: (a, b) and (c, r), where the model has such sites.
+    """
+
+    name: str
+    share: Tensor
+    scale: Tensor | None
+    share_prior: tuple[float, float] | None
+    scale_prior: tuple[float, float] | None
+
+    def renew(self) -> None:
+        self.density = self.density.at(self.share, self.scale)
+
+    def expect(self, rate: float, hard: bool, threshold: float | None) -> None:
+        """The E-step; ``hard`` takes the likelier component, or the slab from a mean square of ``threshold`` on."""
+        if threshold is not None:
+            found = self.density.mean_square(self.weights) >= threshold
+        else:
+            odds = self.density.log_odds(self.weights)
+            found = odds >= 0 if hard else odds.sigmoid_()
+        self.included.lerp_(found.to(self.included), rate)
+
+    def maximise(self, rate: float) -> None:
+        """The M-step."""
+        over = tuple(range(-len(self.density.groups), 0))
+        if self.share_prior is not None:
+            a, b = self.share_prior
+            count = self.density.groups.numel()
+            best = (self.included.sum(over) + (a - 1)) / (count + a + b - 2)
+            least = 0.5 / (count + 1)  # a share of exactly 0 or 1 would stay there for ever
+            self.share.lerp_(best.clamp(least, 1 - least), rate)
+        if self.scale_prior is not None and self.scale is not None:
+            c, r = self.scale_prior
+            n = self.kept.sum(over) * self.density.group_size + 2 * c + 2
+            squares, absolutes = self.density.scale_statistics(self.weights, self.included)
+            best = (absolutes + (absolutes**2 + 4 * n * (squares + 2 * r)).sqrt()) / (2 * n)
+            self.scale.lerp_(best, rate)
+        if self.share_prior is not None or self.scale_prior is not None:
+            self.renew()
+
+
+class SGHMCEM(SGHMC):
+    """:class:`~pyro_bnn.inference.SGHMC` for models with spike-and-slab sites. The module's text has the equations.
+
+    In ``mode="invariant"`` the E-step comes before every step. Rate, scales and masks adapt in warm-up alone and are
+    frozen then, so that the draws have one target: the posterior under the collapsed prior with these rates and scales,
+    on the weights that are left. ``mode="paper"`` is the update of the released code of Ke and Fan, constants and
+    order: a hard switch and pruning once every ``em_every`` steps, for ever, and between them, with T' = sqrt(T / N), C
+    the step size, L = U / N without the spike-and-slab prior, d_g = p_g / v1 + (1 - p_g) / v0 and beta = 1 - friction::
+
+        rho <- rho - 0.1 (T'^2 C^3 d tau / N + T' C^1.5 xi grad L - 1 / (N tau)),        tau = sigmoid(rho)
+        m   <- beta m - C^2 (grad L + d w / N) + sqrt(2 + 2 beta^2) C^1.5 T' xi,         xi ~ N(0, I), new
+        w   <- (w + tau m) mask
+
+    It has no Gibbs law: its variance goes to 0 with C and depends on tau. Its momentum is no temperature.
+
+    Every site whose prior is a :class:`~pyro_bnn.priors.SpikeAndSlab` takes part, in any Pyro model; the sites
+    ``<site>_inclusion`` and ``<site>_tau`` are maximised over, and constant in the draws. Removed groups are exactly at
+    the centre (0) in every draw, and do not count in the temperatures.
+
+    :param model, data, options: as for :class:`~pyro_bnn.inference.SGHMC`.
+    :param mode: ``"invariant"`` or ``"paper"``.
+    :param e_step: ``"soft"`` probabilities, or ``"hard"``: the likelier component, whose target is the prior
+        ``prod_g max(theta slab, (1 - theta) spike)``. The paper's mode is hard.
+    :param soft_threshold: with a hard step, the mean square of a group from which on it is in the slab, in place of
+        what the prior implies.
+    :param rate: omega in warm-up, a number in (0, 1] or a function of the step; 1 is plain EM.
+    :param em_start: steps before the first E-step, in which all groups are in the slab.
+    :param em_every: steps from one E- and M-step to the next in warm-up; by default 1, in the paper's mode one pass
+        over the data.
+    :param prune: ``None``, ``"inclusion"``, ``"magnitude schedule"``, ``"paper"`` or a rule of
+        :mod:`pyro_bnn.inference.pruning`.
+    :param prune_start: steps before the first pruning; by default half of warm-up, in the paper's mode ``em_start``.
+    :param prune_every: steps from one pruning to the next; by default one pass over the data.
+    :raises ValueError: for a model without spike-and-slab sites, one whose rate is tied to other latents, and what
+        :class:`~pyro_bnn.inference.SGHMC` raises.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        data: Any = None,
+        *,
+        step_size: float,
+        friction: float,
+        mode: Literal["invariant", "paper"] = "invariant",
+        e_step: Literal["soft", "hard"] | None = None,
+        soft_threshold: float | None = None,
+        rate: float | Callable[[int], float] = 1.0,
+        em_start: int = 0,
+        em_every: int | None = None,
+        prune: RuleName | Rule | None = None,
+        prune_start: int | None = None,
+        prune_every: int | None = None,
+        **options: Any,
+    ) -> None:
+        if mode not in ("invariant", "paper"):
+            raise ValueError(f"mode={mode!r}: expected 'invariant' or 'paper'")
+        if e_step not in (None, "soft", "hard") or (mode == "paper" and e_step == "soft"):
+            raise ValueError(f"e_step={e_step!r}: expected 'soft' or 'hard'; mode='paper' has a hard one")
+        self.mode, self.hard = mode, mode == "paper" or e_step == "hard"
+        if soft_threshold is not None and not (self.hard and soft_threshold > 0):
+            raise ValueError(f"soft_threshold={soft_threshold!r}: expected a positive number, with e_step='hard'")
+        if not callable(rate) and not 0 < rate <= 1:
+            raise ValueError(f"rate={rate!r}: expected a number in (0, 1], or a function of the step")
+        for name, count, least in (
+            ("em_start", em_start, 0),
+            ("em_every", em_every, 1),
+            ("prune_start", prune_start, 0),
+            ("prune_every", prune_every, 1),
+        ):
+            if count is not None and (not isinstance(count, int) or count < least):
+                raise ValueError(f"{name}={count!r}: expected a number of steps, at least {least}")
+        if mode == "paper" and options.setdefault("preconditioner", "adaptive") != "adaptive":
+            raise ValueError(f"preconditioner={options['preconditioner']!r}: mode='paper' has its own, 'adaptive'")
+        self.soft_threshold, self.rate, self.prune = soft_threshold, rate, rule(prune)
+        self.em_start, self.em_every, self.prune_start, self.prune_every = em_start, em_every, prune_start, prune_every
+        super().__init__(model, data, step_size=step_size, friction=friction, **options)
+
+    # ----------------------------------------------------------------------------------------------- the model
+
+    def _make_potential(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Potential:
+        potential = super()._make_potential(args, kwargs)
+        nodes: dict[str, Any] = potential.prior_trace().nodes
+        found = {n: nodes[n]["fn"] for n in potential.shapes if isinstance(nodes[n]["fn"], SpikeAndSlabDistribution)}
+        if not found:
+            raise ValueError(
+                "the model has no spike-and-slab site: give it a prior of pyro_bnn.priors.SpikeAndSlab, or use SGHMC"
+            )
+        self._densities: dict[str, SpikeAndSlabDistribution] = found
+        again: dict[str, Any] = potential.prior_trace().nodes
+        held = {}
+        for name, density in found.items():
+            if density.batch_shape.numel() != 1:
+                raise ValueError(
+                    f"the spike-and-slab site {name!r} lies in plates of {tuple(density.batch_shape)}: SGHMCEM takes "
+                    "one weight a site. Give each its own name, or use SGHMC"
+                )
+            for what, suffix in (("inclusion", "inclusion"), ("scale", "tau")):
+                own, other = getattr(density, what), getattr(again[name]["fn"], what)
+                site = f"{name}_{suffix}"
+                if site in potential.shapes:
+                    held[site] = nodes[site]["value"]
+                elif own is not None and not torch.equal(own, other):
+                    raise ValueError(
+                        f"the {what} of {name!r} depends on another latent site, while SGHMCEM maximises over a site "
+                        f"named {site!r}: name it so, or use SGHMC, which samples it"
+                    )
+        self._hyper = {site: nodes[site]["fn"] for site in held}
+        potential.leave_out(held, found)
+        return potential
+
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        self._sites: list[_Mixture] = []
+        super().setup(warmup_steps, *args, **kwargs)
+        views = self.potential.split(self.theta)
+        self._sites = [self._mixture(name, views[name]) for name in self._densities]
+        self._mask: Tensor | None = None
+        self._alive, self._shown_kept = self.theta.new_ones(()), 1.0
+        steps = self._batches.steps if self._batches is not None else 1
+        self._em_every = self.em_every or (steps if self.mode == "paper" else 1)
+        self._prune_every = self.prune_every or steps
+        self._warmup_steps = warmup_steps * self.thinning
+        if self.mode == "invariant" and self.em_start > self._warmup_steps:
+            raise ValueError(
+                f"em_start={self.em_start} lies after warm-up, which has {self._warmup_steps} steps: rate and masks "
+                "adapt in warm-up alone"
+            )
+        start = self.em_start if self.mode == "paper" else max(self.em_start, self._warmup_steps // 2)
+        self._prune_start = start if self.prune_start is None else self.prune_start
+        if self.mode == "paper":
+            self._precision = torch.zeros_like(self.theta)
+            self._precision_views = self._views(self._precision)
+            if any(site.density.spike != "normal" or site.density.loc for site in self._sites):
+                raise ValueError(
+                    "mode='paper' has Normal spikes around 0: SpikeAndSlab(spike='normal', loc=None) on weights, or "
+                    "mode='invariant'"
+                )
+        self._own_start = self._state(self.potential.join(self._own_start))
+
+    def _mixture(self, name: str, view: Tensor) -> _Mixture:
+        density = self._densities[name]
+        lead = self.theta.shape[:-1]
+        share_prior = scale_prior = None
+        share = density.inclusion.reshape(()).expand(lead).clone()
+        scale = None if density.scale is None else density.scale.reshape(()).expand(lead).clone()
+        if (prior := self._hyper.get(f"{name}_inclusion")) is not None:
+            share_prior = _numbers(prior, Beta, "concentration1", "concentration0", name=f"{name}_inclusion")
+            if min(share_prior) < 1:
+                raise ValueError(f"the prior Beta{share_prior} of {name!r}_inclusion has no mode inside (0, 1)")
+            share.fill_(share_prior[0] / sum(share_prior))
+        if (prior := self._hyper.get(f"{name}_tau")) is not None and scale is not None:
+            scale_prior = _numbers(prior, InverseGamma, "concentration", "rate", name=f"{name}_tau")
+            scale.fill_(math.sqrt(scale_prior[1] / scale_prior[0]))
+        ones = density.inclusion.new_ones(lead + density.groups)
+        own = view.view(lead + density.event_shape)
+        mixture = _Mixture(density, own, ones, ones.bool(), name, share, scale, share_prior, scale_prior)
+        mixture.renew()
+        return mixture
+
+    # ----------------------------------------------------------------------------------------------- the state
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        """What belongs to each spike-and-slab site in a buffer like theta, ``[*lead, *event]``."""
+        parts = self.potential.split(flat)
+        return [parts[name].view(flat.shape[:-1] + d.event_shape) for name, d in self._densities.items()]
+
+    def _state(self, theta: Tensor) -> dict[str, Tensor]:
+        state = self.potential.split(theta)
+        for site in self._sites:
+            for suffix, value in (("inclusion", site.share), ("tau", site.scale)):
+                name = f"{site.name}_{suffix}"
+                if name in self._hyper and value is not None:
+                    inside = value.reshape(value.shape + (1,) * self.potential.held[name].dim())
+                    state[name] = self.potential.transforms[name].inv(inside)
+        return state
+
+    def _begin_at(self, params: dict[str, Tensor]) -> None:
+        super()._begin_at(params)
+        with torch.no_grad():
+            for site in self._sites:
+                for suffix, value in (("inclusion", site.share), ("tau", site.scale)):
+                    name = f"{site.name}_{suffix}"
+                    if name in params and value is not None:
+                        value.copy_(self.potential.transforms[name](params[name]).reshape(value.shape))
+                site.renew()
+            if self.mode == "paper":
+                self.momentum.normal_().mul_(1e-3)
+                self._noise.normal_()
+                self._previous_noise.copy_(self._noise)  # type: ignore[union-attr]
+                self._write_precision()
+            self._write_mask()
+
+    def _step(self, position: int) -> None:
+        since = self.steps - self.em_start
+        warm = self.draws < self.warmup_draws
+        with torch.no_grad():
+            if self.mode == "paper":
+                if since >= 0 and since % self._em_every == 0:
+                    self._expect(1.0)
+                    self._write_precision()
+                if self._prunes_now():
+                    self._remove()
+            elif not warm:
+                self._expect(1.0)
+            elif since >= 0 and since % self._em_every == 0:
+                rate = self.rate(self.steps) if callable(self.rate) else self.rate
+                self._expect(rate)
+                for site in self._sites:
+                    site.maximise(rate)
+            if self.mode == "invariant" and warm and self._prunes_now():
+                self._remove()
+        super()._step(position)
+
+    def _expect(self, rate: float) -> None:
+        for site in self._sites:
+            site.expect(rate, self.hard, self.soft_threshold)
+            if self._mask is not None:
+                site.included.mul_(site.kept)
+
+    def _prunes_now(self) -> bool:
+        since = self.steps - self._prune_start
+        last = self.mode == "invariant" and self.steps == self._warmup_steps - 1
+        return self.prune is not None and since >= 0 and (since % self._prune_every == 0 or last)
+
+    def _remove(self) -> None:
+        assert self.prune is not None
+        phase = self._warmup_steps - 1 - self._prune_start
+        progress = min(1.0, (self.steps - self._prune_start) / phase) if phase > 0 else 1.0
+        for site, stays in zip(self._sites, self.prune(self._sites, progress), strict=True):
+            site.kept &= stays
+            site.included.mul_(site.kept)
+        self._mask = torch.ones_like(self.theta) if self._mask is None else self._mask
+        self._write_mask()
+
+    def _write_mask(self) -> None:
+        """Puts what was removed to the centre and to rest."""
+        if self._mask is None:
+            return
+        for site, mask in zip(self._sites, self._views(self._mask), strict=True):
+            mask.copy_(site.density.within_groups(site.kept))
+            site.weights.sub_(site.density.loc).mul_(mask).add_(site.density.loc)
+        self.momentum.mul_(self._mask)
+        self._alive = self._mask.mean()
+
+    def _restrict(self) -> None:
+        if self._mask is not None:
+            self.momentum.mul_(self._mask)
+
+    def _mean(self, value: Tensor) -> Tensor:
+        return value.mean() if self._mask is None else (value * self._mask).mean() / self._alive
+
+    # ------------------------------------------------------------------------------------------------- one step
+
+    def _force(self, *batch: Any) -> Tensor:
+        grad = super()._force(*batch)
+        if self.mode == "invariant":
+            with torch.no_grad():
+                for site, own in zip(self._sites, self._views(grad), strict=True):
+                    site.density.add_force_(own, site.weights, site.included)
+        return grad
+
+    def _total_energy(self) -> Tensor:
+        prior = sum(site.density.log_prob(site.weights).mean() for site in self._sites)
+        return super()._total_energy() - prior
+
+    def _adapt(self, grad: Tensor) -> None:
+        if self.mode == "invariant":
+            super()._adapt(grad)
+
+    def _write_precision(self) -> None:
+        """d of every weight, in the paper's mode; 0 for other latents, whose prior is in the loss."""
+        for site, out in zip(self._sites, self._precision_views, strict=True):
+            out.zero_()
+            site.density.add_force_(out, torch.ones_like(out) + site.density.loc, site.included)
+
+    def _move(self, grad: Tensor, step_size: float) -> None:
+        if self.mode == "invariant":
+            super()._move(grad, step_size)
+            return
+        assert self._dual is not None and self._previous_noise is not None and self._root is not None
+        n, beta = self.num_data, 1 - self.friction
+        spread = step_size**1.5 * math.sqrt(self.temperature / n)  # T' C^1.5
+        tau = self._root.square()
+        slope = (self._precision * tau).mul_(spread**2 / n)
+        slope.addcmul_(self._previous_noise, grad, value=spread / n).sub_(1 / (n * tau))
+        tau = self._dual.add_(slope, alpha=-ADAPTIVE_RATE).sigmoid()
+        self._root = tau.sqrt()
+        self.momentum.mul_(beta).add_(grad, alpha=-(step_size**2) / n)
+        self.momentum.addcmul_(self._precision, self.theta, value=-(step_size**2) / n)
+        self.momentum.add_(self._noise.normal_(), alpha=math.sqrt(2 + 2 * beta**2) * spread)
+        self._restrict()
+        self.theta.addcmul_(tau, self.momentum)
+
+    # ------------------------------------------------------------------------------------------------- reports
+
+    def logging(self) -> OrderedDict[str, str]:
+        return OrderedDict([*super().logging().items(), ("kept", f"{self._shown_kept:.1%}")])
+
+    def check(self) -> None:
+        super().check()
+        self._shown_kept = 1.0 if self._mask is None else float(self._alive)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """As of SGHMC, with, for each site, the share of the slab, the scale, and the share of groups that are kept."""
+        found = super().diagnostics()
+        if self.mode == "paper":
+            del found["kinetic temperature"]
+        for site in self._sites:
+            found[f"{site.name}: inclusion rate"] = site.share.tolist()
+            if site.scale is not None:
+                found[f"{site.name}: scale"] = site.scale.tolist()
+            found[f"{site.name}: kept"] = site.kept.flatten(-len(site.density.groups)).double().mean(-1).tolist()
+        return found
+
+
+def _numbers(prior: Any, family: Any, *names: str, name: str) -> tuple[float, float]:
+    """The two parameters of a distribution that belongs to the family, under whatever plates expanded it."""
+    base = prior
+    while not isinstance(base, family) and hasattr(base, "base_dist"):
+        base = base.base_dist
+    if not isinstance(base, family):
+        raise ValueError(f"the prior of {name!r} is {type(base).__name__}: SGHMCEM maximises under {family.__name__}")
+    first, second = (float(getattr(base, n).reshape(-1)[0]) for n in names)
+    return first, second

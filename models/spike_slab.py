@@ -1,0 +1,50 @@
+"""Networks whose weights are from a slab or from a spike, the indicators summed out (Ke and Fan 2022)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from pyro_bnn.likelihoods import Likelihood
+from pyro_bnn.model import storable
+from pyro_bnn.models.dense import Dense
+from pyro_bnn.network import Select
+from pyro_bnn.priors import Normal, PriorLike, SpikeAndSlab
+
+
+@storable
+class SpikeSlab(Dense):
+    """Pyro model ``w ~ spike-and-slab, y ~ likelihood(net_w(x))``, with sites as in :class:`Dense`.
+
+    Each weight has its own ``<name>_inclusion``, the share of its groups that are in the slab, unless the prior gives a
+    number. All parameters are random, those of normalisation layers too: a sampler moves nothing else.
+
+    :param prior: a :class:`~pyro_bnn.priors.SpikeAndSlab` for parameters with two axes or more; a mapping
+        ``{pattern: prior}`` is for all parameters, as it stands.
+    :param bias_prior: of parameters with one axis: biases, and the scales and shifts of normalisation layers.
+    :param net, likelihood, num_data, select, options: as for :class:`Dense`.
+    :raises ValueError: as :class:`Dense`.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        likelihood: Likelihood | None,
+        num_data: int | None = None,
+        *,
+        prior: PriorLike = SpikeAndSlab(),
+        bias_prior: PriorLike = Normal(0.0, 1.0),
+        select: Select | None = None,
+        **options: Any,
+    ) -> None:
+        parameters = {n: p for n, p in net.named_parameters() if p.is_floating_point()}
+        weights = "|".join(re.escape(n) for n, p in parameters.items() if p.dim() > 1)
+        if not isinstance(prior, Mapping):
+            if isinstance(bias_prior, Mapping):
+                raise TypeError("bias_prior is one prior; a mapping for all parameters goes to prior=")
+            prior = {weights: prior, ".*": bias_prior}
+        chosen = [re.escape(n) for n in parameters] if select is None else select
+        super().__init__(net, likelihood, num_data, prior=prior, select=chosen, **options)

@@ -1,0 +1,41 @@
+"""Priors for weights and for multiplicative factors, swapped through the keyword ``prior=``.
+
+A prior is one of the classes here, a Pyro distribution, a callable ``(name, tensor) -> distribution``, or a mapping
+``{regular expression: prior}``. ``loc=None`` means the centre that leaves the network as it is: 1 for a factor that
+multiplies a weight (rank-1), 0 for a weight itself.
+
+Hierarchical priors have parameters of their own as latent sites, named ``<site>_tau`` (a scale for a whole layer),
+``<site>_lambda`` (a scale for each element) and ``<site>_inclusion`` (the share of the slab).
+"""
+
+from pyro_bnn.priors.choice import PriorLike, describe, from_description, resolve
+from pyro_bnn.priors.families import (
+    Cauchy,
+    HierarchicalCauchy,
+    HierarchicalNormal,
+    Horseshoe,
+    Laplace,
+    Normal,
+    Prior,
+    StudentT,
+)
+from pyro_bnn.priors.spike_and_slab import Beta, InverseGamma, SpikeAndSlab, SpikeAndSlabDistribution
+
+__all__ = [
+    "Beta",
+    "Cauchy",
+    "HierarchicalCauchy",
+    "HierarchicalNormal",
+    "Horseshoe",
+    "InverseGamma",
+    "Laplace",
+    "Normal",
+    "Prior",
+    "PriorLike",
+    "SpikeAndSlab",
+    "SpikeAndSlabDistribution",
+    "StudentT",
+    "describe",
+    "from_description",
+    "resolve",
+]

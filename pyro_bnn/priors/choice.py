@@ -1,0 +1,146 @@
+"""Which prior a site has: what users may give as ``prior=``, and how it is written to JSON."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor
+
+from pyro_bnn.priors.families import (
+    Cauchy,
+    HierarchicalCauchy,
+    HierarchicalNormal,
+    Horseshoe,
+    Laplace,
+    Normal,
+    Prior,
+    StudentT,
+)
+from pyro_bnn.priors.spike_and_slab import SpikeAndSlab
+
+
+class _Fixed(Prior):
+    """A Pyro distribution as a prior: a scalar one for every element, or one with the shape of the site."""
+
+    def __init__(self, name: str, distribution: dist.TorchDistribution) -> None:
+        self.name, self.distribution = name, distribution
+
+    def elements(self, center: float, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+        d = _moved(self.distribution, like)
+        shape = d.batch_shape + d.event_shape
+        try:
+            fits = torch.broadcast_shapes(shape, like.shape) == like.shape
+        except RuntimeError:
+            fits = False
+        fits = fits and d.event_shape == like.shape[like.dim() - len(d.event_shape) :]  # an event cannot be expanded
+        if not fits:
+            raise ValueError(
+                f"the prior of {self.name!r} has shape {tuple(shape)}, the site has {tuple(like.shape)}: give a "
+                "scalar distribution, or one that broadcasts to the shape of the site"
+            )
+        return d
+
+
+def _moved(value: Any, like: Tensor) -> Any:
+    """A distribution, whatever it is made of, with its tensors on the device and with the dtype of ``like``."""
+    if isinstance(value, Tensor):
+        return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+    if isinstance(value, list):
+        return [_moved(one, like) for one in value]
+    if isinstance(value, torch.distributions.transforms._InverseTransform):
+        return _moved(value.inv, like).inv
+    if isinstance(value, (torch.distributions.Distribution, torch.distributions.Transform)):
+        moved = copy.copy(value)
+        for name, part in value.__dict__.items():
+            moved.__dict__[name] = None if name == "_inv" else _moved(part, like)  # transforms make inverses anew
+        return moved
+    return value
+
+
+PriorLike = (
+    Prior
+    | dist.TorchDistribution
+    | Callable[[str, Tensor], dist.TorchDistribution]
+    | Mapping[str, "Prior | dist.TorchDistribution | Callable[[str, Tensor], dist.TorchDistribution]"]
+)
+
+
+def resolve(prior: PriorLike, names: tuple[str, ...], like: Tensor) -> Prior:
+    """The prior of one site.
+
+    :param names: the names that a pattern may match, the most specific first (``fc.weight.s``, ``fc.weight``).
+    :param like: a tensor with the shape of the site.
+    :raises ValueError: when a mapping has no pattern for the site, or a distribution does not have its shape.
+    :raises TypeError: when the prior is none of the kinds above.
+    """
+    if isinstance(prior, Mapping):
+        for pattern, one in prior.items():
+            if any(re.fullmatch(pattern, name) for name in names):
+                return resolve(one, names, like)
+        raise ValueError(
+            f"no pattern of the prior matches {names[0]!r} (patterns: {', '.join(map(repr, prior))}); the whole name "
+            "must match. Add a last pattern '.*' for all others."
+        )
+    if isinstance(prior, Prior):
+        prior.require_fit(names[0], like)
+        return prior
+    if isinstance(prior, TorchDistributionMixin):
+        fixed = _Fixed(names[0], prior)
+    elif callable(prior):
+        result = prior(names[0], like)
+        if isinstance(result, Prior):
+            return resolve(result, names, like)
+        if not isinstance(result, TorchDistributionMixin):
+            raise TypeError(f"the prior function returned {type(result).__name__} for {names[0]!r}, not a distribution")
+        fixed = _Fixed(names[0], result)
+    else:
+        raise TypeError(
+            f"a prior is a class of pyro_bnn.priors, a Pyro distribution, a function (name, tensor) -> distribution "
+            f"or a mapping of patterns to these; got {type(prior).__name__}"
+        )
+    fixed.elements(0.0, like, None)  # a wrong shape is an error where the prior is given, not where it is used
+    return fixed
+
+
+_BY_NAME = {
+    c.__name__: c
+    for c in (Normal, Cauchy, Laplace, StudentT, HierarchicalCauchy, HierarchicalNormal, Horseshoe, SpikeAndSlab)
+}
+
+
+def describe(prior: PriorLike | None) -> Any:
+    """The prior as JSON.
+
+    :raises TypeError: for a function or a Pyro distribution, which JSON cannot describe.
+    """
+    if prior is None:
+        return None
+    if isinstance(prior, Mapping):
+        return {"patterns": [[pattern, describe(one)] for pattern, one in prior.items()]}
+    if type(prior).__name__ in _BY_NAME and isinstance(prior, Prior):
+        return {"class": type(prior).__name__, **asdict(prior)}  # type: ignore[arg-type]
+    kind = type(prior).__name__ if isinstance(prior, TorchDistributionMixin) else "a function"
+    raise TypeError(f"a prior given as {kind} cannot be written to JSON")
+
+
+def from_description(description: Any) -> PriorLike | None:
+    """The inverse of :func:`describe`.
+
+    :raises ValueError: when the description names no prior of this version.
+    """
+    if description is None:
+        return None
+    if "patterns" in description:
+        return {pattern: from_description(one) for pattern, one in description["patterns"]}  # type: ignore[misc]
+    arguments = dict(description)
+    name = arguments.pop("class", None)
+    if name not in _BY_NAME or set(arguments) - {f.name for f in fields(_BY_NAME[name])}:
+        raise ValueError(f"unknown prior {description!r}; known are {', '.join(_BY_NAME)}")
+    return _BY_NAME[name](**arguments)

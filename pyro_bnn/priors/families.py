@@ -1,0 +1,204 @@
+"""Priors of independent elements, some with scales of their own as latent sites."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+from torch import Tensor
+
+
+def require_numbers(owner: object, **positive: float) -> None:
+    for name, value in positive.items():
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            raise ValueError(f"{type(owner).__name__}({name}={value!r}): expected a positive finite number")
+    loc = getattr(owner, "loc", None)
+    if loc is not None and not (isinstance(loc, (int, float)) and math.isfinite(loc)):
+        raise ValueError(f"{type(owner).__name__}(loc={loc!r}): expected a finite number, or None for the centre")
+
+
+class Prior:
+    """A prior of one site. Numbers only: it follows the network to any device and dtype."""
+
+    #: whether one ``tau`` is shared by the whole layer
+    has_tau: ClassVar[bool] = False
+    #: whether every element has a scale ``lambda`` of its own
+    has_lambda: ClassVar[bool] = False
+    #: whether the share of the slab, one number for the whole layer, is itself random
+    has_inclusion: ClassVar[bool] = False
+    #: whether nothing but the device and dtype changes the distribution, so that it can be built once
+    constant: ClassVar[bool] = False
+    #: whether a Cauchy has a finite KL divergence from it
+    heavy_tails: ClassVar[bool] = True
+
+    def require_fit(self, name: str, like: Tensor) -> None:
+        """Raises ValueError when the prior is none for a site of this shape."""
+
+    def tau(self, like: Tensor) -> dist.TorchDistribution:
+        """The distribution of the layer's scale, on the device and with the dtype of ``like``."""
+        raise TypeError(f"{type(self).__name__} has no tau")
+
+    def typical_tau(self) -> float:
+        """A value from the bulk of the prior of tau, at which a guide starts."""
+        raise TypeError(f"{type(self).__name__} has no tau")
+
+    def local(self, like: Tensor) -> dist.TorchDistribution:
+        """The distribution of one element's scale."""
+        raise TypeError(f"{type(self).__name__} has no lambda")
+
+    def share(self, like: Tensor) -> dist.TorchDistribution:
+        """The distribution of the share of the slab."""
+        raise TypeError(f"{type(self).__name__} has no inclusion")
+
+    def typical_share(self) -> float:
+        """The mean of the share of the slab."""
+        raise TypeError(f"{type(self).__name__} has no inclusion")
+
+    def with_share(self, share: Tensor) -> Prior:
+        """The prior given the share of the slab."""
+        raise TypeError(f"{type(self).__name__} has no inclusion")
+
+    def elements(self, center: float, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+        """The distribution of the elements, with a batch shape that broadcasts against the site.
+
+        :param scale: product of the sampled ``tau`` and ``lambda``; ``None`` when the prior has neither.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define elements()")
+
+
+@dataclass(frozen=True)
+class _LocationScale(Prior):
+    loc: float | None = None
+    scale: float = 1.0
+    family: ClassVar[Any]
+    constant: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_numbers(self, scale=self.scale)
+
+    def elements(self, center: float, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+        loc = like.new_full((), center if self.loc is None else self.loc)
+        return self.family(loc, like.new_full((), self.scale))
+
+
+@dataclass(frozen=True)
+class Normal(_LocationScale):
+    """``N(loc, scale^2)``, independent elements."""
+
+    family = dist.Normal
+    heavy_tails: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Cauchy(_LocationScale):
+    """``Cauchy(loc, scale)``, independent elements (Dusenberry et al. 2020, section 3.2)."""
+
+    family = dist.Cauchy
+
+
+@dataclass(frozen=True)
+class Laplace(_LocationScale):
+    """``Laplace(loc, scale)``, independent elements."""
+
+    family = dist.Laplace
+    heavy_tails: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class StudentT(Prior):
+    """``StudentT(df, loc, scale)``, independent elements."""
+
+    df: float = 3.0
+    loc: float | None = None
+    scale: float = 1.0
+    constant: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_numbers(self, df=self.df, scale=self.scale)
+
+    def elements(self, center: float, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+        loc = center if self.loc is None else self.loc
+        return dist.StudentT(like.new_full((), self.df), like.new_full((), loc), like.new_full((), self.scale))
+
+
+@dataclass(frozen=True)
+class HierarchicalCauchy(Prior):
+    """tau ~ HalfCauchy(scale), one for a layer; element | tau ~ Cauchy(loc, tau)."""
+
+    scale: float = 0.1
+    loc: float | None = None
+    has_tau: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_numbers(self, scale=self.scale)
+
+    def tau(self, like: Tensor) -> dist.TorchDistribution:
+        return dist.HalfCauchy(like.new_full((), self.scale))
+
+    def typical_tau(self) -> float:
+        return self.scale
+
+    def elements(self, center: float, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+        assert scale is not None
+        return dist.Cauchy(like.new_full((), center if self.loc is None else self.loc), scale)
+
+
+@dataclass(frozen=True)
+class HierarchicalNormal(Prior):
+    """tau^2 ~ InverseGamma(concentration, rate), one for a layer; element | tau ~ N(loc, tau^2).
+
+    Each element is marginally Student-t with ``2 * concentration`` degrees of freedom and scale
+    ``sqrt(rate / concentration)``. The site holds the standard deviation tau.
+    """
+
+    concentration: float = 2.0
+    rate: float = 0.02
+    loc: float | None = None
+    has_tau: ClassVar[bool] = True
+    heavy_tails: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_numbers(self, concentration=self.concentration, rate=self.rate)
+
+    def tau(self, like: Tensor) -> dist.TorchDistribution:
+        variance = dist.InverseGamma(like.new_full((), self.concentration), like.new_full((), self.rate))
+        return dist.TransformedDistribution(variance, [dist.transforms.PowerTransform(like.new_full((), 0.5))])
+
+    def typical_tau(self) -> float:
+        return math.sqrt(self.rate / self.concentration)
+
+    def elements(self, center: float, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+        assert scale is not None
+        return dist.Normal(like.new_full((), center if self.loc is None else self.loc), scale)
+
+
+@dataclass(frozen=True)
+class Horseshoe(Prior):
+    """element_i ~ N(loc, (tau lambda_i)^2), lambda_i ~ HalfCauchy(1), and tau ~ HalfCauchy(scale) for a layer.
+
+    Carvalho, Polson and Scott (2010).
+    """
+
+    scale: float = 0.1
+    loc: float | None = None
+    has_tau: ClassVar[bool] = True
+    has_lambda: ClassVar[bool] = True
+    heavy_tails: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_numbers(self, scale=self.scale)
+
+    def tau(self, like: Tensor) -> dist.TorchDistribution:
+        return dist.HalfCauchy(like.new_full((), self.scale))
+
+    def typical_tau(self) -> float:
+        return self.scale
+
+    def local(self, like: Tensor) -> dist.TorchDistribution:
+        return dist.HalfCauchy(like.new_full((), 1.0))
+
+    def elements(self, center: float, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+        assert scale is not None
+        return dist.Normal(like.new_full((), center if self.loc is None else self.loc), scale)

@@ -1,0 +1,312 @@
+"""Spike-and-slab priors of groups of weights, with the indicator of every group summed out.
+
+A group g of G weights comes from the slab with probability theta, else from the spike (George and McCulloch 1993; for
+groups Xu and Ghosh 2015; under EM Rockova and George 2014)::
+
+    p(w_g) = theta prod_i N(w_gi; loc, v1) + (1 - theta) prod_i spike(w_gi),    spike = N(loc, v0) or Laplace(loc, s0)
+
+Given w, the probability that the group is included (from the slab) is, with ss_g = sum_i (w_gi - loc)^2 and a Normal
+spike, the sigmoid of its log odds ``log(theta / (1 - theta)) + (G / 2) log(v0 / v1) + ss_g (1 / v0 - 1 / v1) / 2``.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Literal, get_args
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import constraints
+from torch.distributions.utils import clamp_probs
+
+from pyro_bnn.priors.families import Prior, require_numbers
+
+Group = Literal["weight", "kernel", "input", "output"]
+Spike = Literal["normal", "laplace"]
+
+
+@dataclass(frozen=True)
+class Beta:
+    """``Beta(a, b)`` over a probability; ``a, b > 1`` keep its mode off 0 and 1."""
+
+    a: float
+    b: float
+
+    def __post_init__(self) -> None:
+        require_numbers(self, a=self.a, b=self.b)
+
+
+@dataclass(frozen=True)
+class InverseGamma:
+    """``InverseGamma(concentration, rate)`` over a variance."""
+
+    concentration: float
+    rate: float
+
+    def __post_init__(self) -> None:
+        require_numbers(self, concentration=self.concentration, rate=self.rate)
+
+
+@dataclass(frozen=True)
+class SpikeAndSlab(Prior):
+    """Groups of weights from a wide slab or a narrow spike; the module's text has the density.
+
+    :param spike_scale: standard deviation of a Normal spike, or the scale of a Laplace spike.
+    :param slab_scale: standard deviation of the slab.
+    :param inclusion: theta, or :class:`Beta` (also a Pyro one) over it, which makes ``<name>_inclusion`` a latent site.
+    :param group: what is included or not together: each ``"weight"``, each ``"kernel"`` (all axes after the first two;
+        of a matrix each weight), all weights of an ``"input"`` (axis 1 of the stored weight) or an ``"output"`` (axis
+        0).
+    :param spike: ``"normal"`` or ``"laplace"``, independent within a group.
+    :param scale: :class:`InverseGamma` over sigma^2, a factor on both variances, which makes its root ``<name>_tau`` a
+        latent site; by default 1.
+    :raises ValueError: for numbers out of range, or unknown names.
+    """
+
+    spike_scale: float = 0.01
+    slab_scale: float = 1.0
+    inclusion: Any = Beta(2.0, 2.0)
+    group: Group = "weight"
+    spike: Spike = "normal"
+    scale: InverseGamma | None = None
+    loc: float | None = None
+    heavy_tails: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_numbers(self, spike_scale=self.spike_scale, slab_scale=self.slab_scale)
+        if self.spike_scale >= self.slab_scale:
+            raise ValueError(
+                f"SpikeAndSlab(spike_scale={self.spike_scale}, slab_scale={self.slab_scale}): the spike must be "
+                "narrower than the slab"
+            )
+        for name, value, known in (("group", self.group, Group), ("spike", self.spike, Spike)):
+            if value not in get_args(known):
+                raise ValueError(f"SpikeAndSlab({name}={value!r}): expected one of {', '.join(get_args(known))}")
+        # described as JSON, and frozen: what is given in another form is put into the one that the fields have
+        if isinstance(self.inclusion, torch.distributions.Beta):
+            a, b = float(self.inclusion.concentration1), float(self.inclusion.concentration0)
+            object.__setattr__(self, "inclusion", Beta(a, b))
+        elif isinstance(self.inclusion, Mapping):
+            object.__setattr__(self, "inclusion", Beta(**self.inclusion))
+        if isinstance(self.scale, Mapping):
+            object.__setattr__(self, "scale", InverseGamma(**self.scale))
+        if self.scale is not None and not isinstance(self.scale, InverseGamma):
+            raise ValueError(f"SpikeAndSlab(scale={self.scale!r}): expected an InverseGamma over sigma^2, or None")
+        number = isinstance(self.inclusion, (int, float)) and 0 < self.inclusion < 1
+        if not number and not isinstance(self.inclusion, Beta):
+            raise ValueError(f"SpikeAndSlab(inclusion={self.inclusion!r}): expected a number in (0, 1), or Beta(a, b)")
+        object.__setattr__(self, "has_tau", self.scale is not None)
+        object.__setattr__(self, "has_inclusion", isinstance(self.inclusion, Beta))
+
+    def require_fit(self, name: str, like: Tensor) -> None:
+        if self.group == "input" and like.dim() < 2:
+            raise ValueError(
+                f"SpikeAndSlab(group='input') is for weights with at least two axes, {name!r} has the shape "
+                f"{tuple(like.shape)}: give it another prior, in a mapping {{pattern: prior}}"
+            )
+
+    def tau(self, like: Tensor) -> dist.TorchDistribution:
+        assert self.scale is not None
+        variance = dist.InverseGamma(like.new_full((), self.scale.concentration), like.new_full((), self.scale.rate))
+        return dist.TransformedDistribution(variance, [dist.transforms.PowerTransform(like.new_full((), 0.5))])
+
+    def typical_tau(self) -> float:
+        assert self.scale is not None
+        return math.sqrt(self.scale.rate / self.scale.concentration)
+
+    def share(self, like: Tensor) -> dist.TorchDistribution:
+        return dist.Beta(like.new_full((), self.inclusion.a), like.new_full((), self.inclusion.b))
+
+    def typical_share(self) -> float:
+        return float(self.inclusion.a / (self.inclusion.a + self.inclusion.b))
+
+    def with_share(self, share: Tensor) -> SpikeAndSlab:
+        given = copy.copy(self)
+        object.__setattr__(given, "inclusion", share)
+        return given
+
+    def elements(self, center: float, like: Tensor, scale: Tensor | None) -> SpikeAndSlabDistribution:
+        if scale is not None:  # it comes ready to multiply elements; here it belongs to groups
+            scale = scale.reshape(scale.shape[: scale.dim() - like.dim()])
+        share = torch.as_tensor(self.inclusion, dtype=like.dtype, device=like.device)
+        loc = center if self.loc is None else self.loc
+        return SpikeAndSlabDistribution(
+            loc, share, self.spike_scale, self.slab_scale, like.shape, self.group, self.spike, scale
+        )
+
+
+class SpikeAndSlabDistribution(dist.TorchDistribution):
+    """The density of the module's text as a Pyro distribution, whose event is one whole weight.
+
+    :param loc: centre of spike and slab.
+    :param inclusion: theta, ``[*batch]``.
+    :param spike_scale, slab_scale: as of :class:`SpikeAndSlab`.
+    :param shape: event shape.
+    :param scale: sigma ``[*batch]``, which multiplies both scales; ``None`` for 1.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    has_rsample = False
+
+    def __init__(
+        self,
+        loc: float,
+        inclusion: Tensor,
+        spike_scale: float,
+        slab_scale: float,
+        shape: torch.Size,
+        group: Group = "weight",
+        spike: Spike = "normal",
+        scale: Tensor | None = None,
+        *,
+        batch_shape: torch.Size | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.loc, self.inclusion, self.scale = loc, inclusion, scale
+        self.spike_scale, self.slab_scale, self.group, self.spike = spike_scale, slab_scale, group, spike
+        batch = torch.broadcast_shapes(inclusion.shape, () if scale is None else scale.shape)
+        kept = {"weight": range(len(shape)), "kernel": range(min(2, len(shape))), "input": (1,), "output": (0,)}[group]
+        #: the axes of an event that are summed over within a group, and the shape of what is left
+        self.axes = tuple(axis - len(shape) for axis in range(len(shape)) if axis not in kept)
+        self.groups = torch.Size(shape[axis] for axis in kept)
+        self.group_size = shape.numel() // max(1, self.groups.numel())
+        super().__init__(batch if batch_shape is None else batch_shape, shape, validate_args=validate_args)
+
+    @property
+    def support(self) -> Any:
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def at(self, inclusion: Tensor, scale: Tensor | None) -> SpikeAndSlabDistribution:
+        """The same groups under another inclusion rate and scale."""
+        parts = (self.spike_scale, self.slab_scale, self.event_shape, self.group, self.spike)
+        return SpikeAndSlabDistribution(self.loc, inclusion, *parts, scale)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> SpikeAndSlabDistribution:
+        parts = (self.spike_scale, self.slab_scale, self.event_shape, self.group, self.spike, self.scale)
+        return SpikeAndSlabDistribution(self.loc, self.inclusion, *parts, batch_shape=torch.Size(batch_shape))
+
+    # Inside, numbers of a group keep the axes of the event, those within the group with length 1: they broadcast.
+
+    def _per_group(self, value: Tensor) -> Tensor:
+        """``[*batch] -> [*batch, 1 ...]``."""
+        return value.reshape(value.shape + (1,) * len(self.event_shape))
+
+    @cached_property
+    def _scales(self) -> tuple[Tensor, Tensor]:
+        """Scales of spike and slab."""
+        scale = self._per_group(self.inclusion.new_ones(()) if self.scale is None else self.scale)
+        return scale * self.spike_scale, scale * self.slab_scale
+
+    def _moved(self, value: Tensor) -> Tensor:
+        return value - self.loc if self.loc else value
+
+    def _sum(self, value: Tensor) -> Tensor:
+        return value.sum(self.axes, keepdim=True) if self.axes else value
+
+    def _log_spike(self, value: Tensor) -> Tensor:
+        """Log density of each group under the spike."""
+        s0, _ = self._scales
+        if self.spike == "normal":
+            squares = self._sum(self._moved(value).square())
+            return squares * (-0.5 / s0**2) - self.group_size * (s0.log() + 0.5 * math.log(2 * math.pi))
+        return self._sum(self._moved(value).abs()) / -s0 - self.group_size * (2 * s0).log()
+
+    @cached_property
+    def _odds(self) -> tuple[Tensor, Tensor]:
+        """Log odds of a group whose weights are all at the centre, and by how much each unit of squares raises them."""
+        s0, s1 = self._scales
+        prior_odds = self._per_group(clamp_probs(self.inclusion).logit())
+        if self.spike == "normal":
+            return prior_odds + self.group_size * (s0 / s1).log(), 0.5 / s0**2 - 0.5 / s1**2
+        return prior_odds + self.group_size * (2 * s0 / (s1 * math.sqrt(2 * math.pi))).log(), -0.5 / s1**2
+
+    def _log_odds(self, value: Tensor) -> Tensor:
+        constant, slope = self._odds
+        moved = self._moved(value)
+        odds = torch.addcmul(constant, self._sum(moved.square()), slope)
+        return odds if self.spike == "normal" else odds + self._sum(moved.abs()) / self._scales[0]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        spike = self._log_spike(value) + self._per_group((-clamp_probs(self.inclusion)).log1p())
+        # the default threshold of 20 would cost digits in double precision
+        result = (spike + F.softplus(self._log_odds(value), threshold=40)).sum(tuple(range(-len(self.event_shape), 0)))
+        return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
+
+    def log_odds(self, value: Tensor) -> Tensor:
+        """``log P(included | w) - log P(excluded | w)`` of every group, ``[*batch, *groups]``, in nats."""
+        odds = self._log_odds(value)
+        return odds.squeeze(self.axes) if self.axes else odds
+
+    def mean_square(self, value: Tensor) -> Tensor:
+        """Mean of ``(w - loc)^2`` over every group, ``[*batch, *groups]``."""
+        squares = self._sum(self._moved(value).square()) / self.group_size
+        return squares.squeeze(self.axes) if self.axes else squares
+
+    def within_groups(self, value: Tensor) -> Tensor:
+        """``[*batch, *groups]`` with the axes within a group at length 1, so that it broadcasts against weights."""
+        lead = value.shape[: value.dim() - len(self.groups)]
+        event = self.event_shape
+        return value.reshape(*lead, *(1 if a - len(event) in self.axes else n for a, n in enumerate(event)))
+
+    def add_force_(self, out: Tensor, value: Tensor, included: Tensor) -> None:
+        """Adds ``-d/dw log p(w | indicators)`` with the indicators replaced by probabilities ``[*batch, *groups]``.
+
+        With :meth:`log_odds` of these weights it is minus the gradient of :meth:`log_prob`, by Fisher's identity.
+        """
+        p, moved = self.within_groups(included), self._moved(value)
+        slab, spike = self._pulls
+        if self.spike == "normal":
+            out.addcmul_(moved, torch.lerp(spike, slab, p))
+        else:
+            out.addcmul_(moved, p * slab).addcmul_(moved.sign(), (1 - p) * spike)
+
+    def scale_statistics(self, value: Tensor, included: Tensor) -> tuple[Tensor, Tensor]:
+        """What the density says of sigma: it is proportional to ``sigma^-n exp(-A / (2 sigma^2) - B / sigma)``.
+
+        A is the sum of the squares, B that of the absolute values under a Laplace spike, each weighed by how likely its
+        group is (``included``, ``[*batch, *groups]``) and by its scale at sigma = 1; both ``[*batch]``.
+        """
+        p, moved = self.within_groups(included), self._moved(value)
+        event = tuple(range(-len(self.event_shape), 0))
+        of_slab, squares = self.slab_scale**-2, moved.square()
+        if self.spike == "normal":
+            weighed = (p * of_slab + (1 - p) * self.spike_scale**-2) * squares
+            return weighed.sum(event), weighed.new_zeros(())
+        return (p * of_slab * squares).sum(event), ((1 - p) * moved.abs()).sum(event) / self.spike_scale
+
+    @cached_property
+    def _pulls(self) -> tuple[Tensor, Tensor]:
+        """Precision of the slab, and precision of a Normal spike or inverse scale of a Laplace spike."""
+        s0, s1 = self._scales
+        return s1**-2, s0**-2 if self.spike == "normal" else 1 / s0
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        shape = torch.Size(sample_shape) + self.batch_shape
+        s0, s1 = self._scales
+        with torch.no_grad():
+            share = self.inclusion.reshape(self.inclusion.shape + (1,) * len(self.groups)).expand(shape + self.groups)
+            included = self.within_groups(torch.bernoulli(share))
+            normal = s0.new_empty(shape + self.event_shape).normal_()
+            narrow = normal
+            if self.spike == "laplace":
+                narrow = dist.Laplace(s0.new_zeros(()), s0.new_ones(())).sample(normal.shape)
+            return torch.where(included.bool(), normal * s1, narrow * s0) + self.loc
+
+    @property
+    def mean(self) -> Tensor:
+        return self.inclusion.new_full((), self.loc).expand(self.batch_shape + self.event_shape)
+
+    @property
+    def variance(self) -> Tensor:
+        s0, s1 = self._scales
+        share = self._per_group(self.inclusion)
+        narrow = s0**2 if self.spike == "normal" else 2 * s0**2
+        return (share * s1**2 + (1 - share) * narrow).expand(self.batch_shape + self.event_shape)
