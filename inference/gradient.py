@@ -164,7 +164,10 @@ class Gradient:
         for function in (graph, self._run(leaves, spec)):
             with self._same_random_state(), torch.no_grad():
                 results.append(function(self.theta, *tensors))
-        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5, equal_nan=True)
+        # an element that nearly vanishes is a sum of large terms, added up in another order
+        for ours, true in zip(*results, strict=True):
+            size = float(true.nan_to_num().abs().max())
+            torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-5 * max(1.0, size), equal_nan=True)
 
     def _same_random_state(self) -> AbstractContextManager[None]:
         return torch.random.fork_rng([self.theta.device] if self.theta.is_cuda else [])

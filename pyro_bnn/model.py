@@ -232,6 +232,10 @@ class BayesianNetwork(PyroModule):
         """``[members, size, *output] -> [*lead, 1 ..., size, *output]``."""
         return f.reshape(lead + (1,) * (-self.members_dim - 2) + f.shape[1:])
 
+    def plated(self, value: Tensor) -> Tensor:
+        """``[draws, members, *event] -> [draws, members, 1 ..., *event]``: with the axes of the plates of a program."""
+        return value.reshape(value.shape[:2] + (1,) * (-self.members_dim - 1) + value.shape[2:])
+
     # ------------------------------------------------------------------------------------------- the program
 
     def prior_of(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inclusion import inclusion_log_odds
 from pyro_bnn.model import BayesianNetwork, storable, training_mode
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.prediction import Prediction
@@ -251,6 +252,21 @@ class Posterior:
         """
         self._statistics = loader
 
+    def inclusion_probabilities(
+        self, num_samples: int | None = None, seed: int = 0, *, args: tuple[Any, ...] = ()
+    ) -> dict[str, Tensor]:
+        """``{parameter: P(slab | data)}`` for every group of a spike-and-slab prior, shaped as the groups.
+
+        The mean over draws (of all members) of ``P(slab | weights)``, which has less variance than to draw indicators;
+        groups that were removed have 0. A weight ``[out, in, k, k]`` has groups ``[out, in, k, k]``, ``[out, in]``
+        (kernels), ``[in]`` or ``[out]``.
+
+        :param num_samples: draws of each member; by default all stored ones, or 100.
+        :param args: what a model that is not of this package is called with.
+        :raises ValueError: when the model has no spike-and-slab site.
+        """
+        return {n: odds.sigmoid() for n, odds in inclusion_log_odds(self, num_samples, seed, args).items()}
+
     def _outputs(self, model: BayesianNetwork, latents: dict[str, Tensor], x: Any, batch_size: int | None) -> Tensor:
         size = count_samples(x)
         count = next(iter(latents.values())).shape[0]
@@ -260,7 +276,7 @@ class Posterior:
         step = max(1, fitting // rows)
         groups = []
         for i in range(0, count, step):
-            part = {name: _plated(model, value[i : i + step], value.dim() - 2) for name, value in latents.items()}
+            part = {name: model.plated(value[i : i + step]) for name, value in latents.items()}
             blocks = []
             for start in range(0, size, rows):
                 stop = min(size, start + rows)
@@ -273,7 +289,7 @@ class Posterior:
     def _refresh(self, model: BayesianNetwork, latents: dict[str, Tensor]) -> None:
         layers = [m for m in model.core().net.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         momenta = [layer.momentum for layer in layers]
-        part = {name: _plated(model, value, value.dim() - 2) for name, value in latents.items()}
+        part = {name: model.plated(value) for name, value in latents.items()}
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None  # a plain average over the loader
@@ -392,12 +408,6 @@ def _with_members(model: Callable[..., Any], draws: dict[str, Tensor]) -> dict[s
 
 def _one_draw(n: int, model: BayesianNetwork, shape: torch.Size) -> tuple[int, ...]:
     return (n,) + (1,) * -model.members_dim + shape
-
-
-def _plated(model: BayesianNetwork, value: Tensor, event_dim: int) -> Tensor:
-    """``[n, members, *event]`` with the plate axes that the model's function expects."""
-    shape = value.shape
-    return value.reshape(shape[:2] + (1,) * (-model.members_dim - 1) + shape[value.dim() - event_dim :])
 
 
 def _rows(x: Any, size: int, start: int, stop: int) -> Any:

@@ -1,0 +1,67 @@
+"""How probable it is, given the data, that a group of weights comes from the slab."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from pyro import poutine
+from torch import Tensor
+
+from pyro_bnn.model import BayesianNetwork, training_mode
+from pyro_bnn.priors import SpikeAndSlabDistribution
+
+if TYPE_CHECKING:
+    from pyro_bnn.posterior import Posterior
+
+#: draws of a posterior that can make any number
+DRAWS = 100
+
+Draws = dict[str, Tensor]
+
+
+def inclusion_log_odds(
+    posterior: Posterior, num_samples: int | None = None, seed: int = 0, args: tuple[Any, ...] = ()
+) -> dict[str, Tensor]:
+    """``log (p / (1 - p))`` in nats, with p as of ``posterior.inclusion_probabilities()``, which may round to 0 or 1.
+
+    Groups that were removed have minus infinity.
+    """
+    sums: dict[str, Tensor] = {}
+    for name, odds in _of_every_draw(posterior, num_samples or posterior.stored or DRAWS, seed, args):
+        odds = odds.double()
+        both = torch.stack([F.logsigmoid(odds), F.logsigmoid(-odds)]).logsumexp(1)
+        sums[name] = torch.logaddexp(sums[name], both) if name in sums else both
+    if not sums:
+        raise ValueError(
+            "the model has no spike-and-slab site: give it the prior pyro_bnn.priors.SpikeAndSlab (pb.models.SpikeSlab)"
+        )
+    return {name: (included - excluded).float() for name, (included, excluded) in sums.items()}
+
+
+def _of_every_draw(posterior: Posterior, count: int, seed: int, args: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Log odds ``[several, *groups]`` of each site, until every draw has had its turn."""
+    model = posterior.model
+    for draws in posterior.draw_groups(count, seed):
+        if isinstance(model, BayesianNetwork):
+            prefix = f"{model.prefix}." if model.prefix else ""
+            plated = {name: model.plated(value) for name, value in draws.items()}
+            for name, odds in _log_odds(model.sample_latents, (), plated):
+                yield name.removeprefix(prefix), odds
+            continue
+        for i in range(len(next(iter(draws.values())))):
+            yield from _log_odds(model, args, {name: value[i, 0] for name, value in draws.items()})
+
+
+def _log_odds(program: Callable[..., Any], args: tuple[Any, ...], values: Draws) -> Iterator[tuple[str, Tensor]]:
+    with torch.no_grad(), training_mode(False):
+        trace = poutine.trace(poutine.condition(program, values)).get_trace(*args)
+    nodes: dict[str, Any] = trace.nodes
+    for name, site in nodes.items():
+        density = site.get("fn")
+        if isinstance(density, SpikeAndSlabDistribution):
+            value = site["value"]
+            odds = density.log_odds(value).masked_fill(density.mean_square(value) == 0, -torch.inf)
+            yield name, odds.reshape((-1,) + density.groups)
