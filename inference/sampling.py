@@ -61,9 +61,8 @@ def sample(
             stack.enter_context(forked_random_state(model))
             torch.manual_seed(seed)
         if isinstance(kernel, SGHMC):
-            return Posterior.from_draws(
-                model, _run(kernel, num_samples, warmup_steps, num_chains, args, stream, progress)
-            )
+            draws = _run(kernel, num_samples, warmup_steps, num_chains, args, stream, progress)
+            return Posterior.from_draws(model, draws, num_chains)
         if stream is not None:
             raise ValueError(f"stream= goes with SGHMC; {type(kernel).__name__} keeps its draws in memory")
         mcmc = MCMC(kernel, num_samples, warmup_steps, num_chains=num_chains, disable_progbar=not progress)

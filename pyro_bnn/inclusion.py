@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_bnn.model import BayesianNetwork, training_mode
-from pyro_bnn.priors import SpikeAndSlabDistribution
+from pyro_bnn.priors import SpikeAndSlab, SpikeAndSlabDistribution
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 DRAWS = 100
 
 Draws = dict[str, Tensor]
+
+
+def has_inclusion(model: Any) -> bool:
+    """Whether a network of this package has a spike-and-slab prior."""
+    return any(isinstance(prior, SpikeAndSlab) for prior in getattr(model, "_priors", {}).values())
 
 
 def inclusion_log_odds(

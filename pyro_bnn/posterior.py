@@ -33,10 +33,12 @@ class DrawsGuide(PyroModule):
 
     :param draws: ``{site: [n, members, *event]}``.
     :param model: the model that they are of; those of this package have a plate for members around their sites.
+    :param chains: how many chains they are of, which lie one after the other.
     """
 
-    def __init__(self, draws: dict[str, Tensor], model: Callable[..., Any]) -> None:
+    def __init__(self, draws: dict[str, Tensor], model: Callable[..., Any], chains: int = 1) -> None:
         super().__init__("draws_guide")
+        self.chains = chains
         self.names = list(draws)
         self.plate = (model.site("members"), model.members_dim) if isinstance(model, BayesianNetwork) else None
         for i, value in enumerate(draws.values()):
@@ -89,12 +91,27 @@ class Posterior:
     @classmethod
     def from_mcmc(cls, mcmc: MCMC, model: Callable[..., Any]) -> Posterior:
         """From a finished ``pyro.infer.MCMC`` run, all chains together."""
-        return cls.from_draws(model, mcmc.get_samples())
+        return cls.from_draws(model, mcmc.get_samples(), mcmc.num_chains)
 
     @classmethod
-    def from_draws(cls, model: Callable[..., Any], draws: dict[str, Tensor]) -> Posterior:
-        """From draws ``{site: [n, *event]}``; plate axes of size 1 that a model of ours adds may be there."""
-        return cls(model, DrawsGuide(_with_members(model, draws), model))
+    def from_draws(cls, model: Callable[..., Any], draws: dict[str, Tensor], chains: int = 1) -> Posterior:
+        """From draws ``{site: [n, *event]}``; plate axes of size 1 that a model of ours adds may be there.
+
+        :param chains: how many chains they are of, chain after chain, all of one length.
+        :raises ValueError: when a site lacks draws, or they do not divide into the chains.
+        """
+        counts = {len(value) for value in draws.values()}
+        if len(counts) != 1 or chains < 1 or counts.pop() % chains:
+            raise ValueError(
+                f"the sites have {sorted({len(v) for v in draws.values()})} draws, which are not {chains} chains of "
+                "one length"
+            )
+        return cls(model, DrawsGuide(_with_members(model, draws), model, chains))
+
+    @property
+    def chains(self) -> int:
+        """Number of chains that the stored draws are of, chain after chain; 1 for anything else."""
+        return self._guide.chains if isinstance(self._guide, DrawsGuide) else 1
 
     @property
     def guide(self) -> Callable[..., Any]:

@@ -63,7 +63,7 @@ def save(posterior: Posterior, path: str | os.PathLike[str], *, prior: bool = Tr
         parameters[name] = [str(value.dtype).removeprefix("torch."), *value.shape]
     for name, value in [*guide.named_parameters(), *guide.named_buffers()]:
         tensors[f"guide.{name}"] = value.detach().cpu().contiguous()
-    names = {"names": guide.names} if isinstance(guide, DrawsGuide) else {}
+    names = {"names": guide.names, "chains": guide.chains} if isinstance(guide, DrawsGuide) else {}
     arguments = guide.arguments() if isinstance(guide, MixtureGuide) else {}
     content = {
         "format": FORMAT,
@@ -150,7 +150,8 @@ def _guide(description: dict[str, Any], model: BayesianNetwork, tensors: dict[st
     cls = STORABLE.get(description.pop("class"))
     if cls is DrawsGuide:
         names = description["names"]
-        return DrawsGuide({name: values[f"draws_{i}"].to(device) for i, name in enumerate(names)}, model)
+        draws = {name: values[f"draws_{i}"].to(device) for i, name in enumerate(names)}
+        return DrawsGuide(draws, model, description.get("chains", 1))
     if cls is None:
         raise ValueError("the guide of this posterior is of a class that is not registered")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # starting values are drawn, then replaced

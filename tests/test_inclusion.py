@@ -93,3 +93,35 @@ def test_a_rate_for_every_member() -> None:
     posterior = pb.Posterior(model, pb.models.Rank1Guide(model, components=2))
     found = posterior.inclusion_probabilities(20)
     assert {name: tuple(p.shape) for name, p in found.items()} == {"weight.s": (3,), "weight.r": (2,)}
+
+
+def test_arviz_has_chains_and_inclusion(tmp_path: Any) -> None:
+    """Two chains as a dimension, R-hat from it, inclusion probabilities as a group; the same after saving."""
+    import arviz
+
+    torch.manual_seed(0)
+    x = torch.randn(30, 4)
+    y = x[:, :1] + 0.1 * torch.randn(30, 1)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+    prior = {"0.weight": SpikeAndSlab(0.1, 1.0, group="input"), ".*": pb.priors.Normal()}
+    model = pb.models.SpikeSlab(net, pb.likelihoods.Gaussian(scale=0.1), 30, prior=prior)
+    kernel = pb.inference.SGHMC(model, (x, y), step_size=0.02, friction=0.1, thinning=5)
+    posterior = pb.inference.sample(kernel, 20, 10, num_chains=2, progress=False, seed=0)
+    posterior.save(tmp_path / "run")
+    for one in (posterior, pb.load(tmp_path / "run", net)):
+        tree = pb.diagnostics.to_arviz(one, x, y, sites="0.bias")
+        assert tree["posterior"]["0.bias"].shape == (2, 20, 3)
+        assert tree["posterior"]["0.weight_inclusion"].shape == (2, 20)
+        first = one.draws(40)["0.weight_inclusion"].reshape(2, 20)
+        torch.testing.assert_close(torch.as_tensor(tree["posterior"]["0.weight_inclusion"].values), first)
+        assert tree["log_likelihood"]["obs"].shape == (2, 20, 30)
+        found = one.inclusion_probabilities()["0.weight"]
+        torch.testing.assert_close(torch.as_tensor(tree["inclusion"]["0.weight"].values), found)
+        assert float(arviz.rhat(tree, var_names=["0.weight_inclusion"])["0.weight_inclusion"]) > 0.9
+    assert pb.diagnostics.to_arviz(posterior, x, y, num_samples=10)["posterior"]["0.bias_mean"].shape == (1, 10)
+
+
+def test_draws_that_are_no_chains() -> None:
+    model = pb.models.Dense(nn.Linear(2, 1, bias=False), None)
+    with pytest.raises(ValueError, match="3 chains of one length"):
+        pb.Posterior.from_draws(model, {"weight": torch.randn(10, 1, 2)}, chains=3)

@@ -14,6 +14,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_bnn.diagnostics.stream import log_density, predictions, predictions_of_inputs
+from pyro_bnn.inclusion import has_inclusion
 from pyro_bnn.network import batch_size as count_rows
 
 if TYPE_CHECKING:
@@ -41,11 +42,13 @@ def to_arviz(
 ) -> Any:
     """The posterior, its predictions for x and how likely they make y, for ArviZ.
 
-    One posterior is one run, so ``chain`` has length 1. With S draws from each of K members (the components of a
-    mixture, or particles), N rows of x and C classes:
+    ``chain`` has the chains of a sampler when all its draws are taken, and length 1 otherwise. With S draws from each
+    of K members (the components of a mixture, or particles), N rows of x and C classes:
 
     ========================  =======================================================================================
     ``posterior``             the latent sites, ``(chain, draw[, member], ...)``; the dimension ``member`` where K > 1
+    ``inclusion``             the posterior inclusion probability of every group of a spike-and-slab prior, by
+                              parameter ``(<parameter>_dim_0, ...)``; comes with ``posterior``
     ``posterior_predictive``  ``obs``, draws of y, ``(chain, draw, obs_id[, output])``
     ``function``              what y is drawn from: ``probs`` ``(chain, draw, obs_id, class)`` of a classification,
                               ``mean`` of a regression or count; comes with ``posterior_predictive``
@@ -60,8 +63,9 @@ def to_arviz(
     Where rows of x are involved, the S K functions are one long ``draw`` with the member of each as a coordinate: all
     are draws from the posterior, and ``arviz.loo`` would take a dimension of members for more observations.
 
-    Networks have millions of weights, so sites come in short form: hyper-parameters (``..._tau``, ``noise``, and any
-    other site of one element) whole, every other site as ``<site>_mean`` and ``<site>_sd`` over its elements.
+    Networks have millions of weights, so sites come in short form: hyper-parameters (``..._tau``, ``..._inclusion``,
+    ``noise``, and any other site of one element) whole, every other site as ``<site>_mean`` and ``<site>_sd`` over its
+    elements.
 
     :param x: inputs of the network, any nesting of dicts and tuples of tensors. Not needed for the groups
         ``posterior`` and ``sample_stats``.
@@ -71,8 +75,8 @@ def to_arviz(
     :param num_samples: draws from every member, S; by default all draws that the posterior stores (as after MCMC), and
         100 of a posterior that draws anew. PSIS-LOO needs S K of this order.
     :param batch_size: the most rows of x in one forward pass.
-    :param max_values: most numbers to store, over all groups. ``function`` and ``constant_data`` are left out, with a
-        warning, when they do not fit; anything else that does not fit is an error.
+    :param max_values: most numbers to store, over all groups. ``function``, ``inclusion`` and ``constant_data`` are
+        left out, with a warning, when they do not fit; anything else that does not fit is an error.
     :param seed: of the draws, here and in the predictions.
     :returns: ``arviz.InferenceData``, or with ArviZ 1.x ``xarray.DataTree``; ``.to_netcdf(path)`` writes either.
     :raises TypeError: when x holds no tensor.
@@ -84,18 +88,20 @@ def to_arviz(
     wanted = _checked_groups(groups, x, y)
     if num_samples is None:
         num_samples = posterior.stored or DRAWS
+    chains = posterior.chains if num_samples == posterior.stored else 1
     budget = _Budget(max_values)
     tree: dict[str, Group] = {}
     if "posterior" in wanted:
-        tree["posterior"] = _posterior(posterior.draws(num_samples, seed=seed, example=x), sites, budget)
+        tree["posterior"] = _posterior(posterior.draws(num_samples, seed=seed, example=x), sites, chains, budget)
+        tree["inclusion"] = _inclusion(posterior, num_samples, seed, budget)
     if "sample_stats" in wanted:
-        tree["sample_stats"] = _sample_stats(posterior, num_samples, seed, budget)
+        tree["sample_stats"] = _sample_stats(posterior, num_samples, seed, chains, budget)
         tree["training"] = _training(posterior.losses, budget)
     if "observed_data" in wanted and y is not None:
         budget.take("observed_data/obs", y.numel())
         tree["observed_data"] = {"obs": _array(_plain(y, 1), "obs_id", *_outputs(_plain(y, 1).dim() - 1))}
     settings = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
-    tree |= _predictive(posterior, x, y, wanted, settings, budget)
+    tree |= _predictive(posterior, x, y, wanted, settings, chains, budget)
     if "constant_data" in wanted:
         tree["constant_data"] = _constant_data(x, budget)
 
@@ -109,7 +115,8 @@ def to_arviz(
         )
         attrs["left_out"] = ", ".join(budget.left_out)
     return _container(
-        {name: xr.Dataset(tree[name]) for name in (*GROUPS, "function", "training") if tree.get(name)}, attrs
+        {name: xr.Dataset(tree[name]) for name in (*GROUPS, "inclusion", "function", "training") if tree.get(name)},
+        attrs,
     )
 
 
@@ -160,19 +167,19 @@ def _checked_groups(groups: str | Sequence[str], x: Any, y: Tensor | None) -> tu
     return wanted
 
 
-def _posterior(draws: dict[str, Tensor], sites: str | Sequence[str] | None, budget: _Budget) -> Group:
+def _posterior(draws: dict[str, Tensor], sites: str | Sequence[str] | None, chains: int, budget: _Budget) -> Group:
     whole = _chosen_sites(sites, draws)
     group: Group = {}
     for site, values in draws.items():
         name, elements = _safe(site), values[0, 0].numel()
-        if site in whole or elements == 1 or site.endswith(("_tau", "noise")):
+        if site in whole or elements == 1 or site.endswith(("_tau", "_inclusion", "noise")):
             budget.take(f"posterior/{name}", values.numel())
-            group[name] = _sampled(values, *(f"{name}_dim_{axis}" for axis in range(values.dim() - 2)))
+            group[name] = _sampled(values, chains, *(f"{name}_dim_{axis}" for axis in range(values.dim() - 2)))
         elif elements:
             sd, mean = torch.std_mean(_at_least_float32(values.flatten(2)), -1, correction=0)
             for suffix, summary in (("mean", mean), ("sd", sd)):
                 budget.take(f"posterior/{name}_{suffix}", summary.numel())
-                group[f"{name}_{suffix}"] = _sampled(summary)
+                group[f"{name}_{suffix}"] = _sampled(summary, chains)
     return group
 
 
@@ -197,14 +204,25 @@ def _matches(pattern: str, name: str) -> bool:
         return False
 
 
-def _sample_stats(posterior: Posterior, num_samples: int, seed: int, budget: _Budget) -> Group:
+def _inclusion(posterior: Posterior, num_samples: int, seed: int, budget: _Budget) -> Group:
+    if not has_inclusion(posterior.model):
+        return {}
+    group: Group = {}
+    for parameter, values in posterior.inclusion_probabilities(num_samples, seed).items():
+        name = _safe(parameter)
+        if budget.offer(f"inclusion/{name}", values.numel()):
+            group[name] = _array(values, *(f"{name}_dim_{axis}" for axis in range(values.dim())))
+    return group
+
+
+def _sample_stats(posterior: Posterior, num_samples: int, seed: int, chains: int, budget: _Budget) -> Group:
     densities = getattr(posterior, "log_p_log_q", None)
     if densities is None:
         return {}
     group: Group = {}
     for name, values in zip(("log_p", "log_q"), densities(num_samples, seed=seed), strict=True):
         budget.take(f"sample_stats/{name}", values.numel())
-        group[name] = _sampled(values)
+        group[name] = _sampled(values, chains)
     return group
 
 
@@ -221,6 +239,7 @@ def _predictive(
     y: Tensor | None,
     wanted: Sequence[str],
     settings: dict[str, Any],
+    chains: int,
     budget: _Budget,
 ) -> dict[str, Group]:
     """The groups ``posterior_predictive``, ``function`` and ``log_likelihood``, in one pass over x."""
@@ -267,15 +286,15 @@ def _predictive(
     whole = {name: torch.cat(part, 1) for name, part in parts.items() if part}
     tree: dict[str, Group] = {}
     if with_log_likelihood:
-        tree["log_likelihood"] = {"obs": _enumerated(whole["log_likelihood"], posterior.members)}
+        tree["log_likelihood"] = {"obs": _enumerated(whole["log_likelihood"], posterior.members, chains)}
     if with_y:
         obs = _plain(whole["obs"], 2)
-        tree["posterior_predictive"] = {"obs": _enumerated(obs, posterior.members, *_outputs(obs.dim() - 2))}
+        tree["posterior_predictive"] = {"obs": _enumerated(obs, posterior.members, chains, *_outputs(obs.dim() - 2))}
         if "function" in whole:
             values = _plain(whole["function"], 2)
             classes = ("class",) if values.dim() > obs.dim() else ()
             dims = (*_outputs(values.dim() - 2 - len(classes)), *classes)
-            tree["function"] = {function: _enumerated(values, posterior.members, *dims)}
+            tree["function"] = {function: _enumerated(values, posterior.members, chains, *dims)}
     return tree
 
 
@@ -313,19 +332,20 @@ def _outputs(axes: int) -> tuple[str, ...]:
     return ("output",) if axes == 1 else tuple(f"output_{axis}" for axis in range(axes))
 
 
-def _sampled(values: Tensor, *event: str) -> xr.DataArray:
+def _sampled(values: Tensor, chains: int, *event: str) -> xr.DataArray:
     """``[S, K, *event]`` with the members as a dimension, unless there is one alone."""
     dims: tuple[str, ...] = ("chain", "draw", "member", *event)
-    values = values.unsqueeze(0)
+    values = values.unflatten(0, (chains, -1))
     if values.shape[2] == 1:
         dims, values = ("chain", "draw", *event), values.squeeze(2)
     return _array(values, *dims)
 
 
-def _enumerated(values: Tensor, members: int, *event: str) -> xr.DataArray:
+def _enumerated(values: Tensor, members: int, chains: int, *event: str) -> xr.DataArray:
     """``[S K, N, *event]`` with the members one after the other along ``draw``."""
-    array = _array(values.unsqueeze(0), "chain", "draw", "obs_id", *event)
-    return array.assign_coords(member=("draw", np.arange(len(values)) % members))
+    values = values.unflatten(0, (chains, -1))
+    array = _array(values, "chain", "draw", "obs_id", *event)
+    return array.assign_coords(member=("draw", np.arange(values.shape[1]) % members))
 
 
 def _array(values: Tensor, *dims: str) -> xr.DataArray:

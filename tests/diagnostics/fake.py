@@ -68,7 +68,7 @@ class FakePosterior:
         self.members = table.shape[1]
         self.losses = losses or []
         self.guide = None
-        self.stored = None
+        self.stored, self.chains = None, 1
         self._sites = sites or {}
         self.calls: list[dict[str, Any]] = []
 

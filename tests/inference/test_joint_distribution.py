@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_bnn.inference import SGHMC, SGHMCEM
 from pyro_bnn.priors import SpikeAndSlab
 
-COPIES, ROWS, NOISE = 4000, 5, 0.8
+COPIES, ROWS, NOISE = 3000, 5, 0.8
 SPIKE = SpikeAndSlab(0.2, 1.0, inclusion=0.4)
 
 
@@ -79,7 +79,7 @@ def test_geweke(case: str, temperature: float) -> None:
 @pytest.mark.parametrize("case", PRIORS)
 @pytest.mark.parametrize("believed", [1.0, 0.7])
 def test_simulation_based_calibration(case: str, believed: float) -> None:
-    """Talts et al. (2018): the rank of the true weight among 15 draws is uniform; not so if the noise is believed .7."""
+    """Talts et al. (2018): the true weight has a uniform rank among 15 draws; not so if the noise is wrong."""
     kind, prior, _ = PRIORS[case]
     torch.manual_seed(1)
     truth = prior().sample()
