@@ -61,8 +61,8 @@ def sample(
             stack.enter_context(forked_random_state(model))
             torch.manual_seed(seed)
         if isinstance(kernel, SGHMC):
-            draws = _run(kernel, num_samples, warmup_steps, num_chains, args, stream, progress)
-            return Posterior.from_draws(model, draws, num_chains)
+            draws, statistics = _run(kernel, num_samples, warmup_steps, num_chains, args, stream, progress)
+            return Posterior.from_draws(model, draws, num_chains, statistics)
         if stream is not None:
             raise ValueError(f"stream= goes with SGHMC; {type(kernel).__name__} keeps its draws in memory")
         mcmc = MCMC(kernel, num_samples, warmup_steps, num_chains=num_chains, disable_progbar=not progress)
@@ -78,8 +78,9 @@ def _run(
     args: tuple[Any, ...],
     stream: str | os.PathLike[str] | None,
     progress: bool,
-) -> dict[str, Tensor]:
-    """``{site: [num_chains * num_samples, *event]}``, chain after chain."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """``{site: [num_chains * num_samples, *event]}``, chain after chain, and statistics of normalisation likewise."""
+    statistics: dict[str, list[Tensor]] = {}
     bar = Progress(
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}")),
         *(TimeElapsedColumn(), TimeRemainingColumn()),
@@ -106,8 +107,11 @@ def _run(
                 continue
             for name, value in kernel.potential.constrain(params).items():
                 kept[name][:, i] = value
+            for name, value in kernel.statistics().items():
+                statistics.setdefault(name, []).append(value)
         kernel.check()
-    return {name: value.flatten(0, 1) for name, value in kept.items()}
+    draws = {name: value.flatten(0, 1) for name, value in kept.items()}
+    return draws, {name: torch.stack(values) for name, values in statistics.items()}
 
 
 def _storage(chains: int, draws: int, like: Tensor, name: str, stream: str | os.PathLike[str] | None) -> Tensor:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from pyro_bnn.inference.batches import Minibatches, minibatches
@@ -34,6 +35,8 @@ Preconditioner = Literal["identity", "rmsprop", "adaptive"]
 RMSPROP_DECAY, RMSPROP_DAMPING = 0.99, 0.1
 #: rate of the mirror descent of "adaptive" (Ke and Fan 2022)
 ADAPTIVE_RATE = 0.1
+#: minibatches over which the statistics of normalisation layers are averaged for a draw
+STATISTICS_BATCHES = 16
 
 
 class SGHMC(MCMCKernel):
@@ -304,6 +307,29 @@ class SGHMC(MCMCKernel):
     def last_good(self) -> dict[str, Tensor]:
         """The last state that was checked and found finite, in the model's own units."""
         return self.potential.constrain(self.potential.split(self._good))
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Statistics of normalisation layers at the present weights, by name of the buffer; none for other networks.
+
+        Averages over ``STATISTICS_BATCHES`` minibatches, or all if there are fewer. What training has gathered lags
+        behind weights that move, and belongs to no draw.
+        """
+        if not isinstance(self.model, BayesianNetwork) or self._batches is None:
+            return {}
+        layers = {n: m for n, m in self.model.core().net.named_modules() if isinstance(m, _NormBase)}
+        layers = {n: m for n, m in layers.items() if m.track_running_stats}
+        if not layers:
+            return {}
+        momenta = [layer.momentum for layer in layers.values()]
+        for layer in layers.values():
+            layer.reset_running_stats()
+            layer.momentum = None  # a plain average
+        with torch.no_grad():
+            for _ in range(min(STATISTICS_BATCHES, self._batches.steps)):
+                self.potential(self.potential.split(self.theta), *self._next_single(), **self._gradient.kwargs)
+        for layer, momentum in zip(layers.values(), momenta, strict=True):
+            layer.momentum = momentum
+        return {f"{n}.{name}": b.clone() for n, layer in layers.items() for name, b in layer.named_buffers()}
 
     # ------------------------------------------------------------------------------------------------ the data
 

@@ -34,11 +34,21 @@ class DrawsGuide(PyroModule):
     :param draws: ``{site: [n, members, *event]}``.
     :param model: the model that they are of; those of this package have a plate for members around their sites.
     :param chains: how many chains they are of, which lie one after the other.
+    :param statistics: ``{buffer of the network: [n, *shape]}``, the statistics of normalisation layers of each draw.
     """
 
-    def __init__(self, draws: dict[str, Tensor], model: Callable[..., Any], chains: int = 1) -> None:
+    def __init__(
+        self,
+        draws: dict[str, Tensor],
+        model: Callable[..., Any],
+        chains: int = 1,
+        statistics: dict[str, Tensor] | None = None,
+    ) -> None:
         super().__init__("draws_guide")
         self.chains = chains
+        self.statistics_names = list(statistics or {})
+        for i, value in enumerate((statistics or {}).values()):
+            self.register_buffer(f"statistics_{i}", value)
         self.names = list(draws)
         self.plate = (model.site("members"), model.members_dim) if isinstance(model, BayesianNetwork) else None
         for i, value in enumerate(draws.values()):
@@ -46,6 +56,9 @@ class DrawsGuide(PyroModule):
 
     def draws(self) -> dict[str, Tensor]:
         return {name: self.get_buffer(f"draws_{i}") for i, name in enumerate(self.names)}
+
+    def statistics(self) -> dict[str, Tensor]:
+        return {name: self.get_buffer(f"statistics_{i}") for i, name in enumerate(self.statistics_names)}
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         stored = self.draws()
@@ -94,10 +107,18 @@ class Posterior:
         return cls.from_draws(model, mcmc.get_samples(), mcmc.num_chains)
 
     @classmethod
-    def from_draws(cls, model: Callable[..., Any], draws: dict[str, Tensor], chains: int = 1) -> Posterior:
+    def from_draws(
+        cls,
+        model: Callable[..., Any],
+        draws: dict[str, Tensor],
+        chains: int = 1,
+        statistics: dict[str, Tensor] | None = None,
+    ) -> Posterior:
         """From draws ``{site: [n, *event]}``; plate axes of size 1 that a model of ours adds may be there.
 
         :param chains: how many chains they are of, chain after chain, all of one length.
+        :param statistics: ``{buffer of the network: [n, *shape]}`` of normalisation layers, with which each draw
+            predicts; by default all predict with those of the network.
         :raises ValueError: when a site lacks draws, or they do not divide into the chains.
         """
         counts = {len(value) for value in draws.values()}
@@ -106,7 +127,7 @@ class Posterior:
                 f"the sites have {sorted({len(v) for v in draws.values()})} draws, which are not {chains} chains of "
                 "one length"
             )
-        return cls(model, DrawsGuide(_with_members(model, draws), model, chains))
+        return cls(model, DrawsGuide(_with_members(model, draws), model, chains, statistics))
 
     @property
     def chains(self) -> int:
@@ -115,7 +136,10 @@ class Posterior:
 
     @property
     def guide(self) -> Callable[..., Any]:
-        """A Pyro guide that gives one draw a call: ``Predictive(model, guide=posterior.guide, num_samples=...)``."""
+        """A Pyro guide that gives one draw a call: ``Predictive(model, guide=posterior.guide, num_samples=...)``.
+
+        Statistics of normalisation layers are then those of the network: only ``predict`` has those of each draw.
+        """
         return self._guide
 
     @property
@@ -146,6 +170,10 @@ class Posterior:
 
     def draw_groups(self, n: int, seed: int | None = None, *, example: Any = None) -> Iterator[dict[str, Tensor]]:
         """The same draws in groups that fit a fixed memory budget, which depends on the model alone."""
+        return (draws for draws, _ in self._groups(n, seed, example))
+
+    def _groups(self, n: int, seed: int | None, example: Any) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
+        """The groups of draws; for stored ones, with their indices."""
         if n < 1:
             raise ValueError(f"num_samples={n!r}: expected at least one draw")
         if self.stored is not None and n > self.stored:
@@ -166,11 +194,11 @@ class Posterior:
             size = min(group, n - start)
             if isinstance(self._guide, DrawsGuide):
                 index = torch.linspace(0, (self.stored or 1) - 1, n).round().long()[start : start + size]
-                yield {name: value[index.to(value.device)] for name, value in self._guide.draws().items()}
+                yield {name: value[index.to(value.device)] for name, value in self._guide.draws().items()}, index
                 continue
             with self._seeded(own_seed), self._programs():
                 draws = self._draw_guide(size, () if example is None else (example,))
-            yield draws
+            yield draws, None
 
     def _draw_guide(self, n: int, args: tuple[Any, ...]) -> dict[str, Tensor]:
         guide, model = self._guide, self.model
@@ -240,15 +268,21 @@ class Posterior:
         x = to_device(x, like)
         outputs, noise = [], []
         with torch.no_grad(), _evaluating(model):
-            for group in self.draw_groups(num_samples, seed, example=x):
+            for group, index in self._groups(num_samples, seed, x):
                 if model.site("noise") in group:
                     noise.append(group[model.site("noise")])
-                if self._statistics is None:
+                stored = self._guide.statistics() if isinstance(self._guide, DrawsGuide) else {}
+                if self._statistics is None and not stored:
                     outputs.append(self._outputs(model, group, x, batch_size))
                     continue
                 for i in range(len(next(iter(group.values())))):
                     one = {name: value[i : i + 1] for name, value in group.items()}
-                    self._refresh(model, one)
+                    if self._statistics is not None:
+                        self._refresh(model, one)
+                    elif index is not None:
+                        buffers = dict(model.core().net.named_buffers())
+                        for name, value in stored.items():
+                            buffers[name].copy_(value[index[i]])
                     outputs.append(self._outputs(model, one, x, batch_size))
         return Prediction(torch.cat(outputs), model.likelihood, torch.cat(noise) if noise else None)
 
@@ -265,7 +299,8 @@ class Posterior:
     def recompute_statistics(self, loader: Iterable[Any] | None) -> None:
         """From now on every draw predicts with normalisation statistics of its own, gathered over ``loader``.
 
-        Costs one pass over the loader for each draw; ``None`` goes back to the statistics of training.
+        Costs one pass over the loader for each draw; ``None`` goes back to the statistics of training, or to those that
+        a sampler stored with each draw.
         """
         self._statistics = loader
 
@@ -368,7 +403,14 @@ class Posterior:
 
     def as_draws(self, n: int, seed: int | None = None) -> Posterior:
         """The same posterior as n stored draws of every member: the form that any guide can be saved in."""
-        return Posterior(self.model, DrawsGuide(self.draws(n, seed), self.model), losses=self.losses)
+        groups = list(self._groups(n, seed, None))
+        draws = {name: torch.cat([group[name] for group, _ in groups]) for name in groups[0][0]}
+        statistics = {}
+        if isinstance(self._guide, DrawsGuide):
+            index = torch.cat([index for _, index in groups if index is not None])
+            statistics = {name: value[index.to(value.device)] for name, value in self._guide.statistics().items()}
+        guide = DrawsGuide(draws, self.model, self.chains if n == self.stored else 1, statistics)
+        return Posterior(self.model, guide, losses=self.losses)
 
 
 def require_finite(x: Any, name: str = "x") -> None:

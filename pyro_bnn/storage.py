@@ -63,7 +63,9 @@ def save(posterior: Posterior, path: str | os.PathLike[str], *, prior: bool = Tr
         parameters[name] = [str(value.dtype).removeprefix("torch."), *value.shape]
     for name, value in [*guide.named_parameters(), *guide.named_buffers()]:
         tensors[f"guide.{name}"] = value.detach().cpu().contiguous()
-    names = {"names": guide.names, "chains": guide.chains} if isinstance(guide, DrawsGuide) else {}
+    names: dict[str, Any] = {}
+    if isinstance(guide, DrawsGuide):
+        names = {"names": guide.names, "chains": guide.chains, "statistics": guide.statistics_names}
     arguments = guide.arguments() if isinstance(guide, MixtureGuide) else {}
     content = {
         "format": FORMAT,
@@ -151,7 +153,8 @@ def _guide(description: dict[str, Any], model: BayesianNetwork, tensors: dict[st
     if cls is DrawsGuide:
         names = description["names"]
         draws = {name: values[f"draws_{i}"].to(device) for i, name in enumerate(names)}
-        return DrawsGuide(draws, model, description.get("chains", 1))
+        kept = {name: values[f"statistics_{i}"].to(device) for i, name in enumerate(description["statistics"])}
+        return DrawsGuide(draws, model, description["chains"], kept)
     if cls is None:
         raise ValueError("the guide of this posterior is of a class that is not registered")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # starting values are drawn, then replaced

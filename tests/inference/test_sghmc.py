@@ -351,15 +351,39 @@ def test_what_cannot_be_recorded_is_said() -> None:
 
 
 @pytest.mark.filterwarnings("error")
+def test_every_draw_predicts_with_its_own_statistics(tmp_path: Path) -> None:
+    """Proves that a draw is its weights and the mean and variance that these have on the data, by hand; also saved."""
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 3).double(), torch.randn(32, 1).double()
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+    model = Dense(net, pb.likelihoods.Gaussian(1.0), 32)
+    kernel = SGHMC(model, (x, y), step_size=0.1, friction=0.1, batch_size=32, thinning=5)
+    posterior = sample(kernel, 3, 1, seed=0, progress=False)
+    outputs = posterior.predict(x[:5], num_samples=3).outputs[:, 0]
+    draws = {name: value[:, 0] for name, value in posterior.draws(3).items()}
+    for i in range(3):
+        hidden = x @ draws["0.weight"][i].T + draws["0.bias"][i]
+        normal = (hidden[:5] - hidden.mean(0)) / (hidden.var(0) + 1e-5).sqrt()
+        torch.testing.assert_close(
+            outputs[i], normal @ draws["2.weight"][i].T + draws["2.bias"][i], rtol=1e-9, atol=1e-9
+        )
+    posterior.save(tmp_path / "run")
+    assert torch.equal(pb.load(tmp_path / "run", net).predict(x[:5], num_samples=3).outputs[:, 0], outputs)
+    assert torch.equal(posterior.as_draws(2).predict(x[:5], num_samples=2).outputs[:, 0], outputs[[0, 2]])
+    posterior.recompute_statistics([(2 * x, y)])
+    assert not torch.allclose(posterior.predict(x[:5], num_samples=3).outputs[:, 0], outputs)
+    posterior.recompute_statistics(None)
+    assert torch.equal(posterior.predict(x[:5], num_samples=3).outputs[:, 0], outputs)
+
+
 def test_batch_normalisation_moves_once_a_step_and_refuses_vectorised_chains() -> None:
     """Proves that one chain of such a network runs, its statistics moving with every step, and several are refused."""
     x, y = torch.randn(32, 3), torch.randn(32, 1)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     model = Dense(net, pb.likelihoods.Gaussian(1.0), 32)
     kernel = SGHMC(model, (x, y), step_size=0.02, friction=0.1, batch_size=8, thinning=5)
-    posterior = sample(kernel, 3, 1, seed=0, progress=False)
+    run(kernel, 1, 3)
     assert int(model.core().net[1].num_batches_tracked) == 4 * 5
-    assert torch.isfinite(posterior.predict(x, num_samples=3).mean).all()
     with pytest.raises(ValueError, match=r"1' gathers statistics while it trains"):
         sample(kernel, 3, 1, num_chains=2, progress=False)
 
