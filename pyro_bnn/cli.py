@@ -8,6 +8,7 @@ A run folder holds
 - ``posterior.nc``: the posterior and its predictions on test data, for ArviZ.
 """
 
+import copy
 import json
 import math
 import os
@@ -36,10 +37,20 @@ ARVIZ_ROWS = 1000
 Metrics = dict[str, Any]
 
 
-Method = Literal["rank1", "dense"]
+Method = Literal["rank1", "dense", "spike-slab"]
 Network = Literal["auto", "cnn", "mlp", "resnet18"]
 Family = Literal["normal", "cauchy"]
-Prior = Literal["hierarchical-cauchy", "hierarchical-normal", "horseshoe", "normal", "cauchy", "laplace", "student-t"]
+Prior = Literal[
+    "hierarchical-cauchy",
+    "hierarchical-normal",
+    "horseshoe",
+    "normal",
+    "cauchy",
+    "laplace",
+    "student-t",
+    "spike-and-slab",
+]
+Group = Literal["weight", "kernel", "input", "output"]
 
 
 @dataclass(frozen=True)
@@ -54,12 +65,21 @@ class Options:
     components: int
     prior: Prior
     family: Family
+    group: Group
+    sparsity: float
+    temperature: float
     batch_size: int
     lr: float
     samples: int
     seed: int
     device: str
 
+
+_DEFAULT_PRIORS: dict[Method, Prior] = {
+    "rank1": "hierarchical-cauchy",
+    "dense": "normal",
+    "spike-slab": "spike-and-slab",
+}
 
 app = typer.Typer(
     help="Bayesian neural networks as Pyro programs.",
@@ -76,15 +96,26 @@ def fit(
         str, typer.Option(help="digits, or a path: .npz, .csv (with --target) or a folder of images")
     ] = "digits",
     target: Annotated[str | None, typer.Option(help="column of a .csv that is to be predicted")] = None,
-    method: Annotated[Method, typer.Option(help="rank-1 factors, or mean-field Normals on all weights")] = "rank1",
+    method: Annotated[
+        Method, typer.Option(help="rank-1 factors, mean-field Normals on all weights, or SGHMC under spike and slab")
+    ] = "rank1",
     network: Annotated[Network, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
-    epochs: Annotated[int, typer.Option(min=1, help="passes over the training data")] = 60,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="passes over the training data; spike-slab: of warm-up, then one for each draw")
+    ] = 60,
     components: Annotated[int | None, typer.Option(min=1, help="of the guide's mixture; rank1: 4, dense: 1")] = None,
     prior: Annotated[Prior | None, typer.Option(help="rank1: hierarchical-cauchy, dense: normal")] = None,
     family: Annotated[Family, typer.Option(help="of the guide; cauchy for rank1 alone")] = "normal",
+    group: Annotated[Group, typer.Option(help="what a spike-and-slab prior includes together")] = "weight",
+    sparsity: Annotated[
+        float | None, typer.Option(min=0, max=0.999, help="share of weights to remove; spike-slab alone, there 0.8")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="1 is the posterior; spike-slab alone")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="rows of a training step")] = 64,
-    lr: Annotated[float, typer.Option(help="learning rate of AdamW, falling to 0 along a cosine")] = 1e-2,
-    samples: Annotated[int, typer.Option(min=1, help="draws from each component for a prediction")] = 16,
+    lr: Annotated[
+        float, typer.Option(help="of AdamW, falling to 0 along a cosine; spike-slab: also the step size squared")
+    ] = 1e-2,
+    samples: Annotated[int, typer.Option(min=1, help="draws (from each component) for a prediction")] = 16,
     seed: Annotated[int, typer.Option(min=0, help="of weights, batches and draws")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     out: Annotated[Path | None, typer.Option(help="run folder [default: runs/METHOD-DATA]")] = None,
@@ -98,6 +129,13 @@ def fit(
             raise ValueError(f"--lr must be a positive number, got {lr}")
         if method == "dense" and family != "normal":
             raise ValueError(f"--family {family} goes with --method rank1; --method dense has Normals")
+        spike_slab = method == "spike-slab"
+        if not spike_slab and (sparsity is not None or temperature != 1):
+            raise ValueError("--sparsity and --temperature go with --method spike-slab")
+        if spike_slab and (family != "normal" or components is not None or prior not in (None, "spike-and-slab")):
+            raise ValueError(
+                "--method spike-slab has a prior of its own and no guide: no --prior, --family, --components"
+            )
         place = _device(device)
         task = load(data, target)
         folder = out or Path("runs") / f"{method}-{task.name}"
@@ -109,8 +147,11 @@ def fit(
             network=network if network != "auto" else "cnn" if task.x_train.dim() == 4 else "mlp",
             epochs=epochs,
             components=components or (4 if method == "rank1" else 1),
-            prior=prior or ("hierarchical-cauchy" if method == "rank1" else "normal"),
+            prior=prior or _DEFAULT_PRIORS[method],
             family=family,
+            group=group,
+            sparsity=(0.8 if sparsity is None else sparsity) if spike_slab else 0.0,
+            temperature=temperature,
             batch_size=min(batch_size, len(task.x_train)),
             lr=lr,
             samples=samples,
@@ -122,9 +163,14 @@ def fit(
         folder.mkdir(parents=True, exist_ok=True)
 
     twin = _train(_deterministic(net, task), task, options, console)
-    bayesian = _train(_bayesian(net, task, options), task, options, console)
+    if options.method == "spike-slab":
+        bayesian = _sample(_trained_network(twin.posterior), task, options, console)
+    else:
+        bayesian = _train(_bayesian(net, task, options), task, options, console)
     metrics = _measure(bayesian.posterior, task, options) | bayesian.cost
     metrics["deterministic"] = _measure(twin.posterior, task, options) | twin.cost
+    if options.method == "spike-slab":
+        metrics["sparsity"], metrics["deterministic"]["sparsity"] = _sparsity(bayesian.posterior), 0.0
     with _user_errors(ValueError, OSError):
         _save(folder, task, options, bayesian.posterior, twin.posterior, metrics)
     console.print(_table(metrics, options, task.name))
@@ -209,6 +255,8 @@ def _prior(options: Options) -> pb.priors.Prior:
             return pb.priors.Laplace(scale=scale)
         case "student-t":
             return pb.priors.StudentT(scale=scale)
+        case "spike-and-slab":
+            return pb.priors.SpikeAndSlab(0.1 * scale, scale, group=options.group)
 
 
 def _network(name: Network, in_shape: tuple[int, ...], out_features: int) -> nn.Module:
@@ -253,6 +301,48 @@ def _train(model_and_guide: tuple[nn.Module, nn.Module], task: Task, options: Op
     return _Trained(posterior, {"seconds": time.perf_counter() - start, "trainable_parameters": size})
 
 
+def _trained_network(posterior: pb.Posterior) -> nn.Module:
+    """The deterministic twin as a plain network, with the weights and statistics that it has learned."""
+    net = copy.deepcopy(posterior.model.core().net)  # type: ignore[attr-defined]
+    parameters = dict(net.named_parameters())
+    with torch.no_grad():
+        for name, value in posterior.draws(1).items():
+            if name in parameters:
+                parameters[name].copy_(value[0, 0])
+    return net.requires_grad_()
+
+
+def _sample(net: nn.Module, task: Task, options: Options, console: Console) -> _Trained:
+    """Draws by SGHMC within EM, from the network that was trained deterministically on."""
+    size = len(task.x_train)
+    model = pb.models.SpikeSlab(net, _likelihood(task), size, prior=_prior(options))
+    kernel = pb.inference.SGHMCEM(
+        model,
+        (task.x_train, task.y_train),
+        step_size=math.sqrt(options.lr),
+        friction=0.1,
+        temperature=options.temperature,
+        batch_size=options.batch_size,
+        thinning=math.ceil(size / options.batch_size),
+        prune=pb.inference.pruning.MagnitudeRule(options.sparsity) if options.sparsity else None,
+    )
+    console.print(f"SpikeSlab with SGHMCEM, {options.network}, {options.device}, from the deterministic network")
+    start = time.perf_counter()
+    with _user_errors(ArithmeticError):
+        posterior = pb.inference.sample(
+            kernel, options.samples, options.epochs, seed=options.seed, progress=not console.quiet
+        )
+    cost = {"seconds": time.perf_counter() - start, "trainable_parameters": kernel.potential.dim}
+    return _Trained(posterior, cost)
+
+
+def _sparsity(posterior: pb.Posterior) -> float:
+    """Share of all parameters that are zero in every draw."""
+    draws = posterior.draws(posterior.stored or 1)
+    zeros = sum(int((value == 0).all(0).sum()) for value in draws.values())
+    return zeros / sum(value[0].numel() for value in draws.values())
+
+
 def _measure(posterior: pb.Posterior, task: Task, options: Options) -> Metrics:
     """Metrics on the test data, those of a regression in the target's own unit."""
     ood = task.x_ood if task.kind == "classification" else None
@@ -268,6 +358,8 @@ def _measure(posterior: pb.Posterior, task: Task, options: Options) -> Metrics:
 
 def _table(metrics: Metrics, options: Options, name: str) -> Table:
     kind = f"{options.method}, {options.components} component{'s' if options.components > 1 else ''}"
+    if options.method == "spike-slab":
+        kind = f"spike-slab, {options.samples} draws"
     table = Table("on test data", kind, "deterministic", title=f"{name}, {options.network}, {options.epochs} epochs")
     formats: Mapping[str, tuple[str, Callable[[Any], str]]] = {
         "accuracy": ("accuracy", "{:.4f}".format),
@@ -279,6 +371,7 @@ def _table(metrics: Metrics, options: Options, name: str) -> Table:
         "ood_auroc": ("OOD AUROC", "{:.4f}".format),
         "seconds": ("training (s)", "{:.1f}".format),
         "trainable_parameters": ("trainable parameters", "{:,}".format),
+        "sparsity": ("parameters removed", "{:.1%}".format),
     }
     for key, (label, text) in formats.items():
         if metrics.get(key) is not None:
@@ -306,7 +399,7 @@ def _save(
             bayesian,
             task.x_test[:ARVIZ_ROWS],
             task.y_test[:ARVIZ_ROWS],
-            num_samples=math.ceil(ARVIZ_DRAWS / bayesian.members),
+            num_samples=bayesian.stored or math.ceil(ARVIZ_DRAWS / bayesian.members),
             seed=options.seed,
         )
         with _replacing(folder / "posterior.nc") as path:

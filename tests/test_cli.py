@@ -108,7 +108,11 @@ def test_same_command_gives_the_same_metrics(digits_run: tuple[Path, str], tmp_p
 
 @pytest.mark.parametrize("method", ["rank1", "dense"])
 @pytest.mark.parametrize(
-    "prior", ["hierarchical-cauchy", "hierarchical-normal", "horseshoe", "normal", "cauchy", "laplace", "student-t"]
+    "prior",
+    [
+        *("hierarchical-cauchy", "hierarchical-normal", "horseshoe", "normal", "cauchy", "laplace", "student-t"),
+        "spike-and-slab",
+    ],
 )
 def test_every_prior_trains_under_every_method(tmp_path: Path, method: str, prior: str) -> None:
     """Proves that each name of a prior reaches the model, trains, and comes back from the saved folder."""
@@ -131,6 +135,24 @@ def test_every_prior_trains_under_every_method(tmp_path: Path, method: str, prio
     assert 0 < before["nll"] < 10 and before["ood_auroc"] is None
     run("evaluate", tmp_path / "run", "--quiet")
     assert metrics_of(tmp_path / "run") == before
+
+
+def test_spike_slab_removes_weights_and_comes_back(tmp_path: Path) -> None:
+    """Proves that the sampler starts at the trained twin, removes the share asked for, and is scored again alike."""
+    folder = tmp_path / "run"
+    common = ("fit", "--method", "spike-slab", "--epochs", 3, "--samples", 4, "--group", "kernel", "--out", folder)
+    output = run(*common, "--sparsity", 0.6).output
+    before = metrics_of(folder)
+    assert "spike-slab, 4 draws" in output and 0.5 < before["sparsity"] <= 0.6
+    assert (
+        before["accuracy"] > 0.5 and before["trainable_parameters"] == before["deterministic"]["trainable_parameters"]
+    )
+    run("evaluate", folder, "--quiet")
+    assert without_seconds(metrics_of(folder)) == without_seconds(before)
+    posterior = pb.load(folder / "posterior", architectures.digits_cnn())
+    assert posterior.inclusion_probabilities()["3.weight"].shape == (32, 32)
+    run(*common, "--sparsity", 0, "--temperature", 0, "--overwrite", "--quiet")
+    assert metrics_of(folder)["sparsity"] == 0
 
 
 def test_cauchy_family_and_components_reach_the_guide(tmp_path: Path) -> None:
@@ -231,6 +253,8 @@ def test_a_run_is_not_overwritten_unasked(digits_run: tuple[Path, str]) -> None:
         (["fit", "--lr", "0"], "--lr must be a positive number, got 0.0"),
         (["fit", "--lr", "nan"], "--lr must be a positive number, got nan"),
         (["fit", "--method", "dense", "--family", "cauchy"], "--family cauchy goes with --method rank1"),
+        (["fit", "--sparsity", "0.5"], "--sparsity and --temperature go with --method spike-slab"),
+        (["fit", "--method", "spike-slab", "--prior", "normal"], "--method spike-slab has a prior of its own"),
         (["fit", "--data", "table.csv", "--target", "a", "--network", "cnn"], "--network cnn takes images"),
         (["fit", "--device", "abacus"], "--device abacus is not to be had here"),
         (["fit", "--out", "notes.txt"], "--out notes.txt is a file; give a folder"),
