@@ -18,14 +18,17 @@ chain has the posterior under the spike-and-slab prior itself as its target.
 from __future__ import annotations
 
 import math
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from pyro.distributions import Beta, InverseGamma
 from torch import Tensor
+from torch.distributions import TransformedDistribution
+from torch.distributions.transforms import PowerTransform
 
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.inference.pruning import Groups, Rule, RuleName, rule
@@ -58,7 +61,10 @@ class _Mixture(Groups):
         else:
             odds = self.density.log_odds(self.weights)
             found = odds >= 0 if hard else odds.sigmoid_()
-        self.included.lerp_(found.to(self.included), rate)
+        if rate == 1:
+            self.included.copy_(found)
+        else:
+            self.included.lerp_(found.to(self.included), rate)
 
     def maximise(self, rate: float) -> None:
         """The M-step."""
@@ -67,7 +73,7 @@ class _Mixture(Groups):
             a, b = self.share_prior
             count = self.density.groups.numel()
             best = (self.included.sum(over) + (a - 1)) / (count + a + b - 2)
-            least = 0.5 / (count + 1)  # a share of exactly 0 or 1 would stay there for ever
+            least = torch.finfo(best.dtype).eps  # where a or b is 1 the mode may be 0 or 1, and would stay there
             self.share.lerp_(best.clamp(least, 1 - least), rate)
         if self.scale_prior is not None and self.scale is not None:
             c, r = self.scale_prior
@@ -92,7 +98,8 @@ class SGHMCEM(SGHMC):
         m   <- beta m - C^2 (grad L + d w / N) + sqrt(2 + 2 beta^2) C^1.5 T' xi,         xi ~ N(0, I), new
         w   <- (w + tau m) mask
 
-    It has no Gibbs law: its variance goes to 0 with C and depends on tau. Its momentum is no temperature.
+    It has no Gibbs law: its variance goes to 0 with C and depends on tau, and no temperature is reported. Rates and
+    scales stay where they start, at a / (a + b) and sqrt(r / c).
 
     Every site whose prior is a :class:`~pyro_bnn.priors.SpikeAndSlab` takes part, in any Pyro model; the sites
     ``<site>_inclusion`` and ``<site>_tau`` are maximised over, and constant in the draws. Removed groups are exactly at
@@ -151,6 +158,11 @@ class SGHMCEM(SGHMC):
         ):
             if count is not None and (not isinstance(count, int) or count < least):
                 raise ValueError(f"{name}={count!r}: expected a number of steps, at least {least}")
+        if mode == "paper" and prune is not None and not em_start and prune_start is None:
+            raise ValueError(
+                "mode='paper' prunes from the first step on, when the weights are those of initialisation: give "
+                "em_start= or prune_start= (the released code waits 50 passes over the data)"
+            )
         if mode == "paper" and options.setdefault("preconditioner", "adaptive") != "adaptive":
             raise ValueError(f"preconditioner={options['preconditioner']!r}: mode='paper' has its own, 'adaptive'")
         self.soft_threshold, self.rate, self.prune = soft_threshold, rate, rule(prune)
@@ -169,26 +181,46 @@ class SGHMCEM(SGHMC):
             )
         self._densities: dict[str, SpikeAndSlabDistribution] = found
         again: dict[str, Any] = potential.prior_trace().nodes
-        held = {}
+        held: dict[str, Tensor] = {}
         for name, density in found.items():
             if density.batch_shape.numel() != 1:
                 raise ValueError(
                     f"the spike-and-slab site {name!r} lies in plates of {tuple(density.batch_shape)}: SGHMCEM takes "
                     "one weight a site. Give each its own name, or use SGHMC"
                 )
+            if nodes[name]["mask"] is not None or float(nodes[name]["scale"]) != 1:
+                raise ValueError(
+                    f"the prior of {name!r} is scaled or masked by a handler, which an E-step cannot follow: use SGHMC"
+                )
             for what, suffix in (("inclusion", "inclusion"), ("scale", "tau")):
                 own, other = getattr(density, what), getattr(again[name]["fn"], what)
                 site = f"{name}_{suffix}"
-                if site in potential.shapes:
+                if own is not None and site in potential.shapes and _same(own, nodes[site]["value"]):
                     held[site] = nodes[site]["value"]
                 elif own is not None and not torch.equal(own, other):
                     raise ValueError(
                         f"the {what} of {name!r} depends on another latent site, while SGHMCEM maximises over a site "
-                        f"named {site!r}: name it so, or use SGHMC, which samples it"
+                        f"named {site!r} that is its value: name it so, or use SGHMC, which samples it"
                     )
         self._hyper = {site: nodes[site]["fn"] for site in held}
+        self._require_alone(potential, nodes, {site: again[site]["value"] for site in held}, args, kwargs)
         potential.leave_out(held, found)
         return potential
+
+    def _require_alone(
+        self, potential: Potential, nodes: Any, other: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Nothing but its own weight may depend on a rate or scale that is maximised over."""
+        densities = []
+        for values in ({}, other):
+            latents = {name: nodes[name]["value"] for name in potential.shapes} | values
+            densities.append(potential.log_densities(latents, *args, **kwargs))
+        for name, value in densities[0].items():
+            if name not in self._densities and name not in other and not torch.equal(value, densities[1][name]):
+                raise ValueError(
+                    f"the site {name!r} depends on {', '.join(map(repr, other))}, over which SGHMCEM maximises for the "
+                    "spike-and-slab weights alone: use SGHMC, which samples it"
+                )
 
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         self._sites: list[_Mixture] = []
@@ -197,17 +229,22 @@ class SGHMCEM(SGHMC):
         self._sites = [self._mixture(name, views[name]) for name in self._densities]
         self._mask: Tensor | None = None
         self._alive, self._shown_kept = self.theta.new_ones(()), 1.0
+        self._prior_energy: Any = 0.0
+        self._seen = 0  # E-steps of the pruning phase
         steps = self._batches.steps if self._batches is not None else 1
         self._em_every = self.em_every or (steps if self.mode == "paper" else 1)
         self._prune_every = self.prune_every or steps
         self._warmup_steps = warmup_steps * self.thinning
-        if self.mode == "invariant" and self.em_start > self._warmup_steps:
-            raise ValueError(
-                f"em_start={self.em_start} lies after warm-up, which has {self._warmup_steps} steps: rate and masks "
-                "adapt in warm-up alone"
-            )
         start = self.em_start if self.mode == "paper" else max(self.em_start, self._warmup_steps // 2)
         self._prune_start = start if self.prune_start is None else self.prune_start
+        late = {"em_start": self.em_start if self.em_start else -1}
+        late |= {"prune_start": self._prune_start} if self.prune is not None else {}
+        for what, step in late.items():
+            if self.mode == "invariant" and step >= self._warmup_steps:
+                raise ValueError(
+                    f"{what}={step} lies after warm-up, which has {self._warmup_steps} steps (draws times thinning), "
+                    "and rates and masks adapt in warm-up alone: more warmup_steps, or an earlier start"
+                )
         if self.mode == "paper":
             self._precision = torch.zeros_like(self.theta)
             self._precision_views = self._views(self._precision)
@@ -230,11 +267,19 @@ class SGHMCEM(SGHMC):
                 raise ValueError(f"the prior Beta{share_prior} of {name!r}_inclusion has no mode inside (0, 1)")
             share.fill_(share_prior[0] / sum(share_prior))
         if (prior := self._hyper.get(f"{name}_tau")) is not None and scale is not None:
+            transforms = getattr(_innermost(prior, TransformedDistribution), "transforms", [])
+            if [type(t) for t in transforms] != [PowerTransform] or float(transforms[0].exponent) != 0.5:
+                raise ValueError(
+                    f"the prior of '{name}_tau' must be that of the root of an InverseGamma variance, as "
+                    "SpikeAndSlab(scale=InverseGamma(...)).tau() is"
+                )
             scale_prior = _numbers(prior, InverseGamma, "concentration", "rate", name=f"{name}_tau")
             scale.fill_(math.sqrt(scale_prior[1] / scale_prior[0]))
         ones = density.inclusion.new_ones(lead + density.groups)
         own = view.view(lead + density.event_shape)
-        mixture = _Mixture(density, own, ones, ones.bool(), name, share, scale, share_prior, scale_prior)
+        mixture = _Mixture(
+            density, own, ones, ones.bool(), torch.zeros_like(ones), name, share, scale, share_prior, scale_prior
+        )
         mixture.renew()
         return mixture
 
@@ -245,31 +290,66 @@ class SGHMCEM(SGHMC):
         parts = self.potential.split(flat)
         return [parts[name].view(flat.shape[:-1] + d.event_shape) for name, d in self._densities.items()]
 
-    def _state(self, theta: Tensor) -> dict[str, Tensor]:
-        state = self.potential.split(theta)
+    def _hyper_values(self) -> Iterator[tuple[str, Tensor]]:
+        """The sites that are maximised over, ``[*lead]``."""
         for site in self._sites:
             for suffix, value in (("inclusion", site.share), ("tau", site.scale)):
-                name = f"{site.name}_{suffix}"
-                if name in self._hyper and value is not None:
-                    inside = value.reshape(value.shape + (1,) * self.potential.held[name].dim())
-                    state[name] = self.potential.transforms[name].inv(inside)
+                if value is not None and f"{site.name}_{suffix}" in self._hyper:
+                    yield f"{site.name}_{suffix}", value
+
+    def _state(self, theta: Tensor) -> dict[str, Tensor]:
+        state = self.potential.split(theta)
+        for name, value in self._hyper_values():
+            inside = value.reshape(value.shape + (1,) * self.potential.held[name].dim())
+            state[name] = self.potential.transforms[name].inv(inside)
         return state
+
+    @property
+    def initial_params(self) -> dict[str, Tensor]:
+        """Where the chain starts, unconstrained; sites that are maximised over may be left out."""
+        if self._users_start is None:
+            return self._own_start
+        return {name: self._own_start[name] for name in self._hyper} | self._users_start
+
+    @initial_params.setter
+    def initial_params(self, params: dict[str, Tensor]) -> None:
+        self._users_start = params
 
     def _begin_at(self, params: dict[str, Tensor]) -> None:
         super()._begin_at(params)
         with torch.no_grad():
+            for name, value in self._hyper_values():
+                if name in params:
+                    value.copy_(self.potential.transforms[name](params[name]).reshape(value.shape))
             for site in self._sites:
-                for suffix, value in (("inclusion", site.share), ("tau", site.scale)):
-                    name = f"{site.name}_{suffix}"
-                    if name in params and value is not None:
-                        value.copy_(self.potential.transforms[name](params[name]).reshape(value.shape))
                 site.renew()
             if self.mode == "paper":
+                assert self._previous_noise is not None
                 self.momentum.normal_().mul_(1e-3)
-                self._noise.normal_()
-                self._previous_noise.copy_(self._noise)  # type: ignore[union-attr]
+                self._previous_noise.copy_(self._noise.normal_())
                 self._write_precision()
             self._write_mask()
+            self._good.copy_(self.theta)
+        self._remember()
+
+    def _remember(self) -> None:
+        self._good_rates = [
+            (site.share.clone(), None if site.scale is None else site.scale.clone(), site.kept.clone())
+            for site in self._sites
+        ]
+
+    def _recall(self) -> None:
+        super()._recall()
+        for site, (share, scale, kept) in zip(self._sites, self._good_rates, strict=True):
+            site.share.copy_(share)
+            site.kept.copy_(kept)
+            site.probability.nan_to_num_(0.0)
+            if site.scale is not None and scale is not None:
+                site.scale.copy_(scale)
+            site.renew()
+        self._write_mask()
+        if self.steps > self.em_start:
+            self._expect(1.0)
 
     def _step(self, position: int) -> None:
         since = self.steps - self.em_start
@@ -284,19 +364,31 @@ class SGHMCEM(SGHMC):
             elif not warm:
                 self._expect(1.0)
             elif since >= 0 and since % self._em_every == 0:
-                rate = self.rate(self.steps) if callable(self.rate) else self.rate
+                rate = self._rate_now()
                 self._expect(rate)
                 for site in self._sites:
                     site.maximise(rate)
             if self.mode == "invariant" and warm and self._prunes_now():
                 self._remove()
+        self._wants_energy = not warm and position == self.thinning - 1
         super()._step(position)
+
+    def _rate_now(self) -> float:
+        rate = self.rate(self.steps) if callable(self.rate) else self.rate
+        if not 0 < rate <= 1:
+            raise ValueError(f"rate= gave {rate!r} at step {self.steps}: expected a number in (0, 1]")
+        return rate
 
     def _expect(self, rate: float) -> None:
         for site in self._sites:
             site.expect(rate, self.hard, self.soft_threshold)
             if self._mask is not None:
                 site.included.mul_(site.kept)
+        adapting = self.mode == "paper" or self.draws < self.warmup_draws
+        if self.prune is not None and adapting and self._prune_start <= self.steps:
+            self._seen += 1
+            for site in self._sites:
+                site.probability.lerp_(site.included, 1 / self._seen)
 
     def _prunes_now(self) -> bool:
         since = self.steps - self._prune_start
@@ -305,13 +397,18 @@ class SGHMCEM(SGHMC):
 
     def _remove(self) -> None:
         assert self.prune is not None
+        self.check()  # numbers that are none would be below every threshold, and go for good
         phase = self._warmup_steps - 1 - self._prune_start
         progress = min(1.0, (self.steps - self._prune_start) / phase) if phase > 0 else 1.0
         for site, stays in zip(self._sites, self.prune(self._sites, progress), strict=True):
             site.kept &= stays
             site.included.mul_(site.kept)
+            if not bool(site.kept.any()):
+                warnings.warn(f"every group of {site.name!r} is removed: the network is cut there", stacklevel=6)
         self._mask = torch.ones_like(self.theta) if self._mask is None else self._mask
         self._write_mask()
+        self._good.copy_(self.theta)
+        self._remember()
 
     def _write_mask(self) -> None:
         """Puts what was removed to the centre and to rest."""
@@ -338,11 +435,13 @@ class SGHMCEM(SGHMC):
             with torch.no_grad():
                 for site, own in zip(self._sites, self._views(grad), strict=True):
                     site.density.add_force_(own, site.weights, site.included)
+        if self._wants_energy:  # at the same weights as that of the rest
+            with torch.no_grad():
+                self._prior_energy = -sum(site.density.log_prob(site.weights).mean() for site in self._sites)
         return grad
 
     def _total_energy(self) -> Tensor:
-        prior = sum(site.density.log_prob(site.weights).mean() for site in self._sites)
-        return super()._total_energy() - prior
+        return super()._total_energy() + self._prior_energy
 
     def _adapt(self, grad: Tensor) -> None:
         if self.mode == "invariant":
@@ -352,7 +451,7 @@ class SGHMCEM(SGHMC):
         """d of every weight, in the paper's mode; 0 for other latents, whose prior is in the loss."""
         for site, out in zip(self._sites, self._precision_views, strict=True):
             out.zero_()
-            site.density.add_force_(out, torch.ones_like(out) + site.density.loc, site.included)
+            site.density.add_force_(out, torch.ones_like(out), site.included)
 
     def _move(self, grad: Tensor, step_size: float) -> None:
         if self.mode == "invariant":
@@ -382,10 +481,13 @@ class SGHMCEM(SGHMC):
         self._shown_kept = 1.0 if self._mask is None else float(self._alive)
 
     def diagnostics(self) -> dict[str, Any]:
-        """As of SGHMC, with, for each site, the share of the slab, the scale, and the share of groups that are kept."""
+        """As of SGHMC, with the share of the slab, the scale, and the share of groups that are kept of every site.
+
+        The energy leaves out the densities of what is maximised over.
+        """
         found = super().diagnostics()
         if self.mode == "paper":
-            del found["kinetic temperature"]
+            del found["kinetic temperature"], found["configurational temperature"]
         for site in self._sites:
             found[f"{site.name}: inclusion rate"] = site.share.tolist()
             if site.scale is not None:
@@ -394,11 +496,20 @@ class SGHMCEM(SGHMC):
         return found
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.numel() == other.numel() and torch.equal(one.reshape(-1), other.reshape(-1))
+
+
+def _innermost(prior: Any, family: Any) -> Any:
+    """The distribution of the family under whatever plates expanded it."""
+    while not isinstance(prior, family) and hasattr(prior, "base_dist"):
+        prior = prior.base_dist
+    return prior
+
+
 def _numbers(prior: Any, family: Any, *names: str, name: str) -> tuple[float, float]:
-    """The two parameters of a distribution that belongs to the family, under whatever plates expanded it."""
-    base = prior
-    while not isinstance(base, family) and hasattr(base, "base_dist"):
-        base = base.base_dist
+    """The two parameters of a distribution that belongs to the family."""
+    base = _innermost(prior, family)
     if not isinstance(base, family):
         raise ValueError(f"the prior of {name!r} is {type(base).__name__}: SGHMCEM maximises under {family.__name__}")
     first, second = (float(getattr(base, n).reshape(-1)[0]) for n in names)

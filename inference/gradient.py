@@ -95,7 +95,8 @@ class Gradient:
             return gradient.detach()
         self._buffer.zero_()
         energy = self.potential(self._leaves, *batch, **self.kwargs)
-        energy.backward(inputs=list(self._leaves.values()))
+        if energy.requires_grad:  # not so when every density that moves was left out
+            energy.backward(inputs=list(self._leaves.values()))
         self.energy = energy.detach()
         return self._buffer
 

@@ -117,11 +117,11 @@ class Potential:
         return sum(shape.numel() for shape in self.shapes.values())
 
     def leave_out(self, held: dict[str, Tensor], unscored: Collection[str]) -> None:
-        """From now on the latents ``held`` are no part of theta, and the density of the sites ``unscored`` none of U.
+        """From now on the latents ``held`` are no part of theta, nor their densities and those of ``unscored`` of U.
 
         :param held: ``{site: value in the model's units}``.
         """
-        self.held, self._unscored = held, frozenset(unscored)
+        self.held, self._unscored = held, frozenset([*held, *unscored])
         for name in held:
             del self.shapes[name]
 
@@ -131,7 +131,7 @@ class Potential:
 
     def join(self, values: dict[str, Tensor]) -> Tensor:
         """The inverse of :meth:`split`."""
-        batch = next(v.shape[: v.dim() - len(self.shapes[n])] for n, v in values.items())
+        batch = next(values[n].shape[: values[n].dim() - len(shape)] for n, shape in self.shapes.items())
         return torch.cat([values[name].reshape(*batch, -1) for name in self.shapes], -1)
 
     def constrain(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -159,8 +159,16 @@ class Potential:
         total: Any = sum(site["log_prob_sum"] for site in sites if "log_prob_sum" in site)
         energy: Tensor = -(total + jacobian)
         if not isinstance(energy, Tensor):  # every density was left out
-            return sum(((value * 0).sum() for value in values.values()), self.like.new_zeros(()))
+            return self.like.new_zeros(())
         return energy
+
+    def log_densities(self, latents: dict[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Log density of every site, in the model's own units, at given latents."""
+        with torch.no_grad(), self._running(train=False):
+            trace = poutine.trace(poutine.condition(self.model, latents)).get_trace(*args, **kwargs)
+            trace.compute_log_prob(lambda name, site: not poutine.util.site_is_subsample(site))
+        nodes: dict[str, Any] = trace.nodes
+        return {name: site["log_prob_sum"] for name, site in nodes.items() if "log_prob_sum" in site}
 
     def offending_site(self, theta: Tensor, *args: Any, **kwargs: Any) -> str:
         """The first site that is not finite, or whose log density is not."""

@@ -18,14 +18,16 @@ class Groups:
     """The groups of one spike-and-slab site in the state of a kernel; ``lead`` is ``(chains,)`` or ``()``.
 
     :param weights: ``[*lead, *event]``, a view of the state.
-    :param included: probability of the slab for every group, ``[*lead, *groups]``.
+    :param included: probability of the slab for every group by the E-step, ``[*lead, *groups]``.
     :param kept: False for groups that were removed, ``[*lead, *groups]``.
+    :param probability: mean of ``P(slab | weights)`` over the steps of the pruning phase so far, ``[*lead, *groups]``.
     """
 
     density: SpikeAndSlabDistribution
     weights: Tensor
     included: Tensor
     kept: Tensor
+    probability: Tensor
 
 
 class Rule:
@@ -46,9 +48,10 @@ def _require_share(owner: Rule, name: str, value: float) -> None:
 
 @dataclass(frozen=True)
 class InclusionRule(Rule):
-    """Groups stay whose probability of inclusion is at least ``threshold``; 1/2 is the median probability model.
+    """At the end of warm-up those groups stay whose posterior inclusion probability is at least ``threshold``.
 
-    Barbieri and Berger (2004).
+    The probability is the mean over the pruning phase: that of a single draw would remove every group that visits the
+    spike once. A threshold of 1/2 is the median probability model (Barbieri and Berger 2004).
     """
 
     threshold: float = 0.5
@@ -57,7 +60,7 @@ class InclusionRule(Rule):
         _require_share(self, "threshold", self.threshold)
 
     def __call__(self, sites: Sequence[Groups], progress: float) -> list[Tensor]:
-        return [site.included >= self.threshold for site in sites]
+        return [site.kept if progress < 1 else site.probability >= self.threshold for site in sites]
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,11 @@ class MagnitudeRule(Rule):
     def __call__(self, sites: Sequence[Groups], progress: float) -> list[Tensor]:
         shapes = [site.density.groups for site in sites]
         flat = [site.density.mean_square(site.weights).flatten(-len(g)) for site, g in zip(sites, shapes, strict=True)]
-        sizes = torch.cat([m.new_full((m.shape[-1],), s.density.group_size) for m, s in zip(flat, sites, strict=True)])
+        counts = [(m.shape[-1], site.density.group_size) for m, site in zip(flat, sites, strict=True)]
+        sizes = torch.cat([torch.full((n,), size, device=flat[0].device) for n, size in counts])
         order = torch.cat(flat, -1).argsort(-1)
-        gone = sizes[order].cumsum(-1) <= self.share(progress) * sizes.sum()
+        # with a grain of room: 0.29 of 100 is a little less than 29 in floats
+        gone = sizes[order].cumsum(-1) <= math.floor(self.share(progress) * sum(n * size for n, size in counts) + 1e-6)
         keep = torch.ones_like(gone).scatter_(-1, order, ~gone)
         parts = keep.split([math.prod(shape) for shape in shapes], -1)
         return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -279,6 +279,7 @@ class SGHMC(MCMCKernel):
         with torch.no_grad():
             self.theta.copy_(self.potential.join(params))
             self.momentum.normal_().mul_(math.sqrt(self.temperature))
+        self._gradient.energy = self.theta.new_zeros(())  # not that of a chain that diverged
         self._good = self.theta.clone()
 
     def check(self) -> None:
@@ -290,6 +291,7 @@ class SGHMC(MCMCKernel):
         finite = torch.isfinite(self.theta).all(-1) & torch.isfinite(energy)
         if bool(finite.all()):
             self._good.copy_(self.theta)
+            self._remember()
             self._shown = float(energy.mean()) / self.num_data
             return
         bad = self.theta if self.chains is None else self.theta[~finite][0]
@@ -297,6 +299,7 @@ class SGHMC(MCMCKernel):
         with torch.no_grad():
             self.theta.copy_(self._good)
             self.momentum.zero_()
+            self._recall()
         self._last = None  # the next sample() begins afresh, with a momentum of its own
         raise FloatingPointError(
             f"the chain diverged within the {self.check_every} steps before step {self.steps}, first seen at the site "
@@ -304,9 +307,22 @@ class SGHMC(MCMCKernel):
             "friction helps"
         )
 
+    def _remember(self) -> None:
+        """Where a kernel keeps what belongs to a good state beside theta."""
+
+    def _recall(self) -> None:
+        """Takes back what a diverged state has left elsewhere: preconditioners that lost their numbers start anew."""
+        for buffer in (self._moment, self._dual, self._previous_noise):
+            if buffer is not None:
+                buffer.nan_to_num_(0.0, 0.0, 0.0)
+        if self._dual is not None:
+            self._root = self._dual.sigmoid().sqrt()
+        elif self._root is not None and not bool(torch.isfinite(self._root).all()):
+            self._root = torch.ones_like(self._root)
+
     def last_good(self) -> dict[str, Tensor]:
         """The last state that was checked and found finite, in the model's own units."""
-        return self.potential.constrain(self.potential.split(self._good))
+        return self.potential.constrain(self._state(self._good))
 
     def statistics(self) -> dict[str, Tensor]:
         """Statistics of normalisation layers at the present weights, by name of the buffer; none for other networks.

@@ -24,7 +24,8 @@ class SpikeSlab(Dense):
 
     :param prior: a :class:`~pyro_bnn.priors.SpikeAndSlab` for parameters with two axes or more; a mapping
         ``{pattern: prior}`` is for all parameters, as it stands.
-    :param bias_prior: of parameters with one axis: biases, and the scales and shifts of normalisation layers.
+    :param bias_prior: of parameters with one axis (biases, and the scales and shifts of normalisation layers); by
+        default Normal(0, 1).
     :param net, likelihood, num_data, select, options: as for :class:`Dense`.
     :raises ValueError: as :class:`Dense`.
     """
@@ -36,15 +37,17 @@ class SpikeSlab(Dense):
         num_data: int | None = None,
         *,
         prior: PriorLike = SpikeAndSlab(),
-        bias_prior: PriorLike = Normal(0.0, 1.0),
+        bias_prior: PriorLike | None = None,
         select: Select | None = None,
         **options: Any,
     ) -> None:
         parameters = {n: p for n, p in net.named_parameters() if p.is_floating_point()}
         weights = "|".join(re.escape(n) for n, p in parameters.items() if p.dim() > 1)
+        if isinstance(prior, Mapping) and bias_prior is not None or isinstance(bias_prior, Mapping):
+            raise TypeError(
+                "bias_prior is one prior, beside one for the weights; a mapping for all goes to prior= alone"
+            )
         if not isinstance(prior, Mapping):
-            if isinstance(bias_prior, Mapping):
-                raise TypeError("bias_prior is one prior; a mapping for all parameters goes to prior=")
-            prior = {weights: prior, ".*": bias_prior}
+            prior = {weights: prior, ".*": bias_prior or Normal(0.0, 1.0)}
         chosen = [re.escape(n) for n in parameters] if select is None else select
         super().__init__(net, likelihood, num_data, prior=prior, select=chosen, **options)

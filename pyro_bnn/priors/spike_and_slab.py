@@ -20,10 +20,8 @@ from typing import Any, ClassVar, Literal, get_args
 
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributions import constraints
-from torch.distributions.utils import clamp_probs
 
 from pyro_bnn.priors.families import Prior, require_numbers
 
@@ -63,7 +61,8 @@ class SpikeAndSlab(Prior):
     :param group: what is included or not together: each ``"weight"``, each ``"kernel"`` (all axes after the first two;
         of a matrix each weight), all weights of an ``"input"`` (axis 1 of the stored weight) or an ``"output"`` (axis
         0).
-    :param spike: ``"normal"`` or ``"laplace"``, independent within a group.
+    :param spike: ``"normal"`` or ``"laplace"``, independent within a group. The tails of a Laplace spike are heavier
+        than those of the slab: weights beyond some ``2 slab_scale^2 / spike_scale`` count as spikes again.
     :param scale: :class:`InverseGamma` over sigma^2, a factor on both variances, which makes its root ``<name>_tau`` a
         latent site; by default 1.
     :raises ValueError: for numbers out of range, or unknown names.
@@ -105,6 +104,8 @@ class SpikeAndSlab(Prior):
         object.__setattr__(self, "has_inclusion", isinstance(self.inclusion, Beta))
 
     def require_fit(self, name: str, like: Tensor) -> None:
+        if not like.dim():
+            raise ValueError(f"SpikeAndSlab is for weights with at least one axis, {name!r} is a single number")
         if self.group == "input" and like.dim() < 2:
             raise ValueError(
                 f"SpikeAndSlab(group='input') is for weights with at least two axes, {name!r} has the shape "
@@ -134,7 +135,7 @@ class SpikeAndSlab(Prior):
     def elements(self, center: float, like: Tensor, scale: Tensor | None) -> SpikeAndSlabDistribution:
         if scale is not None:  # it comes ready to multiply elements; here it belongs to groups
             scale = scale.reshape(scale.shape[: scale.dim() - like.dim()])
-        share = torch.as_tensor(self.inclusion, dtype=like.dtype, device=like.device)
+        share = self.inclusion if isinstance(self.inclusion, Tensor) else like.new_full((), self.inclusion)
         loc = center if self.loc is None else self.loc
         return SpikeAndSlabDistribution(
             loc, share, self.spike_scale, self.slab_scale, like.shape, self.group, self.spike, scale
@@ -168,6 +169,8 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
         batch_shape: torch.Size | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        if not shape:
+            raise ValueError("a spike-and-slab distribution is of a weight with at least one axis: give it a shape")
         self.loc, self.inclusion, self.scale = loc, inclusion, scale
         self.spike_scale, self.slab_scale, self.group, self.spike = spike_scale, slab_scale, group, spike
         batch = torch.broadcast_shapes(inclusion.shape, () if scale is None else scale.shape)
@@ -185,7 +188,7 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
     def at(self, inclusion: Tensor, scale: Tensor | None) -> SpikeAndSlabDistribution:
         """The same groups under another inclusion rate and scale."""
         parts = (self.spike_scale, self.slab_scale, self.event_shape, self.group, self.spike)
-        return SpikeAndSlabDistribution(self.loc, inclusion, *parts, scale)
+        return SpikeAndSlabDistribution(self.loc, inclusion, *parts, scale, validate_args=False)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> SpikeAndSlabDistribution:
         parts = (self.spike_scale, self.slab_scale, self.event_shape, self.group, self.spike, self.scale)
@@ -209,19 +212,28 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
     def _sum(self, value: Tensor) -> Tensor:
         return value.sum(self.axes, keepdim=True) if self.axes else value
 
-    def _log_spike(self, value: Tensor) -> Tensor:
-        """Log density of each group under the spike."""
-        s0, _ = self._scales
+    def _log_densities(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Log densities of every group under the slab and under the spike."""
+        s0, s1 = self._scales
+        moved, n, root = self._moved(value), self.group_size, 0.5 * math.log(2 * math.pi)
+        squares = self._sum(moved.square())
+        slab = squares * (-0.5 / s1**2) - n * (s1.log() + root)
         if self.spike == "normal":
-            squares = self._sum(self._moved(value).square())
-            return squares * (-0.5 / s0**2) - self.group_size * (s0.log() + 0.5 * math.log(2 * math.pi))
-        return self._sum(self._moved(value).abs()) / -s0 - self.group_size * (2 * s0).log()
+            return slab, squares * (-0.5 / s0**2) - n * (s0.log() + root)
+        return slab, self._sum(moved.abs()) / -s0 - n * (2 * s0).log()
+
+    @cached_property
+    def _log_shares(self) -> tuple[Tensor, Tensor]:
+        """log(theta) and log(1 - theta)."""
+        limits = torch.finfo(self.inclusion.dtype)
+        share = self.inclusion.clamp(limits.tiny, 1 - limits.eps)
+        return self._per_group(share.log()), self._per_group((-share).log1p())
 
     @cached_property
     def _odds(self) -> tuple[Tensor, Tensor]:
         """Log odds of a group whose weights are all at the centre, and by how much each unit of squares raises them."""
         s0, s1 = self._scales
-        prior_odds = self._per_group(clamp_probs(self.inclusion).logit())
+        prior_odds = self._log_shares[0] - self._log_shares[1]
         if self.spike == "normal":
             return prior_odds + self.group_size * (s0 / s1).log(), 0.5 / s0**2 - 0.5 / s1**2
         return prior_odds + self.group_size * (2 * s0 / (s1 * math.sqrt(2 * math.pi))).log(), -0.5 / s1**2
@@ -235,9 +247,12 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        spike = self._log_spike(value) + self._per_group((-clamp_probs(self.inclusion)).log1p())
-        # the default threshold of 20 would cost digits in double precision
-        result = (spike + F.softplus(self._log_odds(value), threshold=40)).sum(tuple(range(-len(self.event_shape), 0)))
+        included, excluded = self._log_shares
+        slab, spike = self._log_densities(value)
+        # the larger term and what the other adds: each alone may be lost in the rounding of their difference
+        other = (-self._log_odds(value).abs()).exp().log1p()
+        terms = torch.maximum(included + slab, excluded + spike) + other
+        result = terms.sum(tuple(range(-len(self.event_shape), 0)))
         return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
 
     def log_odds(self, value: Tensor) -> Tensor:

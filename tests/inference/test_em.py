@@ -94,6 +94,56 @@ def test_stale_indicators_miss_the_target() -> None:
     assert stats.kstest(w, cdf(0.45, "normal", False)).pvalue < 1e-6
 
 
+def test_the_target_does_not_depend_on_how_warm_up_averaged() -> None:
+    """After warm-up the E-step is whole again, whatever omega was: the law is the collapsed posterior."""
+    kernel = SGHMCEM(copies(0.45, "normal"), step_size=0.03, friction=0.1, rate=0.01, thinning=1600)
+    w = run(kernel, 1, 1)["w"][-1].numpy()
+    assert stats.kstest(w, cdf(0.45, "normal", False)).pvalue > 0.01
+
+
+@pytest.mark.parametrize("precondition", ["identity", "rmsprop"])
+def test_the_target_on_what_is_left(precondition: Any) -> None:
+    """After removals the others have the collapsed posterior, and those that were removed are zero."""
+    kernel = SGHMCEM(
+        *(copies(0.45, "normal", 6000),),
+        **{"step_size": 0.03, "friction": 0.1, "thinning": 800, "prune": MagnitudeRule(0.5), "prune_start": 0},
+        **{"preconditioner": precondition},
+    )
+    w = run(kernel, 1, 1)["w"][-1].numpy()
+    assert (w == 0).sum() == 3000
+    assert stats.kstest(w[w != 0], cdf(0.45, "normal", False)).pvalue > 0.01
+
+
+def test_the_inclusion_rule_uses_the_posterior_probability() -> None:
+    """Of weights that visit both components those stay whose exact probability is above one half."""
+    for y, stays in ((0.45, 0.0), (0.75, 1.0)):
+        grid = np.linspace(-4, 4, 20_001)
+        slab, narrow = 0.4 * stats.norm(0, 1).pdf(grid), 0.6 * stats.norm(0, 0.15).pdf(grid)
+        weigh = stats.norm(grid, NOISE).pdf(y)
+        exact = (slab * weigh).sum() / ((slab + narrow) * weigh).sum()
+        assert exact < 0.4 or exact > 0.6
+        kernel = SGHMCEM(copies(y, "normal", 200), step_size=0.05, friction=0.1, prune="inclusion", thinning=2000)
+        run(kernel, 2, 1)
+        assert kernel.diagnostics()["w: kept"] == pytest.approx(stays, abs=0.03)
+        torch.testing.assert_close(kernel._sites[0].probability.mean(), torch.tensor(exact), atol=0.02, rtol=0)
+
+
+def test_float32_with_a_very_narrow_spike() -> None:
+    """Densities and gradients of weights in the slab keep their digits: the two terms do not cancel."""
+    w = torch.linspace(-2, 2, 8)
+    for scale in (1e-2, 1e-3, 1e-4):
+        found = []
+        for like in (w, w.double()):
+            value = like.clone().requires_grad_()
+            density = SpikeAndSlab(scale, 1.0, inclusion=0.3).elements(0.0, like, None)
+            density.log_prob(value).backward()
+            found.append((density.log_prob(value).detach().double(), value.grad.double()))  # type: ignore[union-attr]
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+    tiny = SpikeAndSlab(0.1, 1.0, inclusion=1e-9).elements(0.0, w, None)
+    exact = SpikeAndSlab(0.1, 1.0, inclusion=1e-9).elements(0.0, w.double(), None)
+    torch.testing.assert_close(tiny.log_odds(w).double(), exact.log_odds(w.double()), rtol=1e-5, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------- (f) EMVS as an oracle
 
 
@@ -218,13 +268,14 @@ def test_rates_and_masks_are_frozen_after_warm_up() -> None:
 def groups(w: Tensor, included: Tensor, group: Any = "weight") -> Groups:
     density = SpikeAndSlab(0.1, 1.0, inclusion=0.5, group=group).elements(0.0, w, None)
     assert isinstance(density, SpikeAndSlabDistribution)
-    return Groups(density, w, included, torch.ones_like(included, dtype=torch.bool))
+    return Groups(density, w, included, torch.ones_like(included, dtype=torch.bool), included)
 
 
 def test_the_inclusion_rule_keeps_the_median_probability_model() -> None:
-    p = torch.tensor([[0.2, 0.5, 0.9]])
-    assert InclusionRule()([groups(torch.zeros(1, 3), p)], 0.0)[0].tolist() == [[False, True, True]]
-    assert InclusionRule(0.1)([groups(torch.zeros(1, 3), p)], 0.0)[0].tolist() == [[True, True, True]]
+    site = groups(torch.zeros(1, 3), torch.tensor([[0.2, 0.5, 0.9]]))
+    assert InclusionRule()([site], 0.99)[0].all()
+    assert InclusionRule()([site], 1.0)[0].tolist() == [[False, True, True]]
+    assert InclusionRule(0.1)([site], 1.0)[0].tolist() == [[True, True, True]]
 
 
 def test_the_magnitude_rule_counts_weights_over_all_sites() -> None:
@@ -237,7 +288,10 @@ def test_the_magnitude_rule_counts_weights_over_all_sites() -> None:
     )  # 16 weights, 8 may go: .1, .2 and the column of .5; one more column would be 10
     assert stays[0].tolist() == [[False, True], [False, True]] and stays[1].tolist() == [False, True, True]
     assert rule.share(1.0) == 0.5 and rule.share(0.2) == pytest.approx(0.5 * (1 - 0.99**100)) and rule.share(0) == 0
-    both = [Groups(s.density, s.weights.expand(2, *s.weights.shape), s.included, s.kept) for s in (single, columns)]
+    both = [
+        Groups(s.density, s.weights.expand(2, *s.weights.shape), s.included, s.kept, s.included)
+        for s in (single, columns)
+    ]
     for with_chains, alone in zip(rule(both, 1.0), stays, strict=True):
         assert torch.equal(with_chains, alone.expand(2, *alone.shape))
 
@@ -413,6 +467,36 @@ def test_temperatures_count_what_is_left() -> None:
     assert found["configurational temperature"] == pytest.approx(1, rel=0.03)
 
 
+def test_a_diverged_chain_starts_again() -> None:
+    """Indicators, rates and masks are those of the last good state, and nothing was removed for being NaN."""
+    x, y = regression()
+    kernel = SGHMCEM(
+        *(linear(x, y, SpikeAndSlab(0.1, 1.0, inclusion=Beta(2.0, 5.0))),),
+        **{"step_size": 0.02, "friction": 0.1, "prune": PaperRule(1e-12), "prune_start": 0, "prune_every": 7},
+        **{"thinning": 50, "preconditioner": "rmsprop"},
+    )
+    kernel.setup(10)
+    params = kernel.sample(kernel.initial_params)
+    kernel.step_size = 100.0
+    with pytest.raises(FloatingPointError, match="diverged"):
+        for _ in range(3):
+            params = kernel.sample(params)
+    kernel.step_size = 0.02
+    good = kernel.last_good()
+    assert set(good) == {"w", "w_inclusion"} and torch.isfinite(good["w"]).all()
+    unconstrained = {name: kernel.potential.transforms[name].inv(value) for name, value in good.items()}
+    params = kernel.sample(unconstrained)
+    assert torch.isfinite(params["w"]).all() and kernel.diagnostics()["w: kept"] == 1
+    assert torch.isfinite(kernel._sites[0].included).all()
+
+
+def test_a_rate_that_is_left_out_of_the_start() -> None:
+    x, y = regression()
+    kernel = SGHMCEM(linear(x, y, SpikeAndSlab(inclusion=Beta(2.0, 6.0))), step_size=0.02, friction=0.1)
+    kernel.initial_params = {"w": torch.zeros(12, dtype=torch.float64)}
+    assert sample(kernel, 3, 0, progress=False, seed=0).draws(3)["w_inclusion"].tolist() == [[pytest.approx(0.25)]] * 3
+
+
 def test_energy_has_the_prior() -> None:
     x, y = regression()
     model = linear(x, y, SpikeAndSlab(0.1, 1.0, inclusion=0.3))
@@ -439,6 +523,29 @@ def laplace() -> None:
     pyro.sample("w", SpikeAndSlab(0.1, 1.0, inclusion=0.5, spike="laplace").elements(0.0, torch.zeros(3), None))
 
 
+def scaled() -> None:
+    with pyro.poutine.scale(scale=0.5):
+        pyro.sample("w", SpikeAndSlab(0.1, 1.0, inclusion=0.5).elements(0.0, torch.zeros(3), None))
+
+
+def rate_used_twice() -> None:
+    prior = SpikeAndSlab(0.1, 1.0)
+    rate = pyro.sample("w_inclusion", prior.share(torch.zeros(3)))
+    pyro.sample("w", prior.with_share(rate).elements(0.0, torch.zeros(3), None))
+    pyro.sample("b", dist.Normal(0.0, rate))
+
+
+def other_rate() -> None:
+    prior = SpikeAndSlab(0.1, 1.0)
+    rate = pyro.sample("w_inclusion", prior.share(torch.zeros(3)))
+    pyro.sample("w", prior.with_share(0.1 * rate).elements(0.0, torch.zeros(3), None))
+
+
+def scale_itself() -> None:
+    tau = pyro.sample("w_tau", dist.InverseGamma(3.0, 3.0))
+    pyro.sample("w", SpikeAndSlab(0.1, 1.0, inclusion=0.5).elements(0.0, torch.zeros(3), tau.reshape(1)))
+
+
 def flat_rate() -> None:
     prior = SpikeAndSlab(0.1, 1.0, inclusion=Beta(0.5, 0.5))
     given = prior.with_share(pyro.sample("w_inclusion", prior.share(torch.zeros(3))))
@@ -453,6 +560,13 @@ def flat_rate() -> None:
         (plated, {}, "one weight a site"),
         (laplace, {"mode": "paper"}, "Normal spikes"),
         (flat_rate, {}, "no mode"),
+        (scaled, {}, "scaled or masked"),
+        (rate_used_twice, {}, "'b' depends on 'w_inclusion'"),
+        (other_rate, {}, "'w_inclusion'"),
+        (scale_itself, {}, "root of an InverseGamma"),
+        (laplace, {"prune": "inclusion", "prune_start": 10}, "after warm-up"),
+        (laplace, {"mode": "paper", "prune": "paper"}, "from the first step"),
+        (laplace, {"rate": lambda t: 3.0}, "at step 0"),
         (shared_rate, {"mode": "exact"}, "'invariant' or 'paper'"),
         (shared_rate, {"mode": "paper", "e_step": "soft"}, "hard one"),
         (shared_rate, {"mode": "paper", "preconditioner": "rmsprop"}, "its own"),
@@ -465,4 +579,6 @@ def flat_rate() -> None:
 )
 def test_bad_input(model: Any, options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        SGHMCEM(model, step_size=0.1, friction=0.1, **options).setup(10)
+        kernel = SGHMCEM(model, step_size=0.1, friction=0.1, **options)
+        kernel.setup(10)
+        kernel.sample(kernel.initial_params)
