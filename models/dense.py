@@ -66,7 +66,7 @@ class Dense(BayesianNetwork):
         if not self.random:
             raise ValueError("the network has no parameters to make random")
         self.prior, self.chunk_size = prior, chunk_size
-        self._priors = {n: priors.resolve(prior, (n,), parameters[n].detach()) for n in self.random}
+        self.priors = {n: priors.resolve(prior, (n,), parameters[n].detach()) for n in self.random}
         for name in self.random:
             parameters[name].requires_grad_(False)  # kept as the starting value and for its shape
         self._sites = self._list_sites(parameters)
@@ -74,7 +74,7 @@ class Dense(BayesianNetwork):
     def _list_sites(self, parameters: dict[str, nn.Parameter]) -> list[Site]:
         scales, weights = [], []
         for name in self.random:
-            prior, value = self._priors[name], parameters[name].detach()
+            prior, value = self.priors[name], parameters[name].detach()
             if prior.has_tau:
                 scales.append(Site(self.site(f"{name}_tau"), torch.Size(), "scale", prior.typical_tau()))
             if prior.has_inclusion:
@@ -97,7 +97,7 @@ class Dense(BayesianNetwork):
         values: dict[str, Tensor] = {}
         given: dict[str, tuple[Prior, Tensor | None, Tensor | None]] = {}
         for name in self.random:
-            prior, like = self._priors[name], parameters[name].detach()
+            prior, like = self.priors[name], parameters[name].detach()
             tau = sample_scales(prior, like, self.site(name))
             prior, share = sample_share(prior, like, self.site(name))
             local = sample_local(prior, like, self.site(name))

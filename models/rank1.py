@@ -107,11 +107,11 @@ class Rank1(BayesianNetwork):
         self.weights = list(candidates) if select is None else select_parameters(candidates, core.net, select)
         self._complete = select is not None or example is not None
         self.biases = core.biases_of(self.weights) if member_bias else []
-        self._priors: dict[str, Prior] = {}
+        self.priors: dict[str, Prior] = {}
         for weight in self.weights:
             for factor, size in zip("sr", self._sizes(weight, parameters[weight]), strict=True):
                 like = parameters[weight].detach().new_ones(size)
-                self._priors[f"{weight}.{factor}"] = priors.resolve(prior, (f"{weight}.{factor}", weight), like)
+                self.priors[f"{weight}.{factor}"] = priors.resolve(prior, (f"{weight}.{factor}", weight), like)
         self._sites = self._list_sites(parameters)
         if example is not None:
             core.layouts(example, batch_size(example), self._perturbed())
@@ -124,13 +124,13 @@ class Rank1(BayesianNetwork):
 
     def _shared_tau(self, weight: str) -> bool:
         """Whether r and s of a weight have one tau, which they do unless a mapping gives them different priors."""
-        s, r = self._priors[f"{weight}.s"], self._priors[f"{weight}.r"]
+        s, r = self.priors[f"{weight}.s"], self.priors[f"{weight}.r"]
         return s.has_tau and s == r
 
     def _tau_names(self, weight: str) -> dict[str, Prior]:
         if self._shared_tau(weight):
-            return {weight: self._priors[f"{weight}.s"]}
-        return {n: p for n in (f"{weight}.s", f"{weight}.r") if (p := self._priors[n]).has_tau}
+            return {weight: self.priors[f"{weight}.s"]}
+        return {n: p for n in (f"{weight}.s", f"{weight}.r") if (p := self.priors[n]).has_tau}
 
     def _list_sites(self, parameters: dict[str, nn.Parameter]) -> list[Site]:
         scales, factors = [], []
@@ -139,10 +139,10 @@ class Rank1(BayesianNetwork):
                 scales.append(Site(self.site(f"{name}_tau"), torch.Size(), "scale", prior.typical_tau()))
             for factor, size in zip("sr", self._sizes(weight, parameters[weight]), strict=True):
                 name, shape = f"{weight}.{factor}", torch.Size([size])
-                if self._priors[name].has_inclusion:
-                    share = self._priors[name].typical_share()
+                if self.priors[name].has_inclusion:
+                    share = self.priors[name].typical_share()
                     scales.append(Site(self.site(f"{name}_inclusion"), torch.Size(), "share", share))
-                if self._priors[name].has_lambda:
+                if self.priors[name].has_lambda:
                     scales.append(Site(self.site(f"{name}_lambda"), shape, "scale", 1.0))
                 factors.append(Site(self.site(name), shape, "factor", 1.0))
         for name in self.biases:
@@ -188,10 +188,10 @@ class Rank1(BayesianNetwork):
                 like[name] = w.new_empty(()).expand(size)
                 if shared:
                     tau[name] = tau[weight]
-                given[name], share = sample_share(self._priors[name], like[name], self.site(name))
+                given[name], share = sample_share(self.priors[name], like[name], self.site(name))
                 if share is not None:
                     values[self.site(f"{name}_inclusion")] = share
-                local[name] = sample_local(self._priors[name], like[name], self.site(name))
+                local[name] = sample_local(self.priors[name], like[name], self.site(name))
                 if local[name] is not None:
                     values[self.site(f"{name}_lambda")] = local[name]  # type: ignore[assignment]
         for bias in self.biases:
@@ -353,7 +353,7 @@ class Rank1Guide(MixtureGuide):
             raise ValueError(f"init_dropout_rate={init_dropout_rate!r}: expected a rate in (0, 1)")
         if draws not in ("row", "member"):
             raise ValueError(f"draws={draws!r}: expected 'row' or 'member'")
-        light = next((name for name, p in model._priors.items() if not p.heavy_tails), None)
+        light = next((name for name, p in model.priors.items() if not p.heavy_tails), None)
         if family == "cauchy" and light is not None:
             warnings.warn(
                 f"family='cauchy', but the prior of {light!r} has light tails: the KL divergence is infinite, and its "

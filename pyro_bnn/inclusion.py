@@ -24,7 +24,7 @@ Draws = dict[str, Tensor]
 
 def has_inclusion(model: Any) -> bool:
     """Whether a network of this package has a spike-and-slab prior."""
-    return any(isinstance(prior, SpikeAndSlab) for prior in getattr(model, "_priors", {}).values())
+    return any(isinstance(prior, SpikeAndSlab) for prior in getattr(model, "priors", {}).values())
 
 
 def inclusion_log_odds(

@@ -184,7 +184,7 @@ class Network(nn.Module):
         if members > 1:
             folded = pytree.tree_map(lambda t: t.repeat(members, *[1] * (t.dim() - 1)) if batched(t, size) else t, x)
         by_id = {i: perturbations[name] for i, name in names.items()}
-        with _no_fused_attention(), Perturb(by_id, names, layouts, members, size):
+        with no_fused_attention(), Perturb(by_id, names, layouts, members, size):
             y = self(folded)
         require_rows(y, members * size)
         return y.unflatten(0, (members, size))
@@ -202,7 +202,7 @@ class Network(nn.Module):
             chosen = {name: parameters[name].detach() for name in perturbed}
             names = {id(parameters[name]): name for name in perturbed}
             neutral = {id(parameters[name]): _neutral(p) for name, p in chosen.items()}
-            with _no_fused_attention():
+            with no_fused_attention():
                 layouts = find_layouts(self, self.net, names, neutral, x, size)
                 check_fold(self, self.net, names, neutral, chosen, layouts, x, size)
             self._layouts[key] = layouts
@@ -229,7 +229,7 @@ class Network(nn.Module):
 
     def consumed(self, x: Any) -> set[str]:
         """The names of all parameters that some product, convolution or table look-up uses on this input."""
-        with _no_fused_attention():
+        with no_fused_attention():
             return find_consumed(self, self.net, x, batch_size(x))
 
     def explicit(self, x: Any, weights: dict[str, Tensor], chunk_size: int | None = None) -> Tensor:
@@ -243,7 +243,7 @@ class Network(nn.Module):
         if any(m.training or isinstance(m, nn.RNNBase) for m in self.net.modules()):
             # neither the statistics of a normalisation layer nor the fused recurrent kernels can be vectorised
             return self._in_turn(x, [{n: w[m] for n, w in weights.items()} for m in range(members)])
-        with _no_fused_attention():
+        with no_fused_attention():
             run = vmap(lambda w: self(x, w), randomness="different", chunk_size=chunk_size)
             result: Tensor = run(weights)
         return result
@@ -284,7 +284,7 @@ def _neutral(parameter: Tensor) -> Perturbation:
 
 
 @contextlib.contextmanager
-def _no_fused_attention() -> Iterator[None]:
+def no_fused_attention() -> Iterator[None]:
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

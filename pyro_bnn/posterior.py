@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyro
 import pyro.distributions as dist
@@ -22,6 +22,9 @@ from pyro_bnn.model import BayesianNetwork, storable, training_mode
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.prediction import Prediction
 from pyro_bnn.probe import batched
+
+if TYPE_CHECKING:
+    from pyro_bnn.sparsify import Sparsified
 
 #: numbers held at once by one pass of prediction: weights of a group of draws, or the largest activation
 _MAX_ELEMENTS = 2**24
@@ -318,6 +321,34 @@ class Posterior:
         :raises ValueError: when the model has no spike-and-slab site.
         """
         return {n: odds.sigmoid() for n, odds in inclusion_log_odds(self, num_samples, seed, args).items()}
+
+    def sparsify(
+        self,
+        level: float | None = None,
+        *,
+        example: Any = None,
+        shrink: bool = True,
+        num_samples: int | None = None,
+        seed: int = 0,
+    ) -> Sparsified:
+        """The posterior without the groups of weights that are probably spikes, on a smaller network.
+
+        Channels go that no weight makes or none reads, with their biases, their part of normalisation layers, and the
+        inputs of the next layers, in all draws alike. This changes no prediction beyond rounding: what a channel
+        without weights still passes on moves into the biases of its readers, and where it cannot the channel stays.
+
+        :param level: share of the weights with a spike-and-slab prior to remove, those of the least probable groups;
+            by default all groups of a probability below 1/2. Groups that training removed go in any case.
+        :param example: an input of the network (one row is enough), for multiply-adds and for channels without weights.
+        :param shrink: whether to cut channels, which takes a network that ``torch.fx`` can trace; else masks alone.
+        :param num_samples: draws of each member; by default all stored ones, or 100.
+        :raises TypeError: when the model is not one whose weights are sites.
+        :raises ValueError: without a spike-and-slab site, for a level out of range, a network that cannot be traced, or
+            when an example is needed.
+        """
+        from pyro_bnn.sparsify import sparsify
+
+        return sparsify(self, level, example=example, shrink=shrink, num_samples=num_samples, seed=seed)
 
     def _outputs(self, model: BayesianNetwork, latents: dict[str, Tensor], x: Any, batch_size: int | None) -> Tensor:
         size = count_samples(x)

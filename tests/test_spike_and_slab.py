@@ -278,5 +278,5 @@ def test_saved_and_loaded(tmp_path: Any) -> None:
     torch.manual_seed(5)
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     again = pb.load(tmp_path / "run", net)
-    assert isinstance(again.model, pb.models.SpikeSlab) and again.model._priors == model._priors
+    assert isinstance(again.model, pb.models.SpikeSlab) and again.model.priors == model.priors
     assert torch.equal(again.predict(x, 8, seed=3).mean, posterior.predict(x, 8, seed=3).mean)
