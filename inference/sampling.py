@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,11 @@ def _run(
         }
         stack.enter_context(bar)
         task = bar.add_task(type(kernel).__name__, total=warmup_steps + num_samples, state="warm-up")
+        shown = time.monotonic()
         for i in range(-warmup_steps, num_samples):
             params = kernel.sample(params)
-            if progress and (i + warmup_steps) % 50 == 0:
+            if progress and time.monotonic() > shown + 0.5:
+                shown = time.monotonic()
                 bar.update(task, state=" ".join(" ".join(pair) for pair in kernel.logging().items()))
             bar.advance(task)
             if i < 0:

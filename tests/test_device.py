@@ -145,3 +145,84 @@ def test_training_saving_and_predicting_on_a_gpu(tmp_path, autocast: bool, metho
     leaves = pytree.tree_leaves(posterior.sample(2))
     assert all(leaf.is_cuda for leaf in leaves)
     assert (before.argmax(-1).cpu() == y).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("mode_of_kernel", ["invariant", "paper"])
+def test_every_tensor_of_a_step_of_sghmc_within_em_is_on_the_networks_device(mode_of_kernel: str) -> None:
+    """Proves that energy, E- and M-step, removal, force and update need no tensor of another device, nor a value."""
+    x, y = torch.randn(8, 3, 8, 8), torch.randint(3, (8,))
+    prior = {
+        ".*conv.*": pb.priors.SpikeAndSlab(0.1, 1.0, group="kernel", scale=pb.priors.InverseGamma(2.0, 2.0)),
+        "fc.weight": pb.priors.SpikeAndSlab(0.1, 1.0, group="input", inclusion=0.5),
+        ".*": pb.priors.Normal(),
+    }
+    model = pb.models.SpikeSlab(resnet18(3), pb.likelihoods.Categorical(), 8, prior=prior)
+    kernel = pb.inference.SGHMCEM(
+        *(model, (x, y)),
+        **{"step_size": 0.1, "friction": 0.1, "mode": mode_of_kernel, "prune": "magnitude schedule", "prune_start": 0},
+        **{"preconditioner": "adaptive"},
+    )
+    kernel.setup(5)
+    mode = FakeTensorMode()
+    on_gpu = fake(mode, model, "cuda")
+    with mode, pyro.validation_enabled(False), torch.no_grad(), pyro.get_param_store().scope():
+
+        def moved(value: Tensor) -> Tensor:
+            return torch.empty(value.shape, dtype=value.dtype, device="cuda")
+
+        for owner in (kernel, kernel.potential, *kernel._sites):
+            for name, value in vars(owner).items():
+                if isinstance(value, Tensor):
+                    setattr(owner, name, moved(value))
+        kernel.potential.model = on_gpu
+        kernel.potential.held = {name: moved(value) for name, value in kernel.potential.held.items()}
+        views = kernel.potential.split(kernel.theta)
+        for site in kernel._sites:
+            site.weights = views[site.name].view(site.density.event_shape)
+            site.renew()
+        kernel._precision_views = kernel._views(kernel._precision) if mode_of_kernel == "paper" else []
+        kernel._mask = moved(kernel.theta)
+        energy = kernel.potential(views, moved(x), moved(y))
+        kernel._expect(0.5)
+        for site in kernel._sites:
+            site.maximise(0.5)
+        assert kernel.prune is not None
+        for site, stays in zip(kernel._sites, kernel.prune(kernel._sites, 0.5), strict=True):
+            site.kept &= stays
+        kernel._write_mask()
+        grad = moved(kernel.theta)
+        for site, own in zip(kernel._sites, kernel._views(grad), strict=True):
+            site.density.add_force_(own, site.weights, site.included)
+        kernel._adapt(grad)
+        kernel._move(grad, 0.1)
+        state = kernel._state(kernel.theta)
+        assert {t.device.type for t in [energy, kernel.theta, *state.values()]} == {"cuda"}
+        assert isinstance(energy, FakeTensor) and "conv1.weight_inclusion" in state
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("chains", [1, 3])
+def test_sampling_and_cutting_on_a_gpu(tmp_path, chains: int) -> None:  # type: ignore[no-untyped-def]
+    """Proves that chains, removal, prediction, a cut network and a saved posterior live on a real device."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 3)).cuda()
+    x, y = torch.randn(96, 3, 4, 4), torch.randint(3, (96,))
+    x += y.view(-1, 1, 1, 1).float()
+    prior = pb.priors.SpikeAndSlab(0.02, 1.0, group="output")
+    model = pb.models.SpikeSlab(net, pb.likelihoods.Categorical(), 96, prior=prior)
+    kernel = pb.inference.SGHMCEM(
+        *(model, (x, y)),
+        **{"step_size": 0.05, "friction": 0.1, "batch_size": 32, "thinning": 10},
+        prune=pb.inference.pruning.MagnitudeRule(0.4),
+    )
+    posterior = pb.inference.sample(kernel, 10, 10, chains, seed=0, progress=False)
+    assert {value.device.type for value in posterior.draws(10).values()} == {"cuda"}
+    reference = posterior.predict(x, 10, seed=0).probs
+    assert reference.device.type == "cuda"
+    if chains == 1:
+        found = posterior.sparsify(0.0, example=x[:1])
+        torch.testing.assert_close(found.posterior.predict(x, 10, seed=0).probs, reference, rtol=1e-4, atol=1e-5)
+        assert found.after.parameters < found.before.parameters
+    posterior.save(tmp_path / "run")
+    assert torch.equal(pb.load(tmp_path / "run", net).predict(x, 10, seed=0).probs, reference)

@@ -337,6 +337,19 @@ def test_the_recorded_gradient_is_the_gradient() -> None:
             torch.testing.assert_close(runs[0][name], runs[1][name], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("error")
+def test_networks_with_convolutions_are_recorded() -> None:
+    """Proves that the chain of a small convolutional network is the same from the recording and from the model."""
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 1, 6, 6).double(), torch.randint(3, (16,))
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3)).double()
+    model = Dense(net, pb.likelihoods.Categorical(), 16)
+    chains = [
+        run(SGHMC(model, (x, y), step_size=0.1, friction=0.1, batch_size=16, capture=c), 0, 5) for c in (True, False)
+    ]
+    torch.testing.assert_close(*chains, rtol=1e-8, atol=1e-10)
+
+
 def test_what_cannot_be_recorded_is_said() -> None:
     """Proves that capture="auto" warns and goes on, capture=True raises."""
 
