@@ -21,68 +21,15 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pyro.distributions import Beta, InverseGamma
 from torch import Tensor
-from torch.distributions import TransformedDistribution
-from torch.distributions.transforms import PowerTransform
 
+from pyro_bnn.inference.mixtures import Mixture, find_sites, mixture
 from pyro_bnn.inference.potential import Potential
-from pyro_bnn.inference.pruning import Groups, Rule, RuleName, rule
+from pyro_bnn.inference.pruning import Rule, RuleName, rule
 from pyro_bnn.inference.sghmc import ADAPTIVE_RATE, SGHMC
-from pyro_bnn.priors import SpikeAndSlabDistribution
-
-
-@dataclass
-class _Mixture(Groups):
-    """A spike-and-slab site with what is maximised over.
-
-    :param share: theta, ``[*lead]``.
-    :param scale: sigma, ``[*lead]``; ``None`` for 1.
-    :param share_prior, scale_prior: (a, b) and (c, r), where the model has such sites.
-    """
-
-    name: str
-    share: Tensor
-    scale: Tensor | None
-    share_prior: tuple[float, float] | None
-    scale_prior: tuple[float, float] | None
-
-    def renew(self) -> None:
-        self.density = self.density.at(self.share, self.scale)
-
-    def expect(self, rate: float, hard: bool, threshold: float | None) -> None:
-        """The E-step; ``hard`` takes the likelier component, or the slab from a mean square of ``threshold`` on."""
-        if threshold is not None:
-            found = self.density.mean_square(self.weights) >= threshold
-        else:
-            odds = self.density.log_odds(self.weights)
-            found = odds >= 0 if hard else odds.sigmoid_()
-        if rate == 1:
-            self.included.copy_(found)
-        else:
-            self.included.lerp_(found.to(self.included), rate)
-
-    def maximise(self, rate: float) -> None:
-        """The M-step."""
-        over = tuple(range(-len(self.density.groups), 0))
-        if self.share_prior is not None:
-            a, b = self.share_prior
-            count = self.density.groups.numel()
-            best = (self.included.sum(over) + (a - 1)) / (count + a + b - 2)
-            least = torch.finfo(best.dtype).eps  # where a or b is 1 the mode may be 0 or 1, and would stay there
-            self.share.lerp_(best.clamp(least, 1 - least), rate)
-        if self.scale_prior is not None and self.scale is not None:
-            c, r = self.scale_prior
-            n = self.kept.sum(over) * self.density.group_size + 2 * c + 2
-            squares, absolutes = self.density.scale_statistics(self.weights, self.included)
-            best = (absolutes + (absolutes**2 + 4 * n * (squares + 2 * r)).sqrt()) / (2 * n)
-            self.scale.lerp_(best, rate)
-        if self.share_prior is not None or self.scale_prior is not None:
-            self.renew()
 
 
 class SGHMCEM(SGHMC):
@@ -173,60 +120,18 @@ class SGHMCEM(SGHMC):
 
     def _make_potential(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Potential:
         potential = super()._make_potential(args, kwargs)
-        nodes: dict[str, Any] = potential.prior_trace().nodes
-        found = {n: nodes[n]["fn"] for n in potential.shapes if isinstance(nodes[n]["fn"], SpikeAndSlabDistribution)}
-        if not found:
-            raise ValueError(
-                "the model has no spike-and-slab site: give it a prior of pyro_bnn.priors.SpikeAndSlab, or use SGHMC"
-            )
-        self._densities: dict[str, SpikeAndSlabDistribution] = found
-        again: dict[str, Any] = potential.prior_trace().nodes
-        held: dict[str, Tensor] = {}
-        for name, density in found.items():
-            if density.batch_shape.numel() != 1:
-                raise ValueError(
-                    f"the spike-and-slab site {name!r} lies in plates of {tuple(density.batch_shape)}: SGHMCEM takes "
-                    "one weight a site. Give each its own name, or use SGHMC"
-                )
-            if nodes[name]["mask"] is not None or float(nodes[name]["scale"]) != 1:
-                raise ValueError(
-                    f"the prior of {name!r} is scaled or masked by a handler, which an E-step cannot follow: use SGHMC"
-                )
-            for what, suffix in (("inclusion", "inclusion"), ("scale", "tau")):
-                own, other = getattr(density, what), getattr(again[name]["fn"], what)
-                site = f"{name}_{suffix}"
-                if own is not None and site in potential.shapes and _same(own, nodes[site]["value"]):
-                    held[site] = nodes[site]["value"]
-                elif own is not None and not torch.equal(own, other):
-                    raise ValueError(
-                        f"the {what} of {name!r} depends on another latent site, while SGHMCEM maximises over a site "
-                        f"named {site!r} that is its value: name it so, or use SGHMC, which samples it"
-                    )
-        self._hyper = {site: nodes[site]["fn"] for site in held}
-        self._require_alone(potential, nodes, {site: again[site]["value"] for site in held}, args, kwargs)
-        potential.leave_out(held, found)
+        self._densities, self._hyper, held = find_sites(potential, args, kwargs)
+        potential.leave_out(held, self._densities)
         return potential
 
-    def _require_alone(
-        self, potential: Potential, nodes: Any, other: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Nothing but its own weight may depend on a rate or scale that is maximised over."""
-        densities = []
-        for values in ({}, other):
-            latents = {name: nodes[name]["value"] for name in potential.shapes} | values
-            densities.append(potential.log_densities(latents, *args, **kwargs))
-        for name, value in densities[0].items():
-            if name not in self._densities and name not in other and not torch.equal(value, densities[1][name]):
-                raise ValueError(
-                    f"the site {name!r} depends on {', '.join(map(repr, other))}, over which SGHMCEM maximises for the "
-                    "spike-and-slab weights alone: use SGHMC, which samples it"
-                )
-
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
-        self._sites: list[_Mixture] = []
+        self._sites: list[Mixture] = []
         super().setup(warmup_steps, *args, **kwargs)
         views = self.potential.split(self.theta)
-        self._sites = [self._mixture(name, views[name]) for name in self._densities]
+        self._sites = [
+            mixture(name, density, self._hyper, views[name].view(self.theta.shape[:-1] + density.event_shape))
+            for name, density in self._densities.items()
+        ]
         self._mask: Tensor | None = None
         self._alive, self._shown_kept = self.theta.new_ones(()), 1.0
         self._prior_energy: Any = 0.0
@@ -254,34 +159,6 @@ class SGHMCEM(SGHMC):
                     "mode='invariant'"
                 )
         self._own_start = self._state(self.potential.join(self._own_start))
-
-    def _mixture(self, name: str, view: Tensor) -> _Mixture:
-        density = self._densities[name]
-        lead = self.theta.shape[:-1]
-        share_prior = scale_prior = None
-        share = density.inclusion.reshape(()).expand(lead).clone()
-        scale = None if density.scale is None else density.scale.reshape(()).expand(lead).clone()
-        if (prior := self._hyper.get(f"{name}_inclusion")) is not None:
-            share_prior = _numbers(prior, Beta, "concentration1", "concentration0", name=f"{name}_inclusion")
-            if min(share_prior) < 1:
-                raise ValueError(f"the prior Beta{share_prior} of {name!r}_inclusion has no mode inside (0, 1)")
-            share.fill_(share_prior[0] / sum(share_prior))
-        if (prior := self._hyper.get(f"{name}_tau")) is not None and scale is not None:
-            transforms = getattr(_innermost(prior, TransformedDistribution), "transforms", [])
-            if [type(t) for t in transforms] != [PowerTransform] or float(transforms[0].exponent) != 0.5:
-                raise ValueError(
-                    f"the prior of '{name}_tau' must be that of the root of an InverseGamma variance, as "
-                    "SpikeAndSlab(scale=InverseGamma(...)).tau() is"
-                )
-            scale_prior = _numbers(prior, InverseGamma, "concentration", "rate", name=f"{name}_tau")
-            scale.fill_(math.sqrt(scale_prior[1] / scale_prior[0]))
-        ones = density.inclusion.new_ones(lead + density.groups)
-        own = view.view(lead + density.event_shape)
-        mixture = _Mixture(
-            density, own, ones, ones.bool(), torch.zeros_like(ones), name, share, scale, share_prior, scale_prior
-        )
-        mixture.renew()
-        return mixture
 
     # ----------------------------------------------------------------------------------------------- the state
 
@@ -494,23 +371,3 @@ class SGHMCEM(SGHMC):
                 found[f"{site.name}: scale"] = site.scale.tolist()
             found[f"{site.name}: kept"] = site.kept.flatten(-len(site.density.groups)).double().mean(-1).tolist()
         return found
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.numel() == other.numel() and torch.equal(one.reshape(-1), other.reshape(-1))
-
-
-def _innermost(prior: Any, family: Any) -> Any:
-    """The distribution of the family under whatever plates expanded it."""
-    while not isinstance(prior, family) and hasattr(prior, "base_dist"):
-        prior = prior.base_dist
-    return prior
-
-
-def _numbers(prior: Any, family: Any, *names: str, name: str) -> tuple[float, float]:
-    """The two parameters of a distribution that belongs to the family."""
-    base = _innermost(prior, family)
-    if not isinstance(base, family):
-        raise ValueError(f"the prior of {name!r} is {type(base).__name__}: SGHMCEM maximises under {family.__name__}")
-    first, second = (float(getattr(base, n).reshape(-1)[0]) for n in names)
-    return first, second

@@ -114,6 +114,7 @@ def test_the_target_on_what_is_left(precondition: Any) -> None:
     assert stats.kstest(w[w != 0], cdf(0.45, "normal", False)).pvalue > 0.01
 
 
+@pytest.mark.filterwarnings("ignore:every group")
 def test_the_inclusion_rule_uses_the_posterior_probability() -> None:
     """Of weights that visit both components those stay whose exact probability is above one half."""
     for y, stays in ((0.45, 0.0), (0.75, 1.0)):
