@@ -24,6 +24,7 @@ from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
 
 from pyro_bnn.inference.batches import Minibatches, minibatches
 from pyro_bnn.inference.gradient import Gradient
@@ -130,7 +131,13 @@ class SGHMC(MCMCKernel):
             args, kwargs = self._batches.first, {}
         else:
             self._batches = None
-        self._stream: Iterator[tuple[Any, ...]] = iter(())
+        if self.chains and isinstance(self.data, DataLoader) and self.data.persistent_workers:
+            raise ValueError(
+                "every vectorised chain goes through the loader on its own, which persistent workers cannot serve: "
+                "persistent_workers=False, or one chain at a time"
+            )
+        #: what is left of the epoch of every chain: batches dealt from one would not be independent between chains
+        self._streams: list[Iterator[tuple[Any, ...]]] = [iter(()) for _ in range(self.chains or 1)]
         self._arguments = args
         self.num_data = self._find_num_data()
         self.potential = self._make_potential(args, kwargs)
@@ -160,7 +167,7 @@ class SGHMC(MCMCKernel):
     def cleanup(self) -> None:
         """Puts modules back into the modes they were in, and forgets where the user wanted to start."""
         self._users_start = None
-        self._stream = iter(())
+        self._streams = [iter(()) for _ in getattr(self, "_streams", ())]
         for module, training in getattr(self, "_modes", ()):
             module.training = training
 
@@ -330,7 +337,7 @@ class SGHMC(MCMCKernel):
         Averages over ``STATISTICS_BATCHES`` minibatches, or all if there are fewer. What training has gathered lags
         behind weights that move, and belongs to no draw.
         """
-        if not isinstance(self.model, BayesianNetwork) or self._batches is None:
+        if not isinstance(self.model, BayesianNetwork):
             return {}
         layers = {n: m for n, m in self.model.core().net.named_modules() if isinstance(m, _NormBase)}
         layers = {n: m for n, m in layers.items() if m.track_running_stats}
@@ -341,7 +348,7 @@ class SGHMC(MCMCKernel):
             layer.reset_running_stats()
             layer.momentum = None  # a plain average
         with torch.no_grad():
-            for _ in range(min(STATISTICS_BATCHES, self._batches.steps)):
+            for _ in range(min(STATISTICS_BATCHES, self._batches.steps) if self._batches is not None else 1):
                 self.potential(self.potential.split(self.theta), *self._next_single(), **self._gradient.kwargs)
         for layer, momentum in zip(layers.values(), momenta, strict=True):
             layer.momentum = momentum
@@ -368,24 +375,24 @@ class SGHMC(MCMCKernel):
         chains = self._gradient.chains
         if chains is None or self._batches is None:
             return self._next_single()
-        each = [self._next_of_full_length() for _ in range(chains)]
+        each = [self._next_of_full_length(chain) for chain in range(chains)]
         return tuple(
             pytree.tree_map(lambda *leaves: torch.stack(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *parts)
             for parts in zip(*each, strict=True)
         )
 
-    def _next_single(self) -> tuple[Any, ...]:
+    def _next_single(self, chain: int = 0) -> tuple[Any, ...]:
         if self._batches is None:
             return self._arguments
         while True:
-            for batch in self._stream:
+            for batch in self._streams[chain]:
                 return batch
-            self._stream = self._batches.epoch()
+            self._streams[chain] = self._batches.epoch()
 
-    def _next_of_full_length(self) -> tuple[Any, ...]:
+    def _next_of_full_length(self, chain: int) -> tuple[Any, ...]:
         """Chains side by side need batches of one length; the shorter rest of a random order can be left out."""
         assert self._batches is not None
-        while _length(batch := self._next_single()) != _length(self._batches.first):
+        while _length(batch := self._next_single(chain)) != _length(self._batches.first):
             if not self._batches.shuffled:
                 raise ValueError(
                     f"the loader gave a batch of {_length(batch)} samples after one of {_length(self._batches.first)}: "
@@ -399,7 +406,9 @@ class SGHMC(MCMCKernel):
 
         ``variance`` is that of the mean-loss gradient, averaged over coordinates, estimated from ``num_batches``
         minibatches; ``heating`` the factor ``1 + h^2 tau N variance / (2 friction T)`` by which it raises the
-        temperature of a Gaussian (Stephan, Mandt, Blei 2017).
+        temperature of a Gaussian (Stephan, Mandt, Blei 2017) whose batches are independent. Passes without replacement
+        heat less, as the noise of one batch is made up for by the next; and the average over coordinates says little
+        of functions that depend on a few noisy ones.
         """
         if num_batches < 2:
             raise ValueError(f"num_batches={num_batches!r}: a variance needs at least 2")
