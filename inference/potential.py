@@ -176,13 +176,9 @@ class Potential:
         for name, value in values.items():
             if not bool(torch.isfinite(value).all()):
                 return name
-        with torch.no_grad(), self._running(train=False):
-            latents = self.held | self.constrain(values)
-            trace = poutine.trace(poutine.condition(self.model, latents)).get_trace(*args, **kwargs)
-        trace.compute_log_prob()
-        for name, site in trace.nodes.items():
-            if site["type"] == "sample" and not math.isfinite(float(site["log_prob_sum"])):
-                return str(name)
+        for name, density in self.log_densities(self.held | self.constrain(values), *args, **kwargs).items():
+            if not math.isfinite(float(density)):
+                return name
         return "unknown"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyro_bnn.inclusion import keep_highest
 from pyro_bnn.priors import SpikeAndSlabDistribution
 
 
@@ -83,16 +83,8 @@ class MagnitudeRule(Rule):
         return self.sparsity * (1.0 if progress >= 1 else 1 - self.decay ** (500 * progress))
 
     def __call__(self, sites: Sequence[Groups], progress: float) -> list[Tensor]:
-        shapes = [site.density.groups for site in sites]
-        flat = [site.density.mean_square(site.weights).flatten(-len(g)) for site, g in zip(sites, shapes, strict=True)]
-        counts = [(m.shape[-1], site.density.group_size) for m, site in zip(flat, sites, strict=True)]
-        sizes = torch.cat([torch.full((n,), size, device=flat[0].device) for n, size in counts])
-        order = torch.cat(flat, -1).argsort(-1)
-        # with a grain of room: 0.29 of 100 is a little less than 29 in floats
-        gone = sizes[order].cumsum(-1) <= math.floor(self.share(progress) * sum(n * size for n, size in counts) + 1e-6)
-        keep = torch.ones_like(gone).scatter_(-1, order, ~gone)
-        parts = keep.split([math.prod(shape) for shape in shapes], -1)
-        return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
+        scores = [site.density.mean_square(site.weights) for site in sites]
+        return keep_highest(scores, [site.density for site in sites], self.share(progress))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,23 @@ Draws = dict[str, Tensor]
 def has_inclusion(model: Any) -> bool:
     """Whether a network of this package has a spike-and-slab prior."""
     return any(isinstance(prior, SpikeAndSlab) for prior in getattr(model, "priors", {}).values())
+
+
+def keep_highest(scores: Sequence[Tensor], densities: Sequence[SpikeAndSlabDistribution], share: float) -> list[Tensor]:
+    """False for the groups of the lowest scores, over all sites together, until a share of all weights is gone.
+
+    :param scores: of every group, ``[*lead, *groups]`` for each site; each entry of ``lead`` is ranked on its own.
+    """
+    shapes = [density.groups for density in densities]
+    flat = [score.flatten(-len(shape)) for score, shape in zip(scores, shapes, strict=True)]
+    counts = [(score.shape[-1], density.group_size) for score, density in zip(flat, densities, strict=True)]
+    sizes = torch.cat([torch.full((n,), size, device=flat[0].device) for n, size in counts])
+    order = torch.cat(flat, -1).argsort(-1)
+    # with a grain of room: 0.29 of 100 is a little less than 29 in floats
+    gone = sizes[order].cumsum(-1) <= math.floor(share * sum(n * size for n, size in counts) + 1e-6)
+    keep = torch.ones_like(gone).scatter_(-1, order, ~gone)
+    parts = keep.split([n for n, _ in counts], -1)
+    return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def inclusion_log_odds(

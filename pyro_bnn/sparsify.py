@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bnn.channels import Channels, Size, count
-from pyro_bnn.inclusion import DRAWS, inclusion_log_odds
+from pyro_bnn.inclusion import DRAWS, inclusion_log_odds, keep_highest
 from pyro_bnn.layouts import Block, Dead
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size
@@ -97,15 +97,14 @@ def _masks(model: BayesianNetwork, odds: dict[str, Tensor], level: float | None)
     densities = {
         name: model.priors[name].with_share(some).elements(0.0, parameters[name].detach(), None) for name in odds
     }
+    for name, density in densities.items():
+        if density.loc:
+            raise ValueError(f"the prior of {name!r} is centred at {density.loc}: only weights around 0 can be removed")
     if level is None:
         stays = {name: value >= 0 for name, value in odds.items()}
     else:
-        order = torch.cat([value.flatten() for value in odds.values()]).argsort()
-        sizes = torch.cat([torch.full((v.numel(),), densities[n].group_size) for n, v in odds.items()]).to(order.device)
-        gone = sizes[order].cumsum(0) <= int(level * int(sizes.sum()) + 1e-6)
-        flat = torch.ones_like(gone).scatter_(0, order, ~gone)
-        parts = flat.split([value.numel() for value in odds.values()])
-        stays = {n: part.view_as(v) & ~v.isneginf() for (n, v), part in zip(odds.items(), parts, strict=True)}
+        highest = keep_highest(list(odds.values()), list(densities.values()), level)
+        stays = {name: keep & ~odds[name].isneginf() for name, keep in zip(odds, highest, strict=True)}
     return {
         name: densities[name].within_groups(value).expand(parameters[name].shape).to(parameters[name].device).clone()
         for name, value in stays.items()

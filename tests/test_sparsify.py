@@ -158,6 +158,9 @@ def test_bad_input() -> None:
     before, _ = hand()
     with pytest.raises(ValueError, match="level=1"):
         before.sparsify(1.0)
+    moved = pb.models.SpikeSlab(nn.Linear(2, 1), None, prior=SpikeAndSlab(loc=1.0))
+    with pytest.raises(ValueError, match="centred at 1.0"):
+        pb.Posterior(moved, pb.models.MeanFieldGuide(moved)).sparsify()
     rank1 = pb.models.Rank1(nn.Linear(2, 1), pb.likelihoods.Gaussian(1.0), 3)
     with pytest.raises(TypeError, match="Rank1"):
         pb.Posterior(rank1, pb.models.Rank1Guide(rank1)).sparsify()

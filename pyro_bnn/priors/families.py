@@ -19,6 +19,12 @@ def require_numbers(owner: object, **positive: float) -> None:
         raise ValueError(f"{type(owner).__name__}(loc={loc!r}): expected a finite number, or None for the centre")
 
 
+def root_of_inverse_gamma(like: Tensor, concentration: float, rate: float) -> dist.TorchDistribution:
+    """The distribution of a standard deviation whose square is ``InverseGamma(concentration, rate)``."""
+    variance = dist.InverseGamma(like.new_full((), concentration), like.new_full((), rate))
+    return dist.TransformedDistribution(variance, [dist.transforms.PowerTransform(like.new_full((), 0.5))])
+
+
 class Prior:
     """A prior of one site. Numbers only: it follows the network to any device and dtype."""
 
@@ -163,8 +169,7 @@ class HierarchicalNormal(Prior):
         require_numbers(self, concentration=self.concentration, rate=self.rate)
 
     def tau(self, like: Tensor) -> dist.TorchDistribution:
-        variance = dist.InverseGamma(like.new_full((), self.concentration), like.new_full((), self.rate))
-        return dist.TransformedDistribution(variance, [dist.transforms.PowerTransform(like.new_full((), 0.5))])
+        return root_of_inverse_gamma(like, self.concentration, self.rate)
 
     def typical_tau(self) -> float:
         return math.sqrt(self.rate / self.concentration)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_bnn.priors.families import Prior, require_numbers
+from pyro_bnn.priors.families import Prior, require_numbers, root_of_inverse_gamma
 
 Group = Literal["weight", "kernel", "input", "output"]
 Spike = Literal["normal", "laplace"]
@@ -114,8 +114,7 @@ class SpikeAndSlab(Prior):
 
     def tau(self, like: Tensor) -> dist.TorchDistribution:
         assert self.scale is not None
-        variance = dist.InverseGamma(like.new_full((), self.scale.concentration), like.new_full((), self.scale.rate))
-        return dist.TransformedDistribution(variance, [dist.transforms.PowerTransform(like.new_full((), 0.5))])
+        return root_of_inverse_gamma(like, self.scale.concentration, self.scale.rate)
 
     def typical_tau(self) -> float:
         assert self.scale is not None
