@@ -20,18 +20,25 @@ from pyro_bnn.probe import batched
 class Minibatches(NamedTuple):
     """How to go through a data set.
 
-    :param epoch: gives an iterator over the batches of one pass, in random order.
+    :param rows: gives an iterator over one pass, in random order: what ``take`` makes the batches of.
+    :param take: for data in memory, from the rows of one batch, ``[size]``, or of many side by side,
+        ``[many, size]``; a loader's batches are taken as they are.
     :param steps: number of batches in a pass.
     :param size: number N of samples in the data set; ``None`` when it does not tell.
     :param first: a batch.
     :param shuffled: whether every pass is known to be in random order.
     """
 
-    epoch: Callable[[], Iterator[tuple[Any, ...]]]
+    rows: Callable[[], Iterator[tuple[Any, ...]]]
+    take: Callable[..., tuple[Any, ...]]
     steps: int
     size: int | None
     first: tuple[Any, ...]
     shuffled: bool
+
+    def epoch(self) -> Iterator[tuple[Any, ...]]:
+        """The batches of one pass."""
+        return (self.take(*rows) for rows in self.rows())
 
 
 def minibatches(model: Callable[..., Any], data: Any, batch_size: int) -> Minibatches:
@@ -59,14 +66,19 @@ def minibatches(model: Callable[..., Any], data: Any, batch_size: int) -> Miniba
             x, y = to_device(x, like), y.to(like.device)
 
         def take(index: Tensor) -> tuple[Any, Tensor]:
-            return pytree.tree_map(lambda t: t[index] if batched(t, size) else t, x), y[index]
+            def part(leaf: Any) -> Any:
+                if batched(leaf, size):
+                    return leaf[index]
+                return leaf.expand(index.shape[:-1] + leaf.shape) if isinstance(leaf, Tensor) else leaf
 
-        def pair() -> Iterator[tuple[Any, ...]]:
-            yield from map(take, torch.randperm(size, device=y.device).split(batch_size))
+            return pytree.tree_map(part, x), y[index]
+
+        def rows() -> Iterator[tuple[Tensor]]:
+            return ((index,) for index in torch.randperm(size, device=y.device).split(batch_size))
 
         first = take(torch.arange(min(batch_size, size), device=y.device))
         _require_num_data(network, size)
-        return Minibatches(pair, -(-size // batch_size), size, first, shuffled=True)
+        return Minibatches(rows, take, -(-size // batch_size), size, first, shuffled=True)
     if isinstance(data, DataLoader):
         loader: Iterable[Any] = data
     elif isinstance(data, Dataset):
@@ -102,7 +114,7 @@ def minibatches(model: Callable[..., Any], data: Any, batch_size: int) -> Miniba
     if network is not None and network.num_data:
         known = network.num_data
     shuffled = isinstance(getattr(loader, "sampler", None), RandomSampler)
-    return Minibatches(loaded, steps, known, first, shuffled)
+    return Minibatches(loaded, lambda *batch: batch, steps, known, first, shuffled)
 
 
 def _require_num_data(network: BayesianNetwork | None, size: int) -> None:

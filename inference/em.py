@@ -158,7 +158,6 @@ class SGHMCEM(SGHMC):
                     "mode='paper' has Normal spikes around 0: SpikeAndSlab(spike='normal', loc=None) on weights, or "
                     "mode='invariant'"
                 )
-        self._own_start = self._state(self.potential.join(self._own_start))
 
     # ----------------------------------------------------------------------------------------------- the state
 
@@ -184,9 +183,8 @@ class SGHMCEM(SGHMC):
     @property
     def initial_params(self) -> dict[str, Tensor]:
         """Where the chain starts, unconstrained; sites that are maximised over may be left out."""
-        if self._users_start is None:
-            return self._own_start
-        return {name: self._own_start[name] for name in self._hyper} | self._users_start
+        own = self._state(self._good.clone())
+        return own if self._users_start is None else {name: own[name] for name in self._hyper} | self._users_start
 
     @initial_params.setter
     def initial_params(self, params: dict[str, Tensor]) -> None:
@@ -203,7 +201,7 @@ class SGHMCEM(SGHMC):
             if self.mode == "paper":
                 assert self._previous_noise is not None
                 self.momentum.normal_().mul_(1e-3)
-                self._previous_noise.copy_(self._noise.normal_())
+                self._previous_noise.normal_()
                 self._write_precision()
             self._write_mask()
             self._good.copy_(self.theta)
@@ -301,8 +299,10 @@ class SGHMCEM(SGHMC):
         if self._mask is not None:
             self.momentum.mul_(self._mask)
 
-    def _mean(self, value: Tensor) -> Tensor:
-        return value.mean() if self._mask is None else (value * self._mask).mean() / self._alive
+    def _mean_product(self, one: Tensor, other: Tensor) -> Tensor:
+        if self._mask is None:
+            return super()._mean_product(one, other)
+        return super()._mean_product(one * self._mask, other) / self._alive
 
     # ------------------------------------------------------------------------------------------------- one step
 
@@ -344,7 +344,7 @@ class SGHMCEM(SGHMC):
         self._root = tau.sqrt()
         self.momentum.mul_(beta).add_(grad, alpha=-(step_size**2) / n)
         self.momentum.addcmul_(self._precision, self.theta, value=-(step_size**2) / n)
-        self.momentum.add_(self._noise.normal_(), alpha=math.sqrt(2 + 2 * beta**2) * spread)
+        self._shake(math.sqrt(2 + 2 * beta**2) * spread)
         self._restrict()
         self.theta.addcmul_(tau, self.momentum)
 

@@ -9,8 +9,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.func import grad_and_value, vmap
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
@@ -153,8 +156,7 @@ class Gradient:
             warnings.simplefilter("ignore")  # that tracing keeps constants, which is what it is for
             run(self.theta, *tensors)  # what the model builds once must not be part of the graph
             traced = make_fx(run)(self.theta, *tensors)
-            traced.graph.eliminate_dead_code()
-            traced.recompile()
+            _simplify(traced)
             try:
                 graph: Any = torch.jit.trace(traced, (self.theta, *tensors), check_trace=False)
             except RuntimeError:  # TorchScript does not take the gradient of a convolution; Python's form is slower
@@ -175,6 +177,56 @@ class Gradient:
 
     def _same_random_state(self) -> AbstractContextManager[None]:
         return torch.random.fork_rng([self.theta.device] if self.theta.is_cuda else [])
+
+
+#: operations that look at the shape of what they are given, but not at its numbers
+_BLIND = tuple(getattr(torch.ops.aten, n).default for n in ("ones_like", "zeros_like", "full_like", "new_full"))
+
+
+def _simplify(traced: GraphModule) -> None:
+    """Takes out of a graph what is the same at every call, and views and powers that change nothing."""
+    aten = torch.ops.aten
+    constants: dict[Node, Tensor] = {}
+    for node in traced.graph.nodes:
+        if node.op == "get_attr":
+            constants[node] = getattr(traced, str(node.target))
+        if node.op != "call_function" or not isinstance(node.target, OpOverload):
+            continue
+        sources = node.all_input_nodes
+        fixed = bool(sources) and all(source in constants for source in sources)
+        pure = not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+        if pure and _shape(node) is not None and (fixed or node.target in _BLIND):
+            inside = {s: constants[s] if s in constants else _blank(s.meta["val"]) for s in sources}
+            args, kwargs = map_arg((node.args, node.kwargs), inside.__getitem__)
+            constants[node] = node.target(*args, **kwargs)
+        elif node.target in (aten.view.default, aten.expand.default) and _shape(sources[0]) == _shape(node) is not None:
+            node.replace_all_uses_with(sources[0])
+        elif node.target is aten.view.default and sources[0].target is aten.view.default:
+            node.args = (sources[0].args[0], *node.args[1:])
+        elif node.target is aten.pow.Tensor_Scalar and node.args[1] == 1:
+            node.replace_all_uses_with(sources[0])
+    for number, (node, value) in enumerate(constants.items()):
+        if node.op == "call_function" and any(user not in constants for user in node.users):
+            name = f"_folded{number}"
+            traced.register_buffer(name, value, persistent=False)
+            with traced.graph.inserting_before(node):
+                node.replace_all_uses_with(traced.graph.get_attr(name))
+    (output,) = traced.graph.find_nodes(op="output")
+    for result in output.all_input_nodes:
+        if result.op in ("get_attr", "placeholder"):  # results belong to the caller, who adds to them
+            with traced.graph.inserting_before(output):
+                output.replace_input_with(result, traced.graph.call_function(aten.clone.default, (result,)))
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+
+
+def _blank(like: Tensor) -> Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+def _shape(node: Node) -> torch.Size | None:
+    value = node.meta.get("val")
+    return value.shape if isinstance(value, Tensor) else None
 
 
 def _moving_statistics(model: Any) -> str | None:

@@ -10,7 +10,9 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
@@ -150,14 +152,9 @@ class Potential:
             latents[name] = transform(value)
             if not _is_identity(transform):
                 jacobian = jacobian + transform.log_abs_det_jacobian(value, latents[name]).sum()
-        with self._running(train=True):
-            trace = poutine.trace(poutine.condition(self.model, latents)).get_trace(*args, **kwargs)
-            trace.compute_log_prob(
-                lambda name, site: not poutine.util.site_is_subsample(site) and name not in self._unscored
-            )
-        sites: list[Any] = list(trace.nodes.values())
-        total: Any = sum(site["log_prob_sum"] for site in sites if "log_prob_sum" in site)
-        energy: Tensor = -(total + jacobian)
+        with self._running(train=True), _LogJoint(self._unscored) as joint:
+            poutine.condition(self.model, latents)(*args, **kwargs)
+        energy: Tensor = -(joint.total + jacobian)
         if not isinstance(energy, Tensor):  # every density was left out
             return self.like.new_zeros(())
         return energy
@@ -180,6 +177,24 @@ class Potential:
             if not math.isfinite(float(density)):
                 return name
         return "unknown"
+
+
+class _LogJoint(Messenger):
+    """Adds up log densities while the model runs.
+
+    Those of the weights come before what the network does with them, and so their gradients after its own: a trace,
+    which is scored at the end, would keep the gradients of all priors beside all activations.
+    """
+
+    def __init__(self, unscored: Collection[str]) -> None:
+        super().__init__()
+        self.total: Any = 0.0
+        self._unscored = unscored
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not poutine.util.site_is_subsample(msg) and msg["name"] not in self._unscored:
+            density = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+            self.total = self.total + scale_and_mask(density, msg["scale"], msg["mask"]).sum()
 
 
 def _is_identity(transform: Transform) -> bool:

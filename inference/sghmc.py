@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from pyro_bnn.inference.batches import Minibatches, minibatches
 from pyro_bnn.inference.gradient import Gradient
+from pyro_bnn.inference.noise import Noise
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.model import BayesianNetwork
 
@@ -145,7 +146,7 @@ class SGHMC(MCMCKernel):
         self._gradient = Gradient(self.potential, kwargs, self.chains, self._batches is not None, self.capture)
         self.theta = self._gradient.theta
         self.momentum = torch.zeros_like(self.theta)
-        self._noise = torch.zeros_like(self.theta)
+        self._noise = Noise(self.theta)
         self._root = None if self.preconditioner == "identity" else torch.ones_like(self.theta)
         self._moment = torch.zeros_like(self.theta) if self.preconditioner == "rmsprop" else None
         self._dual = torch.zeros_like(self.theta) if self.preconditioner == "adaptive" else None
@@ -159,7 +160,7 @@ class SGHMC(MCMCKernel):
         self._shown = math.nan
         self._last: dict[str, Tensor] | None = None
         rows = [self.potential.start() for _ in range(self.chains or 1)]
-        self._own_start = self._state(torch.stack(rows) if self.chains else rows[0])
+        self._good = torch.stack(rows) if self.chains else rows[0]
 
     def _make_potential(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Potential:
         return Potential(self.model, *args, **kwargs)
@@ -173,8 +174,11 @@ class SGHMC(MCMCKernel):
 
     @property
     def initial_params(self) -> dict[str, Tensor]:
-        """Where the chain starts, unconstrained: a network at its own weights, other latents at draws of the prior."""
-        return self._own_start if self._users_start is None else self._users_start
+        """Where the chain starts, unconstrained: a network at its own weights, other latents at draws of the prior.
+
+        Of a chain that has moved, the last good state.
+        """
+        return self._state(self._good.clone()) if self._users_start is None else self._users_start
 
     @initial_params.setter
     def initial_params(self, params: dict[str, Tensor]) -> None:
@@ -188,7 +192,7 @@ class SGHMC(MCMCKernel):
             self._step(i)
         self.draws += 1
         if self.draws > self.warmup_draws:
-            self._kinetic += self._mean(self.momentum.square())
+            self._kinetic += self._mean_product(self.momentum, self.momentum)
             self._energy += self._total_energy()
         self._last = self._state(self.theta.clone())
         return self._last
@@ -233,10 +237,8 @@ class SGHMC(MCMCKernel):
             if self.draws < self.warmup_draws:
                 self._adapt(grad)
             elif position == self.thinning - 1:
-                self._configurational += self._mean(self.theta * grad)
+                self._configurational += self._mean_product(self.theta, grad)
             self._move(grad, self.step_size * math.sqrt(rate))
-            if self._previous_noise is not None:
-                self._previous_noise.copy_(self._noise)
         self.steps += 1
         if self.steps % self.check_every == 0:
             self.check()
@@ -255,19 +257,23 @@ class SGHMC(MCMCKernel):
         else:
             self.momentum.addcmul_(grad, self._root, value=-scale)
         if self.temperature > 0:
-            self.momentum.add_(self._noise.normal_(), alpha=math.sqrt(2 * self.friction * self.temperature))
+            self._shake(math.sqrt(2 * self.friction * self.temperature))
         self._restrict()
         if self._root is None:
             self.theta.add_(self.momentum, alpha=scale)
         else:
             self.theta.addcmul_(self.momentum, self._root, value=scale)
 
+    def _shake(self, size: float) -> None:
+        """Adds ``size`` times fresh N(0, I) to the momentum."""
+        self._noise.add_to(self.momentum, size, kept=self._previous_noise)
+
     def _restrict(self) -> None:
         """Where a kernel takes out of the momentum what must not move."""
 
-    def _mean(self, value: Tensor) -> Tensor:
+    def _mean_product(self, one: Tensor, other: Tensor) -> Tensor:
         """Over the coordinates that move."""
-        return value.mean()
+        return torch.dot(one.reshape(-1), other.reshape(-1)) / one.numel()
 
     def _adapt(self, grad: Tensor) -> None:
         """Moves the preconditioner; in warm-up alone, so that the chain has one stationary law afterwards."""
@@ -286,8 +292,8 @@ class SGHMC(MCMCKernel):
         with torch.no_grad():
             self.theta.copy_(self.potential.join(params))
             self.momentum.normal_().mul_(math.sqrt(self.temperature))
+            self._good.copy_(self.theta)
         self._gradient.energy = self.theta.new_zeros(())  # not that of a chain that diverged
-        self._good = self.theta.clone()
 
     def check(self) -> None:
         """Stops a chain that has diverged: at every ``check_every`` steps and at the end. This waits for the device.
@@ -329,7 +335,7 @@ class SGHMC(MCMCKernel):
 
     def last_good(self) -> dict[str, Tensor]:
         """The last state that was checked and found finite, in the model's own units."""
-        return self.potential.constrain(self._state(self._good))
+        return self.potential.constrain(self._state(self._good.clone()))
 
     def statistics(self) -> dict[str, Tensor]:
         """Statistics of normalisation layers at the present weights, by name of the buffer; none for other networks.
@@ -375,24 +381,27 @@ class SGHMC(MCMCKernel):
         chains = self._gradient.chains
         if chains is None or self._batches is None:
             return self._next_single()
-        each = [self._next_of_full_length(chain) for chain in range(chains)]
-        return tuple(
+        each = [self._full_rows(chain) for chain in range(chains)]
+        together = (
             pytree.tree_map(lambda *leaves: torch.stack(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *parts)
             for parts in zip(*each, strict=True)
         )
+        return self._batches.take(*together)
 
-    def _next_single(self, chain: int = 0) -> tuple[Any, ...]:
-        if self._batches is None:
-            return self._arguments
+    def _next_single(self) -> tuple[Any, ...]:
+        return self._arguments if self._batches is None else self._batches.take(*self._next_rows(0))
+
+    def _next_rows(self, chain: int) -> tuple[Any, ...]:
+        assert self._batches is not None
         while True:
-            for batch in self._streams[chain]:
-                return batch
-            self._streams[chain] = self._batches.epoch()
+            for rows in self._streams[chain]:
+                return rows
+            self._streams[chain] = self._batches.rows()
 
-    def _next_of_full_length(self, chain: int) -> tuple[Any, ...]:
+    def _full_rows(self, chain: int) -> tuple[Any, ...]:
         """Chains side by side need batches of one length; the shorter rest of a random order can be left out."""
         assert self._batches is not None
-        while _length(batch := self._next_single(chain)) != _length(self._batches.first):
+        while _length(batch := self._next_rows(chain)) != _length(self._batches.first):
             if not self._batches.shuffled:
                 raise ValueError(
                     f"the loader gave a batch of {_length(batch)} samples after one of {_length(self._batches.first)}: "

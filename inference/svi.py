@@ -100,7 +100,8 @@ def fit(
     """
     if epochs < 1:
         raise ValueError(f"epochs={epochs!r}: expected at least 1")
-    batches, steps, size, first, _ = minibatches(model, data, batch_size)
+    batches = minibatches(model, data, batch_size)
+    steps, size, first = batches.steps, batches.size, batches.first
     objective = MixtureELBO() if elbo is None else elbo
     bar = Progress(
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[elbo]}")),
@@ -125,7 +126,7 @@ def fit(
             _train_mode(model, guide)
             total = 0.0
             before = run.step
-            for batch in batches():
+            for batch in batches.epoch():
                 beta = min(1.0, (run.step + 1) / (steps * kl_annealing)) if kl_annealing > 0 else 1.0
                 cause = None
                 try:

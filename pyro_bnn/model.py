@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 import pyro
 import pyro.distributions as dist
 import torch
+import torch.nn.functional as F
 from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
@@ -329,7 +330,7 @@ class _Constant(dist.Independent):
         if self._validate_args:
             self._validate_sample(value)
         m, factor, constant = self._same_normal
-        squares = (value - m).square()
+        squares = F.mse_loss(value, m.expand_as(value), reduction="none")  # keeps no difference for its gradient
         if self.event_shape:
             squares = squares.sum(tuple(range(-len(self.event_shape), 0)))
         result = torch.addcmul(constant, factor, squares)

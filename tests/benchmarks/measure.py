@@ -18,8 +18,14 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(alternatives: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, float]:
-    """Median seconds of each alternative; they take turns, so that a drift of the machine meets all alike."""
+def interleaved(
+    alternatives: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2, burst: int = 1
+) -> dict[str, float]:
+    """Median seconds of each alternative; they take turns, so that a drift of the machine meets all alike.
+
+    :param burst: runs in a turn. What is used a thousand times in a row is not to be measured with the caches that
+        another alternative has left.
+    """
     for _ in range(warmup):
         for run in alternatives.values():
             run()
@@ -27,8 +33,9 @@ def interleaved(alternatives: dict[str, Callable[[], Any]], rounds: int, warmup:
     for _ in range(rounds):
         for name, run in alternatives.items():
             start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+            for _ in range(burst):
+                run()
+            seconds[name].append((time.perf_counter() - start) / burst)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 

@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     rounds = parser.parse_args().rounds
     rows: list[dict[str, Any]] = []
-    big = interleaved({"sghmc": sghmc(), "em": sghmc_em(), "plain": plain()}, rounds)
+    big = interleaved({"sghmc": sghmc(), "em": sghmc_em(), "plain": plain()}, rounds, burst=2)
     plain_memory = peak_memory(plain)
     for name, key, build, target in (("SGHMC", "sghmc", sghmc, 1.05), ("SGHMCEM", "em", sghmc_em, 1.1)):
         rows.append(
@@ -125,7 +125,7 @@ def main() -> None:
                 "memory_target": 1.1,
             }
         )
-    little = interleaved({"one": small(), "chains": small_chains(), "loop": small_loop()}, 40 * rounds, 20)
+    little = interleaved({"one": small(), "chains": small_chains(), "loop": small_loop()}, 6 * rounds, 20, burst=20)
     rows.append(
         {
             "step": "SGHMC on 13-50-1, times faster",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import warnings
 from typing import Any
 
 import numpy as np
@@ -196,8 +197,12 @@ def test_at_temperature_zero_it_is_emvs(scale: InverseGamma | None) -> None:
 
 @pytest.mark.parametrize("spike", ["normal", "laplace"])
 @pytest.mark.parametrize("group", ["weight", "input"])
-def test_the_m_step_maximises_the_expected_log_posterior(spike: Any, group: Any) -> None:
-    """SciPy finds the same rate and scale on E[log p(w, indicators, theta, sigma^2)], written out here."""
+@pytest.mark.parametrize("prune", [None, MagnitudeRule(0.4)])
+def test_the_m_step_maximises_the_expected_log_posterior(spike: Any, group: Any, prune: Any) -> None:
+    """SciPy finds the same rate and scale on E[log p(w, indicators, theta, sigma^2)], written out here.
+
+    Groups that were removed are known to be out of the slab, and their weights say nothing of the scale.
+    """
     torch.manual_seed(0)
     like = torch.zeros(7, 9, dtype=torch.float64)
     w = torch.randn_like(like) * torch.rand(9, dtype=torch.float64) ** 3
@@ -208,24 +213,41 @@ def test_the_m_step_maximises_the_expected_log_posterior(spike: Any, group: Any)
         share = pyro.sample("w_inclusion", prior.share(like))
         pyro.sample("w", prior.with_share(share).elements(0.0, like, tau.reshape(1, 1)))
 
-    kernel = SGHMCEM(model, step_size=1e-9, friction=1.0)
-    kernel.initial_params = {"w": w}
+    kernel = SGHMCEM(model, step_size=1e-9, friction=1.0, prune=prune, prune_start=0, prune_every=4)
     kernel.setup(10)
-    kernel.sample({"w": w} | {k: v for k, v in kernel._own_start.items() if k != "w"})
+    params = kernel.sample({"w": w} | {k: v for k, v in kernel.initial_params.items() if k != "w"})
+    for _ in range(5):  # the second removal comes after the M-step of the fifth
+        params = kernel.sample(params)
     (site,) = kernel._sites
-    p = site.included.numpy()
+    p, kept = site.included.numpy(), site.kept.numpy()
+    assert prune is None or (not kept.all() and (p[~kept] == 0).all() and (p[kept] > 0).all())
     axis = () if group == "weight" else (0,)
 
     def minus(at: np.ndarray) -> float:
         share, sigma = at
-        slab = stats.norm(0, 0.8 * sigma).logpdf(w.numpy()).sum(axis)
-        narrow = (stats.norm if spike == "normal" else stats.laplace)(0, 0.1 * sigma).logpdf(w.numpy()).sum(axis)
+        slab = kept * stats.norm(0, 0.8 * sigma).logpdf(w.numpy()).sum(axis)
+        narrow = kept * (stats.norm if spike == "normal" else stats.laplace)(0, 0.1 * sigma).logpdf(w.numpy()).sum(axis)
         complete = (p * (slab + np.log(share)) + (1 - p) * (narrow + np.log1p(-share))).sum()
         return -(complete + stats.beta(2.5, 4).logpdf(share) + stats.invgamma(2, scale=3).logpdf(sigma**2))
 
     best = optimize.minimize(minus, [0.4, 1.0], bounds=[(1e-3, 1 - 1e-3), (0.05, 10)], options={"ftol": 1e-14})
     assert float(site.share) == pytest.approx(best.x[0], abs=1e-4)
     assert float(site.scale) == pytest.approx(best.x[1], abs=1e-4)  # type: ignore[arg-type]
+
+
+def test_where_rates_and_scales_start() -> None:
+    """At a / (a + b) and sqrt(r / c), or where the user says; without an E-step they stay there."""
+    x, y = regression()
+    prior = SpikeAndSlab(0.1, 1.0, inclusion=Beta(2.0, 6.0), scale=InverseGamma(3.0, 12.0))
+    for given in (False, True):
+        kernel = SGHMCEM(linear(x, y, prior), step_size=0.01, friction=0.3, em_start=5)
+        kernel.setup(10)
+        params = kernel.initial_params
+        if given:
+            params |= {"w_inclusion": torch.tensor(0.9).double().logit(), "w_tau": torch.tensor(0.5).double().log()}
+        params = kernel.potential.constrain(kernel.sample(params))
+        assert float(params["w_inclusion"]) == pytest.approx(0.9 if given else 0.25)
+        assert float(params["w_tau"]) == pytest.approx(0.5 if given else 2.0)
 
 
 def test_stochastic_approximation_averages() -> None:
@@ -261,6 +283,18 @@ def test_rates_and_masks_are_frozen_after_warm_up() -> None:
     gone = (draws["w"] == 0).all(0)
     assert int(gone.sum()) == 6 and bool((draws["w"][:, ~gone] != 0).all())
     assert kernel.diagnostics()["w: kept"] == 0.5
+
+
+def test_pruning_waits_for_half_of_warm_up() -> None:
+    x, y = regression()
+    prior = SpikeAndSlab(0.1, 1.0, inclusion=0.5)
+    kernel = SGHMCEM(linear(x, y, prior), step_size=0.05, friction=0.2, prune=MagnitudeRule(0.5), thinning=2)
+    kernel.setup(40)
+    params = kernel.initial_params
+    for draw in range(1, 42):
+        params = kernel.sample(params)
+        kept = kernel.diagnostics()["w: kept"]
+        assert (kept == 1) if draw <= 20 else (0.5 <= kept < 1) if 25 < draw < 40 else (draw < 40 or kept == 0.5)
 
 
 # ----------------------------------------------------------------------------------------------- the rules
@@ -307,6 +341,10 @@ def test_the_rule_of_the_paper() -> None:
     stays = PaperRule(1e-3)([matrix, conv], 0.0)
     assert stays[0].tolist() == [False, True]
     assert stays[1].tolist() == [[True, True], [True, True], [False, False]]
+    w = torch.randn(3, 2, 2, 2)
+    w[:, 1] = 0.5
+    assert PaperRule(1e-3)([groups(w, torch.ones(3, 2), "kernel")], 0.0)[0].tolist() == [[True, False]] * 3
+    assert PaperRule(1e-3)([groups(w, torch.ones(3), "output")], 0.0)[0].tolist() == [True] * 3
 
 
 @pytest.mark.parametrize(
@@ -372,7 +410,7 @@ def test_the_papers_mode_is_its_update_step_by_step() -> None:
     loader = [(x[i], y[i, None]) for i in order]
 
     class Fixed:
-        epoch = staticmethod(lambda: iter(loader))
+        rows, take = staticmethod(lambda: iter(loader)), staticmethod(lambda *batch: batch)
         steps, size, first, shuffled = 2, 60, loader[0], True
 
     kernel = SGHMCEM(
@@ -389,6 +427,7 @@ def test_the_papers_mode_is_its_update_step_by_step() -> None:
     torch.randn(12, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
     expected = by_the_paper(x, y, start, list(order), 0.2, 0.9, 0.8, (0.01, 1.0), 0.01)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
+    assert not any("temperature" in name for name in kernel.diagnostics())  # it has none
     assert 0 < int((expected == 0).sum()) < 12 and kernel.steps == 12
 
 
@@ -454,14 +493,19 @@ def test_pyros_runner() -> None:
 
 
 def test_temperatures_count_what_is_left() -> None:
-    """Of 3000 weights without data three in four are removed; the others are at temperature 1."""
+    """Of 3000 weights without data three in four are removed; the others are at temperature 1.
+
+    No density is left in the potential: the recorded gradient is a constant, to which the prior's force is added.
+    """
 
     def model() -> None:
         like = torch.zeros(3000, dtype=torch.float64)
         pyro.sample("w", SpikeAndSlab(0.5, 1.0, inclusion=0.5).elements(0.0, like, None))
 
     kernel = SGHMCEM(model, step_size=0.1, friction=0.3, prune=MagnitudeRule(0.75), prune_start=0, thinning=20)
-    run(kernel, 10, 200)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as that the recording is not what it was
+        run(kernel, 10, 200)
     found = kernel.diagnostics()
     assert found["w: kept"] == 0.25
     assert found["kinetic temperature"] == pytest.approx(2 / 1.7, rel=0.02)
