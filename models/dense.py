@@ -25,6 +25,47 @@ from pyro_bnn.network import Output, Select, select_parameters
 from pyro_bnn.priors import Normal, Prior, PriorLike
 
 
+def list_sites(model: BayesianNetwork, priors: dict[str, Prior], centers: dict[str, Tensor]) -> list[Site]:
+    """The sites of weights and of what their priors need, in the order in which :func:`sample_weights` samples them."""
+    scales, weights = [], []
+    for name, value in centers.items():
+        prior = priors[name]
+        if prior.has_tau:
+            scales.append(Site(model.site(f"{name}_tau"), torch.Size(), "scale", prior.typical_tau()))
+        if prior.has_inclusion:
+            scales.append(Site(model.site(f"{name}_inclusion"), torch.Size(), "share", prior.typical_share()))
+        if prior.has_lambda:
+            scales.append(Site(model.site(f"{name}_lambda"), value.shape, "scale", 1.0))
+        weights.append(Site(model.site(name), value.shape, "weight", value))
+    if model.likelihood is not None and model.likelihood.learns_noise:
+        scales.append(Site(model.site("noise"), torch.Size(), "scale", 1.0))
+    return scales + weights
+
+
+def sample_weights(model: BayesianNetwork, priors: dict[str, Prior], likes: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Samples the weights given their scales, all inside the members plate; ``{site: value}``.
+
+    :param likes: ``{name: tensor with the shape of the weight}``.
+    """
+    values: dict[str, Tensor] = {}
+    given: dict[str, tuple[Prior, Tensor | None, Tensor | None]] = {}
+    for name, like in likes.items():
+        site = model.site(name)
+        tau = sample_scales(priors[name], like, site)
+        prior, share = sample_share(priors[name], like, site)
+        local = sample_local(prior, like, site)
+        given[name] = prior, tau, local
+        for suffix, value in (("tau", tau), ("inclusion", share), ("lambda", local)):
+            if value is not None:
+                values[f"{site}_{suffix}"] = value
+    values |= sample_noise(model)
+    for name, like in likes.items():
+        prior, tau, local = given[name]
+        site = model.site(name)
+        values[site] = pyro.sample(site, model.prior_of(site, prior, 0.0, like, tau, local))
+    return values
+
+
 @storable
 class Dense(BayesianNetwork):
     """Pyro model ``w ~ prior, y ~ likelihood(net_w(x))`` over the parameters themselves.
@@ -69,22 +110,7 @@ class Dense(BayesianNetwork):
         self.priors = {n: priors.resolve(prior, (n,), parameters[n].detach()) for n in self.random}
         for name in self.random:
             parameters[name].requires_grad_(False)  # kept as the starting value and for its shape
-        self._sites = self._list_sites(parameters)
-
-    def _list_sites(self, parameters: dict[str, nn.Parameter]) -> list[Site]:
-        scales, weights = [], []
-        for name in self.random:
-            prior, value = self.priors[name], parameters[name].detach()
-            if prior.has_tau:
-                scales.append(Site(self.site(f"{name}_tau"), torch.Size(), "scale", prior.typical_tau()))
-            if prior.has_inclusion:
-                scales.append(Site(self.site(f"{name}_inclusion"), torch.Size(), "share", prior.typical_share()))
-            if prior.has_lambda:
-                scales.append(Site(self.site(f"{name}_lambda"), value.shape, "scale", 1.0))
-            weights.append(Site(self.site(name), value.shape, "weight", value))
-        if self.likelihood is not None and self.likelihood.learns_noise:
-            scales.append(Site(self.site("noise"), torch.Size(), "scale", 1.0))
-        return scales + weights
+        self._sites = list_sites(self, self.priors, {name: parameters[name].detach() for name in self.random})
 
     def arguments(self) -> dict[str, Any]:
         return super().arguments() | {"select": [re.escape(n) for n in self.random], "chunk_size": self.chunk_size}
@@ -94,24 +120,7 @@ class Dense(BayesianNetwork):
 
     def sample_latents(self) -> dict[str, Tensor]:
         parameters = self.core().parameters_by_name()
-        values: dict[str, Tensor] = {}
-        given: dict[str, tuple[Prior, Tensor | None, Tensor | None]] = {}
-        for name in self.random:
-            prior, like = self.priors[name], parameters[name].detach()
-            tau = sample_scales(prior, like, self.site(name))
-            prior, share = sample_share(prior, like, self.site(name))
-            local = sample_local(prior, like, self.site(name))
-            given[name] = prior, tau, local
-            for suffix, value in (("tau", tau), ("inclusion", share), ("lambda", local)):
-                if value is not None:
-                    values[self.site(f"{name}_{suffix}")] = value
-        values |= sample_noise(self)
-        for name in self.random:
-            site = self.site(name)
-            prior, tau, local = given[name]
-            d = self.prior_of(site, prior, 0.0, parameters[name].detach(), tau, local)
-            values[site] = pyro.sample(site, d)
-        return values
+        return sample_weights(self, self.priors, {name: parameters[name].detach() for name in self.random})
 
     def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
         lead = self.lead_shape(latents)

@@ -163,6 +163,15 @@ class MixtureGuide(PyroModule):
             found |= zip((site.name for site in sites), made, strict=True)
         return found
 
+    def coordinates(self) -> dict[str, Tensor]:
+        """Views ``[K, *shape]`` of the locations of all sites: of weights themselves, logarithms of scales, logits."""
+        views: dict[str, Tensor] = {}
+        for kind, blocks in self._blocks.items():
+            for sites, block in zip(blocks, self._block_parameters(kind), strict=True):
+                parts = split(block.detach(), [site.shape for site in sites])
+                views |= zip((site.name for site in sites), parts, strict=True)
+        return views
+
     def like(self) -> Tensor:
         """A tensor on the guide's device and with its dtype."""
         return self._block_parameters("loc")[0]

@@ -127,6 +127,7 @@ class BayesianNetwork(PyroModule):
     :param prefix: put before the names of all sites and plates, so that two networks fit into one model.
     :param members_dim: the axis of the members plate; move it left when own plates need -2.
     :param output: which output to take when the network returns several (key, index or function).
+    :param share: see :class:`~pyro_bnn.network.Network`.
     """
 
     def __init__(
@@ -138,6 +139,7 @@ class BayesianNetwork(PyroModule):
         prefix: str = "",
         members_dim: int = -2,
         output: Output = None,
+        share: bool = False,
     ) -> None:
         super().__init__(prefix)
         if likelihood is not None and not isinstance(likelihood, Likelihood):
@@ -150,7 +152,7 @@ class BayesianNetwork(PyroModule):
             )
         if members_dim > -2:
             raise ValueError(f"members_dim={members_dim}: axis -1 belongs to the data; use -2 or further left")
-        self.network = Network(net, output)
+        self.network = Network(net, output, share)
         self.likelihood = likelihood
         self.num_data = num_data
         self.prefix = prefix

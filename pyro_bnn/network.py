@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
-from pyro_bnn import attention, recurrent  # noqa: F401  (their rules register themselves)
+from pyro_bnn import attention, recurrent, rules  # noqa: F401  (their rules register themselves)
 from pyro_bnn.perturb import Layout, Perturb, Perturbation, Rank1Factors, Replacement, Use
 from pyro_bnn.probe import (
     batched,
@@ -109,13 +109,16 @@ class Network(nn.Module):
 
     :param net: any module; called as ``net(x)``, ``net(*x)`` for a tuple or list, ``net(**x)`` for a dict.
     :param output: which tensor to take when the network returns more than one: a key, an index, or a function.
+    :param share: whether the parameters keep the storage of the given ones and take no gradient, instead of being
+        copied. Buffers are copied.
     """
 
-    def __init__(self, net: nn.Module, output: Output = None) -> None:
+    def __init__(self, net: nn.Module, output: Output = None, share: bool = False) -> None:
         super().__init__()
         if not isinstance(net, nn.Module):
             raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
-        self.net = copy.deepcopy(net)
+        known = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()} if share else {}
+        self.net = copy.deepcopy(net, known)
         self.output = output
         self._places = [
             (name, self.net.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])

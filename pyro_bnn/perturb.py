@@ -26,11 +26,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Call", "Layout", "Perturb", "Rank1Factors", "Replacement", "Use", "register"]
+from pyro_bnn.lowrank import LowRankFactors, Shift, with_rows
+
+__all__ = ["Call", "Layout", "LowRankFactors", "Perturb", "Rank1Factors", "Replacement", "Use", "register"]
 
 
 class Rank1Factors(NamedTuple):
@@ -78,7 +79,7 @@ def _pick(factor: Tensor, member: int, row: int) -> Tensor:
     return factor[member if factor.shape[0] > 1 else 0, row if factor.shape[1] > 1 else 0]
 
 
-Perturbation = Rank1Factors | Replacement
+Perturbation = Rank1Factors | LowRankFactors | Shift | Replacement
 
 
 class Use(NamedTuple):
@@ -191,9 +192,9 @@ class Perturb(TorchFunctionMode):
         if behind:
             values = values.t()
         if layout.outer == layout.inner == 1:
-            return op(x, values.reshape(_shape(x.dim(), {layout.dim: rows, dim: n})))
+            return op(x, values.reshape(shape_of(x.dim(), {layout.dim: rows, dim: n})))
         split = x.unflatten(layout.dim, (layout.outer, rows, layout.inner))
-        shape = _shape(split.dim(), {layout.dim + 1: rows, dim - 2 * behind: n})
+        shape = shape_of(split.dim(), {layout.dim + 1: rows, dim - 2 * behind: n})
         return op(split, values.reshape(shape)).flatten(layout.dim, layout.dim + 2)
 
     def product(
@@ -208,11 +209,14 @@ class Perturb(TorchFunctionMode):
         weight_perturbation: Perturbation | None = None,
         bias_perturbation: Perturbation | None = None,
         layout: Layout | None = None,
+        groups: int = 1,
+        ungrouped: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None,
     ) -> Tensor:
         """``op(x, W', b')`` for a product ``op(x, W, b)`` that is linear in W.
 
         :param dims: the feature axis of ``x`` and that of the result, counted from the end.
         :param transposed: whether dimension 0 of the stored weight is the input side.
+        :param groups: of a convolution; ``ungrouped`` is ``op`` with one group.
         """
         factors = weight_perturbation or self.perturbations.get(id(weight))
         offset = bias_perturbation or (self.perturbations.get(id(bias)) if bias is not None else None)
@@ -220,7 +224,13 @@ class Perturb(TorchFunctionMode):
             return op(x, weight, bias)
         if layout is None:
             layout = self.locate(x, weight if factors is not None else bias)  # type: ignore[arg-type]
-        if factors is not None:
+        if isinstance(factors, (LowRankFactors, Shift)):
+            shared = all(f.shape[0] == 1 for f in factors if isinstance(f, Tensor))
+            y = op(x, weight, bias if offset is None else None)
+            if not shared:
+                x, layout = with_rows(self, x, layout)
+            y = y + factors.term(self, ungrouped or op, x, layout, dims, transposed, groups).to(y.dtype)
+        elif factors is not None:
             assert isinstance(factors, Rank1Factors)
             if transposed:
                 factors = factors.transposed()
@@ -240,7 +250,7 @@ class Perturb(TorchFunctionMode):
         return y
 
 
-def _shape(ndim: int, sizes: dict[int, int]) -> list[int]:
+def shape_of(ndim: int, sizes: dict[int, int]) -> list[int]:
     shape = [1] * ndim
     for dim, size in sizes.items():
         shape[dim] = size
@@ -330,135 +340,3 @@ def consumed(function: Any, args: Any, kwargs: dict[str, Any] | None) -> list[Te
 def passes_on(function: Any) -> bool:
     """Whether a torch function has a rule by which its result is the weight in another form."""
     return function in _RULES and not _RULES[function].consumes and not _RULES[function].always
-
-
-# --------------------------------------------------------------------------------------------------- the rules
-
-
-_WEIGHTS = ("weight", "bias")
-
-
-@register(F.linear, signature=("input", "weight", "bias"), weights=_WEIGHTS)
-def _linear(call: Call) -> Tensor:
-    return call.mode.product(F.linear, call.input, call.weight, getattr(call, "bias", None), dims=(-1, -1))
-
-
-def _register_convolution(function: Callable[..., Tensor], spatial: int, transposed: bool) -> None:
-    options = ("stride", "padding") + (
-        ("output_padding", "groups", "dilation") if transposed else ("dilation", "groups")
-    )
-    channel = -spatial - 1
-
-    @register(function, signature=("input", "weight", "bias", *options), weights=_WEIGHTS)
-    def _convolution(call: Call) -> Tensor:
-        rest = call.rest("input", "weight", "bias")
-        return call.mode.product(
-            lambda x, w, b: function(x, w, b, **rest),
-            call.input,
-            call.weight,
-            getattr(call, "bias", None),
-            dims=(channel, channel),
-            transposed=transposed,
-        )
-
-
-for _spatial, _plain, _transposed in (
-    (1, torch.conv1d, torch.conv_transpose1d),
-    (2, torch.conv2d, torch.conv_transpose2d),
-    (3, torch.conv3d, torch.conv_transpose3d),
-):
-    _register_convolution(_plain, _spatial, transposed=False)
-    _register_convolution(_transposed, _spatial, transposed=True)
-
-
-@register(F.bilinear, signature=("input1", "input2", "weight", "bias"), weights=_WEIGHTS)
-def _bilinear(call: Call) -> Tensor:
-    def op(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        other = call.input2
-        if x.dim() != other.dim():
-            other = other.expand(x.shape[:1] + other.shape)
-        return F.bilinear(x, other.expand(x.shape[:-1] + other.shape[-1:]), w, b)
-
-    return call.mode.product(op, call.input1, call.weight, getattr(call, "bias", None), dims=(-1, -1))
-
-
-@register(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, signature=("left", "right"))
-def _matmul(call: Call) -> Tensor:
-    left, right = list(call.args) + list(call.kwargs.values())  # the second has three names: other, mat2, mat
-    if call.perturbation(right) is not None:
-        return call.mode.product(lambda x, w, b: torch.matmul(x, w), left, right, None, dims=(-1, -1), transposed=True)
-    return call.mode.product(lambda x, w, b: torch.matmul(w, x), right, left, None, dims=(-2, -2))
-
-
-@register(torch.addmm, Tensor.addmm, signature=("bias", "input", "weight"), weights=_WEIGHTS)
-def _addmm(call: Call) -> Tensor:
-    """``Conv1D`` of the transformers library: a linear layer that stores its weight as [in, out]."""
-    if call.rest("bias", "input", "weight"):
-        raise TypeError("torch.addmm with beta or alpha has no rule; write the product with F.linear")
-    op = lambda x, w, b: torch.matmul(x, w) if b is None else torch.addmm(b, x, w)  # noqa: E731
-    return call.mode.product(op, call.input, call.weight, call.bias, dims=(-1, -1), transposed=True)
-
-
-@register(
-    F.embedding,
-    signature=("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
-    weights=("weight",),
-)
-def _embedding(call: Call) -> Tensor:
-    """Row ``i`` of the table is ``W[i] * r[i] * s``."""
-    mode, index, factors = call.mode, call.input, call.perturbation(call.weight)
-    assert isinstance(factors, Rank1Factors)
-    if call.arguments.get("max_norm") is not None:
-        raise ValueError(
-            f"the embedding {mode.names[id(call.weight)]!r} has max_norm, which rescales rows of the table by their "
-            "length: that has no rank-1 form. Take max_norm away, or leave the embedding out with `select=`."
-        )
-    y = F.embedding(**call.arguments)
-    layout = mode.locate(index, call.weight)
-    if factors.r.shape[:2] == (1, 1):
-        y = y * factors.r[0, 0][index].unsqueeze(-1).to(y.dtype)
-    else:
-        rows = mode.members * mode.rows
-        row = torch.arange(rows, device=index.device)
-        if layout.dim is None:
-            index = index if index.dim() and index.shape[0] == 1 else index.unsqueeze(0)
-            y, layout = y.reshape(index.shape + y.shape[-1:]), Layout(0)
-        else:
-            row = row.view(1, -1, 1).expand(layout.outer, rows, layout.inner).reshape(-1)
-        assert layout.dim is not None
-        row = row.view(_shape(index.dim(), {layout.dim: row.numel()}))
-        member = row // mode.rows if factors.r.shape[0] > 1 else 0
-        sample = row % mode.rows if factors.r.shape[1] > 1 else 0
-        y = y * factors.r[member, sample, index].unsqueeze(-1).to(y.dtype)
-    y = mode.combine(torch.mul, y, factors.s, -1, layout)
-    padding = call.arguments.get("padding_idx")
-    if padding is None:
-        return y
-    # the padding row of the table, factors and all, has no gradient
-    return torch.where((index == padding % call.weight.shape[0]).unsqueeze(-1), y.detach(), y)
-
-
-_TRANSPOSES: tuple[Any, ...] = (
-    Tensor.t,
-    torch.t,
-    vars(torch._C.TensorBase)["T"].__get__,
-    vars(torch._C.TensorBase)["mT"].__get__,
-)
-
-
-@register(*_TRANSPOSES, signature=("input",), consumes=False)
-def _transpose(call: Call) -> Tensor:
-    factors = call.perturbation(call.input)
-    assert isinstance(factors, Rank1Factors)
-    return call.mode.derive(call.func(call.input), call.input, factors.transposed())
-
-
-@register(
-    *(Tensor.to, Tensor.type_as, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.contiguous),
-    signature=("input",),
-    consumes=False,
-)
-def _cast(call: Call) -> Tensor:
-    perturbation = call.perturbation(call.input)
-    result = call.func(*call.args, **call.kwargs)
-    return result if perturbation is None else call.mode.derive(result, call.input, perturbation)

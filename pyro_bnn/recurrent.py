@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyro_bnn.lowrank import LowRankFactors
 from pyro_bnn.perturb import Call, Layout, Perturb, Rank1Factors, Replacement, register
 
 State = tuple[Tensor, ...]
@@ -47,9 +48,15 @@ class _Linear:
         self.bias = None if bias is None else bias.unsqueeze(0)
         self.r: Tensor | None = None
         self.s: Tensor | None = None
+        self.low_rank: tuple[Tensor, Tensor] | None = None
         factors = mode.perturbations.get(id(weight))
         if isinstance(factors, Rank1Factors):
             self.r, self.s = rows(factors.r).to(weight.dtype), rows(factors.s).to(weight.dtype)
+        elif isinstance(factors, LowRankFactors):
+            member = torch.arange(mode.members, device=weight.device).view(-1, 1, 1)
+            own = rows(member)[:, 0]  # the member of every sequence
+            a, b = (f if f.shape[0] == 1 else f[own] for f in (factors.A, factors.B * factors.scale))
+            self.low_rank = a.to(weight.dtype), b.to(weight.dtype)
         offset = mode.perturbations.get(id(bias)) if bias is not None else None
         if isinstance(offset, Replacement):
             self.bias = rows(offset.value).to(weight.dtype)
@@ -59,6 +66,9 @@ class _Linear:
         n = x.shape[-2]
         y = F.linear(x if self.s is None else x * _first(self.s, n), self.weight)
         y = y if self.r is None else y * _first(self.r, n)
+        if self.low_rank is not None:
+            a, b = (_first(factor, n) for factor in self.low_rank)
+            y = y + (b @ (a @ x.unsqueeze(-1))).squeeze(-1)
         return y if self.bias is None else y + _first(self.bias, n)
 
     def steps(self, steps: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_bnn.network import Network
-from pyro_bnn.perturb import Perturbation, Rank1Factors, Replacement
+from pyro_bnn.perturb import LowRankFactors, Perturbation, Rank1Factors, Replacement
 
 TOLERANCE = 1e-10  # relative, float64
 VISIBLE = 1e-6  # the relative change that every perturbation must cause, or the comparison would show nothing
@@ -50,12 +50,15 @@ def row_weights(net: nn.Module, perturbations: dict[str, Perturbation], member: 
     def pick(values: Tensor) -> Tensor:
         return values[min(member, values.shape[0] - 1), min(row, values.shape[1] - 1)]
 
-    return {
-        name: pick(p.value)
-        if isinstance(p, Replacement)
-        else outer(parameters[name], pick(p.r), pick(p.s), groups_of(net, name))
-        for name, p in perturbations.items()
-    }
+    def own(name: str, p: Perturbation) -> Tensor:
+        if isinstance(p, Replacement):
+            return pick(p.value)
+        if isinstance(p, LowRankFactors):
+            a, b = (factor[min(member, factor.shape[0] - 1)] for factor in (p.A, p.B))
+            return parameters[name] + p.scale * torch.einsum("or,r...->o...", b, a)
+        return outer(parameters[name], pick(p.r), pick(p.s), groups_of(net, name))
+
+    return {name: own(name, p) for name, p in perturbations.items()}
 
 
 def call(net: nn.Module, x: Any) -> Any:
@@ -126,6 +129,21 @@ def perturb(
         perturbations[name] = Replacement(
             parameters[name].detach() + uniform(parameters[name].numel()) - sum(sizes) / 4
         )
+    return perturbations
+
+
+def perturb_low_rank(
+    net: nn.Module, weights: list[str], members: int, rank: int = 2, scale: float = 0.7, seed: int = 0
+) -> dict[str, Perturbation]:
+    """A and B whose product has entries of about the size that initialisation gives to a weight."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = dict(net.named_parameters())
+    perturbations: dict[str, Perturbation] = {}
+    for name in weights:
+        out, *rest = parameters[name].shape
+        a = torch.randn(members, rank, *rest, dtype=torch.float64, generator=generator)
+        b = torch.randn(members, out, rank, dtype=torch.float64, generator=generator)
+        perturbations[name] = LowRankFactors(a / a[0, 0].numel() ** 0.5, b, scale)
     return perturbations
 
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 import pyro_bnn as pb
-from pyro_bnn.models import Dense, MeanFieldGuide, Rank1, Rank1Guide
+from pyro_bnn.models import Bella, Dense, MeanFieldGuide, ParticleGuide, Rank1, Rank1Guide
 from pyro_bnn.models.architectures import resnet18
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
@@ -42,19 +42,26 @@ def fake(mode: FakeTensorMode, module: nn.Module, device: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("method", ["rank1", "dense"])
+@pytest.mark.parametrize("method", ["rank1", "dense", "bella"])
 def test_every_tensor_of_guide_model_and_prediction_is_on_the_networks_device(network: str, method: str) -> None:
     """Proves that guide trace, replayed model, log densities and prediction need no tensor of another device."""
     net, x = NETWORKS[network]()
     likelihood = pb.likelihoods.Categorical()
-    model: Rank1 | Dense
-    guide: Rank1Guide | MeanFieldGuide
+    model: Rank1 | Dense | Bella
+    guide: Rank1Guide | MeanFieldGuide | ParticleGuide
     if method == "rank1":
         model = Rank1(net, likelihood, 100)
         guide = Rank1Guide(model, components=2)
         with torch.no_grad():
             model(x)  # layouts are read off values, once; the shapes are then known
         weights = model._perturbed()
+    elif method == "bella":
+        head = {"mlp": "2", "resnet18": "fc", "vit_b_16": "heads.head"}[network]
+        model = Bella(net, likelihood, 100, prior=pb.priors.HierarchicalNormal(), head=head)
+        guide = ParticleGuide(model, 2)
+        with torch.no_grad():
+            model(x)
+        weights = model.weights
     else:
         model = Dense(net, likelihood, 100, prior=pb.priors.HierarchicalNormal())
         guide = MeanFieldGuide(model)
@@ -62,7 +69,7 @@ def test_every_tensor_of_guide_model_and_prediction_is_on_the_networks_device(ne
     rows = model.core().activation_elements(x, len(x))
     mode = FakeTensorMode()
     on_gpu, guide_on_gpu = fake(mode, model, "cuda"), fake(mode, guide, "cuda")
-    assert isinstance(on_gpu, (Rank1, Dense)) and isinstance(guide_on_gpu, (Rank1Guide, MeanFieldGuide))
+    assert isinstance(on_gpu, type(model)) and isinstance(guide_on_gpu, type(guide))
     with mode, pyro.validation_enabled(False), torch.no_grad(), pyro.get_param_store().scope():
         x_gpu, y_gpu = torch.empty(x.shape, device="cuda"), torch.empty(len(x), dtype=torch.long, device="cuda")
         for train in (True, False):

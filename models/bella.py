@@ -1,0 +1,296 @@
+"""Bella: a frozen network with many low-rank perturbations of its weights (Doan et al., AAAI 2025, arXiv 2407.20891).
+
+Particle i has the weights ``W_i = W_0 + scale B_i A_i`` (Hu et al. 2022), W_0 frozen and shared by all. The particles
+are n points, trained apart as an ensemble or together by :class:`~pyro_bnn.inference.SVGD`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pyro_bnn import priors
+from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.likelihoods import Likelihood
+from pyro_bnn.lowrank import LowRankFactors, Shift
+from pyro_bnn.model import BayesianNetwork, Site, storable
+from pyro_bnn.models.dense import list_sites, sample_weights
+from pyro_bnn.network import NORMALISATIONS, Network, Output
+from pyro_bnn.perturb import Perturbation, Replacement
+from pyro_bnn.priors import Normal, Prior, PriorLike
+
+Target = str | type[nn.Module] | Callable[[str, Tensor], bool]
+Init = Literal["kaiming", "gaussian", "orthogonal"]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """``nn.Linear`` and the ``Conv1D`` of the transformers library."""
+    return isinstance(module, nn.Linear) or (hasattr(module, "nf") and hasattr(module, "weight"))
+
+
+def target_weights(core: Network, select: Target | Iterable[Target] | None) -> list[str]:
+    """The weights that get low-rank factors, named as PEFT names layers.
+
+    :param select: ``None`` for all linear, convolutional, attention and recurrent weights but those of depthwise
+        convolutions; ``"all-linear"``; a regular expression that matches the whole name of a module or weight; a list
+        of names (or ends of names) of modules or weights, of module types, of functions ``(weight, tensor) -> bool``.
+    :raises ValueError: when one of them picks nothing.
+    """
+    parameters = core.parameters_by_name()
+    owners = {name: core.owner(name) for name in core.product_weights()}
+    without = (nn.Embedding, nn.Bilinear)
+    candidates = [name for name, owner in owners.items() if not isinstance(owner, nn.Bilinear)]
+    if select is None:
+        usual = [n for n in candidates if not isinstance(owners[n], without) and not _is_depthwise(owners[n])]
+        if not usual:
+            raise ValueError("the network has no weights that take low-rank factors: name some with select=")
+        return usual
+    if select == "all-linear":
+        select = [lambda name, _: is_linear(owners[name])]
+    several = isinstance(select, Iterable) and not isinstance(select, (str, type))
+    chosen: set[str] = set()
+    for one in select if several else [select]:  # type: ignore[union-attr]
+        picked = {n for n in candidates if _is_meant(one, n, owners[n], parameters[n], exact=not several)}
+        if not picked:
+            raise ValueError(f"select={one!r} matches none of the weights: {', '.join(candidates) or '(none)'}")
+        chosen |= picked
+    return [name for name in candidates if name in chosen]
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels > 1
+
+
+def _is_meant(one: Any, name: str, owner: nn.Module, weight: Tensor, exact: bool) -> bool:
+    names = (name, name.rpartition(".")[0])
+    if isinstance(one, str):
+        if exact:
+            return any(re.fullmatch(one, n) for n in names)
+        return any(n == one or n.endswith(f".{one}") for n in names)
+    if isinstance(one, type):
+        return isinstance(owner, one)
+    if callable(one):
+        return bool(one(name, weight))
+    raise TypeError(f"select takes names, patterns, module types or functions, not {one!r}")
+
+
+@storable
+class Bella(BayesianNetwork):
+    """Pyro model ``A, B ~ prior, y ~ likelihood(net_W(x))`` with ``W = W_0 + scale B A`` for the chosen weights.
+
+    A weight ``w`` has the sites ``w.A`` ``[rank, *w.shape[1:]]`` and ``w.B`` ``[w.shape[0], rank]``. Of a convolution A
+    is one to ``rank`` channels and B is 1 x 1. W_0 is the storage of the given network: it is never copied, gets no
+    gradient and never changes. Normalisation layers keep their statistics, in training too.
+
+    :param net: a trained network; its parameters are shared.
+    :param likelihood: what the output means; ``None`` for the function alone, inside a larger Pyro model.
+    :param num_data: size N of the training set.
+    :param rank: r.
+    :param alpha: ``scale = alpha / rank``; by default ``4 * rank``, so that the scale is that of the authors (16 / 4)
+        at every rank.
+    :param rank_stabilised: ``scale = alpha / sqrt(rank)`` (Kalajdzievski 2023), with an alpha of 8 by default.
+    :param prior: a ``Normal(0, sigma)`` is on the scale of the product: A and B have the standard deviation
+        ``sqrt(sigma / (scale sqrt(rank)))``, at which every element of ``scale B A`` has the standard deviation sigma.
+        Any other prior is that of the factors themselves. Patterns match ``<weight>.A``, ``<weight>.B`` or the weight.
+    :param select: which weights, see :func:`target_weights`.
+    :param head: names of linear modules whose weight and bias belong to each particle, as in a new output layer; with
+        the prior ``head_prior``.
+    :param prefix, members_dim, output: see :class:`~pyro_bnn.model.BayesianNetwork`.
+    :raises ValueError: when ``select`` or ``head`` matches nothing, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        likelihood: Likelihood | None,
+        num_data: int | None = None,
+        *,
+        rank: int = 4,
+        alpha: float | None = None,
+        rank_stabilised: bool = False,
+        prior: PriorLike = Normal(0.0, 0.1),
+        select: Target | Iterable[Target] | None = None,
+        head: str | Iterable[str] = (),
+        head_prior: Prior = Normal(0.0, 1.0),
+        prefix: str = "",
+        members_dim: int = -2,
+        output: Output = None,
+    ) -> None:
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank={rank!r}: expected the number of columns of B, at least 1")
+        if alpha is not None and not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
+            raise ValueError(f"alpha={alpha!r}: expected a positive number, or None for a scale of 4 at every rank")
+        super().__init__(net, likelihood, num_data, prefix=prefix, members_dim=members_dim, output=output, share=True)
+        self.rank, self.rank_stabilised, self.prior, self.head_prior = rank, rank_stabilised, prior, head_prior
+        self.alpha = float((8 if rank_stabilised else 4 * rank) if alpha is None else alpha)
+        self.scale = self.alpha / (math.sqrt(rank) if rank_stabilised else rank)
+        core = self.core()
+        self.head = [head] if isinstance(head, str) else list(head)
+        self.head_parameters = self._find_head()
+        self.weights = [name for name in target_weights(core, select) if name not in self.head_parameters]
+        parameters = core.parameters_by_name()
+        self.priors: dict[str, Prior] = {}
+        self._likes: dict[str, Tensor] = {}
+        for weight in self.weights:
+            w = parameters[weight].detach()
+            for factor, shape in zip("AB", ((rank, *w.shape[1:]), (w.shape[0], rank)), strict=True):
+                name = f"{weight}.{factor}"
+                like = self._likes[name] = w.new_empty(()).expand(shape)
+                self.priors[name] = self._on_factors(priors.resolve(prior, (name, weight), like))
+        for name in self.head_parameters:
+            self._likes[name] = parameters[name].detach()
+            self.priors[name] = head_prior
+        self._sites = list_sites(self, self.priors, self._likes | self._centers())
+        self.train(self.training)
+
+    def _find_head(self) -> list[str]:
+        found = []
+        for name in self.head:
+            try:
+                module = self.core().net.get_submodule(name)
+            except AttributeError:
+                raise ValueError(f"head={name!r}: the network has no module of this name") from None
+            if not isinstance(module, nn.Linear):
+                raise ValueError(f"head={name!r} is a {type(module).__name__}: expected a linear layer")
+            found += [f"{name}.{own}" for own, p in module._parameters.items() if p is not None]
+        known = self.core().parameters_by_name()
+        tied = next((name for name in found if name not in known), None)
+        if tied is not None:
+            raise ValueError(f"head: {tied!r} is tied to another parameter; a head must have its own")
+        return found
+
+    def _on_factors(self, prior: Prior) -> Prior:
+        """A Normal prior of the product as that of each factor."""
+        if not isinstance(prior, Normal):
+            return prior
+        if prior.loc:
+            raise ValueError(f"{prior!r}: a prior on the product is around 0, the given network; leave loc out")
+        return Normal(0.0, math.sqrt(prior.scale / (self.scale * math.sqrt(self.rank))))
+
+    def _centers(self) -> dict[str, Tensor]:
+        """Factors at which the network is as it was given, and from which it can move: A as in a new layer, B zero."""
+        return {name: draw_factor(name, like) for name, like in self._likes.items() if name[-2:] in (".A", ".B")}
+
+    def pairs(self) -> list[tuple[str, str, float]]:
+        """``(site of A, site of B, scale)`` of every weight: what a particle adds to W_0 is ``scale B A``."""
+        return [(self.site(f"{weight}.A"), self.site(f"{weight}.B"), self.scale) for weight in self.weights]
+
+    def train(self, mode: bool = True) -> Bella:
+        """Normalisation layers stay in eval mode: particles would move statistics that all of them share."""
+        super().train(mode)
+        for module in self.core().net.modules():
+            if isinstance(module, NORMALISATIONS):
+                module.eval()
+        return self
+
+    def arguments(self) -> dict[str, Any]:
+        return super().arguments() | {
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "rank_stabilised": self.rank_stabilised,
+            "select": self.weights,
+            "head": self.head,
+            "head_prior": priors.describe(self.head_prior),
+        }
+
+    @classmethod
+    def from_arguments(cls, net: nn.Module, arguments: dict[str, Any]) -> Bella:
+        head_prior = priors.from_description(arguments.pop("head_prior"))
+        return cls(net, **arguments, head_prior=head_prior)  # type: ignore[arg-type]
+
+    def sites(self) -> list[Site]:
+        return self._sites
+
+    def sample_latents(self) -> dict[str, Tensor]:
+        like = self.like()
+        return sample_weights(
+            self, self.priors, {n: like.new_empty(()).expand(v.shape) for n, v in self._likes.items()}
+        )
+
+    def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
+        lead = self.lead_shape(latents)
+        parameters = self.core().parameters_by_name()
+        perturbations: dict[str, Perturbation] = {}
+        for weight in self.weights:
+            a, b = (self._by_member(latents, f"{weight}.{factor}", lead) for factor in "AB")
+            perturbations[weight] = LowRankFactors(a, b, self.scale)
+        for name in self.head_parameters:
+            value = self._by_member(latents, name, lead)
+            if value.dim() == 2:  # a bias
+                perturbations[name] = Replacement(value.unsqueeze(1))
+            else:
+                perturbations[name] = Shift(value - parameters[name])
+        f = self.core().perturbed(x, size, perturbations, lead.numel())
+        return self.unfold(f, lead)
+
+    def _by_member(self, latents: dict[str, Tensor], name: str, lead: torch.Size) -> Tensor:
+        """``[*lead, 1 ..., *event] -> [members | 1, *event]``."""
+        event = self._likes[name].shape
+        return self.fold(latents[self.site(name)], len(event), lead).squeeze(1)
+
+
+def draw_factor(name: str, like: Tensor) -> Tensor:
+    """Starting values of one factor: B zero, A uniform with the standard deviation of a new layer (He et al. 2015)."""
+    value = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    if name.endswith(".B"):
+        return value
+    bound = 1 / math.sqrt(math.prod(like.shape[1:]))
+    return value.uniform_(-bound, bound)
+
+
+@storable
+class ParticleGuide(MixtureGuide):
+    """n particles: points in the space of all latent sites, with equal weights.
+
+    :param model: a :class:`Bella`.
+    :param particles: n.
+    :param init: where A and B of every particle start, drawn anew for each. ``"kaiming"``: A uniform in
+        ``+-1 / sqrt(fan in)`` and B zero, so that all begin as the given network. ``"gaussian"``: the same A, and B
+        normal with the standard deviation ``init_scale``: particles differ as functions from the start, which a
+        kernel on products or functions needs. ``"orthogonal"``: A and B both random with B A = 0, of even rank.
+    :param init_scale: see ``init``.
+    :raises ValueError: for an unknown ``init``, or an odd rank with ``"orthogonal"``.
+    """
+
+    def __init__(self, model: Bella, particles: int = 5, *, init: Init = "gaussian", init_scale: float = 1e-2) -> None:
+        if not isinstance(model, Bella):
+            raise TypeError(f"ParticleGuide takes a pyro_bnn.models.Bella, got {type(model).__name__}")
+        if init not in ("kaiming", "gaussian", "orthogonal"):
+            raise ValueError(f"init={init!r}: expected 'kaiming', 'gaussian' or 'orthogonal'")
+        if init == "orthogonal" and model.rank % 2:
+            raise ValueError(f"init='orthogonal' halves the rank between A and B: rank={model.rank} is odd")
+        if not init_scale > 0:
+            raise ValueError(f"init_scale={init_scale!r}: expected a positive standard deviation")
+        super().__init__(model, particles, family="point")
+        self._pairs = model.pairs()
+        values = self.coordinates()
+        with torch.no_grad():
+            for a, b, _ in self._pairs:
+                for own_a, own_b in zip(values[a], values[b], strict=True):
+                    if init == "orthogonal":
+                        _orthogonal(own_a, own_b, init_scale)
+                        continue
+                    own_a.copy_(draw_factor(".A", own_a))
+                    if init == "gaussian":
+                        own_b.normal_(0, init_scale)
+
+    def arguments(self) -> dict[str, Any]:
+        return {"particles": self.num_members}
+
+    def pairs(self) -> list[tuple[str, str, float]]:
+        """See :meth:`Bella.pairs`."""
+        return self._pairs
+
+
+def _orthogonal(a: Tensor, b: Tensor, scale: float) -> None:
+    """A in one half of an orthonormal basis of the r coordinates and B in the other."""
+    basis = torch.linalg.qr(torch.randn(a.shape[0], a.shape[0], dtype=a.dtype, device=a.device))[0]
+    bound = 1 / math.sqrt(math.prod(a.shape[1:]))
+    half = torch.empty_like(a.flatten(1)[::2]).uniform_(-bound, bound)
+    a.copy_((basis[:, ::2] @ half).view_as(a))
+    b.copy_(scale * torch.randn_like(b[:, ::2]) @ basis[:, 1::2].t())

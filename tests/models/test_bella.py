@@ -1,0 +1,289 @@
+"""Bella: what is shared and what is not, the prior on the product's scale, targets as PEFT names them, and engines."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from typing import Any
+
+import pyro
+import pytest
+import torch
+import torchvision
+from pyro import poutine
+from pyro.infer import MCMC, NUTS, Predictive
+from torch import Tensor, nn
+
+import pyro_bnn as pb
+from pyro_bnn.inference import fit
+from pyro_bnn.models import Bella, ParticleGuide
+from pyro_bnn.models.architectures import resnet18
+from pyro_bnn.priors import HierarchicalNormal, Laplace, Normal
+
+CLASSES = pb.likelihoods.Categorical()
+
+
+def images(n: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(n, 3, 16, 16, generator=generator), torch.randint(4, (n,), generator=generator)
+
+
+def small(**options: Any) -> tuple[nn.Module, Bella]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 4)).double()
+    return net, Bella(net, CLASSES, 20, **options)
+
+
+def rows() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(20, 3, dtype=torch.float64, generator=generator)
+    return x, (x[:, 0] > 0).long() + 2 * (x[:, 1] > 0).long()
+
+
+# ------------------------------------------------------------------------------------- the frozen network
+
+
+def test_the_given_weights_are_shared_and_never_change() -> None:
+    """One storage for W_0, whatever the particles do; no gradient, no moved statistics; the network is the user's."""
+    torch.manual_seed(0)
+    net = resnet18(4).train()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    model = Bella(net, CLASSES, 8)
+    guide = ParticleGuide(model, particles=3)
+    fit(model, guide, images(), epochs=2, progress=False)
+    for (name, mine), (_, theirs) in zip(model.core().net.named_parameters(), net.named_parameters(), strict=True):
+        assert mine.data_ptr() == theirs.data_ptr(), name
+        assert mine.grad is None and not mine.requires_grad and theirs.requires_grad
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert all(torch.equal(before[name], value) for name, value in model.core().net.state_dict().items())
+    assert net.training
+    trained = [p for p in [*model.parameters(), *guide.parameters()] if p.requires_grad]
+    assert sum(p.numel() for p in trained) == 3 * sum(site.shape.numel() for site in model.sites())
+
+
+@pytest.mark.parametrize("init", ["kaiming", "orthogonal"])
+def test_particles_start_as_the_given_network(init: Any) -> None:
+    """B A = 0 at the start: with "kaiming" as B is zero, with "orthogonal" although neither factor is."""
+    net, model = small()
+    guide = ParticleGuide(model, particles=3, init=init)
+    x, _ = rows()
+    prediction = pb.Posterior(model, guide).predict(x, num_samples=1)
+    for member in prediction.outputs[0]:
+        torch.testing.assert_close(member, net(x))
+    values = guide.coordinates()
+    assert not torch.equal(values["0.weight.A"][0], values["0.weight.A"][1])
+    assert bool(values["0.weight.B"].any()) == (init == "orthogonal")
+
+
+def test_small_b_makes_particles_differ() -> None:
+    _, model = small()
+    members = pb.Posterior(model, ParticleGuide(model, particles=3)).predict(rows()[0], num_samples=1).members[0]
+    assert float((members[0] - members[1]).abs().max()) > 1e-4
+
+
+def test_each_particle_is_the_network_with_its_own_weights() -> None:
+    """Members of a prediction against plain networks into which W_0 + scale B A was written, head included."""
+    net, model = small(head="2", rank=2)
+    guide = ParticleGuide(model, particles=3, init_scale=0.3)
+    values = guide.coordinates()
+    for name in ("2.weight", "2.bias"):
+        values[name].normal_()
+    x, _ = rows()
+    members = pb.Posterior(model, guide).predict(x, num_samples=1).outputs[0]
+    for i in range(3):
+        own = copy.deepcopy(net)
+        with torch.no_grad():
+            own[0].weight += model.scale * values["0.weight.B"][i] @ values["0.weight.A"][i]  # type: ignore[index, operator]
+            own[2].weight.copy_(values["2.weight"][i])  # type: ignore[index, union-attr]
+            own[2].bias.copy_(values["2.bias"][i])  # type: ignore[index, union-attr]
+        torch.testing.assert_close(members[i], own(x))
+
+
+# --------------------------------------------------------------------------------------- prior and scale
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 1}, {"rank": 8, "alpha": 3.0}, {"rank": 9, "rank_stabilised": True}])
+def test_a_normal_prior_is_on_the_scale_of_the_product(options: dict[str, Any]) -> None:
+    """The standard deviation of elements of scale B A over prior draws is sigma, at every rank and alpha."""
+    net = nn.Linear(40, 30).double()
+    model = Bella(net, None, prior=Normal(0.0, 0.3), **options)
+    torch.manual_seed(0)
+    draws = [poutine.trace(model).get_trace(torch.zeros(1, 40, dtype=torch.float64)).nodes for _ in range(300)]
+    products = torch.stack([model.scale * d["weight.B"]["value"][0, 0] @ d["weight.A"]["value"][0, 0] for d in draws])
+    mean_squares = products.square().mean((1, 2))  # one for each independent draw
+    error = float(mean_squares.std()) / math.sqrt(len(draws))
+    assert abs(float(mean_squares.mean()) - 0.09) < 4 * error and error < 0.01
+
+
+def test_scales() -> None:
+    """alpha / rank stays as it is when the rank changes, unless alpha is given; the other rule divides by the root."""
+    net = nn.Linear(4, 4)
+    assert {Bella(net, None, rank=r).scale for r in (1, 4, 16)} == {4.0}
+    assert Bella(net, None, rank=8, alpha=16).scale == 2.0
+    assert Bella(net, None, rank=4, rank_stabilised=True).scale == 4.0
+    assert Bella(net, None, rank=16, alpha=8, rank_stabilised=True).scale == 2.0
+
+
+def test_other_priors_are_of_the_factors() -> None:
+    _, model = small(prior={".*A": Laplace(scale=0.2), ".*": HierarchicalNormal()})
+    assert model.priors["0.weight.A"] == Laplace(scale=0.2)
+    names = {site.name for site in model.sites()}
+    assert "0.weight.B_tau" in names and "0.weight.A_tau" not in names
+    x, y = rows()
+    guide = ParticleGuide(model, particles=2)
+    assert math.isfinite(fit(model, guide, (x, y), epochs=2, progress=False).losses[-1])
+
+
+def test_sites_and_their_shapes() -> None:
+    model = Bella(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 5)), None, rank=2, head="2")
+    shapes = {site.name: tuple(site.shape) for site in model.sites()}
+    assert shapes == {"0.weight.A": (2, 3, 3, 3), "0.weight.B": (8, 2), "2.weight": (5, 8), "2.bias": (5,)}
+
+
+# ------------------------------------------------------------------------------------------------ targets
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c_fc, self.c_proj, self.norm = nn.Linear(4, 8), nn.Linear(8, 4), nn.LayerNorm(4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return x + self.c_proj(self.c_fc(self.norm(x)).relu())
+
+
+class Text(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.blocks, self.head = nn.Embedding(7, 4), nn.Sequential(Block(), Block()), nn.Linear(4, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.blocks(self.embed(tokens)).mean(1))
+
+
+@pytest.mark.parametrize(
+    ("select", "expected"),
+    [
+        (["c_fc", "c_proj"], {f"blocks.{i}.{n}.weight" for i in (0, 1) for n in ("c_fc", "c_proj")}),
+        (["0.c_fc"], {"blocks.0.c_fc.weight"}),
+        (["head.weight"], {"head.weight"}),
+        (r"blocks\.1\.c_.*", {"blocks.1.c_fc.weight", "blocks.1.c_proj.weight"}),
+        (["in_proj_weight"], {f"blocks.{i}.attention.in_proj_weight" for i in (0, 1)}),
+        (nn.Embedding, {"embed.weight"}),
+        (lambda name, weight: weight.shape[0] == 3, {"head.weight"}),
+        ([nn.Embedding, "head"], {"embed.weight", "head.weight"}),
+    ],
+)
+def test_targets_are_named_as_in_peft(select: Any, expected: set[str]) -> None:
+    assert set(Bella(Text(), CLASSES, 10, select=select).weights) == expected
+
+
+def test_all_linear_and_the_default() -> None:
+    everything = set(Bella(Text(), CLASSES, 10).weights)
+    linear = set(Bella(Text(), CLASSES, 10, select="all-linear").weights)
+    assert everything - linear == {f"blocks.{i}.attention.in_proj_weight" for i in (0, 1)}
+    assert "embed.weight" not in everything and len(linear) == 7
+    mobile = torchvision.models.mobilenet_v2(num_classes=4)
+    chosen = set(Bella(mobile, CLASSES, 10).weights)
+    depthwise = {f"{n}.weight" for n, m in mobile.named_modules() if isinstance(m, nn.Conv2d) and m.groups > 1}
+    assert depthwise and not depthwise & chosen
+    name = next(iter(depthwise))
+    assert Bella(mobile, CLASSES, 10, select=[name]).weights == [name]
+
+
+def test_the_size_of_the_authors_configuration() -> None:
+    """368,640 numbers for each particle: both layers of the twelve perceptrons of a ViT-B/32 at rank 4."""
+    with torch.device("meta"):
+        net = torchvision.models.vit_b_32()
+    model = Bella(net, CLASSES, 10, select=["mlp.0", "mlp.3"])
+    assert len(model.weights) == 24 and sum(site.shape.numel() for site in model.sites()) == 368_640
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 0}, "rank=0"),
+        ({"rank": 2.5}, "rank=2.5"),
+        ({"alpha": -1.0}, "alpha=-1.0"),
+        ({"select": ["nothing"]}, "matches none of the weights: 0.weight, 2.weight"),
+        ({"select": "0.w"}, "matches none"),
+        ({"head": "3"}, "no module of this name"),
+        ({"head": "1"}, "is a Tanh: expected a linear layer"),
+        ({"prior": Normal(1.0, 0.1)}, "around 0"),
+    ],
+)
+def test_bad_input(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        small(**options)
+
+
+def test_bad_guides() -> None:
+    _, model = small(rank=3)
+    for options, said in (
+        ({"particles": 0}, "at least 1"),
+        ({"init": "zeros"}, "expected 'kaiming'"),
+        ({"init": "orthogonal"}, "rank=3 is odd"),
+        ({"init_scale": 0.0}, "positive"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ParticleGuide(model, **options)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="takes a pyro_bnn.models.Bella"):
+        ParticleGuide(pb.models.Dense(nn.Linear(2, 2), CLASSES, 3))  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------------ engines
+
+
+def test_saved_loaded_and_pickled(tmp_path: Any) -> None:
+    net, model = small(head="2", rank=2, alpha=3.0, rank_stabilised=True)
+    guide = ParticleGuide(model, particles=3)
+    posterior = fit(model, guide, rows(), epochs=3, progress=False, seed=0)
+    posterior.save(tmp_path / "p")
+    loaded = pb.load(tmp_path / "p", net)
+    x, _ = rows()
+    expected = posterior.predict(x, num_samples=2, seed=0).probs
+    assert torch.equal(loaded.predict(x, num_samples=2, seed=0).probs, expected)
+    assert loaded.model.arguments() == model.arguments() and loaded.guide.pairs() == guide.pairs()  # type: ignore[operator]
+    again = pickle.loads(pickle.dumps((model, guide)))
+    assert torch.equal(pb.Posterior(*again).predict(x, num_samples=2, seed=0).probs, expected)
+
+
+def test_nuts_and_mean_field() -> None:
+    """Low-rank adapters under other engines: the model is an ordinary Pyro program."""
+    _, model = small(select=["0"], rank=1)
+    x, y = rows()
+    pyro.set_rng_seed(0)
+    mcmc = MCMC(NUTS(model), num_samples=20, warmup_steps=20, disable_progbar=True)
+    mcmc.run(x, y)
+    draws = mcmc.get_samples()
+    assert draws["0.weight.A"].shape == (20, 1, 1, 1, 3) and float(draws["0.weight.B"].std()) > 0
+    found = Predictive(model, posterior_samples=draws, parallel=True)(x)
+    assert found["obs"].shape[0] == 20
+    kernel = pb.inference.SGHMC(model, (x, y), step_size=0.05, friction=0.2, thinning=3)
+    posterior = pb.inference.sample(kernel, 5, 5, num_chains=2, progress=False, seed=0)
+    assert posterior.predict(x, num_samples=5).probs.shape == (20, 4)
+
+
+def test_inside_a_larger_program() -> None:
+    net, bnn = small()
+    function = Bella(net, None, prefix="net", select=["2"])
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        shift = pyro.sample("shift", pyro.distributions.Normal(x.new_zeros(4), 1.0).to_event(1))
+        f = function(x) + shift
+        with function.members(), pyro.plate("data", len(x)):
+            pyro.sample("obs", pyro.distributions.Categorical(logits=f), obs=y)
+
+    trace = poutine.trace(model).get_trace(*rows())
+    assert {"net.2.weight.A", "net.2.weight.B", "shift"} <= set(trace.nodes)
+    assert bnn.weights == ["0.weight", "2.weight"]
+
+
+def test_normalisation_keeps_its_statistics_in_training() -> None:
+    model = Bella(resnet18(4), CLASSES, 8)
+    model.train()
+    norms = [m for m in model.core().net.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and model.training and not any(m.training for m in norms)
