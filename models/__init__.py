@@ -1,8 +1,20 @@
 """The Bayesian networks: each a Pyro model and the guides that go with it."""
 
+from pyro_bnn.models.adapters import load_adapters, save_adapters
 from pyro_bnn.models.bella import Bella, ParticleGuide
 from pyro_bnn.models.dense import Dense, MeanFieldGuide, PointGuide
 from pyro_bnn.models.rank1 import Rank1, Rank1Guide
 from pyro_bnn.models.spike_slab import SpikeSlab
 
-__all__ = ["Bella", "Dense", "MeanFieldGuide", "ParticleGuide", "PointGuide", "Rank1", "Rank1Guide", "SpikeSlab"]
+__all__ = [
+    "Bella",
+    "Dense",
+    "MeanFieldGuide",
+    "ParticleGuide",
+    "PointGuide",
+    "Rank1",
+    "Rank1Guide",
+    "SpikeSlab",
+    "load_adapters",
+    "save_adapters",
+]

@@ -1,0 +1,186 @@
+"""Particles as LoRA checkpoints of the PEFT library, both ways: ``adapter_config.json`` and safetensors.
+
+PEFT has A where the input comes in and B where the output goes out; here A and B stand at the last and at the first
+dimension of the stored weight. The two agree but for tables and for layers that store ``[in, out]``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from pyro_bnn.models.bella import Bella, ParticleGuide, is_linear
+
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+#: kinds of layers whose stored weight has its input at dimension 0
+_INPUT_FIRST = ("embedding", "linear, [in, out]")
+
+
+def save_adapters(model: Bella, guide: ParticleGuide, path: str | os.PathLike[str]) -> list[Path]:
+    """Writes particle i to the folder ``path/particle_i``, which ``peft.PeftModel.from_pretrained(net, ...)`` opens.
+
+    A head goes along as one of PEFT's ``modules_to_save``.
+
+    :return: the folders.
+    :raises ValueError: for weights of a kind that PEFT has no adapter for.
+    :raises FileExistsError: when ``path`` exists and holds anything but such folders.
+    """
+    path = Path(path)
+    count = guide.num_members
+    names = [f"particle_{i}" for i in range(count)]
+    kinds = {weight: _kind(model, weight) for weight in model.weights}
+    if path.exists() and not all((child / _CONFIG).is_file() for child in path.iterdir()):
+        raise FileExistsError(f"{path} exists and holds other files; choose another path or remove it")
+    values = {name: value.cpu() for name, value in guide.coordinates().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        for i, name in enumerate(names):
+            tensors: dict[str, Tensor] = {}
+            for weight, kind in kinds.items():
+                a, b = (values[model.site(f"{weight}.{factor}")][i] for factor in "AB")
+                keys = _keys(weight.rpartition(".")[0], kind)
+                tensors |= {k: t.contiguous() for k, t in zip(keys, _to_peft(a, b, kind), strict=True)}
+            for parameter in model.head_parameters:
+                tensors[_PREFIX + parameter] = values[model.site(parameter)][i].contiguous()
+            (temporary / name).mkdir()
+            safetensors.torch.save_file(tensors, temporary / name / _TENSORS, metadata={"format": "pt"})
+            (temporary / name / _CONFIG).write_text(json.dumps(_config(model, kinds), indent=1) + "\n")
+        temporary.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return [path / name for name in names]
+
+
+def load_adapters(model: Bella, guide: ParticleGuide, paths: list[str | os.PathLike[str]] | list[Path]) -> None:
+    """Starts particles at LoRA checkpoints: particle i at ``paths[i]``.
+
+    The rank may be lower than the model's, and alpha may be another: B takes the difference.
+
+    :raises ValueError: for more checkpoints than particles, one that is damaged or of another kind, or one whose
+        layers are not those of the model.
+    :raises FileNotFoundError: where there is none.
+    """
+    if len(paths) > guide.num_members:
+        raise ValueError(f"{len(paths)} checkpoints for {guide.num_members} particles")
+    found = [_read(model, Path(path)) for path in paths]  # all of them, before any particle moves
+    values = guide.coordinates()
+    for i, particle in enumerate(found):
+        for name, value in particle.items():
+            values[model.site(name)][i].copy_(value)
+
+
+def _kind(model: Bella, weight: str) -> str:
+    """How PEFT lays the factors of this weight out."""
+    owner = model.core().owner(weight)
+    if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and owner.groups == 1:
+        return "convolution"
+    if isinstance(owner, nn.Embedding):
+        return "embedding"
+    inside_attention = isinstance(owner, NonDynamicallyQuantizableLinear)  # whose forward is never called
+    if is_linear(owner) and not inside_attention:
+        return "linear" if isinstance(owner, nn.Linear) else "linear, [in, out]"
+    raise ValueError(
+        f"PEFT has no adapter for {weight!r} of a {type(owner).__name__}: leave it out with select=, or save the "
+        "posterior with posterior.save()"
+    )
+
+
+def _keys(module: str, kind: str) -> list[str]:
+    """The names of A and B in PEFT's file."""
+    names = ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+    return [f"{_PREFIX}{module}.{name}" for name in names]
+
+
+def _to_peft(a: Tensor, b: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    if kind == "convolution":
+        return a, b.reshape(b.shape + (1,) * (a.dim() - 2))
+    return (b.t(), a.t()) if kind in _INPUT_FIRST else (a, b)
+
+
+def _from_peft(a: Tensor, b: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    if kind == "convolution":
+        return a, b.flatten(1)
+    return (b.t(), a.t()) if kind in _INPUT_FIRST else (a, b)
+
+
+def _config(model: Bella, kinds: dict[str, str]) -> dict[str, Any]:
+    alpha = int(model.alpha) if model.alpha == int(model.alpha) else model.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": model.rank,
+        "lora_alpha": alpha,
+        "use_rslora": model.rank_stabilised,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": "linear, [in, out]" in kinds.values(),
+        "target_modules": sorted(weight.rpartition(".")[0] for weight in kinds),
+        "modules_to_save": model.head or None,
+    }
+
+
+def _read(model: Bella, path: Path) -> dict[str, Tensor]:
+    """``{weight.A: ..., weight.B: ..., head parameter: ...}`` of one checkpoint."""
+    if not (path / _CONFIG).is_file():
+        raise FileNotFoundError(f"{path} is no adapter: it has no {_CONFIG}")
+    try:
+        config = json.loads((path / _CONFIG).read_text())
+        tensors = safetensors.torch.load_file(path / _TENSORS)
+    except (ValueError, SafetensorError, OSError) as error:
+        raise ValueError(f"the adapter in {path} is damaged or has no {_TENSORS} ({error})") from None
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path} holds an adapter of type {config.get('peft_type')!r}; expected 'LORA'")
+    for option in ("use_dora", "rank_pattern", "alpha_pattern"):
+        if config.get(option):
+            raise ValueError(f"{path} was made with {option}={config[option]!r}, which particles do not have")
+    rank = int(config["r"])
+    if rank > model.rank:
+        raise ValueError(f"{path} has rank {rank}: Bella(rank={rank}) or more takes it, and not rank={model.rank}")
+    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    found: dict[str, Tensor] = {}
+    left = dict(tensors)
+    for weight in model.weights:
+        module, kind = weight.rpartition(".")[0], _kind(model, weight)
+        keys = _keys(module, kind)
+        if any(key not in left for key in keys):
+            raise ValueError(f"{path} has no adapter for {module!r}: leave the layer out with select=")
+        first, second = (left.pop(key) for key in keys)
+        a, b = _from_peft(first, second * (scale / model.scale), kind)
+        for factor, value in (("A", a), ("B", b)):
+            found[f"{weight}.{factor}"] = _padded(value, model._likes[f"{weight}.{factor}"], factor, path)
+    for parameter in model.head_parameters:
+        if _PREFIX + parameter not in left:
+            raise ValueError(f"{path} has no {parameter!r} among its modules_to_save: leave head= out")
+        found[parameter] = left.pop(_PREFIX + parameter)
+    if left:
+        raise ValueError(f"{path} has an adapter for {next(iter(left))!r}, which the model has not: see select=")
+    return found
+
+
+def _padded(value: Tensor, like: Tensor, factor: str, path: Path) -> Tensor:
+    """With columns of zeros, or rows, up to the rank of the model."""
+    axis = {"A": 0, "B": 1}[factor]
+    shape = list(value.shape)
+    shape[axis] = like.shape[axis] - shape[axis]
+    value = torch.cat([value, value.new_zeros(shape)], axis)
+    if value.shape != like.shape:
+        raise ValueError(f"{path} is for another network: a factor has shape {tuple(value.shape)}, not {like.shape}")
+    return value

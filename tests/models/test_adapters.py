@@ -1,0 +1,171 @@
+"""Particles and the PEFT library: what is written opens there, what it writes opens here, with the same outputs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor, nn
+
+import pyro_bnn as pb
+from pyro_bnn.models import Bella, ParticleGuide, load_adapters, save_adapters
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.mix = nn.Conv2d(2, 6, 3, stride=2, padding=1), nn.Conv1d(6, 5, 2)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.mix(self.stem(x).tanh().flatten(2)).mean(-1))
+
+
+def gpt() -> nn.Module:
+    config = transformers.GPT2Config(
+        **{"vocab_size": 17, "n_positions": 8, "n_embd": 8, "n_layer": 2, "n_head": 2, "num_labels": 3},
+        **{"pad_token_id": 0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    )
+    return transformers.GPT2ForSequenceClassification(config)
+
+
+def bert() -> nn.Module:
+    config = transformers.BertConfig(
+        **{"vocab_size": 17, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "num_labels": 3},
+        **{"intermediate_size": 16, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+TOKENS = torch.randint(1, 17, (4, 6), generator=torch.Generator().manual_seed(0))
+IMAGES = torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(0))
+CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "convolutions": (Images, IMAGES, {"select": ["stem", "mix", "head"]}),
+    "a head of their own": (Images, IMAGES, {"select": ["stem"], "head": "head"}),
+    "layers that store [in, out]": (gpt, TOKENS, {"select": ["c_attn", "c_proj"]}),
+    "attention and embeddings": (bert, TOKENS, {"select": ["query", "value", "word_embeddings"], "head": "classifier"}),
+    "rank-stabilised": (bert, TOKENS, {"select": ["dense"], "rank_stabilised": True, "alpha": 3.0}),
+}
+
+
+def case(name: str, **options: Any) -> tuple[nn.Module, Any, Bella, ParticleGuide]:
+    torch.manual_seed(0)
+    make, x, own = CASES[name]
+    net = make().eval()
+    output = None if isinstance(net, Images) else "logits"
+    model = Bella(net, pb.likelihoods.Categorical(), 10, output=output, **own | options)
+    guide = ParticleGuide(model, particles=2, init_scale=0.5)
+    for parameter in model.head_parameters:
+        guide.coordinates()[parameter].normal_()
+    return net, x, model, guide
+
+
+def outputs(model: Bella, guide: ParticleGuide, x: Any) -> Tensor:
+    return pb.Posterior(model, guide).predict(x, num_samples=1).outputs[0]
+
+
+def logits(net: Any, x: Any) -> Tensor:
+    with torch.no_grad():
+        y = net(x)
+    return y if isinstance(y, Tensor) else y.logits
+
+
+@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out")
+@pytest.mark.parametrize("name", CASES)
+def test_a_particle_opens_in_peft(name: str, tmp_path: Path) -> None:
+    net, x, model, guide = case(name)
+    members = outputs(model, guide, x)
+    for i, folder in enumerate(save_adapters(model, guide, tmp_path / "particles")):
+        adapted = peft.PeftModel.from_pretrained(copy.deepcopy(net), folder).eval()
+        torch.testing.assert_close(logits(adapted, x), members[i], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(members[i], logits(net, x), atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out")
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("rank", [2, 3])
+def test_a_checkpoint_of_peft_starts_a_particle(name: str, rank: int, tmp_path: Path) -> None:
+    """Also one of a lower rank and of another alpha, and of a network whose other particles stay where they are."""
+    net, x, model, guide = case(name, rank=3)
+    config = peft.LoraConfig(
+        **{"r": rank, "lora_alpha": 5, "init_lora_weights": False, "use_rslora": rank == 3},
+        target_modules=[weight.rpartition(".")[0] for weight in model.weights],
+        modules_to_save=model.head or None,
+    )
+    adapted = peft.get_peft_model(copy.deepcopy(net), config).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    before = outputs(model, guide, x)
+    load_adapters(model, guide, [tmp_path / "adapter"])
+    after = outputs(model, guide, x)
+    torch.testing.assert_close(after[0], logits(adapted, x), rtol=1e-4, atol=1e-5)
+    assert torch.equal(after[1], before[1]) and not torch.allclose(after[0], before[0], atol=1e-3)
+
+
+def test_there_and_back(tmp_path: Path) -> None:
+    """Bit for bit, and over an older set of particles."""
+    _, _, model, guide = case("convolutions")
+    folders = save_adapters(model, guide, tmp_path / "particles")
+    folders = save_adapters(model, guide, tmp_path / "particles")
+    other = ParticleGuide(model, particles=2)
+    load_adapters(model, other, folders)
+    assert all(torch.equal(v, other.coordinates()[n]) for n, v in guide.coordinates().items())
+
+
+def test_bad_input(tmp_path: Path) -> None:
+    _, _, model, guide = case("convolutions")
+    folders = save_adapters(model, guide, tmp_path / "particles")
+    with pytest.raises(ValueError, match="3 checkpoints for 2 particles"):
+        load_adapters(model, guide, [*folders, folders[0]])
+    with pytest.raises(FileNotFoundError, match="adapter_config.json"):
+        load_adapters(model, guide, [tmp_path])
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "file").write_text("")
+    with pytest.raises(FileExistsError, match="other files"):
+        save_adapters(model, guide, tmp_path / "others")
+    start = {n: v.clone() for n, v in guide.coordinates().items()}
+    for options, said in (
+        ({"select": ["stem", "mix"]}, "head.lora_A.weight', which the model has not"),
+        ({"select": ["stem"], "head": "head"}, "has no 'head.weight' among its modules_to_save"),
+        ({"rank": 2}, "has rank 4"),
+    ):
+        _, _, another, own = case("convolutions", **options)
+        with pytest.raises(ValueError, match=said):
+            load_adapters(another, own, folders)
+    config = json.loads((folders[1] / "adapter_config.json").read_text())
+    for change, said in (({"peft_type": "IA3"}, "of type 'IA3'"), ({"use_dora": True}, "use_dora=True")):
+        (folders[1] / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=said):
+            load_adapters(model, guide, folders)
+    (folders[1] / "adapter_config.json").write_text(json.dumps(config))
+    tensors = safetensors.torch.load_file(folders[1] / "adapter_model.safetensors")
+    tensors["base_model.model.head.lora_A.weight"] = torch.zeros(4, 9)
+    safetensors.torch.save_file(tensors, folders[1] / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="for another network"):
+        load_adapters(model, guide, folders)
+    (folders[1] / "adapter_model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="damaged"):
+        load_adapters(model, guide, folders)
+    assert all(torch.equal(v, start[n]) for n, v in guide.coordinates().items()), "nothing is half loaded"
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.ConvTranspose1d(2, 3, 2),
+        nn.LSTM(3, 4),
+        nn.MultiheadAttention(4, 2),
+        nn.Conv2d(4, 4, 3, groups=2),
+    ],
+)
+def test_layers_that_peft_cannot_have(net: nn.Module, tmp_path: Path) -> None:
+    model = Bella(net, None)
+    with pytest.raises(ValueError, match="PEFT has no adapter for"):
+        save_adapters(model, ParticleGuide(model), tmp_path / "particles")
+    assert not (tmp_path / "particles").exists()
