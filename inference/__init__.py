@@ -3,19 +3,30 @@
 from pyro_bnn.inference import pruning
 from pyro_bnn.inference.elbo import MixtureELBO, ScaleLatents
 from pyro_bnn.inference.em import SGHMCEM
+from pyro_bnn.inference.kernels import IMQ, RBF, Linear, Mixture, ScaledMedian
+from pyro_bnn.inference.particles import AutoParticles
 from pyro_bnn.inference.sampling import sample
 from pyro_bnn.inference.schedules import cosine, warmup_steps
 from pyro_bnn.inference.sghmc import SGHMC, SGLD
+from pyro_bnn.inference.svgd import SVGD, cyclical_annealing
 from pyro_bnn.inference.svi import FitState, fit
 
 __all__ = [
+    "IMQ",
+    "RBF",
     "SGHMC",
     "SGHMCEM",
     "SGLD",
+    "SVGD",
+    "AutoParticles",
     "FitState",
+    "Linear",
+    "Mixture",
     "MixtureELBO",
     "ScaleLatents",
+    "ScaledMedian",
     "cosine",
+    "cyclical_annealing",
     "fit",
     "pruning",
     "sample",

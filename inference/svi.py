@@ -116,7 +116,7 @@ def fit(
         parameters = _initialise(model, guide, first)
         optimizer = _optimizer(optim, parameters, model, guide, lr, weight_decay, decay)
         scheduler = schedule(optimizer, steps, epochs) if schedule is not None else None
-        run = _Run(model, guide, parameters, optimizer, scheduler)
+        run = TrainingRun(model, guide, parameters, optimizer, scheduler)
         if checkpoint is not None:
             run.resume(checkpoint)
         run.remember()
@@ -254,7 +254,7 @@ def _without_site(parameters: list[Tensor]) -> str:
 # --------------------------------------------------------------------------------------------- state of a run
 
 
-class _Run:
+class TrainingRun:
     """Everything that changes during training."""
 
     def __init__(

@@ -8,17 +8,15 @@ A run folder holds
 - ``posterior.nc``: the posterior and its predictions on test data, for ArviZ.
 """
 
-import copy
 import json
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -28,58 +26,31 @@ from torch import nn
 
 import pyro_bnn as pb
 from pyro_bnn.data import Encoding, Task, load
-from pyro_bnn.models import architectures
+from pyro_bnn.recipes import (
+    DEFAULT_PRIORS,
+    Family,
+    Group,
+    Method,
+    Metrics,
+    Network,
+    Options,
+    Prior,
+    Trained,
+    Update,
+    bayesian,
+    build_network,
+    deterministic,
+    find_device,
+    particles,
+    sample,
+    sparsity_of,
+    train,
+    trained_network,
+)
 
 FORMAT = 1
 ARVIZ_DRAWS = 100
 ARVIZ_ROWS = 1000
-
-Metrics = dict[str, Any]
-
-
-Method = Literal["rank1", "dense", "spike-slab"]
-Network = Literal["auto", "cnn", "mlp", "resnet18"]
-Family = Literal["normal", "cauchy"]
-Prior = Literal[
-    "hierarchical-cauchy",
-    "hierarchical-normal",
-    "horseshoe",
-    "normal",
-    "cauchy",
-    "laplace",
-    "student-t",
-    "spike-and-slab",
-]
-Group = Literal["weight", "kernel", "input", "output"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a run was asked for, with everything that was left to choose filled in."""
-
-    data: str
-    target: str | None
-    method: Method
-    network: Network
-    epochs: int
-    components: int
-    prior: Prior
-    family: Family
-    group: Group
-    sparsity: float
-    temperature: float
-    batch_size: int
-    lr: float
-    samples: int
-    seed: int
-    device: str
-
-
-_DEFAULT_PRIORS: dict[Method, Prior] = {
-    "rank1": "hierarchical-cauchy",
-    "dense": "normal",
-    "spike-slab": "spike-and-slab",
-}
 
 app = typer.Typer(
     help="Bayesian neural networks as Pyro programs.",
@@ -97,7 +68,10 @@ def fit(
     ] = "digits",
     target: Annotated[str | None, typer.Option(help="column of a .csv that is to be predicted")] = None,
     method: Annotated[
-        Method, typer.Option(help="rank-1 factors, mean-field Normals on all weights, or SGHMC under spike and slab")
+        Method,
+        typer.Option(
+            help="rank-1 factors, mean-field Normals on all weights, SGHMC under spike and slab, or low-rank particles"
+        ),
     ] = "rank1",
     network: Annotated[Network, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
     epochs: Annotated[
@@ -111,6 +85,12 @@ def fit(
         float | None, typer.Option(min=0, max=0.999, help="share of weights to remove; spike-slab alone, there 0.8")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="1 is the posterior; spike-slab alone")] = 1.0,
+    particles_: Annotated[int | None, typer.Option("--particles", min=1, help="of bella, there 5")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="of what bella adds to each weight, there 4")] = None,
+    update: Annotated[Update | None, typer.Option(help="of bella's particles, there svgd")] = None,
+    pretrained: Annotated[
+        Path | None, typer.Option(help="run folder whose deterministic network bella starts from, instead of training")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows of a training step")] = 64,
     lr: Annotated[
         float, typer.Option(help="of AdamW, falling to 0 along a cosine; spike-slab: also the step size squared")
@@ -136,7 +116,12 @@ def fit(
             raise ValueError(
                 "--method spike-slab has a prior of its own and no guide: no --prior, --family, --components"
             )
-        place = _device(device)
+        bella = method == "bella"
+        if not bella and (particles_, rank, update, pretrained) != (None,) * 4:
+            raise ValueError("--particles, --rank, --update and --pretrained go with --method bella")
+        if bella and (family != "normal" or components is not None):
+            raise ValueError("--method bella has particles: no --family, --components")
+        place = find_device(device)
         task = load(data, target)
         folder = out or Path("runs") / f"{method}-{task.name}"
         _check_free(folder, overwrite)
@@ -147,11 +132,15 @@ def fit(
             network=network if network != "auto" else "cnn" if task.x_train.dim() == 4 else "mlp",
             epochs=epochs,
             components=components or (4 if method == "rank1" else 1),
-            prior=prior or _DEFAULT_PRIORS[method],
+            prior=prior or DEFAULT_PRIORS[method],
             family=family,
             group=group,
             sparsity=(0.8 if sparsity is None else sparsity) if spike_slab else 0.0,
             temperature=temperature,
+            particles=particles_ or 5,
+            rank=rank or 4,
+            update=update or "svgd",
+            pretrained=None if pretrained is None else str(pretrained.resolve()),
             batch_size=min(batch_size, len(task.x_train)),
             lr=lr,
             samples=samples,
@@ -159,20 +148,29 @@ def fit(
             device=str(place),
         )
         torch.manual_seed(seed)
-        net = _network(options.network, tuple(task.x_train.shape[1:]), task.out_features).to(place)
+        net = build_network(options.network, tuple(task.x_train.shape[1:]), task.out_features).to(place)
         folder.mkdir(parents=True, exist_ok=True)
 
-    twin = _train(_deterministic(net, task), task, options, console)
-    if options.method == "spike-slab":
-        bayesian = _sample(_trained_network(twin.posterior), task, options, console)
-    else:
-        bayesian = _train(_bayesian(net, task, options), task, options, console)
-    metrics = _measure(bayesian.posterior, task, options) | bayesian.cost
+        known = None if pretrained is None else _pretrained(pretrained, options, net, task)
+
+    with _user_errors(ArithmeticError):
+        if known is not None:
+            console.print(f"The deterministic network of {pretrained}", soft_wrap=True, highlight=False)
+        elif bella:
+            console.print("No --pretrained: first the deterministic network, then particles around it")
+        twin = known or train(deterministic(net, task), task, options, console)
+        if options.method == "spike-slab":
+            found = sample(trained_network(twin.posterior), task, options, console)
+        elif bella:
+            found = particles(trained_network(twin.posterior), task, options, console)
+        else:
+            found = train(bayesian(net, task, options), task, options, console)
+    metrics = _measure(found.posterior, task, options) | found.cost
     metrics["deterministic"] = _measure(twin.posterior, task, options) | twin.cost
     if options.method == "spike-slab":
-        metrics["sparsity"], metrics["deterministic"]["sparsity"] = _sparsity(bayesian.posterior), 0.0
+        metrics["sparsity"], metrics["deterministic"]["sparsity"] = sparsity_of(found.posterior), 0.0
     with _user_errors(ValueError, OSError):
-        _save(folder, task, options, bayesian.posterior, twin.posterior, metrics)
+        _save(folder, task, options, found.posterior, twin.posterior, metrics)
     console.print(_table(metrics, options, task.name))
     console.print(f"Saved in {folder}", soft_wrap=True, highlight=False)
 
@@ -187,7 +185,7 @@ def evaluate(
 ) -> None:
     """Scores a saved run again, on its own test data (metrics.json) or on others (metrics-NAME.json)."""
     with _user_errors(ValueError, OSError):
-        place = _device(device)
+        place = find_device(device)
         options, in_shape, encoding = _read_config(folder)
         if target is None and (data is None or Path(data).suffix.lower() == ".csv"):
             target = options.target
@@ -197,150 +195,29 @@ def evaluate(
                 f"a row of {data or options.data!r} has shape {tuple(task.x_test.shape[1:])}, "
                 f"the network of {str(folder)!r} takes {in_shape}"
             )
-        net = _network(options.network, in_shape, task.out_features).to(place)
-        bayesian = pb.load(folder / "posterior", net)
+        net = build_network(options.network, in_shape, task.out_features).to(place)
+        posterior = pb.load(folder / "posterior", net)
         twin = pb.load(folder / "deterministic", net)
         known = _read_json(folder / "metrics.json")
 
-    metrics = known | _measure(bayesian, task, options)
+    metrics = known | _measure(posterior, task, options)
     metrics["deterministic"] = known.get("deterministic", {}) | _measure(twin, task, options)
     with _user_errors(ValueError, OSError):
         _write_json(folder / ("metrics.json" if data is None else f"metrics-{task.name}.json"), metrics)
     Console(quiet=quiet).print(_table(metrics, options, task.name))
 
 
-@dataclass(frozen=True)
-class _Trained:
-    posterior: pb.Posterior
-    cost: Metrics
-
-
-def _bayesian(net: nn.Module, task: Task, options: Options) -> tuple[nn.Module, nn.Module]:
-    prior = _prior(options)
-    size = len(task.x_train)
-    if options.method == "dense":
-        dense = pb.models.Dense(net, _likelihood(task), size, prior=prior)
-        return dense, pb.models.MeanFieldGuide(dense, components=options.components)
-    rank1 = pb.models.Rank1(net, _likelihood(task), size, prior=prior)
-    # Normals: by cross-validation on the training digits, see docs/rank1.md; Cauchys: as published.
-    rate = 1e-2 if options.family == "normal" else 1e-6
-    guide = pb.models.Rank1Guide(rank1, components=options.components, family=options.family, init_dropout_rate=rate)
-    return rank1, guide
-
-
-def _deterministic(net: nn.Module, task: Task) -> tuple[nn.Module, nn.Module]:
-    model = pb.models.Dense(net, _likelihood(task), len(task.x_train))
-    return model, pb.models.PointGuide(model)
-
-
-def _likelihood(task: Task) -> pb.likelihoods.Likelihood:
-    return pb.likelihoods.Categorical() if task.kind == "classification" else pb.likelihoods.Gaussian(scale=None)
-
-
-def _prior(options: Options) -> pb.priors.Prior:
-    # A factor stays within some 10 % of 1, as published for rank-1 networks; a weight is of order 1.
-    scale = 0.1 if options.method == "rank1" else 1.0
-    match options.prior:
-        case "hierarchical-cauchy":
-            return pb.priors.HierarchicalCauchy(scale)
-        case "hierarchical-normal":
-            return pb.priors.HierarchicalNormal(2.0, 2.0 * scale**2)
-        case "horseshoe":
-            return pb.priors.Horseshoe(scale)
-        case "normal":
-            return pb.priors.Normal(scale=scale)
-        case "cauchy":
-            return pb.priors.Cauchy(scale=scale)
-        case "laplace":
-            return pb.priors.Laplace(scale=scale)
-        case "student-t":
-            return pb.priors.StudentT(scale=scale)
-        case "spike-and-slab":
-            return pb.priors.SpikeAndSlab(0.1 * scale, scale, group=options.group)
-
-
-def _network(name: Network, in_shape: tuple[int, ...], out_features: int) -> nn.Module:
-    if name == "mlp":
-        return architectures.mlp(math.prod(in_shape), (128, 128), out_features)
-    if len(in_shape) != 3 or min(in_shape[1:]) < 4:
-        raise ValueError(f"--network {name} takes images [channels, height, width], a row of these data is {in_shape}")
-    if name == "resnet18":
-        return architectures.resnet18(out_features, in_channels=in_shape[0])
-    return architectures.digits_cnn(out_features, in_channels=in_shape[0])
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} is not to be had here: {error}") from error
-    return device
-
-
-def _train(model_and_guide: tuple[nn.Module, nn.Module], task: Task, options: Options, console: Console) -> _Trained:
-    model, guide = model_and_guide
-    console.print(f"{type(model).__name__} with {type(guide).__name__}, {options.network}, {options.device}")
-    start = time.perf_counter()
-    with _user_errors(ArithmeticError):
-        posterior = pb.inference.fit(
-            model,
-            guide,
-            (task.x_train, task.y_train),
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            lr=options.lr,
-            schedule=pb.inference.cosine(warmup=1.0),
-            seed=options.seed,
-            progress=not console.quiet,
+def _pretrained(folder: Path, options: Options, net: nn.Module, task: Task) -> Trained:
+    """The deterministic network of another run on data of the same form."""
+    theirs, in_shape, _ = _read_config(folder)
+    if (theirs.network, in_shape) != (options.network, tuple(task.x_train.shape[1:])):
+        raise ValueError(
+            f"--pretrained {folder} holds the network {theirs.network!r} for inputs of shape {in_shape}; this run has "
+            f"{options.network!r} for {tuple(task.x_train.shape[1:])}"
         )
-    parameters = {id(p): p for module in (model, guide) for p in module.parameters() if p.requires_grad}
-    size = sum(parameter.numel() for parameter in parameters.values())
-    return _Trained(posterior, {"seconds": time.perf_counter() - start, "trainable_parameters": size})
-
-
-def _trained_network(posterior: pb.Posterior) -> nn.Module:
-    """The deterministic twin as a plain network, with the weights and statistics that it has learned."""
-    net = copy.deepcopy(posterior.model.core().net)  # type: ignore[attr-defined]
-    parameters = dict(net.named_parameters())
-    with torch.no_grad():
-        for name, value in posterior.draws(1).items():
-            if name in parameters:
-                parameters[name].copy_(value[0, 0])
-    return net.requires_grad_()
-
-
-def _sample(net: nn.Module, task: Task, options: Options, console: Console) -> _Trained:
-    """Draws by SGHMC within EM, from the network that was trained deterministically on."""
-    size = len(task.x_train)
-    model = pb.models.SpikeSlab(net, _likelihood(task), size, prior=_prior(options))
-    kernel = pb.inference.SGHMCEM(
-        model,
-        (task.x_train, task.y_train),
-        step_size=math.sqrt(options.lr),
-        friction=0.1,
-        temperature=options.temperature,
-        batch_size=options.batch_size,
-        thinning=math.ceil(size / options.batch_size),
-        prune=pb.inference.pruning.MagnitudeRule(options.sparsity) if options.sparsity else None,
-    )
-    console.print(f"SpikeSlab with SGHMCEM, {options.network}, {options.device}, from the deterministic network")
-    start = time.perf_counter()
-    with _user_errors(ArithmeticError):
-        posterior = pb.inference.sample(
-            kernel, options.samples, options.epochs, seed=options.seed, progress=not console.quiet
-        )
-    cost = {"seconds": time.perf_counter() - start, "trainable_parameters": kernel.potential.dim}
-    return _Trained(posterior, cost)
-
-
-def _sparsity(posterior: pb.Posterior) -> float:
-    """Share of all parameters that are zero in every draw."""
-    draws = posterior.draws(posterior.stored or 1)
-    zeros = sum(int((value == 0).all(0).sum()) for value in draws.values())
-    return zeros / sum(value[0].numel() for value in draws.values())
+    posterior = pb.load(folder / "deterministic", net)
+    known = _read_json(folder / "metrics.json").get("deterministic", {})
+    return Trained(posterior, {key: known.get(key) for key in ("seconds", "trainable_parameters")})
 
 
 def _measure(posterior: pb.Posterior, task: Task, options: Options) -> Metrics:
@@ -360,6 +237,8 @@ def _table(metrics: Metrics, options: Options, name: str) -> Table:
     kind = f"{options.method}, {options.components} component{'s' if options.components > 1 else ''}"
     if options.method == "spike-slab":
         kind = f"spike-slab, {options.samples} draws"
+    elif options.method == "bella":
+        kind = f"bella, {options.particles} particles by {options.update}"
     table = Table("on test data", kind, "deterministic", title=f"{name}, {options.network}, {options.epochs} epochs")
     formats: Mapping[str, tuple[str, Callable[[Any], str]]] = {
         "accuracy": ("accuracy", "{:.4f}".format),

@@ -287,3 +287,70 @@ def test_normalisation_keeps_its_statistics_in_training() -> None:
     model.train()
     norms = [m for m in model.core().net.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and model.training and not any(m.training for m in norms)
+
+
+# --------------------------------------------------------------------------------------- particles that interact
+
+
+@pytest.mark.parametrize("method", ["svgd", "wgd", "ensemble"])
+@pytest.mark.parametrize("space", ["product", "factor", "function"])
+def test_every_update_in_every_space(space: Any, method: Any) -> None:
+    """W_0 stays bit for bit, the energy falls, and one by one the particles do what they do together."""
+    if (space, method) == ("function", "svgd"):
+        pytest.skip("refused by name")
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4))
+    net.double()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x, y = images(16)
+    ends = []
+    for sequential in (False, True):
+        torch.manual_seed(0)
+        model = Bella(net, CLASSES, 16, rank=2)
+        guide = ParticleGuide(model, particles=3)
+        engine = pb.inference.SVGD(model, guide, method=method, space=space, lr=0.02, sequential=sequential)
+        posterior = engine.fit((x.double(), y), epochs=15, batch_size=8, progress=False, seed=0)
+        assert sum(posterior.losses[-4:]) < sum(posterior.losses[:4])
+        ends.append(torch.cat([v.flatten() for v in guide.coordinates().values()]).clone())
+        assert posterior.predict(x.double(), num_samples=1).probs.shape == (16, 4)
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-8)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_an_ensemble_is_independent_runs() -> None:
+    """Each particle ends where it ends alone, from the same start, on the same batches."""
+    x, y = rows()
+    _, model = small()
+    together = ParticleGuide(model, particles=3)
+    start = {name: value.clone() for name, value in together.coordinates().items()}
+
+    def run(guide: ParticleGuide) -> dict[str, Tensor]:
+        pb.inference.SVGD(model, guide, method="ensemble", lr=0.02).fit(
+            (x, y), 10, batch_size=7, progress=False, seed=0
+        )
+        return guide.coordinates()
+
+    ends = run(together)
+    for i in range(3):
+        alone = ParticleGuide(model, particles=1)
+        for name, value in alone.coordinates().items():
+            value.copy_(start[name][i : i + 1])
+        for name, value in run(alone).items():
+            torch.testing.assert_close(value[0], ends[name][i], rtol=1e-9, atol=1e-11)
+            assert not torch.equal(value[0], start[name][i])
+
+
+def test_a_transformer_is_tuned_by_its_particles() -> None:
+    """Attention and perceptrons of a small text network under the default engine."""
+    torch.manual_seed(0)
+    tokens = torch.randint(7, (40, 5))
+    y = (tokens == 3).any(1).long()
+    net = Text()
+    net.head = nn.Linear(4, 2)
+    model = Bella(net, CLASSES, 40, head="head", prior=Normal(0.0, 1.0))
+    guide = ParticleGuide(model, particles=4)
+    engine = pb.inference.SVGD(model, guide, lr=0.02)
+    assert (engine.space, engine.scope) == ("product", "tensor")
+    posterior = engine.fit((tokens, y), epochs=60, batch_size=20, progress=False, seed=0)
+    accuracy = (posterior.predict(tokens, num_samples=1).probs.argmax(-1) == y).double().mean()
+    before = (net(tokens).argmax(-1) == y).double().mean()
+    assert accuracy > max(float(before), float(y.double().mean()), float(1 - y.double().mean())) + 0.05
