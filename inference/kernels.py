@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 #: columns that are turned into float64 at a time, for Gram matrices
-_COLUMNS = 2**18
+_COLUMNS = 2**15
 #: Squared distances below this part of the squared lengths are rounding: such particles coincide.
 _ROUNDING = 64 * torch.finfo(torch.float64).eps
 

@@ -149,9 +149,8 @@ def fit(
         )
         torch.manual_seed(seed)
         net = build_network(options.network, tuple(task.x_train.shape[1:]), task.out_features).to(place)
-        folder.mkdir(parents=True, exist_ok=True)
-
         known = None if pretrained is None else _pretrained(pretrained, options, net, task)
+        folder.mkdir(parents=True, exist_ok=True)
 
     with _user_errors(ArithmeticError):
         if known is not None:

@@ -155,6 +155,29 @@ def test_spike_slab_removes_weights_and_comes_back(tmp_path: Path) -> None:
     assert metrics_of(folder)["sparsity"] == 0
 
 
+def test_bella_starts_at_a_trained_network_and_comes_back(tmp_path: Path) -> None:
+    """Proves that particles lie around the twin that is trained first or that another run has, which stays as it is."""
+    common = ("fit", "--method", "bella", "--network", "mlp", "--epochs", 3, "--particles", 3, "--rank", 2)
+    output = run(*common, "--out", tmp_path / "a").output
+    assert "No --pretrained: first the deterministic network" in output and "bella, 3 particles by svgd" in output
+    first = metrics_of(tmp_path / "a")
+    net = architectures.mlp(64, (128, 128), 10)
+    twin = pb.load(tmp_path / "a" / "deterministic", net).draws(1)
+    posterior = pb.load(tmp_path / "a" / "posterior", net)
+    frozen = dict(posterior.model.core().net.named_parameters())  # type: ignore[attr-defined]
+    assert all(torch.equal(frozen[name], value[0, 0]) for name, value in twin.items())
+    shapes = {value.shape for name, value in posterior.draws(1).items() if name.endswith(".A")}
+    assert shapes == {(1, 3, 2, 64), (1, 3, 2, 128)}
+    assert first["accuracy"] > 0.5 and first["trainable_parameters"] == 3 * 2 * (64 + 4 * 128 + 10)
+    again = run(*common, "--out", tmp_path / "b", "--pretrained", tmp_path / "a", "--update", "ensemble").output
+    assert "The deterministic network of" in again and "3 particles by ensemble" in again
+    assert metrics_of(tmp_path / "b")["deterministic"] == first["deterministic"]
+    run("evaluate", tmp_path / "a", "--quiet")
+    assert without_seconds(metrics_of(tmp_path / "a")) == without_seconds(first)
+    other = ("fit", "--method", "bella", "--network", "cnn", "--pretrained", tmp_path / "a", "--out", tmp_path / "c")
+    assert "holds the network 'mlp'" in run(*other, expect=2).output
+
+
 def test_cauchy_family_and_components_reach_the_guide(tmp_path: Path) -> None:
     """Proves that --family and --components decide the number of parameters and are kept for evaluation."""
     source = small_npz(tmp_path / "small.npz")
@@ -254,6 +277,9 @@ def test_a_run_is_not_overwritten_unasked(digits_run: tuple[Path, str]) -> None:
         (["fit", "--lr", "nan"], "--lr must be a positive number, got nan"),
         (["fit", "--method", "dense", "--family", "cauchy"], "--family cauchy goes with --method rank1"),
         (["fit", "--sparsity", "0.5"], "--sparsity and --temperature go with --method spike-slab"),
+        (["fit", "--rank", "2"], "--particles, --rank, --update and --pretrained go with --method bella"),
+        (["fit", "--method", "bella", "--components", "2"], "--method bella has particles"),
+        (["fit", "--method", "bella", "--pretrained", "nowhere"], "'nowhere' is not the folder of a run"),
         (["fit", "--method", "spike-slab", "--prior", "normal"], "--method spike-slab has a prior of its own"),
         (["fit", "--data", "table.csv", "--target", "a", "--network", "cnn"], "--network cnn takes images"),
         (["fit", "--device", "abacus"], "--device abacus is not to be had here"),
