@@ -1,10 +1,10 @@
 """Engines: each takes a Pyro model and returns a :class:`pyro_bnn.Posterior`."""
 
 from pyro_bnn.inference import pruning
+from pyro_bnn.inference.autoparticles import AutoParticles
 from pyro_bnn.inference.elbo import MixtureELBO, ScaleLatents
 from pyro_bnn.inference.em import SGHMCEM
 from pyro_bnn.inference.kernels import IMQ, RBF, Linear, Mixture, ScaledMedian
-from pyro_bnn.inference.particles import AutoParticles
 from pyro_bnn.inference.sampling import sample
 from pyro_bnn.inference.schedules import cosine, warmup_steps
 from pyro_bnn.inference.sghmc import SGHMC, SGLD

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from pyro_bnn.inference.potential import Potential
+from pyro_bnn.model import BayesianNetwork
 
 #: A step of a model with more latent numbers than this is arithmetic more than overhead.
 CAPTURE_SIZE = 2**17
@@ -187,6 +188,10 @@ def _simplify(traced: GraphModule) -> None:
     """Takes out of a graph what is the same at every call, and views and powers that change nothing."""
     aten = torch.ops.aten
     constants: dict[Node, Tensor] = {}
+    if any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in traced.graph.nodes):
+        traced.graph.eliminate_dead_code()  # what is written into is no constant, and views of it matter
+        traced.recompile()
+        return
     for node in traced.graph.nodes:
         if node.op == "get_attr":
             constants[node] = getattr(traced, str(node.target))
@@ -194,7 +199,7 @@ def _simplify(traced: GraphModule) -> None:
             continue
         sources = node.all_input_nodes
         fixed = bool(sources) and all(source in constants for source in sources)
-        pure = not node.target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in node.target.tags
+        pure = torch.Tag.nondeterministic_seeded not in node.target.tags
         if pure and _shape(node) is not None and (fixed or node.target in _BLIND):
             inside = {s: constants[s] if s in constants else _blank(s.meta["val"]) for s in sources}
             args, kwargs = map_arg((node.args, node.kwargs), inside.__getitem__)
@@ -231,5 +236,7 @@ def _shape(node: Node) -> torch.Size | None:
 
 def _moving_statistics(model: Any) -> str | None:
     """The name of a layer whose running statistics move in training."""
+    if isinstance(model, BayesianNetwork):
+        return next(iter(model.moving_layers()), None)
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
     return next((n for n, m in modules if isinstance(m, _NormBase) and m.track_running_stats), None)

@@ -4,132 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import pyro
-import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
-from pyro.infer.autoguide.initialization import InitMessenger
-from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import biject_to
 from torch.func import grad_and_value, vmap
 
 from pyro_bnn.guide import MixtureGuide
-from pyro_bnn.inference.potential import Potential
+from pyro_bnn.inference.autoparticles import AutoParticles
 from pyro_bnn.model import BayesianNetwork, training_mode
-
-#: standard deviation of unconstrained coordinates at ``init="small"``
-_SMALL = 0.1
-
-
-class AutoParticles(PyroModule):
-    """n particles as a guide for any Pyro model with continuous latents, in one parameter ``[n, dim]``.
-
-    It is set up at its first call, with what the model is called with. A call gives one particle, at random.
-
-    :param model: any Pyro model; see :class:`~pyro_bnn.inference.potential.Potential` for what its latents may be.
-    :param particles: number n of particles.
-    :param init: where they start: ``"prior"`` draws, ``"small"`` unconstrained numbers from N(0, 0.1^2), or ``{site:
-        [n, *shape]}`` in the model's units, with prior draws for the sites that it leaves out.
-    :raises ValueError: for numbers out of range, and, when set up, for starting values that do not fit.
-    """
-
-    theta: nn.Parameter
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        particles: int = 5,
-        *,
-        init: Literal["prior", "small"] | dict[str, Tensor] = "prior",
-    ) -> None:
-        super().__init__("particles")
-        if not isinstance(particles, int) or particles < 1:
-            raise ValueError(f"particles={particles!r}: expected a whole number, at least 1")
-        if not isinstance(init, dict) and init not in ("prior", "small"):
-            raise ValueError(f"init={init!r}: expected 'prior', 'small' or starting values {{site: [n, *shape]}}")
-        self.num_members, self.init = particles, init
-        self.__dict__["model"] = model  # past nn.Module, for its parameters are not the guide's
-        self.potential: Potential | None = None
-        self._plates: dict[str, list[Any]] = {}
-        self._events: dict[str, int] = {}
-
-    def setup(self, *args: Any, **kwargs: Any) -> Potential:
-        """Finds the sites and the starting points; later calls change nothing."""
-        if self.potential is not None:
-            return self.potential
-        potential = Potential(self.__dict__["model"], *args, **kwargs)
-        traces: list[dict[str, Any]] = [_prior_draw(potential).nodes for _ in range(self.num_members)]
-        for name in potential.shapes:
-            self._plates[name] = [f for f in traces[0][name]["cond_indep_stack"] if f.vectorized]
-            self._events[name] = traces[0][name]["fn"].event_dim
-        values = {name: torch.stack([t[name]["value"] for t in traces]) for name in potential.shapes}
-        if isinstance(self.init, dict):
-            for name, start in self.init.items():
-                values[name] = self._given(name, start, values.get(name))
-        theta = potential.join({name: potential.transforms[name].inv(value) for name, value in values.items()})
-        if self.init == "small":
-            theta = _SMALL * torch.randn_like(theta)
-        if not bool(torch.isfinite(theta).all()):
-            raise ValueError("a particle starts outside of the support of its site, or at its edge")
-        self.theta = nn.Parameter(theta.detach().clone())
-        self.potential = potential
-        return potential
-
-    def _given(self, name: str, start: Tensor, like: Tensor | None) -> Tensor:
-        if like is None:
-            raise ValueError(f"init has values for {name!r}, which is no latent site of the model")
-        if start.numel() != like.numel() or len(start) != self.num_members:
-            raise ValueError(f"init of {name!r} has shape {tuple(start.shape)}: expected {tuple(like.shape)}")
-        return start.to(like).reshape(like.shape)
-
-    def particles(self) -> dict[str, Tensor]:
-        """``{site: [n, *shape]}`` in the model's units.
-
-        :raises RuntimeError: before the first call.
-        """
-        if self.potential is None:
-            raise RuntimeError("the particles are set up at the first call, which has not been yet")
-        return self.potential.constrain(self.potential.split(self.theta.detach().clone()))
-
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        potential = self.setup(*args, **kwargs)
-        uniform = dist.Categorical(logits=self.theta.new_zeros(self.num_members))
-        index = pyro.sample("particle", uniform, infer={"is_auxiliary": True})
-        values = potential.constrain(potential.split(self.theta[index]))
-        plates = {f.name: f for frames in self._plates.values() for f in frames}
-        opened = {name: pyro.plate(name, f.size, dim=f.dim) for name, f in plates.items()}
-        for name, value in values.items():
-            with contextlib.ExitStack() as stack:
-                for frame in self._plates[name]:
-                    stack.enter_context(opened[frame.name])
-                values[name] = pyro.sample(name, dist.Delta(value, event_dim=self._events[name]))
-        return values
-
-
-def _prior_draw(potential: Potential) -> poutine.Trace:
-    """A trace with all sites drawn from their priors, those of a network too."""
-
-    def value(site: Any) -> Tensor:
-        fn = site["fn"]
-        try:
-            draw: Tensor = fn.sample()
-        except NotImplementedError:  # an improper prior: a point of its support
-            draw = biject_to(fn.support)(torch.rand(fn.shape()) * 2 - 1)
-        return draw
-
-    args, kwargs = potential._arguments
-    with torch.no_grad(), potential._running(train=False), InitMessenger(value):
-        return poutine.trace(potential.model).get_trace(*args, **kwargs)
-
-
-# ------------------------------------------------------------------------------------------- energies and gradients
 
 
 class Segment(NamedTuple):
@@ -177,7 +66,9 @@ class AnyParticles:
             rows = []
             for row in theta.detach():
                 random.restore()  # a plate that draws its subsample draws the same one for all
-                rows.append(grad_and_value(lambda r: self._energy(r, args))(row))
+                leaf = row.clone().requires_grad_()
+                energy = self._energy(leaf, args)
+                rows.append((torch.autograd.grad(energy, leaf)[0], energy.detach()))
             gradient, energies = (torch.stack(part) for part in zip(*rows, strict=True))
         if failure is not None:
             self._in_turn = True
@@ -229,7 +120,7 @@ class MemberParticles:
         n = self.guide.num_members
         for parameter in (*self.blocks, *self.shared):
             parameter.grad = None
-        random = _RandomState(self.guide.like())
+        random = None if isinstance(self.model, BayesianNetwork) else _RandomState(self.guide.like())
         with poutine.block(), pyro.validation_enabled(False), training_mode(True), _users_store():
             if not self._in_turn:
                 with self._outputs(force) as outputs:
@@ -239,19 +130,28 @@ class MemberParticles:
                 self._differentiate(attraction * energies.sum(), output, pull, self.blocks)
             else:
                 forces: list[Any] = [None] * n
+                again: list[Any] = [random] * n
+                statistics = _Statistics(self.model)
                 if force is not None:
-                    with torch.no_grad():
-                        forces = [*force(torch.cat([self._one(i, args, random, force)[1] for i in range(n)]))]
+                    outputs = []
+                    for i in range(n):
+                        again[i] = random or _RandomState(self.guide.like())  # the second time with the same noise
+                        with torch.no_grad():
+                            outputs.append(self._one(i, args, again[i], force)[1])
+                        statistics.restore()
+                    forces = [*force(torch.cat(outputs))]
                 found = []
                 for i in range(n):
-                    energy, output, rows = self._one(i, args, random, force)
+                    energy, output, rows = self._one(i, args, again[i], force)
                     self._differentiate(attraction * energy, output, forces[i], rows)
                     for block, row in zip(self.blocks, rows, strict=True):
                         block.grad = torch.zeros_like(block) if block.grad is None else block.grad
                         if row.grad is not None:
                             block.grad[i] = row.grad[0]
                     found.append(energy.detach())
+                    statistics.restore(note=True)
                 energies = torch.stack(found)
+                statistics.average()
         for parameter in self.shared:
             if parameter.grad is not None:
                 parameter.grad /= n * attraction
@@ -273,20 +173,21 @@ class MemberParticles:
     def _all_at_once(self, args: tuple[Any, ...]) -> Tensor:
         """U of each particle, ``[n]``."""
         draw = poutine.trace(self.guide).get_trace(*args)
-        with _MemberDensities(self.plate) as joint:
+        with _MemberDensities(self.plate, draw.nodes) as joint:
             poutine.replay(self.model, trace=draw)(*args)
         jacobian = sum(_log_jacobian(kind, block) for kind, block in zip(self._kinds, self.blocks, strict=True))
         return -(joint.total + jacobian)
 
     def _one(
-        self, i: int, args: tuple[Any, ...], random: _RandomState, force: Force | None
+        self, i: int, args: tuple[Any, ...], random: _RandomState | None, force: Force | None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """U of particle i, a scalar, what the network says ``[1, d]``, and the leaves that they depend on."""
-        random.restore()
+        if random is not None:
+            random.restore()
         rows = [block.detach()[i : i + 1].requires_grad_() for block in self.blocks]
         values = self._natural(rows)
         jacobian = sum(_log_jacobian(kind, row).sum() for kind, row in zip(self._kinds, rows, strict=True))
-        with self._outputs(force) as outputs, _MemberDensities(self.plate) as joint:
+        with self._outputs(force) as outputs, _MemberDensities(self.plate, values) as joint:
             poutine.condition(self.model, data=values)(*args)
         energy = -(joint.total.sum() + jacobian)
         return energy, _rows(outputs, 1) if force is not None else energy.detach(), rows
@@ -346,14 +247,19 @@ class _MemberDensities(Messenger):
     Pyro's plate rule weighs n members by 1/n; here each counts in full, and so does what lies outside of the plate.
     """
 
-    def __init__(self, plate: str) -> None:
+    def __init__(self, plate: str, known: Collection[str]) -> None:
         super().__init__()
         self.total: Any = 0.0
-        self._plate = plate
+        self._plate, self._known = plate, known
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if poutine.util.site_is_subsample(msg):
             return
+        if not msg["is_observed"] and msg["name"] not in self._known:
+            raise ValueError(
+                f"the guide has no particles of the latent site {msg['name']!r}: use AutoParticles, which has them of "
+                "all sites of a model"
+            )
         density = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
         density = scale_and_mask(density, msg["scale"], msg["mask"])
         frame = next((f for f in msg["cond_indep_stack"] if f.name == self._plate), None)
@@ -379,6 +285,27 @@ def _users_store() -> contextlib.AbstractContextManager[Any]:
     """Pyro's parameter store as the user left it, and will find it."""
     store = pyro.get_param_store()
     return store.scope(store.get_state())
+
+
+class _Statistics:
+    """Running statistics of normalisation layers, which every particle moves from where they began."""
+
+    def __init__(self, model: Any) -> None:
+        layers = model.moving_layers().values() if isinstance(model, BayesianNetwork) else ()
+        self._buffers = [buffer for layer in layers for buffer in layer.buffers()]
+        self._begin = [buffer.clone() for buffer in self._buffers]
+        self._ends: list[list[Tensor]] = []
+
+    def restore(self, note: bool = False) -> None:
+        if note:
+            self._ends.append([buffer.clone() for buffer in self._buffers])
+        for buffer, begin in zip(self._buffers, self._begin, strict=True):
+            buffer.copy_(begin)
+
+    def average(self) -> None:
+        """They move once: to the average of where the particles took them."""
+        for buffer, *ends in zip(self._buffers, *self._ends, strict=True):
+            buffer.copy_(torch.stack(ends).mean(0) if buffer.is_floating_point() else ends[0])
 
 
 class _RandomState:

@@ -22,7 +22,6 @@ from typing import Any, Literal
 import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
@@ -345,8 +344,7 @@ class SGHMC(MCMCKernel):
         """
         if not isinstance(self.model, BayesianNetwork):
             return {}
-        layers = {n: m for n, m in self.model.core().net.named_modules() if isinstance(m, _NormBase)}
-        layers = {n: m for n, m in layers.items() if m.track_running_stats}
+        layers = self.model.moving_layers()
         if not layers:
             return {}
         momenta = [layer.momentum for layer in layers.values()]

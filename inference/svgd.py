@@ -16,9 +16,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
 from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inference.autoparticles import AutoParticles
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.kernels import RBF, Kernel, Points
-from pyro_bnn.inference.particles import AnyParticles, AutoParticles, MemberParticles, Segment
+from pyro_bnn.inference.particles import AnyParticles, MemberParticles, Segment
 from pyro_bnn.inference.svi import FitState, TrainingRun
 from pyro_bnn.model import BayesianNetwork, forked_random_state
 from pyro_bnn.network import batch_size
@@ -96,7 +97,8 @@ class SVGD:
     :param repulsion: lambda, 1 for the posterior; a number or a function of the step.
     :param annealing: gamma, in (0, 1], a function of the step such as :func:`cyclical_annealing`; 1 by default.
     :param num_data: size N of the data set; a network knows its own, and ``fit`` that of its data.
-    :param sequential: run the model for one particle after the other: the same result, in the memory of one. ``"auto"``
+    :param sequential: run the model for one particle after the other: the same result but for the noise of dropout, in
+        the memory of one. ``"auto"``
         does so for networks on the CPU whose activations for all particles together outgrow the cache of its allocator
         (32 MB), which costs more than it saves.
     :param lr: learning rate, where ``optim`` is no function.
@@ -152,6 +154,7 @@ class SVGD:
         self.space, self.scope, self.method = space, scope, method
         self.repulsion, self.annealing = repulsion, annealing
         self.num_data, self.sequential = num_data, sequential
+        self._size = num_data
         self.steps = 0
         self.optimizer: Optimizer | None = None
         self._particles: AnyParticles | MemberParticles | None = None
@@ -180,7 +183,7 @@ class SVGD:
                 f"the energy of particle {i} became {float(energies[i])} at step {self.steps + 1}, the first site that "
                 f"is not finite: {particles.offending_site(i, args)!r}. A smaller lr usually helps"
             )
-        size = self.num_data or 1
+        size = self._size or 1
         with torch.no_grad(), torch.autocast(energies.device.type, enabled=False):
             if self.space != "function" and self.method != "ensemble":
                 for group in self._groups:
@@ -188,6 +191,13 @@ class SVGD:
             for parameter in (*particles.blocks, *particles.shared):
                 if parameter.grad is not None:
                     parameter.grad /= size
+            finite = [torch.isfinite(p.grad).all() for p in particles.blocks if p.grad is not None]
+        if not bool(torch.stack(finite).all()):
+            optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(
+                f"the gradient of the energies is not finite at step {self.steps + 1}, although the energies are; "
+                "nothing has moved. A function of the model has no derivative at a particle, such as a root at 0"
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.steps += 1
@@ -221,8 +231,7 @@ class SVGD:
         if epochs < 1:
             raise ValueError(f"epochs={epochs!r}: expected at least 1")
         batches = minibatches(self.model, data, batch_size)
-        if self.num_data is None:
-            self.num_data = batches.size
+        self._size = self.num_data or batches.size
         bar = Progress(
             *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[energy]}")),
             *(TimeElapsedColumn(), TimeRemainingColumn()),
@@ -250,6 +259,7 @@ class SVGD:
                         run.losses.append(self.step(*batch))
                     except FloatingPointError as error:
                         run.restore()
+                        self.optimizer = self._particles = None  # what it remembers of the steps that went wrong
                         self.steps = run.step
                         raise FloatingPointError(
                             f"{error}. The particles are back at the end of epoch {run.remembered_epoch}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,7 +21,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from pyro_bnn.models.bella import Bella, ParticleGuide, is_linear
+from pyro_bnn.models.bella import Bella, ParticleGuide, draw_factor, is_linear
+from pyro_bnn.storage import replace_folder
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -41,7 +43,7 @@ def save_adapters(model: Bella, guide: ParticleGuide, path: str | os.PathLike[st
     count = guide.num_members
     names = [f"particle_{i}" for i in range(count)]
     kinds = {weight: _kind(model, weight) for weight in model.weights}
-    if path.exists() and not all((child / _CONFIG).is_file() for child in path.iterdir()):
+    if path.exists() and not all(re.fullmatch(r"particle_\d+", child.name) for child in path.iterdir()):
         raise FileExistsError(f"{path} exists and holds other files; choose another path or remove it")
     values = {name: value.cpu() for name, value in guide.coordinates().items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,9 +61,7 @@ def save_adapters(model: Bella, guide: ParticleGuide, path: str | os.PathLike[st
             safetensors.torch.save_file(tensors, temporary / name / _TENSORS, metadata={"format": "pt"})
             (temporary / name / _CONFIG).write_text(json.dumps(_config(model, kinds), indent=1) + "\n")
         temporary.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return [path / name for name in names]
@@ -87,7 +87,15 @@ def load_adapters(model: Bella, guide: ParticleGuide, paths: list[str | os.PathL
 
 def _kind(model: Bella, weight: str) -> str:
     """How PEFT lays the factors of this weight out."""
-    owner = model.core().owner(weight)
+    owner, net = model.core().owner(weight), model.core().net
+    parameter = model.core().parameters_by_name()[weight]
+    tied = sum(p is parameter for _, p in net.named_parameters(remove_duplicate=False)) > 1
+    if tied or "." not in weight:
+        what = "is tied to another" if tied else "belongs to the network itself and to no layer of it"
+        raise ValueError(
+            f"PEFT has no adapter for {weight!r}, which {what}: leave it out with select=, or save the posterior with "
+            "posterior.save()"
+        )
     if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and owner.groups == 1:
         return "convolution"
     if isinstance(owner, nn.Embedding):
@@ -132,9 +140,17 @@ def _config(model: Bella, kinds: dict[str, str]) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": "linear, [in, out]" in kinds.values(),
-        "target_modules": sorted(weight.rpartition(".")[0] for weight in kinds),
+        "target_modules": _targets(model, [weight.rpartition(".")[0] for weight in kinds]),
         "modules_to_save": model.head or None,
     }
+
+
+def _targets(model: Bella, modules: list[str]) -> list[str] | str:
+    """The names; as one pattern where a name is also the end of another module's name, which PEFT would adapt too."""
+    others = [name for name, _ in model.core().net.named_modules() if name not in modules]
+    if any(name.endswith(f".{module}") for name in others for module in modules):
+        return "|".join(map(re.escape, sorted(modules)))
+    return sorted(modules)
 
 
 def _read(model: Bella, path: Path) -> dict[str, Tensor]:
@@ -151,6 +167,10 @@ def _read(model: Bella, path: Path) -> dict[str, Tensor]:
     for option in ("use_dora", "rank_pattern", "alpha_pattern"):
         if config.get(option):
             raise ValueError(f"{path} was made with {option}={config[option]!r}, which particles do not have")
+    if not {"r", "lora_alpha"} <= set(config):
+        raise ValueError(f"{path / _CONFIG} has no r or no lora_alpha")
+    if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda")):
+        raise ValueError(f"{path} belongs to a base network that {config['init_lora_weights']} has changed")
     rank = int(config["r"])
     if rank > model.rank:
         raise ValueError(f"{path} has rank {rank}: Bella(rank={rank}) or more takes it, and not rank={model.rank}")
@@ -163,6 +183,8 @@ def _read(model: Bella, path: Path) -> dict[str, Tensor]:
         if any(key not in left for key in keys):
             raise ValueError(f"{path} has no adapter for {module!r}: leave the layer out with select=")
         first, second = (left.pop(key) for key in keys)
+        if first.shape[0] != rank:
+            raise ValueError(f"{path} says rank {rank}, but the factors of {module!r} have rank {first.shape[0]}")
         a, b = _from_peft(first, second * (scale / model.scale), kind)
         for factor, value in (("A", a), ("B", b)):
             found[f"{weight}.{factor}"] = _padded(value, model._likes[f"{weight}.{factor}"], factor, path)
@@ -170,17 +192,22 @@ def _read(model: Bella, path: Path) -> dict[str, Tensor]:
         if _PREFIX + parameter not in left:
             raise ValueError(f"{path} has no {parameter!r} among its modules_to_save: leave head= out")
         found[parameter] = left.pop(_PREFIX + parameter)
+        _require_shape(found[parameter], model._likes[parameter], path)
     if left:
         raise ValueError(f"{path} has an adapter for {next(iter(left))!r}, which the model has not: see select=")
     return found
 
 
 def _padded(value: Tensor, like: Tensor, factor: str, path: Path) -> Tensor:
-    """With columns of zeros, or rows, up to the rank of the model."""
+    """Up to the rank of the model, with rows of A as in a new layer and columns of B that are zero."""
     axis = {"A": 0, "B": 1}[factor]
     shape = list(value.shape)
     shape[axis] = like.shape[axis] - shape[axis]
-    value = torch.cat([value, value.new_zeros(shape)], axis)
-    if value.shape != like.shape:
-        raise ValueError(f"{path} is for another network: a factor has shape {tuple(value.shape)}, not {like.shape}")
+    value = torch.cat([value, draw_factor(f".{factor}", value.new_empty(shape))], axis)
+    _require_shape(value, like, path)
     return value
+
+
+def _require_shape(value: Tensor, like: Tensor, path: Path) -> None:
+    if value.shape != like.shape:
+        raise ValueError(f"{path} is for another network: a tensor has shape {tuple(value.shape)}, not {like.shape}")

@@ -188,12 +188,19 @@ class Bella(BayesianNetwork):
                 module.eval()
         return self
 
+    def moving_layers(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = True) -> Any:
+        """Takes the tensors themselves: to copy into W_0 would be to change the user's network."""
+        return super().load_state_dict(state_dict, strict=strict, assign=True)
+
     def arguments(self) -> dict[str, Any]:
         return super().arguments() | {
             "rank": self.rank,
             "alpha": self.alpha,
             "rank_stabilised": self.rank_stabilised,
-            "select": self.weights,
+            "select": "|".join(map(re.escape, self.weights)),  # a pattern: names in a list are ends of names too
             "head": self.head,
             "head_prior": priors.describe(self.head_prior),
         }

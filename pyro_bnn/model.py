@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from pyro_bnn.likelihoods import Gaussian, Likelihood
 from pyro_bnn.network import Network, Output, batch_size
@@ -209,6 +210,11 @@ class BayesianNetwork(PyroModule):
     def decayed(self) -> list[nn.Parameter]:
         """The point-estimated weights W, to which an optimiser's weight decay applies."""
         return []
+
+    def moving_layers(self) -> dict[str, _NormBase]:
+        """The layers whose running statistics move in training, by name."""
+        layers = ((n, m) for n, m in self.core().net.named_modules() if isinstance(m, _NormBase))
+        return {n: m for n, m in layers if m.track_running_stats}
 
     def log_prior(self) -> Tensor | None:
         """Log density of the point-estimated weights, which enters the model as one factor."""

@@ -84,12 +84,13 @@ def save(posterior: Posterior, path: str | os.PathLike[str], *, prior: bool = Tr
         safetensors.torch.save_file(tensors, temporary / _TENSORS)
         (temporary / _JSON).write_text(json.dumps(content, indent=1) + "\n")
         temporary.chmod(0o755)
-        _replace(temporary, path)
+        replace_folder(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _replace(new: Path, path: Path) -> None:
+def replace_folder(new: Path, path: Path) -> None:
+    """Puts a folder that is whole into the place of another, or leaves that one."""
     if not path.exists():
         os.replace(new, path)
         return

@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 import pyro_bnn as pb
+from pyro_bnn.inference import IMQ, RBF, Linear, Mixture
+from pyro_bnn.inference.kernels import Kernel, Points
 from pyro_bnn.models import Bella, Dense, MeanFieldGuide, ParticleGuide, Rank1, Rank1Guide
 from pyro_bnn.models.architectures import resnet18
 
@@ -233,3 +235,40 @@ def test_sampling_and_cutting_on_a_gpu(tmp_path, chains: int) -> None:  # type: 
         assert found.after.parameters < found.before.parameters
     posterior.save(tmp_path / "run")
     assert torch.equal(pb.load(tmp_path / "run", net).predict(x, 10, seed=0).probs, reference)
+
+
+@pytest.mark.parametrize("kernel", [RBF(), IMQ(), Linear(), Mixture([RBF(), Linear()])])
+def test_kernels_stay_on_the_device(kernel: Kernel) -> None:
+    """Proves that Gram matrices, bandwidths and repulsion, in coordinates and in products, need no other device."""
+    with FakeTensorMode():
+        flat = torch.empty(5, 40, device="cuda")
+        a, b = torch.empty(5, 2, 7, device="cuda"), torch.empty(5, 6, 2, device="cuda")
+        points = Points([flat], [(a, b, 4.0)])
+        values = points.evaluate(kernel)
+        for own in (True, False):
+            (repulsion,), ((of_a, of_b),) = points.gradients(values, own=own)
+            for value, like in ((repulsion, flat), (of_a, a), (of_b, b)):
+                assert value.device.type == "cuda" and value.shape == like.shape and value.dtype == like.dtype
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("method", ["svgd", "wgd", "ensemble"])
+def test_particles_on_a_gpu(tmp_path, method: str) -> None:  # type: ignore[no-untyped-def]
+    """Proves training, storage and prediction of particles on a GPU, with one storage for the frozen weights."""
+    net = resnet18(3).cuda()
+    x, y = torch.randn(16, 3, 16, 16, device="cuda"), torch.randint(3, (16,), device="cuda")
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    model = Bella(net, pb.likelihoods.Categorical(), 16, head="fc")
+    guide = ParticleGuide(model, 3)
+    posterior = pb.inference.SVGD(model, guide, method=method, lr=1e-3).fit(  # type: ignore[arg-type]
+        (x, y), 3, batch_size=8, progress=False, seed=0
+    )
+    assert all(p.is_cuda for p in guide.parameters())
+    for mine, theirs in zip(model.core().net.parameters(), net.parameters(), strict=True):
+        assert mine.data_ptr() == theirs.data_ptr()
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    probs = posterior.predict(x, num_samples=1).probs
+    assert probs.is_cuda and bool(torch.isfinite(probs).all())
+    posterior.save(tmp_path / "p")
+    torch.testing.assert_close(pb.load(tmp_path / "p", net).predict(x, num_samples=1).probs, probs)

@@ -684,3 +684,23 @@ def test_divergence_stops_names_the_site_and_keeps_the_last_good_state(chains: i
 def test_counts_out_of_range(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="expected a whole number"):
         sample(SGHMC(gaussian(), step_size=0.1, friction=0.1), **({"num_samples": 1} | options))
+
+
+def test_a_recording_of_a_model_that_writes_into_a_buffer() -> None:
+    """Proves that what a graph writes into is not taken for a constant."""
+
+    def model() -> None:
+        w = pyro.sample("w", dist.Normal(torch.zeros(6, dtype=torch.float64), 1.0).to_event(1))
+        buffer = torch.zeros_like(w)
+        buffer[1:3] = w[1:3].square()
+        pyro.factor("f", -buffer.sum())
+
+    kernel = SGHMC(model, step_size=0.1, friction=0.5, capture=True)
+    kernel.setup(0)
+    kernel._begin_at({"w": torch.arange(6.0).double()})
+    for _ in range(3):
+        gradient = kernel._force()
+        expected = kernel.theta.clone()
+        expected[1:3] += 2 * kernel.theta[1:3]
+        torch.testing.assert_close(gradient, expected)
+        kernel.theta.add_(1.0)

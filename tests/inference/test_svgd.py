@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import pyro_bnn as pb
 from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inference.autoparticles import AutoParticles
 from pyro_bnn.inference.kernels import IMQ, RBF, Kernel, Linear, Mixture, ScaledMedian
-from pyro_bnn.inference.particles import AutoParticles
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.inference.svgd import SVGD, cyclical_annealing
 from pyro_bnn.models import Dense, Rank1
@@ -720,3 +720,55 @@ def test_programs_that_do_not_fit() -> None:
     for options in ({"cycles": 0}, {"total_steps": 2, "cycles": 3}, {"power": 0.0}):
         with pytest.raises(ValueError, match="expected"):
             cyclical_annealing(**({"total_steps": 10} | options))  # type: ignore[arg-type]
+
+
+def test_gradients_that_are_not_finite_move_nothing() -> None:
+    """Proves that a root at 0, finite with an infinite derivative, stops the step before anything has moved."""
+
+    def model() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(2, dtype=DOUBLE), 1.0).to_event(1))
+        pyro.factor("root", (z - z.detach()).abs().sum().sqrt() * 0 + (z - z.detach()).square().sum().sqrt())
+
+    guide = AutoParticles(model, 3)
+    engine = SVGD(model, guide, num_data=1)
+    guide.setup()
+    before = guide.theta.detach().clone()
+    with pytest.raises(FloatingPointError, match="gradient of the energies is not finite"):
+        engine.step()
+    assert torch.equal(guide.theta, before) and engine.steps == 0
+
+
+def test_a_second_try_after_a_divergence_begins_anew() -> None:
+    """Proves that neither the momentum of the steps that went wrong nor their learning rate is left."""
+    x = torch.randn(40, 2, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+    y = x.sum(1, keepdim=True)
+    torch.manual_seed(0)
+    net = torch.nn.Linear(2, 1).double()
+    model = pb.models.Dense(net, pb.likelihoods.Gaussian(scale=0.1), 40)
+    guide = MixtureGuide(model, 2, family="point")
+    engine = SVGD(model, guide, lambda p: torch.optim.SGD(p, lr=engine.lr, momentum=0.9), lr=1e3)
+    with pytest.raises(FloatingPointError, match="back at the end of epoch 0"):
+        engine.fit((x, y), 2, batch_size=1, progress=False, seed=0)
+    engine.lr = 1e-4
+    losses = engine.fit((x, y), 20, batch_size=10, progress=False, seed=0).losses
+    assert losses[-1] < losses[0]
+
+
+def test_statistics_move_once_for_all_particles() -> None:
+    """Proves that batch normalisation one by one ends where it ends together: at the mean over particles."""
+    ends = []
+    for sequential in (False, True):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1)).double()
+        model = pb.models.Dense(net, pb.likelihoods.Gaussian(scale=0.1), 20)
+        guide = MixtureGuide(model, 3, family="point")
+        with torch.no_grad():
+            for value in guide.coordinates().values():
+                value.add_(0.5 * torch.randn_like(value))
+        x = torch.randn(20, 2, dtype=DOUBLE)
+        for _ in range(3):
+            SVGD(model, guide, sequential=sequential).step(x, x[:, :1])
+        ends.append({n: b.clone() for n, b in model.core().net.named_buffers()})
+    assert int(ends[0]["1.num_batches_tracked"]) == 3
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value)

@@ -155,9 +155,46 @@ def test_bad_input(tmp_path: Path) -> None:
     assert all(torch.equal(v, start[n]) for n, v in guide.coordinates().items()), "nothing is half loaded"
 
 
+def test_other_adapters_are_not_replaced(tmp_path: Path) -> None:
+    _, _, model, guide = case("convolutions")
+    (tmp_path / "loras" / "mine").mkdir(parents=True)
+    (tmp_path / "loras" / "mine" / "adapter_config.json").write_text("{}")
+    with pytest.raises(FileExistsError, match="other files"):
+        save_adapters(model, guide, tmp_path / "loras")
+    assert (tmp_path / "loras" / "mine" / "adapter_config.json").exists()
+
+
+def test_a_lower_rank_leaves_no_dead_columns(tmp_path: Path) -> None:
+    """Rows of A beyond the rank of the file are those of a new layer: from zeros in A and B nothing would ever move."""
+    _, x, model, guide = case("convolutions", rank=2)
+    folders = save_adapters(model, guide, tmp_path / "particles")
+    _, _, wide, own = case("convolutions", rank=4)
+    load_adapters(wide, own, folders)
+    torch.testing.assert_close(outputs(wide, own, x), outputs(model, guide, x), rtol=1e-4, atol=1e-5)
+    assert bool((own.coordinates()["head.weight.A"].flatten(2).norm(dim=-1) > 0).all())
+
+
+def test_tied_weights_and_heads_of_another_shape(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
+    net[2].weight = net[0].weight  # type: ignore[union-attr]
+    model = Bella(net, None)
+    with pytest.raises(ValueError, match="tied"):
+        save_adapters(model, ParticleGuide(model), tmp_path / "particles")
+    _, _, model, guide = case("a head of their own")
+    folders = save_adapters(model, guide, tmp_path / "particles")
+    tensors = safetensors.torch.load_file(folders[1] / "adapter_model.safetensors")
+    tensors["base_model.model.head.weight"] = torch.zeros(1, 5)
+    safetensors.torch.save_file(tensors, folders[1] / "adapter_model.safetensors")
+    start = {n: v.clone() for n, v in guide.coordinates().items()}
+    with pytest.raises(ValueError, match="for another network"):
+        load_adapters(model, guide, folders)
+    assert all(torch.equal(v, start[n]) for n, v in guide.coordinates().items())
+
+
 @pytest.mark.parametrize(
     "net",
     [
+        nn.Linear(3, 2),
         nn.ConvTranspose1d(2, 3, 2),
         nn.LSTM(3, 4),
         nn.MultiheadAttention(4, 2),

@@ -354,3 +354,50 @@ def test_a_transformer_is_tuned_by_its_particles() -> None:
     accuracy = (posterior.predict(tokens, num_samples=1).probs.argmax(-1) == y).double().mean()
     before = (net(tokens).argmax(-1) == y).double().mean()
     assert accuracy > max(float(before), float(y.double().mean()), float(1 - y.double().mean())) + 0.05
+
+
+def test_sampling_leaves_the_statistics_alone() -> None:
+    """SGHMC at temperature 0 and a step of nothing: every draw predicts what the given network predicts."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 4)).double()
+    net(5 + 3 * torch.randn(64, 3).double())  # statistics far from 0 and 1
+    x, y = rows()
+    model = Bella(net.eval(), CLASSES, 20)
+    kernel = pb.inference.SGHMC(model, (x, y), step_size=1e-8, friction=0.5, temperature=0.0)
+    posterior = pb.inference.sample(kernel, 2, 1, num_chains=2, progress=False, seed=0)
+    for member in posterior.predict(x, num_samples=4).outputs.flatten(0, 1):
+        torch.testing.assert_close(member, net(x), rtol=1e-5, atol=1e-6)
+
+
+def test_it_loads_with_the_weights_that_it_was_saved_with(tmp_path: Any) -> None:
+    """Also where the name of one weight is the end of another's."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 2))
+    model = Bella(net, CLASSES, 5, select="0")
+    pb.Posterior(model, ParticleGuide(model, particles=2)).save(tmp_path / "p")
+    loaded = pb.load(tmp_path / "p", net).model
+    assert isinstance(loaded, Bella) and loaded.weights == model.weights == ["0.weight"]
+
+
+def test_a_state_that_is_loaded_leaves_the_given_network_alone() -> None:
+    net, model = small()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_latents_without_particles_are_refused() -> None:
+    """A site of a larger program that no guide has would be drawn from its prior at every step."""
+    net, _ = small()
+    function = Bella(net, None)
+    guide = ParticleGuide(function, particles=2)
+
+    def model(x: Tensor, y: Tensor) -> None:
+        noise = pyro.sample("noise", pyro.distributions.LogNormal(x.new_zeros(()), 1.0))
+        f = function(x)[..., 0]
+        with function.members(), pyro.plate("data", len(x)):
+            pyro.sample("obs", pyro.distributions.Normal(f, noise), obs=y)
+
+    x, y = rows()
+    for sequential in (False, True):
+        with pytest.raises(ValueError, match="no particles of the latent site 'noise'"):
+            pb.inference.SVGD(model, guide, num_data=20, sequential=sequential).step(x, y.double())

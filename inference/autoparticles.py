@@ -1,0 +1,122 @@
+"""Particles as a guide for any Pyro model with continuous latents."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.distributions import biject_to
+
+from pyro_bnn.inference.potential import Potential
+
+#: standard deviation of unconstrained coordinates at ``init="small"``
+_SMALL = 0.1
+
+
+class AutoParticles(PyroModule):
+    """n particles as a guide for any Pyro model with continuous latents, in one parameter ``[n, dim]``.
+
+    It is set up at its first call, with what the model is called with. A call gives one particle, at random.
+
+    :param model: any Pyro model; see :class:`~pyro_bnn.inference.potential.Potential` for what its latents may be.
+    :param particles: number n of particles.
+    :param init: where they start: ``"prior"`` draws, ``"small"`` unconstrained numbers from N(0, 0.1^2), or ``{site:
+        [n, *shape]}`` in the model's units, with prior draws for the sites that it leaves out.
+    :raises ValueError: for numbers out of range, and, when set up, for starting values that do not fit.
+    """
+
+    theta: nn.Parameter
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        particles: int = 5,
+        *,
+        init: Literal["prior", "small"] | dict[str, Tensor] = "prior",
+    ) -> None:
+        super().__init__("particles")
+        if not isinstance(particles, int) or particles < 1:
+            raise ValueError(f"particles={particles!r}: expected a whole number, at least 1")
+        if not isinstance(init, dict) and init not in ("prior", "small"):
+            raise ValueError(f"init={init!r}: expected 'prior', 'small' or starting values {{site: [n, *shape]}}")
+        self.num_members, self.init = particles, init
+        self.__dict__["model"] = model  # past nn.Module, for its parameters are not the guide's
+        self.potential: Potential | None = None
+        self._plates: dict[str, list[Any]] = {}
+        self._events: dict[str, int] = {}
+
+    def setup(self, *args: Any, **kwargs: Any) -> Potential:
+        """Finds the sites and the starting points; later calls change nothing."""
+        if self.potential is not None:
+            return self.potential
+        potential = Potential(self.__dict__["model"], *args, **kwargs)
+        traces: list[dict[str, Any]] = [_prior_draw(potential).nodes for _ in range(self.num_members)]
+        for name in potential.shapes:
+            self._plates[name] = [f for f in traces[0][name]["cond_indep_stack"] if f.vectorized]
+            self._events[name] = traces[0][name]["fn"].event_dim
+        values = {name: torch.stack([t[name]["value"] for t in traces]) for name in potential.shapes}
+        if isinstance(self.init, dict):
+            for name, start in self.init.items():
+                values[name] = self._given(name, start, values.get(name))
+        theta = potential.join({name: potential.transforms[name].inv(value) for name, value in values.items()})
+        if self.init == "small":
+            theta = _SMALL * torch.randn_like(theta)
+        if not bool(torch.isfinite(theta).all()):
+            raise ValueError("a particle starts outside of the support of its site, or at its edge")
+        self.theta = nn.Parameter(theta.detach().clone())
+        self.potential = potential
+        return potential
+
+    def _given(self, name: str, start: Tensor, like: Tensor | None) -> Tensor:
+        if like is None:
+            raise ValueError(f"init has values for {name!r}, which is no latent site of the model")
+        if start.numel() != like.numel() or len(start) != self.num_members:
+            raise ValueError(f"init of {name!r} has shape {tuple(start.shape)}: expected {tuple(like.shape)}")
+        return start.to(like).reshape(like.shape)
+
+    def particles(self) -> dict[str, Tensor]:
+        """``{site: [n, *shape]}`` in the model's units.
+
+        :raises RuntimeError: before the first call.
+        """
+        if self.potential is None:
+            raise RuntimeError("the particles are set up at the first call, which has not been yet")
+        return self.potential.constrain(self.potential.split(self.theta.detach().clone()))
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        potential = self.setup(*args, **kwargs)
+        uniform = dist.Categorical(logits=self.theta.new_zeros(self.num_members))
+        index = pyro.sample("particle", uniform, infer={"is_auxiliary": True})
+        values = potential.constrain(potential.split(self.theta[index]))
+        plates = {f.name: f for frames in self._plates.values() for f in frames}
+        opened = {name: pyro.plate(name, f.size, dim=f.dim) for name, f in plates.items()}
+        for name, value in values.items():
+            with contextlib.ExitStack() as stack:
+                for frame in self._plates[name]:
+                    stack.enter_context(opened[frame.name])
+                values[name] = pyro.sample(name, dist.Delta(value, event_dim=self._events[name]))
+        return values
+
+
+def _prior_draw(potential: Potential) -> poutine.Trace:
+    """A trace with all sites drawn from their priors, those of a network too."""
+
+    def value(site: Any) -> Tensor:
+        fn = site["fn"]
+        try:
+            draw: Tensor = fn.sample()
+        except NotImplementedError:  # an improper prior: a point of its support
+            draw = biject_to(fn.support)(torch.rand(fn.shape()) * 2 - 1)
+        return draw
+
+    args, kwargs = potential._arguments
+    with torch.no_grad(), potential._running(train=False), InitMessenger(value):
+        return poutine.trace(potential.model).get_trace(*args, **kwargs)
