@@ -98,9 +98,8 @@ class SVGD:
     :param annealing: gamma, in (0, 1], a function of the step such as :func:`cyclical_annealing`; 1 by default.
     :param num_data: size N of the data set; a network knows its own, and ``fit`` that of its data.
     :param sequential: run the model for one particle after the other: the same result but for the noise of dropout, in
-        the memory of one. ``"auto"``
-        does so for networks on the CPU whose activations for all particles together outgrow the cache of its allocator
-        (32 MB), which costs more than it saves.
+        the memory of one. ``"auto"`` does so for networks on the CPU whose activations for all particles together
+        exceed 32 MB: the allocator fetches fresh pages for such tensors, which costs more than folding saves.
     :param lr: learning rate, where ``optim`` is no function.
     :raises ValueError: for numbers out of range, or options that do not go together.
     """

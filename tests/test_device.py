@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 import pyro_bnn as pb
 from pyro_bnn.inference import IMQ, RBF, Linear, Mixture
 from pyro_bnn.inference.kernels import Kernel, Points
+from pyro_bnn.inference.noise import Noise
 from pyro_bnn.models import Bella, Dense, MeanFieldGuide, ParticleGuide, Rank1, Rank1Guide
 from pyro_bnn.models.architectures import resnet18
 
@@ -191,6 +192,7 @@ def test_every_tensor_of_a_step_of_sghmc_within_em_is_on_the_networks_device(mod
             site.renew()
         kernel._precision_views = kernel._views(kernel._precision) if mode_of_kernel == "paper" else []
         kernel._mask = moved(kernel.theta)
+        kernel._noise = Noise(kernel.theta)
         energy = kernel.potential(views, moved(x), moved(y))
         kernel._expect(0.5)
         for site in kernel._sites:
