@@ -9,11 +9,8 @@ from typing import Any, Literal
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.nn import PyroModule
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
 from pyro_bnn.inference.potential import Potential
 
@@ -58,7 +55,7 @@ class AutoParticles(PyroModule):
         if self.potential is not None:
             return self.potential
         potential = Potential(self.__dict__["model"], *args, **kwargs)
-        traces: list[dict[str, Any]] = [_prior_draw(potential).nodes for _ in range(self.num_members)]
+        traces: list[dict[str, Any]] = [potential.prior_trace(at_network=False).nodes for _ in range(self.num_members)]
         for name in potential.shapes:
             self._plates[name] = [f for f in traces[0][name]["cond_indep_stack"] if f.vectorized]
             self._events[name] = traces[0][name]["fn"].event_dim
@@ -104,19 +101,3 @@ class AutoParticles(PyroModule):
                     stack.enter_context(opened[frame.name])
                 values[name] = pyro.sample(name, dist.Delta(value, event_dim=self._events[name]))
         return values
-
-
-def _prior_draw(potential: Potential) -> poutine.Trace:
-    """A trace with all sites drawn from their priors, those of a network too."""
-
-    def value(site: Any) -> Tensor:
-        fn = site["fn"]
-        try:
-            draw: Tensor = fn.sample()
-        except NotImplementedError:  # an improper prior: a point of its support
-            draw = biject_to(fn.support)(torch.rand(fn.shape()) * 2 - 1)
-        return draw
-
-    args, kwargs = potential._arguments
-    with torch.no_grad(), potential._running(train=False), InitMessenger(value):
-        return poutine.trace(potential.model).get_trace(*args, **kwargs)

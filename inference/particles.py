@@ -11,13 +11,12 @@ import pyro
 import torch
 import torch.nn.functional as F
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.autoparticles import AutoParticles
+from pyro_bnn.inference.potential import LogJoint
 from pyro_bnn.model import BayesianNetwork, training_mode
 
 
@@ -241,31 +240,30 @@ class MemberParticles:
         return "unknown"
 
 
-class _MemberDensities(Messenger):
-    """Adds up the log densities of each member while the model runs, ``[n]``: see :class:`_LogJoint` of the potential.
+class _MemberDensities(LogJoint):
+    """Adds up the log densities of each member, ``[n]``.
 
     Pyro's plate rule weighs n members by 1/n; here each counts in full, and so does what lies outside of the plate.
     """
 
     def __init__(self, plate: str, known: Collection[str]) -> None:
         super().__init__()
-        self.total: Any = 0.0
         self._plate, self._known = plate, known
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if poutine.util.site_is_subsample(msg):
-            return
-        if not msg["is_observed"] and msg["name"] not in self._known:
+        latent = not msg["is_observed"] and not poutine.util.site_is_subsample(msg)
+        if latent and msg["name"] not in self._known:
             raise ValueError(
                 f"the guide has no particles of the latent site {msg['name']!r}: use AutoParticles, which has them of "
                 "all sites of a model"
             )
-        density = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
-        density = scale_and_mask(density, msg["scale"], msg["mask"])
+        super()._pyro_post_sample(msg)
+
+    def _sum(self, density: Tensor, msg: Any) -> Tensor:
         frame = next((f for f in msg["cond_indep_stack"] if f.name == self._plate), None)
-        if frame is not None:
-            density = density.movedim(frame.dim, 0).reshape(frame.size, -1).sum(1) * frame.size
-        self.total = self.total + (density if frame is not None else density.sum())
+        if frame is None:
+            return density.sum()
+        return density.movedim(frame.dim, 0).reshape(frame.size, -1).sum(1) * frame.size
 
 
 def _log_jacobian(kind: str, values: Tensor) -> Tensor:

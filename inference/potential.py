@@ -81,10 +81,10 @@ class Potential:
                     "site whose support is fixed, and transform that"
                 )
 
-    def prior_trace(self) -> poutine.Trace:
-        """A trace with a network's sites at its own weights, and the others drawn from their priors."""
+    def prior_trace(self, at_network: bool = True) -> poutine.Trace:
+        """A trace with all sites drawn from their priors, but those of a network at its own weights if so asked."""
         args, kwargs = self._arguments
-        sites = self.model.sites() if isinstance(self.model, BayesianNetwork) else []
+        sites = self.model.sites() if at_network and isinstance(self.model, BayesianNetwork) else []
         centers = {site.name: site.center for site in sites}
 
         def value(site: Any) -> Tensor:
@@ -152,7 +152,7 @@ class Potential:
             latents[name] = transform(value)
             if not _is_identity(transform):
                 jacobian = jacobian + transform.log_abs_det_jacobian(value, latents[name]).sum()
-        with self._running(train=True), _LogJoint(self._unscored) as joint:
+        with self._running(train=True), LogJoint(self._unscored) as joint:
             poutine.condition(self.model, latents)(*args, **kwargs)
         energy: Tensor = -(joint.total + jacobian)
         if not isinstance(energy, Tensor):  # every density was left out
@@ -179,14 +179,14 @@ class Potential:
         return "unknown"
 
 
-class _LogJoint(Messenger):
+class LogJoint(Messenger):
     """Adds up log densities while the model runs.
 
     Those of the weights come before what the network does with them, and so their gradients after its own: a trace,
     which is scored at the end, would keep the gradients of all priors beside all activations.
     """
 
-    def __init__(self, unscored: Collection[str]) -> None:
+    def __init__(self, unscored: Collection[str] = ()) -> None:
         super().__init__()
         self.total: Any = 0.0
         self._unscored = unscored
@@ -194,7 +194,11 @@ class _LogJoint(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if not poutine.util.site_is_subsample(msg) and msg["name"] not in self._unscored:
             density = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
-            self.total = self.total + scale_and_mask(density, msg["scale"], msg["mask"]).sum()
+            self.total = self.total + self._sum(scale_and_mask(density, msg["scale"], msg["mask"]), msg)
+
+    def _sum(self, density: Tensor, msg: Any) -> Tensor:
+        """What a site adds to the total."""
+        return density.sum()
 
 
 def _is_identity(transform: Transform) -> bool:

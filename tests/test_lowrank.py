@@ -130,28 +130,33 @@ def test_batch_normalisation_in_train_mode() -> None:
         assert torch.allclose(network.net.get_buffer(name).double(), buffer.double(), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["linear", "conv2d, grouped", "conv_transpose2d, grouped", "embedding", "LSTM, plain"])
+@pytest.mark.parametrize(
+    "name",
+    ["linear", "embedding", "LSTM, plain", *(n for n in CASES if n.startswith(("conv1d", "conv2d", "conv_tra")))],
+)
 def test_gradients(name: str) -> None:
-    """Proves the gradients of A and B, against those through explicit weights."""
+    """Proves the gradients of A, B, the shared parameters and the input, against those through explicit weights."""
     make, x = CASES[name]
-    net = make().double().requires_grad_(False)
+    net = make().double()
     weights, _ = parameters_of(net, _SKIP)
     perturbations: Any = perturb_low_rank(net, weights, MEMBERS)
-    leaves = [t.requires_grad_() for p in perturbations.values() for t in (p.A, p.B)]
     network = Network(net)
-    torch.manual_seed(0)
+    own = network.parameters_by_name()
+    leaves = [t.requires_grad_() for p in perturbations.values() for t in (p.A, p.B)] + list(own.values())
+    if x.is_floating_point():
+        x = x.clone().requires_grad_()
+        leaves.append(x)
     y = network.perturbed(x, ROWS, perturbations, MEMBERS)
-    direction = torch.randn_like(y)
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype)
     ours = torch.autograd.grad((y * direction).sum(), leaves)
     explicit = [
-        torch.func.functional_call(
-            net, {n: p.explicit(dict(net.named_parameters())[n], m, 0) for n, p in perturbations.items()}, x
-        )
+        torch.func.functional_call(net, dict(own) | {n: p.explicit(own[n], m, 0) for n, p in perturbations.items()}, x)
         for m in range(MEMBERS)
     ]
     expected = torch.autograd.grad((torch.stack(explicit) * direction).sum(), leaves)
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+        assert bool(one.any())
 
 
 def test_factors_follow_the_dtype_of_the_network() -> None:

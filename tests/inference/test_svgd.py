@@ -70,37 +70,33 @@ def test_the_fixed_point_of_wgd(h: float) -> None:
     assert float(found.max()) < 1 - 0.4 * h
 
 
+COVARIANCE = torch.tensor([[1.0, 1.2], [1.2, 2.25]], dtype=DOUBLE)
+MEAN = torch.tensor([1.0, -2.0], dtype=DOUBLE)
+
+
+def correlated() -> None:
+    pyro.sample("z", dist.MultivariateNormal(MEAN, COVARIANCE))
+
+
 @pytest.mark.parametrize("space", [RBF(), IMQ(), Mixture([RBF(ScaledMedian(0.5)), Linear()])])
 def test_moments_of_a_correlated_gaussian(space: Kernel) -> None:
     """Proves means and covariances within 7 % at n = 200 for every family of kernels, from one small cloud."""
-    covariance = torch.tensor([[1.0, 1.2], [1.2, 2.25]], dtype=DOUBLE)
-    mean = torch.tensor([1.0, -2.0], dtype=DOUBLE)
-
-    def model() -> None:
-        pyro.sample("z", dist.MultivariateNormal(mean, covariance))
-
     torch.manual_seed(0)
-    guide = AutoParticles(model, 200, init="small")
-    converge(SVGD(model, guide, kernel=space), schedule=((0.1, 300), (0.03, 200), (0.01, 200)))
+    guide = AutoParticles(correlated, 200, init="small")
+    converge(SVGD(correlated, guide, kernel=space), schedule=((0.1, 300), (0.03, 200), (0.01, 200)))
     z = guide.particles()["z"]
-    assert float((z.mean(0) - mean).abs().max()) < 0.03
-    assert float((z.T.cov(correction=0) / covariance - 1).abs().max()) < 0.07
+    assert float((z.mean(0) - MEAN).abs().max()) < 0.03
+    assert float((z.T.cov(correction=0) / COVARIANCE - 1).abs().max()) < 0.07
 
 
 def test_the_linear_kernel_is_exact_for_a_gaussian() -> None:
     """Proves that five particles under the linear kernel have mean and covariance of the target (Liu & Wang 2018)."""
-    covariance = torch.tensor([[1.0, 1.2], [1.2, 2.25]], dtype=DOUBLE)
-    mean = torch.tensor([1.0, -2.0], dtype=DOUBLE)
-
-    def model() -> None:
-        pyro.sample("z", dist.MultivariateNormal(mean, covariance))
-
     torch.manual_seed(0)
-    guide = AutoParticles(model, 5, init="small")
-    converge(SVGD(model, guide, kernel=Linear()), schedule=((0.1, 500), (0.01, 300), (0.001, 300)))
+    guide = AutoParticles(correlated, 5, init="small")
+    converge(SVGD(correlated, guide, kernel=Linear()), schedule=((0.1, 500), (0.01, 300), (0.001, 300)))
     z = guide.particles()["z"]
-    torch.testing.assert_close(z.mean(0), mean, rtol=1e-4, atol=0)
-    torch.testing.assert_close(z.T.cov(correction=0), covariance, rtol=1e-4, atol=0)
+    torch.testing.assert_close(z.mean(0), MEAN, rtol=1e-4, atol=0)
+    torch.testing.assert_close(z.T.cov(correction=0), COVARIANCE, rtol=1e-4, atol=0)
 
 
 def banana() -> None:
