@@ -360,3 +360,15 @@ def test_statistics_recomputed_for_every_draw() -> None:
     assert model.core().net[1].momentum == 0.1
     posterior.recompute_statistics(None)
     assert torch.equal(posterior.predict(x, 4, seed=1).members, plain)
+
+
+@pytest.mark.parametrize("loc", [0.0, 0.7])
+def test_a_normal_prior_around_any_mean(loc: float) -> None:
+    """Proves density and gradient of the Normal that is summed up in one pass, against torch's own."""
+    model = Dense(nn.Linear(3, 2).double(), Gaussian(1.0), 4, prior=Normal(loc, 0.5))
+    trace: Any = poutine.trace(model).get_trace(torch.zeros(4, 3, dtype=torch.float64))
+    site = trace.nodes["weight"]
+    value = torch.randn(site["value"].shape, dtype=torch.float64, requires_grad=True)
+    ours, expected = site["fn"].log_prob(value).sum(), torch.distributions.Normal(loc, 0.5).log_prob(value).sum()
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(density, value)[0] for density in (ours, expected)))
