@@ -20,6 +20,7 @@ from pyro_bnn.inference.autoparticles import AutoParticles
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.kernels import RBF, Kernel, Points
 from pyro_bnn.inference.particles import AnyParticles, MemberParticles, Segment
+from pyro_bnn.inference.schedules import Schedule
 from pyro_bnn.inference.svi import FitState, TrainingRun
 from pyro_bnn.model import BayesianNetwork, forked_random_state
 from pyro_bnn.network import batch_size
@@ -208,6 +209,7 @@ class SVGD:
         epochs: int,
         *,
         batch_size: int = 128,
+        schedule: Schedule | None = None,
         callbacks: Sequence[Callable[[FitState], bool | None]] = (),
         progress: bool = True,
         checkpoint: str | os.PathLike[str] | None = None,
@@ -220,6 +222,7 @@ class SVGD:
 
         :param data: a loader of (x, y), a dataset, or the pair (x, y) itself.
         :param batch_size: for a dataset or a pair; a loader has its own.
+        :param schedule: of the learning rate, see :mod:`pyro_bnn.inference.schedules`; constant by default.
         :param callbacks: called with a :class:`FitState` after each epoch; one that returns True ends the training.
         :param checkpoint: file that is written after each epoch, and resumed from when it exists.
         :param seed: makes the run reproducible, and leaves the global random state alone.
@@ -242,7 +245,11 @@ class SVGD:
                 torch.manual_seed(seed)
             particles, optimizer = self._setup(batches.first)
             parameters: list[Tensor] = [*particles.blocks, *particles.shared]
-            run = TrainingRun(self.model, self.guide, parameters, optimizer, None)
+            scheduler = None
+            if schedule is not None:
+                scheduler = schedule(optimizer, batches.steps, epochs)
+                stack.callback(_restart_rates, optimizer)
+            run = TrainingRun(self.model, self.guide, parameters, optimizer, scheduler)
             run.step = self.steps
             if checkpoint is not None:
                 run.resume(checkpoint)
@@ -263,6 +270,8 @@ class SVGD:
                         raise FloatingPointError(
                             f"{error}. The particles are back at the end of epoch {run.remembered_epoch}"
                         ) from error
+                    if scheduler is not None:
+                        scheduler.step()
                 run.epoch, run.step = run.epoch + 1, self.steps
                 run.remember()
                 mean = sum(run.losses[before:]) / (len(run.losses) - before)
@@ -339,6 +348,12 @@ class SVGD:
 def _check_repulsion(value: Any) -> None:
     if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(f"repulsion={value!r}: expected a number of at least 0, or a function of the step")
+
+
+def _restart_rates(optimizer: Optimizer) -> None:
+    """A schedule ends with its training: later steps have the rates from which it started."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"]
 
 
 def _gradient(block: nn.Parameter) -> Tensor:

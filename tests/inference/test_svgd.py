@@ -19,6 +19,7 @@ from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.autoparticles import AutoParticles
 from pyro_bnn.inference.kernels import IMQ, RBF, Kernel, Linear, Mixture, ScaledMedian
 from pyro_bnn.inference.potential import Potential
+from pyro_bnn.inference.schedules import cosine
 from pyro_bnn.inference.svgd import SVGD, cyclical_annealing
 from pyro_bnn.models import Dense, Rank1
 
@@ -522,6 +523,35 @@ def test_a_network_gives_a_posterior_with_a_member_for_each_particle(tmp_path: P
     assert found[0].shape == (1, 4, 12, 1)
     assert torch.equal(found[0], found[1])
     assert float(found[0].std(1).min()) > 0
+
+
+def test_a_schedule_moves_the_learning_rate_and_is_resumed_with_the_run(tmp_path: Path) -> None:
+    """Proves that rates are those of the cosine, that a stopped run goes on along it, and that it ends with the run."""
+    found, rates = [], []
+
+    def note(state: Any) -> None:
+        rates.append(state.optimizer.param_groups[0]["lr"])
+
+    for stops in ((6,), (2, 6)):
+        rates.clear()
+        for stop in stops:
+            model, x, y = network()
+            guide = spread(model, 4)
+            engine = SVGD(model, guide, lr=0.01)
+            ending = [note, lambda state, stop=stop: state.epoch == stop]
+            engine.fit(
+                *((x, y), 6),
+                batch_size=5,
+                schedule=cosine(),
+                callbacks=ending,
+                progress=False,
+                seed=0,
+                checkpoint=tmp_path / f"{len(stops)}.pt",
+            )
+        assert rates == pytest.approx([0.005 * (1 + math.cos(math.pi * epoch / 6)) for epoch in range(1, 7)])
+        assert engine.optimizer is not None and engine.optimizer.param_groups[0]["lr"] == 0.01
+        found.append(torch.cat([v.flatten() for v in guide.coordinates().values()]))
+    assert torch.equal(found[0], found[1])
 
 
 def test_callbacks_end_the_training_and_the_seed_is_private() -> None:
