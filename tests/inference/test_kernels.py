@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_bnn.inference.kernels import IMQ, RBF, Kernel, Linear, Mixture, Points, ScaledMedian
 
@@ -113,6 +115,32 @@ def test_products_are_never_formed_and_yet_exact(name: str, own: bool) -> None:
     torch.testing.assert_close(values.value, gram, rtol=1e-11, atol=1e-11)
     found = [*pairs[0], *pairs[1], flat]
     torch.testing.assert_close(found, sums, rtol=1e-10, atol=1e-10)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most elements of any tensor that is made inside."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for value in pytree.tree_leaves(made):
+            if isinstance(value, Tensor):
+                self.elements = max(self.elements, value.untyped_storage().nbytes() // value.element_size())
+        return made
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("name", [name for name in CASES if "function" not in name])
+def test_memory_is_that_of_the_coordinates_and_of_the_pairs(name: str, own: bool) -> None:
+    """Proves that no tensor has more elements than the coordinates or the pairs of particles: none is n x n x D, and
+    the products of low-rank factors, a hundred times their size, are never formed."""
+    n, rank, side = 20, 2, 400
+    x, a, b = torch.randn(n, 3000), torch.randn(n, rank, side), torch.randn(n, side, rank)
+    with Largest() as largest:
+        points = Points([x], [(a, b, 1.0)])
+        points.gradients(points.evaluate(CASES[name][0]), own)
+    assert 0 < largest.elements <= max(x.numel(), (n * rank) ** 2, n * rank * side)
 
 
 def test_single_precision_far_from_the_origin() -> None:
