@@ -33,7 +33,7 @@ _INPUT_FIRST = ("embedding", "linear, [in, out]")
 def save_adapters(model: Bella, guide: ParticleGuide, path: str | os.PathLike[str]) -> list[Path]:
     """Writes particle i to the folder ``path/particle_i``, which ``peft.PeftModel.from_pretrained(net, ...)`` opens.
 
-    A head goes along as one of PEFT's ``modules_to_save``.
+    A head, and normalisation layers of a particle's own, go along as PEFT's ``modules_to_save``.
 
     :return: the folders.
     :raises ValueError: for weights of a kind that PEFT has no adapter for.
@@ -43,6 +43,9 @@ def save_adapters(model: Bella, guide: ParticleGuide, path: str | os.PathLike[st
     count = guide.num_members
     names = [f"particle_{i}" for i in range(count)]
     kinds = {weight: _kind(model, weight) for weight in model.weights}
+    for parameter in model.own_parameters():
+        _require_own_layer(model, parameter)
+    _require_distinct_ends(model, [weight.rpartition(".")[0] for weight in kinds])
     if path.exists() and not all(re.fullmatch(r"particle_\d+", child.name) for child in path.iterdir()):
         raise FileExistsError(f"{path} exists and holds other files; choose another path or remove it")
     values = {name: value.cpu() for name, value in guide.coordinates().items()}
@@ -55,8 +58,9 @@ def save_adapters(model: Bella, guide: ParticleGuide, path: str | os.PathLike[st
                 a, b = (values[model.site(f"{weight}.{factor}")][i] for factor in "AB")
                 keys = _keys(weight.rpartition(".")[0], kind)
                 tensors |= {k: t.contiguous() for k, t in zip(keys, _to_peft(a, b, kind), strict=True)}
-            for parameter in model.head_parameters:
-                tensors[_PREFIX + parameter] = values[model.site(parameter)][i].contiguous()
+            own = {parameter: values[model.site(parameter)][i] for parameter in model.own_parameters()}
+            for parameter, value in (_given(model) | own).items():
+                tensors[_PREFIX + parameter] = value.cpu().clone(memory_format=torch.contiguous_format)
             (temporary / name).mkdir()
             safetensors.torch.save_file(tensors, temporary / name / _TENSORS, metadata={"format": "pt"})
             (temporary / name / _CONFIG).write_text(json.dumps(_config(model, kinds), indent=1) + "\n")
@@ -87,15 +91,8 @@ def load_adapters(model: Bella, guide: ParticleGuide, paths: list[str | os.PathL
 
 def _kind(model: Bella, weight: str) -> str:
     """How PEFT lays the factors of this weight out."""
-    owner, net = model.core().owner(weight), model.core().net
-    parameter = model.core().parameters_by_name()[weight]
-    tied = sum(p is parameter for _, p in net.named_parameters(remove_duplicate=False)) > 1
-    if tied or "." not in weight:
-        what = "is tied to another" if tied else "belongs to the network itself and to no layer of it"
-        raise ValueError(
-            f"PEFT has no adapter for {weight!r}, which {what}: leave it out with select=, or save the posterior with "
-            "posterior.save()"
-        )
+    owner = model.core().owner(weight)
+    _require_own_layer(model, weight)
     if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and owner.groups == 1:
         return "convolution"
     if isinstance(owner, nn.Embedding):
@@ -107,6 +104,41 @@ def _kind(model: Bella, weight: str) -> str:
         f"PEFT has no adapter for {weight!r} of a {type(owner).__name__}: leave it out with select=, or save the "
         "posterior with posterior.save()"
     )
+
+
+def _require_own_layer(model: Bella, name: str) -> None:
+    """PEFT goes by layers, each with parameters of its own."""
+    parameter = model.core().parameters_by_name()[name]
+    tied = sum(p is parameter for _, p in model.core().net.named_parameters(remove_duplicate=False)) > 1
+    if tied or "." not in name:
+        what = "is tied to another" if tied else "belongs to the network itself and to no layer of it"
+        raise ValueError(
+            f"PEFT has no adapter for {name!r}, which {what}: leave it out with select= or affine=, or save the "
+            "posterior with posterior.save()"
+        )
+
+
+def _saved_modules(model: Bella) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in model.own_parameters()))
+
+
+def _given(model: Bella) -> dict[str, Tensor]:
+    """All that the layers have which PEFT saves in full, as the network was given: statistics too."""
+    layers = {module: model.core().net.get_submodule(module) for module in _saved_modules(model)}
+    return {f"{module}.{name}": v for module, layer in layers.items() for name, v in layer.state_dict().items()}
+
+
+def _require_distinct_ends(model: Bella, adapted: list[str]) -> None:
+    """PEFT finds ``modules_to_save`` by the ends of names, and would replace an adapted layer along with them."""
+    ends = tuple(_saved_modules(model))
+    for name in adapted:
+        parts = name.split(".")
+        if any(".".join(parts[: i + 1]).endswith(ends) for i in range(len(parts))):
+            raise ValueError(
+                f"PEFT goes by the ends of names and would take {name!r} for one of its modules_to_save "
+                f"({', '.join(ends)}): leave one of them out with select= or affine=, or save the posterior with "
+                "posterior.save()"
+            )
 
 
 def _keys(module: str, kind: str) -> list[str]:
@@ -141,7 +173,7 @@ def _config(model: Bella, kinds: dict[str, str]) -> dict[str, Any]:
         "bias": "none",
         "fan_in_fan_out": "linear, [in, out]" in kinds.values(),
         "target_modules": _targets(model, [weight.rpartition(".")[0] for weight in kinds]),
-        "modules_to_save": model.head or None,
+        "modules_to_save": _saved_modules(model) or None,
     }
 
 
@@ -154,7 +186,7 @@ def _targets(model: Bella, modules: list[str]) -> list[str] | str:
 
 
 def _read(model: Bella, path: Path) -> dict[str, Tensor]:
-    """``{weight.A: ..., weight.B: ..., head parameter: ...}`` of one checkpoint."""
+    """``{weight.A: ..., weight.B: ..., own parameter: ...}`` of one checkpoint."""
     if not (path / _CONFIG).is_file():
         raise FileNotFoundError(f"{path} is no adapter: it has no {_CONFIG}")
     try:
@@ -188,14 +220,24 @@ def _read(model: Bella, path: Path) -> dict[str, Tensor]:
         a, b = _from_peft(first, second * (scale / model.scale), kind)
         for factor, value in (("A", a), ("B", b)):
             found[f"{weight}.{factor}"] = _padded(value, model._likes[f"{weight}.{factor}"], factor, path)
-    for parameter in model.head_parameters:
+    for parameter in model.own_parameters():
         if _PREFIX + parameter not in left:
-            raise ValueError(f"{path} has no {parameter!r} among its modules_to_save: leave head= out")
+            option = "head=" if parameter in model.head_parameters else "affine="
+            raise ValueError(f"{path} has no {parameter!r} among its modules_to_save: leave {option} out")
         found[parameter] = left.pop(_PREFIX + parameter)
         _require_shape(found[parameter], model._likes[parameter], path)
+    _require_as_given(model, left, path)
     if left:
         raise ValueError(f"{path} has an adapter for {next(iter(left))!r}, which the model has not: see select=")
     return found
+
+
+def _require_as_given(model: Bella, left: dict[str, Tensor], path: Path) -> None:
+    """Takes out what PEFT saves beside a particle's own parameters: the rest of their layers, which all share."""
+    for name, value in _given(model).items():
+        theirs = left.pop(_PREFIX + name, None)
+        if theirs is not None and not torch.equal(theirs.to(value.dtype), value.cpu()):
+            raise ValueError(f"{path} has a {name!r} other than the network's, which all particles share")
 
 
 def _padded(value: Tensor, like: Tensor, factor: str, path: Path) -> Tensor:

@@ -20,7 +20,7 @@ from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.lowrank import LowRankFactors, Shift
 from pyro_bnn.model import BayesianNetwork, Site, storable
 from pyro_bnn.models.dense import list_sites, sample_weights
-from pyro_bnn.network import NORMALISATIONS, Network, Output
+from pyro_bnn.network import NORMALISATIONS, Network, Output, Select, select_parameters
 from pyro_bnn.perturb import Perturbation, Replacement
 from pyro_bnn.priors import Normal, Prior, PriorLike
 
@@ -85,7 +85,8 @@ class Bella(BayesianNetwork):
 
     A weight ``w`` has the sites ``w.A`` ``[rank, *w.shape[1:]]`` and ``w.B`` ``[w.shape[0], rank]``. Of a convolution A
     is one to ``rank`` channels and B is 1 x 1. W_0 is the storage of the given network: it is never copied, gets no
-    gradient and never changes. Normalisation layers keep their statistics, in training too.
+    gradient and never changes. Normalisation layers keep their statistics, in training too; with ``affine`` their
+    gains and biases are sites under their own names, as the weight and bias of a ``head`` are.
 
     :param net: a trained network; its parameters are shared.
     :param likelihood: what the output means; ``None`` for the function alone, inside a larger Pyro model.
@@ -100,8 +101,11 @@ class Bella(BayesianNetwork):
     :param select: which weights, see :func:`target_weights`.
     :param head: names of linear modules whose weight and bias belong to each particle, as in a new output layer; with
         the prior ``head_prior``.
+    :param affine: whether gains and biases of normalisation layers belong to each particle, or those that a pattern, a
+        module type or a function picks; see :func:`~pyro_bnn.network.select_parameters`. They start as given.
+    :param affine_prior: of these; ``loc=None`` means around the given values.
     :param prefix, members_dim, output: see :class:`~pyro_bnn.model.BayesianNetwork`.
-    :raises ValueError: when ``select`` or ``head`` matches nothing, or a number is out of range.
+    :raises ValueError: when ``select``, ``head`` or ``affine`` matches nothing, or a number is out of range.
     """
 
     def __init__(
@@ -117,6 +121,8 @@ class Bella(BayesianNetwork):
         select: Target | Iterable[Target] | None = None,
         head: str | Iterable[str] = (),
         head_prior: Prior = Normal(0.0, 1.0),
+        affine: bool | Select = False,
+        affine_prior: Prior = Normal(scale=0.1),
         prefix: str = "",
         members_dim: int = -2,
         output: Output = None,
@@ -132,6 +138,7 @@ class Bella(BayesianNetwork):
         core = self.core()
         self.head = [head] if isinstance(head, str) else list(head)
         self.head_parameters = self._find_head()
+        self.affine_prior, self.affine_parameters = affine_prior, self._find_affine(affine)
         self.weights = [name for name in target_weights(core, select) if name not in self.head_parameters]
         parameters = core.parameters_by_name()
         self.priors: dict[str, Prior] = {}
@@ -142,9 +149,9 @@ class Bella(BayesianNetwork):
                 name = f"{weight}.{factor}"
                 like = self._likes[name] = w.new_empty(()).expand(shape)
                 self.priors[name] = self._on_factors(priors.resolve(prior, (name, weight), like))
-        for name in self.head_parameters:
-            self._likes[name] = parameters[name].detach()
-            self.priors[name] = head_prior
+        for name in self.own_parameters():
+            self._likes[name] = parameters[name]
+            self.priors[name] = head_prior if name in self.head_parameters else affine_prior
         self._sites = list_sites(self, self.priors, self._likes | self._centers())
         self.train(self.training)
 
@@ -163,6 +170,22 @@ class Bella(BayesianNetwork):
         if tied is not None:
             raise ValueError(f"head: {tied!r} is tied to another parameter; a head must have its own")
         return found
+
+    def _find_affine(self, affine: bool | Select) -> list[str]:
+        if affine is False:
+            return []
+        core = self.core()
+        norms = core.normalisation_parameters()
+        known = {name: p for name, p in core.parameters_by_name().items() if name in norms}
+        if affine is not True:
+            return select_parameters(known, core.net, affine)
+        if not known:
+            raise ValueError("affine=True: the network has no normalisation layer with gains or biases; leave it out")
+        return list(known)
+
+    def own_parameters(self) -> list[str]:
+        """The parameters of which every particle has its own in full: those of heads and of normalisation layers."""
+        return self.head_parameters + self.affine_parameters
 
     def _on_factors(self, prior: Prior) -> Prior:
         """A Normal prior of the product as that of each factor."""
@@ -193,6 +216,7 @@ class Bella(BayesianNetwork):
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = True) -> Any:
         """Takes the tensors themselves: to copy into W_0 would be to change the user's network."""
+        self._constants.clear()  # priors around the parameters that are replaced
         return super().load_state_dict(state_dict, strict=strict, assign=True)
 
     def arguments(self) -> dict[str, Any]:
@@ -203,21 +227,23 @@ class Bella(BayesianNetwork):
             "select": "|".join(map(re.escape, self.weights)),  # a pattern: names in a list are ends of names too
             "head": self.head,
             "head_prior": priors.describe(self.head_prior),
+            "affine": [re.escape(name) for name in self.affine_parameters] or False,
+            "affine_prior": priors.describe(self.affine_prior),
         }
 
     @classmethod
     def from_arguments(cls, net: nn.Module, arguments: dict[str, Any]) -> Bella:
-        head_prior = priors.from_description(arguments.pop("head_prior"))
-        return cls(net, **arguments, head_prior=head_prior)  # type: ignore[arg-type]
+        for name in {"head_prior", "affine_prior"} & arguments.keys():
+            arguments[name] = priors.from_description(arguments[name])
+        return cls(net, **arguments)
 
     def sites(self) -> list[Site]:
         return self._sites
 
     def sample_latents(self) -> dict[str, Tensor]:
-        like = self.like()
-        return sample_weights(
-            self, self.priors, {n: like.new_empty(()).expand(v.shape) for n, v in self._likes.items()}
-        )
+        like, parameters = self.like(), self.core().parameters_by_name()
+        likes = {n: like.new_empty(()).expand(v.shape) for n, v in self._likes.items()}
+        return sample_weights(self, self.priors, likes, {n: parameters[n] for n in self.affine_parameters})
 
     def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
         lead = self.lead_shape(latents)
@@ -226,10 +252,10 @@ class Bella(BayesianNetwork):
         for weight in self.weights:
             a, b = (self._by_member(latents, f"{weight}.{factor}", lead) for factor in "AB")
             perturbations[weight] = LowRankFactors(a, b, self.scale)
-        for name in self.head_parameters:
+        for name in self.own_parameters():
             value = self._by_member(latents, name, lead)
-            if value.dim() == 2:  # a bias
-                perturbations[name] = Replacement(value.unsqueeze(1))
+            if value.dim() == 2 or name in self.affine_parameters:
+                perturbations[name] = Replacement(value.flatten(1).unsqueeze(1))
             else:
                 perturbations[name] = Shift(value - parameters[name])
         f = self.core().perturbed(x, size, perturbations, lead.numel())
@@ -256,10 +282,11 @@ class ParticleGuide(MixtureGuide):
 
     :param model: a :class:`Bella`.
     :param particles: n.
-    :param init: where A and B of every particle start, drawn anew for each. ``"kaiming"``: A uniform in
-        ``+-1 / sqrt(fan in)`` and B zero, so that all begin as the given network. ``"gaussian"``: the same A, and B
-        normal with the standard deviation ``init_scale``: particles differ as functions from the start, which a
-        kernel on products or functions needs. ``"orthogonal"``: A and B both random with B A = 0, of even rank.
+    :param init: where every particle starts, drawn anew for each. ``"kaiming"``: A uniform in ``+-1 / sqrt(fan in)``
+        and B zero, so that all begin as the given network. ``"gaussian"``: the same A, and B normal with the standard
+        deviation ``init_scale``, which is also added to the given values of heads, gains and biases: particles differ
+        from the start, without which a kernel on products, functions or tensors moves them as one. ``"orthogonal"``: A
+        and B both random with B A = 0, of even rank.
     :param init_scale: see ``init``.
     :raises ValueError: for an unknown ``init``, or an odd rank with ``"orthogonal"``.
     """
@@ -285,6 +312,8 @@ class ParticleGuide(MixtureGuide):
                     own_a.copy_(draw_factor(".A", own_a))
                     if init == "gaussian":
                         own_b.normal_(0, init_scale)
+            for name in model.own_parameters() if init == "gaussian" else ():
+                values[model.site(name)].add_(torch.randn_like(values[model.site(name)]), alpha=init_scale)
 
     def arguments(self) -> dict[str, Any]:
         return {"particles": self.num_members}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pyro
@@ -42,10 +44,16 @@ def list_sites(model: BayesianNetwork, priors: dict[str, Prior], centers: dict[s
     return scales + weights
 
 
-def sample_weights(model: BayesianNetwork, priors: dict[str, Prior], likes: dict[str, Tensor]) -> dict[str, Tensor]:
+def sample_weights(
+    model: BayesianNetwork,
+    priors: dict[str, Prior],
+    likes: dict[str, Tensor],
+    centers: Mapping[str, Tensor] = MappingProxyType({}),
+) -> dict[str, Tensor]:
     """Samples the weights given their scales, all inside the members plate; ``{site: value}``.
 
     :param likes: ``{name: tensor with the shape of the weight}``.
+    :param centers: what ``loc=None`` means for some of them, where it is not 0.
     """
     values: dict[str, Tensor] = {}
     given: dict[str, tuple[Prior, Tensor | None, Tensor | None]] = {}
@@ -62,7 +70,7 @@ def sample_weights(model: BayesianNetwork, priors: dict[str, Prior], likes: dict
     for name, like in likes.items():
         prior, tau, local = given[name]
         site = model.site(name)
-        values[site] = pyro.sample(site, model.prior_of(site, prior, 0.0, like, tau, local))
+        values[site] = pyro.sample(site, model.prior_of(site, prior, centers.get(name, 0.0), like, tau, local))
     return values
 
 

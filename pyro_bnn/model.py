@@ -248,9 +248,12 @@ class BayesianNetwork(PyroModule):
     # ------------------------------------------------------------------------------------------- the program
 
     def prior_of(
-        self, name: str, prior: Prior, center: float, like: Tensor, tau: Tensor | None, local: Tensor | None
+        self, name: str, prior: Prior, center: float | Tensor, like: Tensor, tau: Tensor | None, local: Tensor | None
     ) -> dist.TorchDistribution:
-        """The prior of the site of this name given its scales, built once where nothing can change it."""
+        """The prior of the site of this name given its scales, built once where nothing can change it.
+
+        :param center: see :meth:`~pyro_bnn.priors.Prior.elements`; a tensor is that of frozen parameters.
+        """
         if not prior.constant:
             return site_distribution(prior, center, like, tau, local)
         validate = torch.distributions.Distribution._validate_args
@@ -389,7 +392,7 @@ def sample_share(prior: Prior, like: Tensor, name: str) -> tuple[Prior, Tensor |
 
 
 def site_distribution(
-    prior: Prior, center: float, like: Tensor, tau: Tensor | None, local: Tensor | None
+    prior: Prior, center: float | Tensor, like: Tensor, tau: Tensor | None, local: Tensor | None
 ) -> dist.TorchDistribution:
     """The prior of a site of the shape of ``like`` given its scales (which carry the plates on their left)."""
     scale = local

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
-from pyro_bnn import attention, recurrent, rules  # noqa: F401  (their rules register themselves)
+from pyro_bnn import attention, normalisation, recurrent, rules  # noqa: F401  (their rules register themselves)
 from pyro_bnn.perturb import Layout, Perturb, Perturbation, Rank1Factors, Replacement, Use
 from pyro_bnn.probe import (
     batched,

@@ -64,7 +64,7 @@ class Rank1Factors(NamedTuple):
 
 
 class Replacement(NamedTuple):
-    """A vector (a bias) of its own for every member: ``value`` is ``[members | 1, rows | 1, n]``."""
+    """A bias or gain of its own for every member: ``value`` is ``[members | 1, rows | 1, n]``, n its elements."""
 
     value: Tensor
 
@@ -72,7 +72,7 @@ class Replacement(NamedTuple):
         return Replacement(self.value.narrow(-1, start, length))
 
     def explicit(self, weight: Tensor, member: int, row: int) -> Tensor:
-        return _pick(self.value, member, row).to(weight.dtype)
+        return _pick(self.value, member, row).view_as(weight).to(weight.dtype)
 
 
 def _pick(factor: Tensor, member: int, row: int) -> Tensor:
@@ -293,6 +293,7 @@ class _Rule(NamedTuple):
     always: bool
     consumes: bool
     weights: tuple[str, ...] | None
+    product: bool
 
 
 _RULES: dict[Any, _Rule] = {}
@@ -304,6 +305,7 @@ def register(
     weights: Sequence[str] | None = None,
     always: bool = False,
     consumes: bool = True,
+    product: bool = True,
 ) -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
     """Registers a rule for torch functions.
 
@@ -314,12 +316,13 @@ def register(
         (a learned input of a linear layer) is not a weight of this call.
     :param always: run the rule even when no argument is a perturbed parameter, for rules that only watch.
     :param consumes: whether the function uses the weight up; views and casts only pass it on.
+    :param product: whether it is a product, a convolution or a table look-up, whose weights are random by default.
     """
 
     def decorate(rule: Callable[[Call], Any]) -> Callable[[Call], Any]:
         for function in functions:
             _RULES[function] = _Rule(
-                tuple(signature), rule, always, consumes, None if weights is None else tuple(weights)
+                tuple(signature), rule, always, consumes, None if weights is None else tuple(weights), product
             )
         return rule
 
@@ -335,6 +338,11 @@ def consumed(function: Any, args: Any, kwargs: dict[str, Any] | None) -> list[Te
         return list(tensors((args, kwargs or {})))
     arguments = dict(zip(rule.signature, args, strict=False)) | (kwargs or {})
     return list(tensors([arguments.get(name) for name in rule.weights]))
+
+
+def is_product(function: Any) -> bool:
+    """Whether a torch function has a rule as a product, a convolution or a table look-up."""
+    return function in _RULES and _RULES[function].product
 
 
 def passes_on(function: Any) -> bool:

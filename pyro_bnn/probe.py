@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from pyro_bnn.perturb import Layout, Perturb, Perturbation, Rank1Factors, Replacement, Use, consumed, passes_on, tensors
+from pyro_bnn.perturb import (
+    Layout,
+    Perturb,
+    Perturbation,
+    Rank1Factors,
+    Replacement,
+    Use,
+    consumed,
+    is_product,
+    passes_on,
+    tensors,
+)
 
 _SAMPLES = 3  # of the probe: the smallest number for which period and run length of a flatten can both be read
 
@@ -134,7 +145,7 @@ def _name(function: Any) -> str:
 
 
 class _Finder(TorchFunctionMode):
-    """Notes which parameters of a network meet a rule."""
+    """Notes which parameters of a network meet the rule of a product."""
 
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
@@ -143,7 +154,8 @@ class _Finder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        self.found.update(self.names[id(t)] for t in consumed(func, args, kwargs) if id(t) in self.names)
+        if is_product(func):
+            self.found.update(self.names[id(t)] for t in consumed(func, args, kwargs) if id(t) in self.names)
         if passes_on(func) and args and id(args[0]) in self.names:
             self.names[id(result)] = self.names[id(args[0])]
             self.derived.append(result)
@@ -151,7 +163,7 @@ class _Finder(TorchFunctionMode):
 
 
 def find_consumed(run: Callable[..., Tensor], net: nn.Module, x: Any, size: int) -> set[str]:
-    """The names of all parameters that the network gives to an operation with a rule."""
+    """The names of all parameters that the network gives to a product with a rule."""
     finder = _Finder({id(p): name for name, p in net.named_parameters()})
     with undisturbed(net), finder:
         run(select_samples(x, size, [0]))

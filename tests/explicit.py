@@ -52,7 +52,7 @@ def row_weights(net: nn.Module, perturbations: dict[str, Perturbation], member: 
 
     def own(name: str, p: Perturbation) -> Tensor:
         if isinstance(p, Replacement):
-            return pick(p.value)
+            return pick(p.value).view_as(parameters[name])
         if isinstance(p, LowRankFactors):
             a, b = (factor[min(member, factor.shape[0] - 1)] for factor in (p.A, p.B))
             return parameters[name] + p.scale * torch.einsum("or,r...->o...", b, a)
@@ -127,7 +127,7 @@ def perturb(
         perturbations[name] = Rank1Factors(uniform(out), uniform(into * groups_of(net, name)))
     for name in biases:
         perturbations[name] = Replacement(
-            parameters[name].detach() + uniform(parameters[name].numel()) - sum(sizes) / 4
+            parameters[name].detach().flatten() + uniform(parameters[name].numel()) - sum(sizes) / 4
         )
     return perturbations
 

@@ -60,7 +60,8 @@ def test_every_tensor_of_guide_model_and_prediction_is_on_the_networks_device(ne
         weights = model._perturbed()
     elif method == "bella":
         head = {"mlp": "2", "resnet18": "fc", "vit_b_16": "heads.head"}[network]
-        model = Bella(net, likelihood, 100, prior=pb.priors.HierarchicalNormal(), head=head)
+        affine = network != "mlp"
+        model = Bella(net, likelihood, 100, prior=pb.priors.HierarchicalNormal(), head=head, affine=affine)
         guide = ParticleGuide(model, 2)
         with torch.no_grad():
             model(x)

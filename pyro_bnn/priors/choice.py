@@ -32,7 +32,7 @@ class _Fixed(Prior):
     def __init__(self, name: str, distribution: dist.TorchDistribution) -> None:
         self.name, self.distribution = name, distribution
 
-    def elements(self, center: float, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+    def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
         d = _moved(self.distribution, like)
         shape = d.batch_shape + d.event_shape
         try:

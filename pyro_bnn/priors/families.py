@@ -25,6 +25,12 @@ def root_of_inverse_gamma(like: Tensor, concentration: float, rate: float) -> di
     return dist.TransformedDistribution(variance, [dist.transforms.PowerTransform(like.new_full((), 0.5))])
 
 
+def location(loc: float | None, center: float | Tensor, like: Tensor) -> Tensor:
+    """Where a prior lies: ``loc``, or the centre of the site."""
+    place = center if loc is None else loc
+    return place if isinstance(place, Tensor) else like.new_full((), place)
+
+
 class Prior:
     """A prior of one site. Numbers only: it follows the network to any device and dtype."""
 
@@ -66,9 +72,10 @@ class Prior:
         """The prior given the share of the slab."""
         raise TypeError(f"{type(self).__name__} has no inclusion")
 
-    def elements(self, center: float, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+    def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
         """The distribution of the elements, with a batch shape that broadcasts against the site.
 
+        :param center: what ``loc=None`` means: a number, or a tensor of the shape of the site.
         :param scale: product of the sampled ``tau`` and ``lambda``; ``None`` when the prior has neither.
         """
         raise NotImplementedError(f"{type(self).__name__} must define elements()")
@@ -84,9 +91,8 @@ class _LocationScale(Prior):
     def __post_init__(self) -> None:
         require_numbers(self, scale=self.scale)
 
-    def elements(self, center: float, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
-        loc = like.new_full((), center if self.loc is None else self.loc)
-        return self.family(loc, like.new_full((), self.scale))
+    def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+        return self.family(location(self.loc, center, like), like.new_full((), self.scale))
 
 
 @dataclass(frozen=True)
@@ -124,9 +130,9 @@ class StudentT(Prior):
     def __post_init__(self) -> None:
         require_numbers(self, df=self.df, scale=self.scale)
 
-    def elements(self, center: float, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
-        loc = center if self.loc is None else self.loc
-        return dist.StudentT(like.new_full((), self.df), like.new_full((), loc), like.new_full((), self.scale))
+    def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+        loc = location(self.loc, center, like)
+        return dist.StudentT(like.new_full((), self.df), loc, like.new_full((), self.scale))
 
 
 @dataclass(frozen=True)
@@ -146,9 +152,9 @@ class HierarchicalCauchy(Prior):
     def typical_tau(self) -> float:
         return self.scale
 
-    def elements(self, center: float, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+    def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
         assert scale is not None
-        return dist.Cauchy(like.new_full((), center if self.loc is None else self.loc), scale)
+        return dist.Cauchy(location(self.loc, center, like), scale)
 
 
 @dataclass(frozen=True)
@@ -174,9 +180,9 @@ class HierarchicalNormal(Prior):
     def typical_tau(self) -> float:
         return math.sqrt(self.rate / self.concentration)
 
-    def elements(self, center: float, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+    def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
         assert scale is not None
-        return dist.Normal(like.new_full((), center if self.loc is None else self.loc), scale)
+        return dist.Normal(location(self.loc, center, like), scale)
 
 
 @dataclass(frozen=True)
@@ -204,6 +210,6 @@ class Horseshoe(Prior):
     def local(self, like: Tensor) -> dist.TorchDistribution:
         return dist.HalfCauchy(like.new_full((), 1.0))
 
-    def elements(self, center: float, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+    def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
         assert scale is not None
-        return dist.Normal(like.new_full((), center if self.loc is None else self.loc), scale)
+        return dist.Normal(location(self.loc, center, like), scale)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_bnn.priors.families import Prior, require_numbers, root_of_inverse_gamma
+from pyro_bnn.priors.families import Prior, location, require_numbers, root_of_inverse_gamma
 
 Group = Literal["weight", "kernel", "input", "output"]
 Spike = Literal["normal", "laplace"]
@@ -131,7 +131,7 @@ class SpikeAndSlab(Prior):
         object.__setattr__(given, "inclusion", share)
         return given
 
-    def elements(self, center: float, like: Tensor, scale: Tensor | None) -> SpikeAndSlabDistribution:
+    def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> SpikeAndSlabDistribution:
         if scale is not None:  # it comes ready to multiply elements; here it belongs to groups
             scale = scale.reshape(scale.shape[: scale.dim() - like.dim()])
         share = self.inclusion if isinstance(self.inclusion, Tensor) else like.new_full((), self.inclusion)
@@ -156,7 +156,7 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
 
     def __init__(
         self,
-        loc: float,
+        loc: float | Tensor,
         inclusion: Tensor,
         spike_scale: float,
         slab_scale: float,
@@ -206,7 +206,7 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
         return scale * self.spike_scale, scale * self.slab_scale
 
     def _moved(self, value: Tensor) -> Tensor:
-        return value - self.loc if self.loc else value
+        return value - self.loc if isinstance(self.loc, Tensor) or self.loc else value
 
     def _sum(self, value: Tensor) -> Tensor:
         return value.sum(self.axes, keepdim=True) if self.axes else value
@@ -316,7 +316,7 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        return self.inclusion.new_full((), self.loc).expand(self.batch_shape + self.event_shape)
+        return location(None, self.loc, self.inclusion).expand(self.batch_shape + self.event_shape)
 
     @property
     def variance(self) -> Tensor:

@@ -22,10 +22,10 @@ class Images(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.mix = nn.Conv2d(2, 6, 3, stride=2, padding=1), nn.Conv1d(6, 5, 2)
-        self.head = nn.Linear(5, 3)
+        self.norm, self.head = nn.BatchNorm2d(6), nn.Linear(5, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.mix(self.stem(x).tanh().flatten(2)).mean(-1))
+        return self.head(self.mix(self.norm(self.stem(x)).tanh().flatten(2)).mean(-1))
 
 
 def gpt() -> nn.Module:
@@ -51,6 +51,8 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "a head of their own": (Images, IMAGES, {"select": ["stem"], "head": "head"}),
     "layers that store [in, out]": (gpt, TOKENS, {"select": ["c_attn", "c_proj"]}),
     "attention and embeddings": (bert, TOKENS, {"select": ["query", "value", "word_embeddings"], "head": "classifier"}),
+    "gains and biases": (Images, IMAGES, {"select": ["stem"], "affine": True}),
+    "biases and a head": (bert, TOKENS, {"select": ["query"], "head": "classifier", "affine": r".*Norm\.bias"}),
     "rank-stabilised": (bert, TOKENS, {"select": ["dense"], "rank_stabilised": True, "alpha": 3.0}),
 }
 
@@ -62,7 +64,7 @@ def case(name: str, **options: Any) -> tuple[nn.Module, Any, Bella, ParticleGuid
     output = None if isinstance(net, Images) else "logits"
     model = Bella(net, pb.likelihoods.Categorical(), 10, output=output, **own | options)
     guide = ParticleGuide(model, particles=2, init_scale=0.5)
-    for parameter in model.head_parameters:
+    for parameter in model.own_parameters():
         guide.coordinates()[parameter].normal_()
     return net, x, model, guide
 
@@ -97,9 +99,13 @@ def test_a_checkpoint_of_peft_starts_a_particle(name: str, rank: int, tmp_path: 
     config = peft.LoraConfig(
         **{"r": rank, "lora_alpha": 5, "init_lora_weights": False, "use_rslora": rank == 3},
         target_modules=[weight.rpartition(".")[0] for weight in model.weights],
-        modules_to_save=model.head or None,
+        modules_to_save=[name.rpartition(".")[0] for name in model.own_parameters()] or None,
     )
     adapted = peft.get_peft_model(copy.deepcopy(net), config).eval()
+    saved = [p for n, p in adapted.named_parameters() if "modules_to_save" in n and n.endswith("bias")]
+    with torch.no_grad():
+        for parameter in saved:
+            parameter.normal_()
     adapted.save_pretrained(tmp_path / "adapter")
     before = outputs(model, guide, x)
     load_adapters(model, guide, [tmp_path / "adapter"])
@@ -189,6 +195,44 @@ def test_tied_weights_and_heads_of_another_shape(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="for another network"):
         load_adapters(model, guide, folders)
     assert all(torch.equal(v, start[n]) for n, v in guide.coordinates().items())
+
+
+def test_what_all_particles_share_must_be_the_same(tmp_path: Path) -> None:
+    """PEFT saves a layer in full: statistics other than the network's are refused, and nothing is half loaded."""
+    net, _, model, guide = case("gains and biases")
+    folders = save_adapters(model, guide, tmp_path / "particles")
+    tensors = safetensors.torch.load_file(folders[1] / "adapter_model.safetensors")
+    assert torch.equal(tensors["base_model.model.norm.running_var"], net.norm.running_var)  # type: ignore[operator, union-attr]
+    tensors["base_model.model.norm.running_var"] += 1
+    safetensors.torch.save_file(tensors, folders[1] / "adapter_model.safetensors")
+    start = {n: v.clone() for n, v in guide.coordinates().items()}
+    with pytest.raises(ValueError, match="'norm.running_var' other than the network's"):
+        load_adapters(model, guide, folders)
+    assert all(torch.equal(v, start[n]) for n, v in guide.coordinates().items())
+    _, _, model, guide = case("convolutions", select=["stem"], affine=True)
+    other = save_adapters(*case("a head of their own")[2:], tmp_path / "others")
+    with pytest.raises(ValueError, match="has no 'norm.weight' among its modules_to_save: leave affine= out"):
+        load_adapters(model, guide, other)
+
+
+def test_layers_that_peft_would_confuse(tmp_path: Path) -> None:
+    """PEFT takes a layer for one to be saved in full when its name ends alike, and gains must not be tied."""
+
+    class Confused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.other_norm = nn.LayerNorm(3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other_norm(self.norm(x))
+
+    tied = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.LayerNorm(3))
+    tied[2].weight = tied[1].weight  # type: ignore[union-attr]
+    for net, said in ((Confused(), "would take 'other_norm' for one of its modules_to_save"), (tied, "tied")):
+        model = Bella(net, None, affine=True)
+        with pytest.raises(ValueError, match=said):
+            save_adapters(model, ParticleGuide(model), tmp_path / "particles")
+        assert not (tmp_path / "particles").exists()
 
 
 @pytest.mark.parametrize(

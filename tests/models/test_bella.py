@@ -19,7 +19,8 @@ import pyro_bnn as pb
 from pyro_bnn.inference import fit
 from pyro_bnn.models import Bella, ParticleGuide
 from pyro_bnn.models.architectures import resnet18
-from pyro_bnn.priors import HierarchicalNormal, Laplace, Normal
+from pyro_bnn.network import NORMALISATIONS
+from pyro_bnn.priors import HierarchicalNormal, Laplace, Normal, SpikeAndSlab
 
 CLASSES = pb.likelihoods.Categorical()
 
@@ -213,6 +214,8 @@ def test_the_size_of_the_authors_configuration() -> None:
         ({"head": "3"}, "no module of this name"),
         ({"head": "1"}, "is a Tanh: expected a linear layer"),
         ({"prior": Normal(1.0, 0.1)}, "around 0"),
+        ({"affine": True}, "no normalisation layer with gains or biases"),
+        ({"affine": "0.bias"}, "matches none of the parameters"),
     ],
 )
 def test_bad_input(options: dict[str, Any], said: str) -> None:
@@ -287,6 +290,205 @@ def test_normalisation_keeps_its_statistics_in_training() -> None:
     model.train()
     norms = [m for m in model.core().net.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and model.training and not any(m.training for m in norms)
+
+
+# -------------------------------------------------------------------------------- gains and biases of their own
+
+
+class Window(nn.Module):
+    """Layer normalisation over two axes, RMS, group and instance normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 3), nn.Linear(24, 4)
+        self.instance, self.group = nn.InstanceNorm2d(6, affine=True), nn.GroupNorm(3, 6)
+        self.layer, self.root = nn.LayerNorm((6, 4)), nn.RMSNorm(24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.adaptive_avg_pool2d(self.group(self.instance(self.stem(x)).relu()), 2).flatten(2)
+        return self.head(self.root(self.layer(x).flatten(1)))
+
+
+class Encoder(nn.Module):
+    """``nn.TransformerEncoder``, for which torch has a fused path in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.embed, self.body = nn.Conv2d(3, 8, 4, 4), nn.TransformerEncoder(layer, 2, nn.LayerNorm(8))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.embed(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+NORMALISED: dict[str, Any] = {
+    "resnet18": lambda: resnet18(4),
+    "convnext_tiny": lambda: torchvision.models.convnext_tiny(num_classes=4),
+    "vit": lambda: torchvision.models.VisionTransformer(16, 4, 2, 2, 8, 16, num_classes=4),
+    "encoder": Encoder,
+    "window": Window,
+}
+
+
+def normalised(name: str) -> nn.Module:
+    """In eval mode and double precision, with gains, biases and statistics that matter."""
+    torch.manual_seed(0)
+    net = NORMALISED[name]().double().eval()
+    with torch.no_grad():
+        for module in net.modules():
+            if isinstance(module, NORMALISATIONS):
+                for own in module.parameters(recurse=False):
+                    own.uniform_(0.5, 1.5)
+                for statistics in module.buffers():
+                    if statistics.is_floating_point():
+                        statistics.uniform_(0.5, 1.5)
+            if name == "convnext_tiny" and hasattr(module, "layer_scale"):
+                module.layer_scale.fill_(0.3)  # a millionth hides what a block does
+    return net
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
+@pytest.mark.parametrize("name", NORMALISED)
+def test_particles_with_gains_and_biases_of_their_own(name: str) -> None:
+    """They begin exactly as the given network, and each is the network with its explicit parameters, to 1e-10; every
+    gain and bias has an effect, and the network's own stay as they are."""
+    net = normalised(name)
+    before = {n: value.clone() for n, value in net.state_dict().items()}
+    model = Bella(net, CLASSES, 2, rank=2, affine=True, prior=Normal(0.0, 0.02))
+    norms = [m for m in net.modules() if isinstance(m, NORMALISATIONS)]
+    assert len(model.affine_parameters) == sum(len([*m.parameters(recurse=False)]) for m in norms) > 0
+    guide = ParticleGuide(model, particles=3, init="kaiming")
+    values, parameters = guide.coordinates(), dict(net.named_parameters())
+    for n in model.affine_parameters:
+        assert all(torch.equal(own, parameters[n]) for own in values[n]), n
+    pixels = 32 if name == "convnext_tiny" else 16
+    x = torch.randn(2, 3, pixels, pixels, dtype=torch.float64)
+    with torch.no_grad():
+        for member in pb.Posterior(model, guide).predict(x, num_samples=1).outputs[0]:
+            torch.testing.assert_close(member, net(x), rtol=1e-10, atol=1e-12)
+    for value in guide.parameters():
+        value.data += 0.02 * torch.randn_like(value)
+    values = guide.coordinates()
+    guide.train()
+    trace = poutine.trace(guide).get_trace(x)
+    leaves = {n: trace.nodes[n]["value"].detach().requires_grad_() for n in model.affine_parameters}
+    f = model.function(x, {s.name: trace.nodes[s.name]["value"].detach() for s in model.sites()} | leaves, len(x))
+    effects = torch.autograd.grad(f.abs().sum() / f.detach().abs().max(), list(leaves.values()))
+    assert min(float(g.flatten(1).norm(dim=-1).min()) for g in effects) > 1e-7
+    for i in range(3):
+        own = {n: values[n][i] for n in model.affine_parameters}
+        for weight in model.weights:
+            a, b = (values[f"{weight}.{factor}"][i] for factor in "AB")
+            own[weight] = parameters[weight] + model.scale * (b @ a.flatten(1)).view_as(parameters[weight])
+        with torch.no_grad():
+            expected = torch.func.functional_call(net, own, (x,))
+        member = f.detach().reshape(3, *expected.shape)[i]
+        assert float((member - expected).abs().max() / expected.abs().max()) < 1e-10
+    assert all(torch.equal(before[n], value) for n, value in net.state_dict().items())
+
+
+def test_which_gains_and_biases() -> None:
+    """All, by a pattern, by the type of layer, by a function; with a prior around the given values."""
+    net = normalised("window")
+    every = {f"{n}.{p}" for n in ("instance", "group", "layer") for p in ("weight", "bias")} | {"root.weight"}
+    for affine, expected in (
+        (False, set()),
+        (True, every),
+        (".*bias", {n for n in every if n.endswith("bias")}),
+        ([nn.GroupNorm, "root.*"], {"group.weight", "group.bias", "root.weight"}),
+        (lambda n, p: p.dim() == 2, {"layer.weight", "layer.bias"}),
+    ):
+        model = Bella(net, CLASSES, 2, select=["stem"], affine=affine)  # type: ignore[arg-type]
+        assert set(model.affine_parameters) == expected
+        names = {site.name for site in model.sites()}
+        assert names == {"stem.weight.A", "stem.weight.B"} | expected
+    x, y = images(2)
+    for prior, tau in ((Normal(scale=0.1), 0.1), (HierarchicalNormal(), 0.3), (SpikeAndSlab(0.1, 0.1 + 1e-9), 0.1)):
+        model = Bella(net, CLASSES, 2, select=["stem"], affine="layer.*", affine_prior=prior)
+        data = {"layer.weight": torch.full((1, 6, 4), 0.8).double()}
+        data |= {"layer.weight_tau": torch.tensor(tau).double()} if prior.has_tau else {}
+        site = poutine.trace(poutine.condition(model, data)).get_trace(x.double(), y).nodes["layer.weight"]
+        expected = torch.distributions.Normal(net.layer.weight, tau).log_prob(data["layer.weight"]).sum()  # type: ignore[union-attr]
+        torch.testing.assert_close(site["fn"].log_prob(site["value"]).sum(), expected)
+    model = Bella(net, CLASSES, 2, select=["stem"], affine="root.weight", affine_prior=Normal(2.0, 0.1))
+    trace = poutine.trace(poutine.condition(model, {"root.weight": torch.full((24,), 2.0).double()}))
+    site = trace.get_trace(x.double(), y).nodes["root.weight"]
+    assert float(site["fn"].log_prob(site["value"])) == pytest.approx(24 * 1.383647, rel=1e-5)
+
+
+def test_the_prior_follows_a_state_that_is_loaded() -> None:
+    """It lies around the gains that the model has now, and not around those of its first call."""
+    net = normalised("window")
+    model = Bella(net, CLASSES, 2, select=["stem"], affine="group.weight")
+    x, y = images(2)
+    given = poutine.condition(model, {"group.weight": net.get_parameter("group.weight").detach() + 1})
+    before = poutine.trace(given).get_trace(x.double(), y).nodes["group.weight"]
+    model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()})
+    after = poutine.trace(given).get_trace(x.double(), y).nodes["group.weight"]
+    difference = after["fn"].log_prob(after["value"]) - before["fn"].log_prob(before["value"])
+    assert float(difference) == pytest.approx(6 * 0.5 * (1 / 0.1) ** 2)
+
+
+def test_gains_and_biases_are_trained_saved_loaded_and_pickled(tmp_path: Any) -> None:
+    """Particles part in them under SVGD; what is loaded into another network predicts bit for bit the same, and new
+    particles of it begin at the gains that were saved."""
+    net = normalised("window")
+    x, y = images(16)
+    model = Bella(net, CLASSES, 16, rank=2, affine=True, affine_prior=HierarchicalNormal())
+    guide = ParticleGuide(model, particles=3)
+    start = {name: value.clone() for name, value in guide.coordinates().items()}
+    engine = pb.inference.SVGD(model, guide, lr=0.02)
+    posterior = engine.fit((x.double(), y), epochs=20, batch_size=8, progress=False, seed=0)
+    assert sum(posterior.losses[-4:]) < sum(posterior.losses[:4])
+    for name in model.affine_parameters:
+        value = guide.coordinates()[name]
+        assert float((value - start[name]).abs().max()) > 1e-3 and not torch.equal(value[0], value[1])
+    posterior.save(tmp_path / "p")
+    torch.manual_seed(7)
+    loaded = pb.load(tmp_path / "p", Window().double())
+    expected = posterior.predict(x.double(), num_samples=1).probs
+    assert torch.equal(loaded.predict(x.double(), num_samples=1).probs, expected)
+    assert isinstance(loaded.model, Bella) and loaded.model.arguments() == model.arguments()
+    fresh = ParticleGuide(loaded.model, particles=2, init="kaiming").coordinates()
+    assert all(torch.equal(own, net.get_parameter(n)) for n in model.affine_parameters for own in fresh[n])
+    again = pickle.loads(pickle.dumps((model, guide)))
+    assert torch.equal(pb.Posterior(*again).predict(x.double(), num_samples=1).probs, expected)
+
+
+def test_gains_and_biases_under_other_engines() -> None:
+    """NUTS, Predictive, SGHMC and points of any model: they are sites of an ordinary Pyro program."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5), nn.Linear(5, 4)).double()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    x, y = rows()
+    model = Bella(net, CLASSES, 20, select=["0"], rank=1, affine=True)
+    pyro.set_rng_seed(0)
+    mcmc = MCMC(NUTS(model), num_samples=20, warmup_steps=20, disable_progbar=True)
+    mcmc.run(x, y)
+    draws = mcmc.get_samples()
+    assert draws["1.weight"].shape == (20, 1, 1, 5) and 0 < float((draws["1.weight"] - 1).abs().mean()) < 0.3
+    assert Predictive(model, posterior_samples=draws, parallel=True)(x)["obs"].shape[0] == 20
+    kernel = pb.inference.SGHMC(model, (x, y), step_size=0.05, friction=0.2, thinning=3)
+    posterior = pb.inference.sample(kernel, 5, 5, num_chains=2, progress=False, seed=0)
+    assert posterior.predict(x, num_samples=5).probs.shape == (20, 4)
+    guide = pb.inference.AutoParticles(model, 3)
+    points = pb.inference.SVGD(model, guide, lr=0.01).fit((x, y), epochs=2, progress=False, seed=0)
+    assert points.predict(x, num_samples=1).probs.shape == (20, 4)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_heads_and_gains_differ_from_the_start() -> None:
+    """By `init_scale`: from one place the kernel of a tensor would move all particles alike, and never part them."""
+    net = normalised("window")
+    model = Bella(net, CLASSES, 16, head="head", affine=True)
+    guide = ParticleGuide(model, particles=50, init_scale=0.03)
+    own = {n: (guide.coordinates()[n] - net.get_parameter(n)).detach() for n in model.own_parameters()}
+    noise = torch.cat([value.flatten() for value in own.values()])
+    assert float(noise.mean().abs()) < 0.001 and abs(float(noise.std()) - 0.03) < 0.001
+    x, y = images(16)
+    pb.inference.SVGD(model, guide, lr=1e-3).fit((x.double(), y), 1, progress=False, seed=0)
+    assert all(bool((guide.coordinates()[name].std(0) > 0.01).all()) for name in own)
 
 
 # --------------------------------------------------------------------------------------- particles that interact
