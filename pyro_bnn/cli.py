@@ -8,12 +8,13 @@ A run folder holds
 - ``posterior.nc``: the posterior and its predictions on test data, for ArviZ.
 """
 
+import io
 import json
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +26,8 @@ from rich.table import Table
 from torch import nn
 
 import pyro_bnn as pb
-from pyro_bnn.data import Encoding, Task, load
+from pyro_bnn.data import IMAGE_SIZE, Encoding, Task, load
+from pyro_bnn.pretrained import find_weights, image_size
 from pyro_bnn.recipes import (
     DEFAULT_PRIORS,
     Family,
@@ -89,13 +91,20 @@ def fit(
     rank: Annotated[int | None, typer.Option(min=1, help="of what bella adds to each weight, there 4")] = None,
     update: Annotated[Update | None, typer.Option(help="of bella's particles, there svgd")] = None,
     pretrained: Annotated[
-        Path | None, typer.Option(help="run folder whose deterministic network bella starts from, instead of training")
+        str | None,
+        typer.Option(
+            help="what bella starts from, instead of training: the deterministic network of a run folder, or weights "
+            "of torchvision (ResNet18_Weights.DEFAULT) with a new last layer"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows of a training step")] = 64,
     lr: Annotated[
         float, typer.Option(help="of AdamW, falling to 0 along a cosine; spike-slab: also the step size squared")
     ] = 1e-2,
-    samples: Annotated[int, typer.Option(min=1, help="draws (from each component) for a prediction")] = 16,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="draws (from each component) for a prediction, 16; bella's are its particles"),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="of weights, batches and draws")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     out: Annotated[Path | None, typer.Option(help="run folder [default: runs/METHOD-DATA]")] = None,
@@ -119,17 +128,20 @@ def fit(
         bella = method == "bella"
         if not bella and (particles_, rank, update, pretrained) != (None,) * 4:
             raise ValueError("--particles, --rank, --update and --pretrained go with --method bella")
-        if bella and (family != "normal" or components is not None):
-            raise ValueError("--method bella has particles: no --family, --components")
+        if bella and (family != "normal" or components is not None or samples is not None):
+            raise ValueError("--method bella has particles: no --family, --components, --samples")
+        weights = None if pretrained is None or Path(pretrained).exists() else find_weights(pretrained)
+        if weights is not None and network != "auto":
+            raise ValueError(f"--pretrained {pretrained} has a network of its own: no --network")
         place = find_device(device)
-        task = load(data, target)
+        task = load(data, target, size=IMAGE_SIZE if weights is None else image_size(weights))
         folder = out or Path("runs") / f"{method}-{task.name}"
         _check_free(folder, overwrite)
         options = Options(
             data=data if data == "digits" else str(Path(data).resolve()),
             target=target,
             method=method,
-            network=network if network != "auto" else "cnn" if task.x_train.dim() == 4 else "mlp",
+            network=weights or (network if network != "auto" else "cnn" if task.x_train.dim() == 4 else "mlp"),
             epochs=epochs,
             components=components or (4 if method == "rank1" else 1),
             prior=prior or DEFAULT_PRIORS[method],
@@ -140,28 +152,36 @@ def fit(
             particles=particles_ or 5,
             rank=rank or 4,
             update=update or "svgd",
-            pretrained=None if pretrained is None else str(pretrained.resolve()),
+            pretrained=None if pretrained is None else weights or str(Path(pretrained).resolve()),
             batch_size=min(batch_size, len(task.x_train)),
             lr=lr,
-            samples=samples,
+            samples=samples or (1 if bella else 16),
             seed=seed,
             device=str(place),
         )
         torch.manual_seed(seed)
-        net = build_network(options.network, tuple(task.x_train.shape[1:]), task.out_features).to(place)
-        known = None if pretrained is None else _pretrained(pretrained, options, net, task)
+        with redirect_stdout(io.StringIO()) if quiet else nullcontext():  # torch.hub prints what it downloads
+            net = build_network(options.network, tuple(task.x_train.shape[1:]), task.out_features, load=True).to(place)
+        known = None if pretrained is None or weights else _pretrained(Path(pretrained), options, net, task)
         folder.mkdir(parents=True, exist_ok=True)
 
     with _user_errors(ArithmeticError):
         if known is not None:
             console.print(f"The deterministic network of {pretrained}", soft_wrap=True, highlight=False)
+        elif weights is not None:
+            console.print(
+                f"{weights} with a new last layer: first all of it is tuned as the deterministic network, then "
+                "particles begin anew around the given weights, each with a last layer of its own",
+                soft_wrap=True,
+                highlight=False,
+            )
         elif bella:
             console.print("No --pretrained: first the deterministic network, then particles around it")
         twin = known or train(deterministic(net, task), task, options, console)
         if options.method == "spike-slab":
             found = sample(trained_network(twin.posterior), task, options, console)
         elif bella:
-            found = particles(trained_network(twin.posterior), task, options, console)
+            found = particles(net if weights else trained_network(twin.posterior), task, options, console)
         else:
             found = train(bayesian(net, task, options), task, options, console)
     metrics = _measure(found.posterior, task, options) | found.cost
@@ -188,7 +208,7 @@ def evaluate(
         options, in_shape, encoding = _read_config(folder)
         if target is None and (data is None or Path(data).suffix.lower() == ".csv"):
             target = options.target
-        task = load(data or options.data, target, encoding)
+        task = load(data or options.data, target, encoding, in_shape[-1])
         if tuple(task.x_test.shape[1:]) != in_shape:
             raise ValueError(
                 f"a row of {data or options.data!r} has shape {tuple(task.x_test.shape[1:])}, "
@@ -277,7 +297,8 @@ def _save(
             bayesian,
             task.x_test[:ARVIZ_ROWS],
             task.y_test[:ARVIZ_ROWS],
-            num_samples=bayesian.stored or math.ceil(ARVIZ_DRAWS / bayesian.members),
+            num_samples=bayesian.stored
+            or (1 if options.method == "bella" else math.ceil(ARVIZ_DRAWS / bayesian.members)),
             seed=options.seed,
         )
         with _replacing(folder / "posterior.nc") as path:

@@ -18,6 +18,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 TEST_SHARE = 0.3
+IMAGE_SIZE = 32
 MAX_INTEGER_CLASSES = 20
 MAX_CATEGORIES = 100
 
@@ -78,11 +79,11 @@ class Task:
         return len(self.encoding.classes) or 1
 
 
-def load(spec: str | Path, target: str | None = None, encoding: Encoding | None = None) -> Task:
+def load(spec: str | Path, target: str | None = None, encoding: Encoding | None = None, size: int = IMAGE_SIZE) -> Task:
     """Reads ``"digits"``, an ``.npz`` file, a ``.csv`` file or a folder of images.
 
     A ``.csv`` file needs ``target``, the name of the column to predict; nothing else takes it. ``encoding`` is that of
-    an earlier task; without it, it is learned from the training rows.
+    an earlier task; without it, it is learned from the training rows. ``size`` is that of images in a folder.
 
     :raises FileNotFoundError: when there is nothing at that path.
     :raises ValueError: when the file is of a kind that is not known, or its content is not what its loader asks for.
@@ -96,7 +97,7 @@ def load(spec: str | Path, target: str | None = None, encoding: Encoding | None 
     if not path.exists():
         raise FileNotFoundError(f"no such data: {str(spec)!r} is neither the built-in 'digits' nor a file or folder")
     if path.is_dir():
-        return from_image_folder(path, encoding=encoding)
+        return from_image_folder(path, size, encoding)
     if extension == ".npz":
         return from_npz(path, encoding=encoding)
     if extension == ".csv":
@@ -243,7 +244,7 @@ def _one_hot(frame: pd.DataFrame, encoding: Encoding | None) -> pd.DataFrame:
     return x.reindex(columns=list(encoding.columns), fill_value=0.0)
 
 
-def from_image_folder(path: str | Path, size: int = 32, encoding: Encoding | None = None) -> Task:
+def from_image_folder(path: str | Path, size: int = IMAGE_SIZE, encoding: Encoding | None = None) -> Task:
     """Reads images from ``train/<class>/`` and ``test/<class>/``, or from ``<class>/`` alone.
 
     In the second case a fixed 30 % of each class are for testing. Images become RGB, ``size`` x ``size`` pixels, with

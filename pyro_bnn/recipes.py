@@ -4,13 +4,14 @@ import copy
 import math
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from rich.console import Console
 from torch import nn
 
 import pyro_bnn as pb
+from pyro_bnn import pretrained
 from pyro_bnn.data import Task
 from pyro_bnn.models import architectures
 
@@ -40,7 +41,7 @@ class Options:
     data: str
     target: str | None
     method: Method
-    network: Network
+    network: str
     epochs: int
     components: int
     prior: Prior
@@ -117,7 +118,15 @@ def _prior(options: Options) -> pb.priors.Prior:
             return pb.priors.SpikeAndSlab(0.1 * scale, scale, group=options.group)
 
 
-def build_network(name: Network, in_shape: tuple[int, ...], out_features: int) -> nn.Module:
+def build_network(name: str, in_shape: tuple[int, ...], out_features: int, load: bool = False) -> nn.Module:
+    """A network by the name in a run's options.
+
+    :param name: a :data:`Network`, or weights of torchvision, which ``load`` gives to their network.
+    :raises ValueError: when it does not take such inputs.
+    :raises OSError: when the weights are not to be had.
+    """
+    if name not in get_args(Network):
+        return pretrained.build(name, in_shape, out_features, load)
     if name == "mlp":
         return architectures.mlp(math.prod(in_shape), (128, 128), out_features)
     if len(in_shape) != 3 or min(in_shape[1:]) < 4:
@@ -193,8 +202,11 @@ def sample(net: nn.Module, task: Task, options: Options, console: Console) -> Tr
 
 
 def particles(net: nn.Module, task: Task, options: Options, console: Console) -> Trained:
-    """Low-rank particles around a trained network, whose last layer is the network's own too."""
-    model = pb.models.Bella(net, _likelihood(task), len(task.x_train), rank=options.rank, prior=_prior(options))
+    """Low-rank particles around a trained network, whose last layer is the network's own, or each particle's if new."""
+    head = net.head if isinstance(net, pretrained.Pretrained) else ()
+    model = pb.models.Bella(
+        net, _likelihood(task), len(task.x_train), rank=options.rank, prior=_prior(options), head=head
+    )
     guide = pb.models.ParticleGuide(model, options.particles)
     console.print(f"Bella with {options.particles} particles by {options.update}, {options.network}, {options.device}")
     start = time.perf_counter()

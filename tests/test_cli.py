@@ -279,6 +279,7 @@ def test_a_run_is_not_overwritten_unasked(digits_run: tuple[Path, str]) -> None:
         (["fit", "--sparsity", "0.5"], "--sparsity and --temperature go with --method spike-slab"),
         (["fit", "--rank", "2"], "--particles, --rank, --update and --pretrained go with --method bella"),
         (["fit", "--method", "bella", "--components", "2"], "--method bella has particles"),
+        (["fit", "--method", "bella", "--samples", "2"], "no --family, --components, --samples"),
         (["fit", "--method", "bella", "--pretrained", "nowhere"], "'nowhere' is not the folder of a run"),
         (["fit", "--method", "spike-slab", "--prior", "normal"], "--method spike-slab has a prior of its own"),
         (["fit", "--data", "table.csv", "--target", "a", "--network", "cnn"], "--network cnn takes images"),
