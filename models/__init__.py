@@ -2,19 +2,26 @@
 
 from pyro_bnn.models.adapters import load_adapters, save_adapters
 from pyro_bnn.models.bella import Bella, ParticleGuide
+from pyro_bnn.models.codebook import Codebook
 from pyro_bnn.models.dense import Dense, MeanFieldGuide, PointGuide
+from pyro_bnn.models.merge_codes import MergeCodes
 from pyro_bnn.models.rank1 import Rank1, Rank1Guide
 from pyro_bnn.models.spike_slab import SpikeSlab
+from pyro_bnn.models.weight_sharing import CodebookGuide, WeightSharing
 
 __all__ = [
     "Bella",
+    "Codebook",
+    "CodebookGuide",
     "Dense",
     "MeanFieldGuide",
+    "MergeCodes",
     "ParticleGuide",
     "PointGuide",
     "Rank1",
     "Rank1Guide",
     "SpikeSlab",
+    "WeightSharing",
     "load_adapters",
     "save_adapters",
 ]

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_bnn.models.clustering import PlaneMixture
+from pyro_bnn.models.plane import PlaneMixture
 
 Merge = Literal["moment", "average", "w2"]
 
@@ -16,8 +16,8 @@ Merge = Literal["moment", "average", "w2"]
 def wasserstein(means: Tensor, covariances: Tensor, other_means: Tensor, other_covariances: Tensor) -> Tensor:
     """Squared 2-Wasserstein distance of Gaussians in the plane, in closed form; shapes broadcast.
 
-    ``|c1 - c2|^2 + tr S1 + tr S2 - 2 sqrt(tr(S1 S2) + 2 sqrt(det S1 det S2))``: for 2 x 2 matrices the trace of a square
-    root follows from trace and determinant.
+    ``|c1 - c2|^2 + tr S1 + tr S2 - 2 sqrt(tr(S1 S2) + 2 sqrt(det S1 det S2))``: the trace of the square root of a 2 x 2
+    matrix follows from its trace and determinant.
 
     :param means: ``[..., 2]``.
     :param covariances: ``[..., 2, 2]``, positive definite.
@@ -70,7 +70,7 @@ def merge_pair(first: PlaneMixture, second: PlaneMixture, how: Merge = "moment")
 
 
 def neighbour_distance(mixture: PlaneMixture) -> Tensor:
-    """The median over codes of the squared 2-Wasserstein distance to the nearest other code: the scale of a threshold."""
+    """The median over codes of the squared 2-Wasserstein distance to the nearest other code."""
     nearest = [_row(mixture, i, None, math.inf, math.inf).amin(1) for i in _rows(len(mixture))]
     return torch.cat(nearest).median()
 

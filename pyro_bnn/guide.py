@@ -53,6 +53,7 @@ class MixtureGuide(PyroModule):
     :param components: number K of components.
     :param family: ``"normal"`` or ``"cauchy"`` weights; ``"point"`` makes all sites points (MAP).
     :param rows: whether in train mode every row of the batch has a draw of its own (factors only).
+    :param own: which sites of the model are factorised here, for a subclass that has others; by default all.
     """
 
     # Lists of blocks [K, n]: of weights or factors, logarithms of positive scales, logits of shares, and biases.
@@ -66,7 +67,12 @@ class MixtureGuide(PyroModule):
     point: nn.ParameterList
 
     def __init__(
-        self, model: BayesianNetwork, components: int = 1, family: Family = "normal", rows: bool = False
+        self,
+        model: BayesianNetwork,
+        components: int = 1,
+        family: Family = "normal",
+        rows: bool = False,
+        own: Callable[[Site], bool] | None = None,
     ) -> None:
         if not isinstance(model, BayesianNetwork):
             raise TypeError(f"{type(self).__name__} takes one of pyro_bnn.models, got {type(model).__name__}")
@@ -75,7 +81,7 @@ class MixtureGuide(PyroModule):
             raise ValueError(f"components={components!r}: expected the number of mixture components, at least 1")
         if family not in _FAMILIES:
             raise ValueError(f"family={family!r}: expected one of {', '.join(map(repr, _FAMILIES))}")
-        sites = model.sites()
+        sites = [site for site in model.sites() if own is None or own(site)]
         like = model.like()
         self.num_members = components
         self.family = family
@@ -106,6 +112,33 @@ class MixtureGuide(PyroModule):
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments as JSON, apart from those that only say where training starts."""
+        return {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored of the guide, beside its arguments."""
+        return {name: value.detach() for name, value in [*self.named_parameters(), *self.named_buffers()]}
+
+    @classmethod
+    def from_tensors(cls, model: Any, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> MixtureGuide:
+        """The guide that :meth:`arguments` and :meth:`tensors` are of.
+
+        :raises ValueError: when they are of a guide for another model.
+        """
+        guide = cls(model, **arguments)
+        guide._take_parameters(tensors)
+        return guide
+
+    def _take_parameters(self, tensors: dict[str, Tensor]) -> None:
+        for name, parameter in self.named_parameters():
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                held = tuple(tensors[name].shape) if name in tensors else "missing"
+                raise ValueError(
+                    f"the stored guide is for another model: its {name!r} is {held}, expected {tuple(parameter.shape)}"
+                )
+            parameter.data = tensors[name].to(parameter.device)
+
+    def means_of_network(self) -> dict[str, Tensor]:
+        """Posterior means of those parameters of the network of which nothing else needs to be stored, by name."""
         return {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -143,9 +176,13 @@ class MixtureGuide(PyroModule):
             if self._in_rows:
                 rows = batch_size(x, y) if self.training and self.per_row and not self._every else 1
                 stack.enter_context(self._plate("rows", rows, -1, device))
-            for name, d in self._distributions("loc", _FAMILIES[self.family], take).items():
+            for name, d in self._weights(take).items():
                 values[name] = pyro.sample(name, d)
         return values
+
+    def _weights(self, take: _Take) -> dict[str, dist.TorchDistribution]:
+        """The distributions of weights or factors, by site."""
+        return self._distributions("loc", _FAMILIES[self.family], take)
 
     def _block_parameters(self, name: str) -> list[Tensor]:
         """The blocks of one kind, read past Pyro's attribute hooks."""
@@ -165,9 +202,18 @@ class MixtureGuide(PyroModule):
 
     def coordinates(self) -> dict[str, Tensor]:
         """Views ``[K, *shape]`` of the locations of all sites: of weights themselves, logarithms of scales, logits."""
+        return self._views(tuple(self._blocks))
+
+    def widths(self) -> dict[str, Tensor]:
+        """Views ``[K, *shape]`` of rho of the sites that are not points: deviations are ``softplus(rho) + 1e-7``."""
+        if self.family == "point":
+            return {}
+        return self._views(tuple(kind for kind in self._blocks if kind != "point"), "rho")
+
+    def _views(self, kinds: Sequence[str], what: str = "loc") -> dict[str, Tensor]:
         views: dict[str, Tensor] = {}
-        for kind, blocks in self._blocks.items():
-            for sites, block in zip(blocks, self._block_parameters(kind), strict=True):
+        for kind in kinds:
+            for sites, block in zip(self._blocks[kind], self._block_parameters(kind.replace("loc", what)), strict=True):
                 parts = split(block.detach(), [site.shape for site in sites])
                 views |= zip((site.name for site in sites), parts, strict=True)
         return views

@@ -58,10 +58,13 @@ def save(posterior: Posterior, path: str | os.PathLike[str], *, prior: bool = Tr
             ) from None
     tensors, parameters = {}, {}
     net = model.core().net
+    implied = guide.means_of_network().keys() if isinstance(guide, MixtureGuide) else set()
     for name, value in [*net.named_parameters(), *_kept_buffers(net)]:
-        tensors[f"network.{name}"] = value.detach().cpu().contiguous()
+        if name not in implied:
+            tensors[f"network.{name}"] = value.detach().cpu().contiguous()
         parameters[name] = [str(value.dtype).removeprefix("torch."), *value.shape]
-    for name, value in [*guide.named_parameters(), *guide.named_buffers()]:
+    own = guide.tensors() if isinstance(guide, MixtureGuide) else dict(guide.named_buffers())
+    for name, value in own.items():
         tensors[f"guide.{name}"] = value.detach().cpu().contiguous()
     names: dict[str, Any] = {}
     if isinstance(guide, DrawsGuide):
@@ -138,9 +141,21 @@ def load(
     description["likelihood"] = None if likelihood is None else likelihoods.from_description(likelihood)
     model = cls.from_arguments(net, description)
     own = model.core().net
+    implied = []
     for name, value in [*own.named_parameters(), *_kept_buffers(own)]:
-        value.data = tensors[f"network.{name}"].to(value.device)
-    guide = _guide(dict(content["guide"]), model, tensors)
+        if f"network.{name}" in tensors:
+            value.data = tensors[f"network.{name}"].to(value.device)
+        else:
+            implied.append((name, value))
+    try:
+        guide = _guide(dict(content["guide"]), model, tensors)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the guide in {path} is damaged or for another model ({error})") from error
+    means = guide.means_of_network() if implied and isinstance(guide, MixtureGuide) else {}
+    for name, value in implied:
+        if name not in means:
+            raise ValueError(f"{path} is damaged: the values of {name!r} are missing; save the posterior again")
+        value.data = means[name]
     if device is not None:
         model.to(device)
         guide.to(device)
@@ -159,9 +174,7 @@ def _guide(description: dict[str, Any], model: BayesianNetwork, tensors: dict[st
     if cls is None:
         raise ValueError("the guide of this posterior is of a class that is not registered")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # starting values are drawn, then replaced
-        guide: nn.Module = cls(model, **description)
-    for name, parameter in guide.named_parameters():
-        parameter.data = values[name].to(device)
+        guide: nn.Module = cls.from_tensors(model, description, values)
     return guide
 
 

@@ -19,11 +19,14 @@ from pyro_bnn.priors.families import (
     Prior,
     StudentT,
 )
+from pyro_bnn.priors.gaussian_mixture import CodeMixture, GaussianMixture
 from pyro_bnn.priors.spike_and_slab import Beta, InverseGamma, SpikeAndSlab, SpikeAndSlabDistribution
 
 __all__ = [
     "Beta",
     "Cauchy",
+    "CodeMixture",
+    "GaussianMixture",
     "HierarchicalCauchy",
     "HierarchicalNormal",
     "Horseshoe",

@@ -23,6 +23,7 @@ from pyro_bnn.priors.families import (
     Prior,
     StudentT,
 )
+from pyro_bnn.priors.gaussian_mixture import GaussianMixture
 from pyro_bnn.priors.spike_and_slab import SpikeAndSlab
 
 
@@ -111,7 +112,10 @@ def resolve(prior: PriorLike, names: tuple[str, ...], like: Tensor) -> Prior:
 
 _BY_NAME = {
     c.__name__: c
-    for c in (Normal, Cauchy, Laplace, StudentT, HierarchicalCauchy, HierarchicalNormal, Horseshoe, SpikeAndSlab)
+    for c in (
+        *(Normal, Cauchy, Laplace, StudentT, GaussianMixture),
+        *(HierarchicalCauchy, HierarchicalNormal, Horseshoe, SpikeAndSlab),
+    )
 }
 
 

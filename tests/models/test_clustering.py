@@ -13,7 +13,8 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from pyro_bnn.models import clustering, merging
-from pyro_bnn.models.clustering import PlaneMixture
+from pyro_bnn.models import plane as planes
+from pyro_bnn.models.plane import PlaneMixture
 
 
 def plane(n: int = 3000, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -44,8 +45,8 @@ def scores(x: Tensor, m: PlaneMixture, rate: float = 0.0) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_step_of_em_is_that_of_scikit_learn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also over several chunks and tiles; in float32 to 1e-4 of the spread of a code."""
-    monkeypatch.setattr(clustering, "_CHUNK", 1100)
-    monkeypatch.setattr(clustering, "_TILE", 64)
+    monkeypatch.setattr(planes, "_CHUNK", 1100)
+    monkeypatch.setattr(planes, "_TILE", 64)
     x = plane(3000, dtype)
     floor = torch.full((2,), 1e-7, dtype=torch.float64)
     start = mixture(7)
@@ -56,7 +57,7 @@ def test_a_step_of_em_is_that_of_scikit_learn(dtype: torch.dtype, monkeypatch: p
     )  # fmt: skip
     with pytest.warns(UserWarning, match="did not converge"):
         theirs.fit(x.double().numpy())
-    ours, likelihood = clustering.em_step(x, start, floor)
+    ours, likelihood = planes.em_step(x, start, floor)
     expected = scores(x, start).logsumexp(1).mean()
     tol = {"rtol": 1e-6, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
     torch.testing.assert_close(likelihood, expected, **tol)
@@ -80,7 +81,7 @@ def test_em_never_lowers_the_likelihood_and_finds_what_generated_the_points() ->
     floor = clustering.covariance_floor(x, 9)
     m, values = clustering.start_mixture(x, 9), []
     for _ in range(8):
-        m, value = clustering.em_step(x, m, floor)
+        m, value = planes.em_step(x, m, floor)
         values.append(float(value))
     assert all(b >= a - 1e-6 for a, b in pairwise(values)) and values[-1] > values[0] + 1e-3
 
@@ -88,12 +89,12 @@ def test_em_never_lowers_the_likelihood_and_finds_what_generated_the_points() ->
 @pytest.mark.parametrize("rate", [0.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_assignment_is_that_of_brute_force(dtype: torch.dtype, rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clustering, "_CHUNK", 2000)
-    monkeypatch.setattr(clustering, "_TILE", 32)
+    monkeypatch.setattr(planes, "_CHUNK", 2000)
+    monkeypatch.setattr(planes, "_TILE", 32)
     x = plane(5000, dtype)
     m = clustering.fit_plane(x, 150)
     values = scores(x, m, rate)
-    labels = clustering.assign(x, m, rate=rate).long()
+    labels = planes.assign(x, m, rate=rate).long()
     lost = values.amax(1) - values.gather(1, labels[:, None])[:, 0]
     assert float(lost.max()) < (1e-10 if dtype == torch.float64 else 1e-3)
     assert labels.unique().numel() > 100
@@ -174,7 +175,7 @@ def test_outliers() -> None:
 def test_points_between_codes() -> None:
     """The empirical quantile of the Mahalanobis distance, and the softmax of log densities with their weights."""
     x, m = plane(2000), clustering.fit_plane(plane(2000), 12)
-    labels = clustering.assign(x, m)
+    labels = planes.assign(x, m)
     index, codes, alpha = clustering.between_codes(x, labels, m, 0.05)
     assert len(index) == 100 and index.tolist() == sorted(index.tolist())
     d = x - m.means[labels.long()]

@@ -1,0 +1,111 @@
+"""A codebook on disk: labels in ``ceil(log2 K)`` bits, sorted positions as gaps; and an account of what it saves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.models import packing
+from pyro_bnn.models.codebook import Codebook
+
+
+def describe(book: Codebook) -> dict[str, Any]:
+    """What :func:`decode` must know of a codebook beside its tensors, as JSON."""
+    return {
+        "sites": [[name, list(shape)] for name, shape in book.sites],
+        "codes": len(book),
+        "outliers": len(book.outliers),
+        "outlier_bits": packing.pack_positions(book.outliers)[1],
+        "between": len(book.between),
+        "between_bits": packing.pack_positions(book.between)[1],
+        "zero": book.zero,
+    }
+
+
+def encode(book: Codebook) -> dict[str, Tensor]:
+    """The tensors of a codebook without anything dead (:meth:`Codebook.compact`), packed."""
+    bits = packing.width(len(book))
+    return {
+        "loc": book.loc.detach(),
+        "rho": book.rho.detach(),
+        "spread": book.spread.flatten(1)[:, [0, 1, 3]],
+        "labels": packing.pack(book.codes(), bits),
+        "outliers": packing.pack_positions(book.outliers)[0],
+        "outlier_loc": book.outlier_loc.detach(),
+        "outlier_rho": book.outlier_rho.detach(),
+        "between": packing.pack_positions(book.between)[0],
+        "second": packing.pack(book.pair[:, 1], bits),
+        "alpha": (book.alpha * 255).round().to(torch.uint8),
+    }
+
+
+def decode(description: dict[str, Any], tensors: dict[str, Tensor]) -> Codebook:
+    """The codebook that :func:`encode` was given, on the device of the tensors.
+
+    :raises ValueError: when tensors are missing, or do not agree with each other or the description.
+    """
+    names = ("loc", "rho", "spread", "labels", "outliers", "outlier_loc", "outlier_rho", "between", "second", "alpha")
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise ValueError(f"the packed codebook is damaged: {', '.join(missing)} is missing")
+    k, o, e = (int(description[name]) for name in ("codes", "outliers", "between"))
+    for name, shape in (
+        *(("loc", (k,)), ("rho", (k,)), ("spread", (k, 3)), ("alpha", (e,))),
+        *(("outlier_loc", (o,)), ("outlier_rho", (o,))),
+    ):
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(
+                f"the packed codebook is damaged: {name} has shape {tuple(tensors[name].shape)}, expected {shape}"
+            )
+    sites = [(name, torch.Size(shape)) for name, shape in description["sites"]]
+    n, bits = sum(shape.numel() for _, shape in sites), packing.width(k)
+    codes = packing.unpack(tensors["labels"], bits, n)
+    outliers = packing.unpack_positions(tensors["outliers"], int(description["outlier_bits"]), o)
+    between = packing.unpack_positions(tensors["between"], int(description["between_bits"]), e)
+    if e and int(between[-1]) >= n:
+        raise ValueError(f"the packed codebook is damaged: position {int(between[-1])} of {n} weights")
+    a, b, c = tensors["spread"].unbind(1)
+    spread = torch.stack([a, b, b, c], 1).view(k, 2, 2)
+    pair = torch.stack([codes[between], packing.unpack(tensors["second"], bits, e)], 1)
+    return Codebook(
+        *(sites, tensors["loc"], tensors["rho"], codes, outliers, tensors["outlier_loc"], tensors["outlier_rho"]),
+        *(between, pair, (tensors["alpha"].to(tensors["loc"].dtype) / 255), spread, bool(description["zero"])),
+    )
+
+
+def report(book: Codebook, soft: bool = False) -> dict[str, Any]:
+    """What a codebook takes, in numbers and bytes, against the two ways of storing its weights without one.
+
+    ``weights`` N, ``codes`` K, ``outliers`` and ``between``; ``trainable`` numbers for the weights; ``bytes`` by part
+    with their ``total``; ``of_mean_field`` and ``of_network``, the total divided by that of a mean-field posterior (of
+    mean and deviation of every weight) and of the deterministic network; ``per_trainable`` N / trainable;
+    ``label_bits`` of a stored label, and ``label_entropy``, what an ideal entropy coder takes for one.
+    """
+    n = len(book.labels)
+    size = book.loc.element_size()
+    parts = {name: value.numel() * value.element_size() for name, value in encode(book).items()}
+    grouped = {
+        "labels": parts["labels"],
+        "codes": parts["loc"] + parts["rho"] + parts["spread"],
+        "outliers": parts["outliers"] + parts["outlier_loc"] + parts["outlier_rho"],
+        "between": parts["between"] + parts["second"] + parts["alpha"],
+    }
+    total = sum(grouped.values())
+    held, free = book.usage(soft)
+    p = torch.cat([held, free.double().reshape(1)]) / n
+    trainable = 2 * len(book) + 2 * len(book.outliers) - int(book.zero)
+    return {
+        "weights": n,
+        "codes": len(book),
+        "outliers": len(book.outliers),
+        "between": len(book.between),
+        "trainable": trainable,
+        "per_trainable": n / trainable,
+        "bytes": grouped | {"total": total},
+        "of_mean_field": total / (2 * size * n),
+        "of_network": total / (size * n),
+        "label_bits": packing.width(len(book)),
+        "label_entropy": float(torch.special.entr(p).sum() / torch.log(p.new_tensor(2.0))),
+    }

@@ -1,0 +1,128 @@
+"""Mixtures of Gaussians as priors of weights: fixed ones, and the codebook of a guide as its own prior."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_bnn.priors.families import Prior, require_numbers
+
+
+class CodeMixture(dist.MixtureSameFamily):
+    """``pi_0 N(0, slab^2) + sum_k pi_k N(m_k, s_k^2)``, with the codes of a guide as components 1 to K.
+
+    :param codebook: whose codes they are; of a guide with the same one the KL divergence is a code length.
+    """
+
+    codebook: Any = None
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> CodeMixture:
+        new: CodeMixture = super().expand(batch_shape, _instance)
+        new.codebook = self.codebook
+        return new
+
+
+@dataclass(frozen=True)
+class GaussianMixture(Prior):
+    """``w_i ~ sum_j pi_j N(m_j, s_j^2)``, independent elements.
+
+    With ``locs`` and ``scales`` the components are fixed. Without them the prior is the codebook of the
+    :class:`~pyro_bnn.models.CodebookGuide` that is made for the model (soft weight sharing: Nowlan and Hinton 1992;
+    Ullrich, Meeds and Welling 2017), with a wide Gaussian for weights that no code holds::
+
+        p(w_i) = pi_0 N(w_i; 0, slab^2) + sum_k pi_k N(w_i; m_k, s_k^2),    1 / s_k^2 ~ Gamma(concentration, rate)
+
+    where pi are the shares of the weights that the codes hold. Then KL(q || p) is at most ``sum_i KL(r_i || pi)`` for
+    the probabilities r_i with which weight i has each code: in nats, the length of an optimal code for the labels. The
+    prior of the precisions keeps codes from collapsing to points, for which a code length alone would have no price.
+
+    :param locs: m, J numbers.
+    :param scales: s, J positive numbers.
+    :param weights: pi, J positive numbers, which are divided by their sum; equal by default.
+    :param slab: standard deviation of what the codes do not hold.
+    :param concentration, rate: of the prior of the precisions; their mode ``(concentration - 1) / rate`` is that of a
+        standard deviation of 0.01 by default.
+    :raises ValueError: for numbers out of range, or lists of different lengths.
+    """
+
+    locs: Sequence[float] | None = None
+    scales: Sequence[float] | None = None
+    weights: Sequence[float] | None = None
+    slab: float = 1.0
+    concentration: float = 2.0
+    rate: float = 1e-4
+    heavy_tails: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        require_numbers(self, slab=self.slab, concentration=self.concentration, rate=self.rate)
+        if (self.locs is None) != (self.scales is None) or self.locs is None and self.weights is not None:
+            raise ValueError(
+                "GaussianMixture takes locs and scales together (and weights with them), or none of them for the codes "
+                "of a guide"
+            )
+        if self.locs is not None and self.scales is not None:
+            weights = [1.0] * len(self.locs) if self.weights is None else self.weights
+            if not len(self.locs) == len(self.scales) == len(weights) > 0:
+                raise ValueError(
+                    f"GaussianMixture: {len(self.locs)} locs, {len(self.scales)} scales and {len(weights)} weights; "
+                    "expected as many of each, at least one"
+                )
+            for name, values in (("scales", self.scales), ("weights", weights)):
+                for value in values:
+                    require_numbers(self, **{name: value})
+            if not all(math.isfinite(m) for m in self.locs):
+                raise ValueError(f"GaussianMixture(locs={self.locs!r}): expected finite numbers")
+            total = math.fsum(weights)
+            # frozen, hashable, and the same after a way through JSON
+            for name, values in (
+                ("locs", self.locs),
+                ("scales", self.scales),
+                ("weights", [w / total for w in weights]),
+            ):
+                object.__setattr__(self, name, tuple(float(v) for v in values))
+        object.__setattr__(self, "constant", self.locs is not None)
+
+    @property
+    def of_codes(self) -> bool:
+        """Whether the components are the codes of a guide."""
+        return self.locs is None
+
+    def elements(self, center: float, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+        components: CodeMixture | None = self.__dict__.get("_components")
+        if components is not None:
+            return components
+        if self.locs is None or self.scales is None or self.weights is None:
+            raise RuntimeError(
+                "the prior GaussianMixture() is the codebook of a guide: make a CodebookGuide for this model first, or "
+                "give the prior locs and scales"
+            )
+        locs, scales, weights = (like.new_tensor(v) for v in (self.locs, self.scales, self.weights))
+        return dist.MixtureSameFamily(dist.Categorical(logits=weights.log()), dist.Normal(locs, scales))
+
+    def with_codes(self, log_weights: Tensor, locs: Tensor, scales: Tensor, codebook: Any) -> GaussianMixture:
+        """The prior given the codes of a guide.
+
+        :param log_weights: log pi, ``[K + 1]``, the slab first.
+        :param locs, scales: ``[K]``.
+        """
+        locs = torch.cat([locs.new_zeros(1), locs])
+        scales = torch.cat([scales.new_full((1,), self.slab), scales])
+        given = copy.copy(self)
+        components = CodeMixture(dist.Categorical(logits=log_weights), dist.Normal(locs, scales))
+        components.codebook = codebook
+        given.__dict__["_components"] = components
+        return given
+
+    def log_density_of_precisions(self, scales: Tensor) -> Tensor:
+        """``sum_k log Gamma(s_k^-2; concentration, rate)``, in nats."""
+        gamma = torch.distributions.Gamma(
+            scales.new_full((), self.concentration), scales.new_full((), self.rate), validate_args=False
+        )
+        return gamma.log_prob(scales**-2).sum()
