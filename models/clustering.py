@@ -12,7 +12,7 @@ import torch
 from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
-from pyro_bnn.models.plane import PlaneMixture, assign, em_step, mahalanobis
+from pyro_bnn.models.plane import PlaneMixture, assign, em_step, mahalanobis, triangular_norm
 
 
 def find_outliers(
@@ -99,12 +99,12 @@ def covariance_floor(x: Tensor, codes: int) -> Tensor:
 def start_mixture(x: Tensor, codes: int, *, seed: int = 0) -> PlaneMixture:
     """Centres by k-means++ (of scikit-learn) on a sample of the points, with the moments of their Voronoi cells.
 
-    Axes are divided by their standard deviations first. The sample has 16 points for each code, at least 4096.
+    Axes are divided by their standard deviations first. The sample has 8 points for each code, at least 4096.
 
     :raises ValueError: when there are fewer distinct points than codes.
     """
     generator = torch.Generator().manual_seed(seed)
-    size = min(len(x), max(16 * codes, 4096))
+    size = min(len(x), max(8 * codes, 4096))
     sample = x
     if size < len(x):
         sample = x[torch.randint(len(x), (size,), generator=generator).to(x.device)]
@@ -155,8 +155,8 @@ def fit_plane(
     *,
     zero: bool = False,
     iterations: int = 20,
-    tolerance: float = 1e-3,
-    sample: int = 2**18,
+    tolerance: float = 2e-3,
+    sample: int | None = None,
     seed: int = 0,
 ) -> PlaneMixture:
     """K Gaussians in the plane by EM, in float64, on the device of the points.
@@ -166,7 +166,7 @@ def fit_plane(
     :param zero: whether code 0 has its mean fixed at mu = 0.
     :param iterations: largest number of steps of EM.
     :param tolerance: EM ends once a step raises the mean log-likelihood of a point by less, in nats.
-    :param sample: EM runs on that many points, drawn at random; the last step, on all.
+    :param sample: EM runs on that many points, drawn at random; by default 64 for each code, at least 2^17.
     :raises ValueError: for NaN, or more codes than distinct points.
     """
     if not isinstance(codes, int) or codes < 1:
@@ -178,6 +178,7 @@ def fit_plane(
     mixture = _pinned(start_mixture(x, codes, seed=seed), zero)
     floor = covariance_floor(x, codes)
     part = x
+    sample = max(2**17, 64 * codes) if sample is None else sample
     if sample < len(x):
         part = x[torch.randint(len(x), (sample,), generator=torch.Generator().manual_seed(seed + 1)).to(x.device)]
     before = -math.inf
@@ -187,8 +188,6 @@ def fit_plane(
         if float(likelihood) - before < tolerance:
             break
         before = float(likelihood)
-    if part is not x:
-        mixture = _pinned(em_step(x, mixture, floor)[0], zero)
     return mixture
 
 
@@ -253,8 +252,8 @@ def between_codes(
     codes, alphas = [], []
     step = max(1, 2**21 // len(mixture))
     for part in x[index].double().split(step):
-        d = part[:, None] - mixture.means.double()
-        best = (bias - (half * d.unsqueeze(-2)).sum(-1).square().sum(-1) / 2).topk(2)
+        distance = triangular_norm(half, part[:, None] - mixture.means.double())
+        best = (bias - distance.square_() / 2).topk(2)
         codes.append(best.indices.to(torch.int32))
         alphas.append(best.values.softmax(1)[:, 0].to(x.dtype))
     return index, torch.cat(codes), torch.cat(alphas)

@@ -217,6 +217,22 @@ class Codebook(nn.Module):
             )
         return tables
 
+    def expand(self, codes: Tensor, outliers: Tensor) -> list[Tensor]:
+        """Values ``[m, *shape]`` of every site when weights share values, and not only Gaussians.
+
+        :param codes: z, ``[m, K]``.
+        :param outliers: ``[m, o]``.
+        """
+        first, second = codes[:, self.pair[:, 0].long()], codes[:, self.pair[:, 1].long()]
+        middle = torch.lerp(second, first, self.alpha)
+        values = []
+        for i, (_, shape) in enumerate(self.sites):
+            o, e = self._range(self._outlier_starts, i), self._range(self._between_starts, i)
+            table = torch.cat([codes, outliers[:, o.start : o.stop], middle[:, e.start : e.stop]], 1)
+            labels = self.labels[self._starts[i] : self._starts[i + 1]]
+            values.append(table.index_select(1, labels).view(-1, *shape))
+        return values
+
     def counts(self, soft: bool = False) -> list[Tensor]:
         """For every site, how many weights each entry of its table has: see :class:`~.shared_normal.Table`."""
         versions = tuple((id(v), v._version, v.device) for v in (self.labels, self.pair, self.alpha))

@@ -43,7 +43,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         raise ValueError(
             f"{count} values of {bits} bits take {expected} bytes, got {tuple(packed.shape)} of {packed.dtype}"
         )
-    if not bits:
+    if not bits or not count:
         return torch.zeros(count, dtype=torch.int32, device=packed.device)
     place = torch.arange(8, device=packed.device)
     powers = 2 ** torch.arange(bits, device=packed.device)

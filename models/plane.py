@@ -67,12 +67,19 @@ def _candidates(points: Tensor, mixture: PlaneMixture, half: Tensor, bias: Tenso
     low, high = points.amin(1).double(), points.amax(1).double()
     centre, reach = (low + high) / 2, (high - low) / 2
     # products in float32 would lose what tells narrow codes apart
-    d = centre[:, None] - mixture.means.double()
-    distance = (half * d.unsqueeze(-2)).sum(-1).norm(dim=-1)
-    radius = (half.abs() * reach[:, None, None]).sum(-1).norm(dim=-1) * (1 + 1e-5)
+    distance = triangular_norm(half, centre[:, None] - mixture.means.double())
+    radius = triangular_norm(half.abs(), reach[:, None].expand(-1, len(mixture), -1)) * (1 + 1e-5)
     most = bias - (distance - radius).clamp_min(0).square() / 2
     least = bias - (distance + radius).square() / 2
     return most >= least.amax(1, keepdim=True) - margin - 1e-3
+
+
+def triangular_norm(half: Tensor, d: Tensor) -> Tensor:
+    """``|A d|`` for lower triangular A ``[..., 2, 2]`` and d ``[..., 2]``."""
+    first, second = d.unbind(-1)
+    square = (half[..., 0, 0] * first).square_()
+    last = (half[..., 1, 0] * first).addcmul_(half[..., 1, 1], second)
+    return square.addcmul_(last, last).sqrt_()
 
 
 @dataclass
@@ -202,8 +209,9 @@ def mahalanobis(x: Tensor, labels: Tensor, mixture: PlaneMixture) -> Tensor:
     """``(x_i - c)^T Sigma^-1 (x_i - c)`` to the code of each point, ``[n]``."""
     half, _ = mixture.log_scores()
     found = []
-    for points, own in zip(x.split(_CHUNK), labels.split(_CHUNK), strict=True):
+    for points, own in zip(x.split(2**20), labels.split(2**20), strict=True):
         index = own.long()
-        d = points.double() - mixture.means.double()[index]
-        found.append((half[index] * d.unsqueeze(-2)).sum(-1).square().sum(-1).to(x.dtype))
+        found.append(
+            triangular_norm(half[index], points.double() - mixture.means.double()[index]).square_().to(x.dtype)
+        )
     return torch.cat(found)

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_bnn import priors
 from pyro_bnn.guide import SMALLEST_SCALE, MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import storable
 from pyro_bnn.models import coding
-from pyro_bnn.models.codebook import Codebook
-from pyro_bnn.models.dense import Dense, MeanFieldGuide, sample_weights
+from pyro_bnn.models.codebook import Codebook, inverse_scale
+from pyro_bnn.models.dense import Dense, MeanFieldGuide, list_sites, sample_weights
 from pyro_bnn.models.shared_normal import SharedNormal
 from pyro_bnn.network import Select, select_parameters
 from pyro_bnn.priors import GaussianMixture, Normal, Prior, PriorLike
@@ -29,7 +30,15 @@ class WeightSharing(Dense):
     That weights share Gaussians is a property of the guide; under NUTS or another guide this is the dense network. With
     the prior :class:`~pyro_bnn.priors.GaussianMixture` without components, the codebook of the guide is the prior too.
 
-    :param net, likelihood, num_data, prior, select, options: as for :class:`Dense`.
+    With ``shared``, weights share their values, as in the network of Lin et al.: the sites are ``codes`` [K] and
+    ``outliers`` [o] in place of the coded weights, ``w_i = z_a(i)``, and ``alpha z_1 + (1 - alpha) z_2`` between codes.
+    Such a posterior has rank K, and no finite KL divergence from a prior over all weights: the prior is one of the
+    codes. Any guide or kernel is for it; :meth:`shared_guide` is that of the paper.
+
+    :param shared: a codebook (``guide.book`` of a :class:`CodebookGuide` for the same network), whose labels stay.
+    :param net, likelihood, num_data, prior, select, options: as for :class:`Dense`. In a mapping of priors, patterns
+        match ``codes`` and ``outliers`` where weights are shared.
+    :raises ValueError: as :class:`Dense`, or when the codebook is for another network.
     """
 
     def __init__(
@@ -40,11 +49,104 @@ class WeightSharing(Dense):
         *,
         prior: PriorLike = Normal(0.0, 1.0),
         select: Select | None = None,
+        shared: Codebook | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(net, likelihood, num_data, prior=prior, select=select, **options)
+        # priors of shared weights are those of codes, which are resolved below
+        given = prior if shared is None else Normal(0.0, 1.0)
+        super().__init__(net, likelihood, num_data, prior=given, select=select, **options)
+        self.prior = prior
+        self._coded: list[str] = []
+        if shared is not None:
+            self._share(shared.compact().to(self.like()))
         self._of_codes = [n for n, p in self.priors.items() if isinstance(p, GaussianMixture) and p.of_codes]
         self._codebook: list[tuple[Codebook, bool]] = []  # a list, as a module would be a submodule here
+
+    def _share(self, book: Codebook) -> None:
+        self._coded = _names_of(self, book)
+        self._modules["shared"] = book.requires_grad_(False)
+        taken = [name for name in ("codes", "outliers") if name in self.random]
+        if taken:
+            raise ValueError(
+                f"the network has a parameter of its own named {taken[0]!r}, as a site of shared weights is"
+            )
+        likes = self._likes()
+        self.priors = {name: priors.resolve(self.prior, (name,), like) for name, like in likes.items()}
+        self._sites = list_sites(self, self.priors, likes)
+        own = next((n for n, p in self.priors.items() if isinstance(p, GaussianMixture) and p.of_codes), None)
+        if own is not None:
+            raise ValueError(
+                f"the prior of {own!r} is GaussianMixture() of the codes themselves: give it locs and scales"
+            )
+
+    def _likes(self) -> dict[str, Tensor]:
+        """Tensors with the shapes of the sites where values are shared, at their starting values."""
+        book, parameters = self._modules["shared"], self.core().parameters_by_name()
+        assert isinstance(book, Codebook)
+        likes = {"codes": book.means().detach()}
+        if len(book.outliers):
+            likes["outliers"] = book.outlier_loc.detach()
+        return likes | {name: parameters[name].detach() for name in self.random if name not in self._coded}
+
+    def shared_guide(self, init_scale: float = 1e-2) -> MeanFieldGuide:
+        """The guide of Lin et al.: the first coordinate of ``z_k ~ N(c_k, Sigma_k)`` in the plane; own for outliers.
+
+        :param init_scale: starting standard deviation of what is not shared, as biases.
+        :raises ValueError: when the weights of this model are not shared.
+        """
+        book = self._modules.get("shared")
+        if not isinstance(book, Codebook):
+            raise ValueError("shared_guide() is for a model with shared weights: WeightSharing(..., shared=guide.book)")
+        guide = MeanFieldGuide(self, init_scale=init_scale)
+        widths = guide.widths()
+        with torch.no_grad():
+            widths[self.site("codes")].copy_(inverse_scale(book.spread[:, 0, 0].sqrt()))
+            if len(book.outliers):
+                widths[self.site("outliers")].copy_(book.outlier_rho)
+        return guide
+
+    def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
+        book = self._modules.get("shared")
+        if not isinstance(book, Codebook):
+            return super().function(x, latents, size)
+        lead = self.lead_shape(latents)
+        plates = lead + (1,) * (-self.members_dim - 1)
+
+        likes = self._likes()
+
+        def members(name: str) -> Tensor:
+            shape = likes[name].shape
+            return latents[self.site(name)].expand(plates + shape).reshape((-1,) + shape)
+
+        z = members("codes")
+        outliers = members("outliers") if "outliers" in likes else z[:, :0]
+        weights = dict(zip(self._coded, book.expand(z, outliers), strict=True))
+        weights |= {name: members(name) for name in likes if name not in ("codes", "outliers")}
+        return self.unfold(self.core().explicit(x, weights, self.chunk_size), lead)
+
+    def arguments(self) -> dict[str, Any]:
+        book = self._modules.get("shared")
+        shared = {"shared": coding.describe(book)} if isinstance(book, Codebook) else {}
+        return super().arguments() | shared
+
+    def tensors(self) -> dict[str, Tensor]:
+        book = self._modules.get("shared")
+        return coding.encode(book) if isinstance(book, Codebook) else {}
+
+    @classmethod
+    def from_arguments(cls, net: nn.Module, arguments: dict[str, Any]) -> WeightSharing:
+        tensors = arguments.pop("tensors", {})
+        if "shared" in arguments:
+            arguments["shared"] = coding.decode(arguments["shared"], tensors)
+        return cls(net, **arguments)
+
+    def implied_parameters(self) -> dict[str, Tensor]:
+        book = self._modules.get("shared")
+        if not isinstance(book, Codebook):
+            return {}
+        with torch.no_grad():
+            values = book.expand(book.means()[None], book.outlier_loc[None])
+            return {name: v[0].contiguous() for name, v in zip(self._coded, values, strict=True)}
 
     def weights(self, coded: Select | None = None) -> list[str]:
         """The random parameters that codes are for: weights of products, convolutions and tables, unless chosen.
@@ -88,6 +190,8 @@ class WeightSharing(Dense):
         return now
 
     def sample_latents(self) -> dict[str, Tensor]:
+        if self._coded:
+            return sample_weights(self, self.priors, self._likes())
         parameters = self.core().parameters_by_name()
         return sample_weights(self, self._priors_now(), {name: parameters[name].detach() for name in self.random})
 
@@ -98,7 +202,7 @@ class WeightSharing(Dense):
         prior = self.priors[self._of_codes[0]]
         assert isinstance(prior, GaussianMixture)
         held, _ = book.usage(soft=True)
-        return prior.log_density_of_precisions(book.scales()[held > 0])
+        return prior.log_density_of_precisions(book.scales()).where(held > 0, 0.0).sum()
 
 
 @storable
@@ -138,6 +242,13 @@ class CodebookGuide(MixtureGuide):
     ) -> None:
         if not isinstance(model, Dense):
             raise TypeError(f"{type(self).__name__} takes a pyro_bnn.models.WeightSharing, got {type(model).__name__}")
+        if isinstance(model, WeightSharing) and "shared" in model._modules:
+            raise ValueError("the weights of this model are shared already: its guide is model.shared_guide()")
+        if sampling == "shared":
+            raise ValueError(
+                "sampling='shared' is a property of the model: WeightSharing(..., shared=guide.book) of a guide with "
+                "sampling='codebook', and its shared_guide()"
+            )
         if sampling not in get_args(Sampling):
             raise ValueError(f"sampling={sampling!r}: expected one of {', '.join(map(repr, get_args(Sampling)))}")
         if not init_scale > SMALLEST_SCALE:

@@ -173,8 +173,19 @@ class BayesianNetwork(PyroModule):
 
     @classmethod
     def from_arguments(cls, net: nn.Module, arguments: dict[str, Any]) -> BayesianNetwork:
-        """A model from :meth:`arguments`, with ``prior`` added and ``likelihood`` turned back into an object."""
+        """A model from :meth:`arguments`, with ``prior`` added and ``likelihood`` turned back into an object.
+
+        Where :meth:`tensors` gives any, they are there as ``tensors``.
+        """
         return cls(net, **arguments)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is stored of the model beside its arguments and its network."""
+        return {}
+
+    def implied_parameters(self) -> dict[str, Tensor]:
+        """Values of those parameters of the network that follow from :meth:`tensors` and are not stored, by name."""
+        return {}
 
     def __getstate__(self) -> dict[str, Any]:
         return picklable_state(self)

@@ -58,14 +58,15 @@ def save(posterior: Posterior, path: str | os.PathLike[str], *, prior: bool = Tr
             ) from None
     tensors, parameters = {}, {}
     net = model.core().net
-    implied = guide.means_of_network().keys() if isinstance(guide, MixtureGuide) else set()
+    implied = set(_implied(model, guide))
     for name, value in [*net.named_parameters(), *_kept_buffers(net)]:
         if name not in implied:
             tensors[f"network.{name}"] = value.detach().cpu().contiguous()
         parameters[name] = [str(value.dtype).removeprefix("torch."), *value.shape]
     own = guide.tensors() if isinstance(guide, MixtureGuide) else dict(guide.named_buffers())
-    for name, value in own.items():
-        tensors[f"guide.{name}"] = value.detach().cpu().contiguous()
+    for prefix, values in (("guide", own), ("model", model.tensors())):
+        for name, value in values.items():
+            tensors[f"{prefix}.{name}"] = value.detach().cpu().contiguous()
     names: dict[str, Any] = {}
     if isinstance(guide, DrawsGuide):
         names = {"names": guide.names, "chains": guide.chains, "statistics": guide.statistics_names}
@@ -139,7 +140,13 @@ def load(
     description["prior"] = prior if prior is not None else priors.from_description(saved)
     likelihood = description["likelihood"]
     description["likelihood"] = None if likelihood is None else likelihoods.from_description(likelihood)
-    model = cls.from_arguments(net, description)
+    extra = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    if extra:
+        description["tensors"] = extra
+    try:
+        model = cls.from_arguments(net, description)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the model in {path} is damaged or for another network ({error})") from error
     own = model.core().net
     implied = []
     for name, value in [*own.named_parameters(), *_kept_buffers(own)]:
@@ -151,7 +158,7 @@ def load(
         guide = _guide(dict(content["guide"]), model, tensors)
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(f"the guide in {path} is damaged or for another model ({error})") from error
-    means = guide.means_of_network() if implied and isinstance(guide, MixtureGuide) else {}
+    means = _implied(model, guide) if implied else {}
     for name, value in implied:
         if name not in means:
             raise ValueError(f"{path} is damaged: the values of {name!r} are missing; save the posterior again")
@@ -176,6 +183,11 @@ def _guide(description: dict[str, Any], model: BayesianNetwork, tensors: dict[st
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # starting values are drawn, then replaced
         guide: nn.Module = cls.from_tensors(model, description, values)
     return guide
+
+
+def _implied(model: BayesianNetwork, guide: nn.Module) -> dict[str, Tensor]:
+    """Values of the parameters of the network that are not stored, as they follow from model and guide."""
+    return model.implied_parameters() | (guide.means_of_network() if isinstance(guide, MixtureGuide) else {})
 
 
 def _kept_buffers(net: nn.Module) -> list[tuple[str, Tensor]]:

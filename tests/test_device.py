@@ -19,7 +19,21 @@ import pyro_bnn as pb
 from pyro_bnn.inference import IMQ, RBF, Linear, Mixture
 from pyro_bnn.inference.kernels import Kernel, Points
 from pyro_bnn.inference.noise import Noise
-from pyro_bnn.models import Bella, Dense, MeanFieldGuide, ParticleGuide, Rank1, Rank1Guide
+from pyro_bnn.models import (
+    Bella,
+    Codebook,
+    CodebookGuide,
+    Dense,
+    MeanFieldGuide,
+    MergeCodes,
+    ParticleGuide,
+    Rank1,
+    Rank1Guide,
+    WeightSharing,
+    clustering,
+    merging,
+    plane,
+)
 from pyro_bnn.models.architectures import resnet18
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
@@ -44,14 +58,26 @@ def fake(mode: FakeTensorMode, module: nn.Module, device: str) -> nn.Module:
     return module
 
 
+def codebook_for(model: WeightSharing) -> Codebook:
+    """Eight codes with labels, outliers and pairs at random: what is tested here depends on shapes alone."""
+    sites = [(name, p.shape) for name, p in model.core().parameters_by_name().items() if name in model.weights()]
+    n = sum(shape.numel() for _, shape in sites)
+    special = torch.randperm(n)[:20].sort().values
+    outliers, between = special[::2], special[1::2]
+    return Codebook(
+        *(sites, torch.randn(8), torch.randn(8), torch.randint(8, (n,)), outliers, torch.randn(10), torch.randn(10)),
+        *(between, torch.randint(8, (10, 2)), torch.rand(10), torch.eye(2).expand(8, 2, 2).clone()),
+    )
+
+
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("method", ["rank1", "dense", "bella"])
+@pytest.mark.parametrize("method", ["rank1", "dense", "bella", "codebook", "mixture", "shared"])
 def test_every_tensor_of_guide_model_and_prediction_is_on_the_networks_device(network: str, method: str) -> None:
     """Proves that guide trace, replayed model, log densities and prediction need no tensor of another device."""
     net, x = NETWORKS[network]()
     likelihood = pb.likelihoods.Categorical()
     model: Rank1 | Dense | Bella
-    guide: Rank1Guide | MeanFieldGuide | ParticleGuide
+    guide: Rank1Guide | MeanFieldGuide | ParticleGuide | CodebookGuide
     if method == "rank1":
         model = Rank1(net, likelihood, 100)
         guide = Rank1Guide(model, components=2)
@@ -66,6 +92,15 @@ def test_every_tensor_of_guide_model_and_prediction_is_on_the_networks_device(ne
         with torch.no_grad():
             model(x)
         weights = model.weights
+    elif method in ("codebook", "mixture", "shared"):
+        own = {".*bias|.*token|.*embedding": pb.priors.Normal(), ".*": pb.priors.GaussianMixture()}
+        prior: pb.priors.PriorLike = own if method == "mixture" else pb.priors.HierarchicalNormal()
+        model = WeightSharing(net, likelihood, 100, prior=prior)
+        guide = CodebookGuide(model, codebook_for(model), sampling="mixture" if method == "mixture" else "codebook")
+        weights = model.weights()
+        if method == "shared":
+            model = WeightSharing(net, likelihood, 100, shared=guide.book)
+            guide = model.shared_guide()
     else:
         model = Dense(net, likelihood, 100, prior=pb.priors.HierarchicalNormal())
         guide = MeanFieldGuide(model)
@@ -74,6 +109,8 @@ def test_every_tensor_of_guide_model_and_prediction_is_on_the_networks_device(ne
     mode = FakeTensorMode()
     on_gpu, guide_on_gpu = fake(mode, model, "cuda"), fake(mode, guide, "cuda")
     assert isinstance(on_gpu, type(model)) and isinstance(guide_on_gpu, type(guide))
+    if isinstance(on_gpu, WeightSharing) and isinstance(guide_on_gpu, CodebookGuide):
+        on_gpu.take_codebook(guide_on_gpu.book, method == "mixture")
     with mode, pyro.validation_enabled(False), torch.no_grad(), pyro.get_param_store().scope():
         x_gpu, y_gpu = torch.empty(x.shape, device="cuda"), torch.empty(len(x), dtype=torch.long, device="cuda")
         for train in (True, False):
@@ -238,6 +275,67 @@ def test_sampling_and_cutting_on_a_gpu(tmp_path, chains: int) -> None:  # type: 
         assert found.after.parameters < found.before.parameters
     posterior.save(tmp_path / "run")
     assert torch.equal(pb.load(tmp_path / "run", net).predict(x, 10, seed=0).probs, reference)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("sampling", ["codebook", "mixture"])
+def test_weight_sharing_on_a_gpu(tmp_path, sampling: str) -> None:  # type: ignore[no-untyped-def]
+    """Proves that clustering, training, merging, packing and prediction run on a real device, with the CPU's labels."""
+    torch.manual_seed(0)
+    net = resnet18(3)
+    x, y = torch.randn(96, 3, 16, 16), torch.randint(3, (96,))
+    x += y.view(-1, 1, 1, 1).float()
+    on_cpu = CodebookGuide(WeightSharing(net, pb.likelihoods.Categorical(), 96), 64, iterations=3)
+    model = WeightSharing(net.cuda(), pb.likelihoods.Categorical(), 96)
+    guide = CodebookGuide(model, 64, sampling=sampling, init_scale=1e-3, iterations=3)  # type: ignore[arg-type]
+    assert all(v.is_cuda for v in [*guide.parameters(), *guide.buffers()])
+    torch.testing.assert_close(guide.book.loc.cpu(), on_cpu.book.loc, rtol=1e-3, atol=1e-5)
+    posterior = pb.inference.fit(
+        *(model, guide, (x, y)),
+        **{"epochs": 8, "batch_size": 32, "progress": False, "seed": 0, "kl_annealing": 8},
+        callbacks=[MergeCodes(start=4, every=2)],
+    )
+    before = posterior.predict(x, num_samples=2, seed=1).probs
+    posterior.save(tmp_path / "posterior")
+    loaded = pb.load(tmp_path / "posterior", resnet18(3).cuda())
+    after = loaded.predict(x, num_samples=2, seed=1).probs
+    assert before.is_cuda and torch.equal(before, after)
+    assert (before.argmax(-1).cpu() == y).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_clustering_merging_and_packing_stay_on_the_device(zero: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that the stages whose shapes depend on no value need no tensor of another device; ``meta`` has none.
+
+    What counts, sorts out or searches depends on values, which a fake device has not: densities and distances,
+    moments and draws are what is run here, and the rest on a real one, above.
+    """
+    with FakeTensorMode():
+        x = torch.empty(900, 2, device="cuda")
+        labels = torch.zeros(900, dtype=torch.int32, device="cuda")
+        eye = torch.eye(2, device="cuda").expand(5, 2, 2)
+        codes = plane.PlaneMixture(torch.empty(5, device="cuda"), torch.empty(5, 2, device="cuda"), eye)
+        floor = clustering.covariance_floor(x, 5)
+        index, valid = plane._tiles(x)
+        half, bias = codes.log_scores()
+        near = plane._candidates(x[index], codes, half, bias, 1.0)
+        table = torch.cat([codes.means.double(), half.flatten(1)[:, [0, 2, 3]], bias[:, None]], 1)
+        chosen = torch.zeros(len(index), 3, dtype=torch.long, device="cuda")
+        used = torch.ones(len(index), 3, dtype=torch.bool, device="cuda")
+        part = plane._part(x, index, valid, 0, chosen, used, table)
+        monkeypatch.setattr(plane, "_scored", lambda *args: [part])
+        stepped, likelihood = plane.em_step(x, codes, floor)
+        pinned = clustering._pinned(stepped, zero)
+        moments = clustering.moments(x, labels, codes, floor)
+        distances = plane.mahalanobis(x, labels, codes)
+        outliers = clustering.find_outliers(x[:, 0], x[:, 1], cap=0.1)
+        merged = merging.merge_pair(codes, codes, "w2")
+        cost = merging._row(codes, slice(0, 2), None, 1.0, 1.0)
+        near_codes = merging.neighbour_distance(codes)
+        found = [near, part.scores, likelihood, pinned.means, moments.covariances, distances, outliers]
+        for value in (*found, merged.covariances, cost, near_codes):
+            assert isinstance(value, FakeTensor) and value.device.type == "cuda"
 
 
 @pytest.mark.parametrize("kernel", [RBF(), IMQ(), Linear(), Mixture([RBF(), Linear()])])

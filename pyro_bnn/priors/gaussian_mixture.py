@@ -121,8 +121,8 @@ class GaussianMixture(Prior):
         return given
 
     def log_density_of_precisions(self, scales: Tensor) -> Tensor:
-        """``sum_k log Gamma(s_k^-2; concentration, rate)``, in nats."""
+        """``log Gamma(s_k^-2; concentration, rate)`` of each code, ``[K]``, in nats."""
         gamma = torch.distributions.Gamma(
             scales.new_full((), self.concentration), scales.new_full((), self.rate), validate_args=False
         )
-        return gamma.log_prob(scales**-2).sum()
+        return gamma.log_prob(scales**-2)

@@ -391,6 +391,67 @@ def test_a_vision_transformer() -> None:
     assert bool(torch.isfinite(posterior.predict(x, 1).probs).all())
 
 
+# ------------------------------------------------------------------------------------------- shared values
+
+
+def test_weights_that_share_values(tmp_path: Any) -> None:
+    """Sites are codes and outliers; the function is that of weights put together by hand; each code has one KL."""
+    x, y = data()
+    source = sharing()[1].book
+    net = chain(2, 16, 8, 1)
+    model = WeightSharing(net, Gaussian(0.3), N, prior=priors.Normal(0.0, 0.7), shared=source)
+    assert [s.name for s in model.sites()] == ["codes", "outliers", "0.bias", "2.bias", "4.bias"]
+    guide = model.shared_guide()
+    draw = poutine.trace(guide).get_trace(x, y).nodes
+    z, o = draw["codes"]["value"].flatten(), draw["outliers"]["value"].flatten()
+    weights = []
+    out, mid = source.outliers.tolist(), source.between.tolist()
+    for i, code in enumerate(source.codes().tolist()):
+        if i in out:
+            weights.append(o[out.index(i)])
+        elif i in mid:
+            j = mid.index(i)
+            (a, b), t = source.pair[j].tolist(), source.alpha[j]
+            weights.append(t * z[a] + (1 - t) * z[b])
+        else:
+            weights.append(z[code])
+    flat, state, start = torch.stack(weights), {}, 0
+    for name, shape in source.sites:
+        state[name] = flat[start : start + shape.numel()].view(shape)
+        start += shape.numel()
+    state |= {n: draw[n]["value"].reshape(-1) for n in ("0.bias", "2.bias", "4.bias")}
+    f = model.function(x, {n: draw[n]["value"] for n in (s.name for s in model.sites())}, N)
+    torch.testing.assert_close(f[0], torch.func.functional_call(net, state, (x,)), rtol=1e-10, atol=1e-12)
+    q = draw["codes"]["fn"]
+    torch.testing.assert_close(q.variance.flatten(), source.spread[:, 0, 0], rtol=1e-6, atol=1e-14)
+    torch.manual_seed(0)
+    loss = MixtureELBO().differentiable_loss(model.eval(), guide, x, y)
+    torch.manual_seed(0)
+    draw = poutine.trace(guide).get_trace(x, y).nodes
+    f = model.function(x, {n: draw[n]["value"] for n in (s.name for s in model.sites())}, N)
+    kl = 0.0
+    for site in model.sites():
+        normal = draw[site.name]["fn"]
+        p = Normal(torch.zeros_like(normal.mean), 0.7)
+        kl = kl + kl_divergence(Normal(normal.mean, normal.variance.sqrt()), p).sum()
+    torch.testing.assert_close(loss, kl - Normal(f[0, :, 0], 0.3).log_prob(y).sum())
+    posterior = fit(model, guide, (x, y), epochs=30, lr=0.01, progress=False, seed=0)
+    assert sum(posterior.losses[-5:]) < sum(posterior.losses[:5])
+    posterior.save(tmp_path / "p")
+    names = [n for n in load_file(tmp_path / "p" / "tensors.safetensors") if n.startswith("network.")]
+    assert names == ["network.0.bias", "network.2.bias", "network.4.bias"]
+    loaded = pb.load(tmp_path / "p", net)
+    assert torch.equal(posterior.predict(x, 3, seed=0).members, loaded.predict(x, 3, seed=0).members)
+    with pytest.raises(ValueError, match="its guide is model.shared_guide"):
+        CodebookGuide(model, 3)
+    with pytest.raises(ValueError, match="is a property of the model"):
+        CodebookGuide(WeightSharing(net, Gaussian(0.3), N), 3, sampling="shared")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"shared_guide\(\) is for a model with shared weights"):
+        WeightSharing(net, Gaussian(0.3), N).shared_guide()
+    with pytest.raises(ValueError, match="the codebook is for another network"):
+        WeightSharing(chain(2, 5, 1), Gaussian(0.3), N, shared=source)
+
+
 # ---------------------------------------------------------------------------------------- merging in training
 
 
