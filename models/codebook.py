@@ -235,7 +235,8 @@ class Codebook(nn.Module):
 
     def counts(self, soft: bool = False) -> list[Tensor]:
         """For every site, how many weights each entry of its table has: see :class:`~.shared_normal.Table`."""
-        versions = tuple((id(v), v._version, v.device) for v in (self.labels, self.pair, self.alpha))
+        states = [(id(v), v._version, v.device) for v in (self.labels, self.pair, self.alpha)]
+        versions = (*states, self.loc.dtype)
         known = self._counts.get(soft)
         if known is not None and known[0] == versions:
             found: list[Tensor] = known[1]

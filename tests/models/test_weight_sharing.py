@@ -163,6 +163,23 @@ def test_the_divergence_is_the_sum_over_weights(prior: str) -> None:
     torch.testing.assert_close(total, expected)
 
 
+def test_the_divergence_given_a_sampled_scale() -> None:
+    """Of every site from Normals with the layer's own tau, as of independent weights; in each of several plates."""
+    model, guide = sharing("codebook", prior=priors.HierarchicalNormal())
+    with pyro.plate("several", 3, dim=-3):
+        trace = poutine.trace(model.sample_latents).get_trace()
+    _, m, s = elements(guide.book, False)
+    start = 0
+    for name, d in distributions(guide).items():
+        n = d.event_shape.numel()
+        tau, p = trace.nodes[f"{name}_tau"]["value"], trace.nodes[name]["fn"]
+        assert tau.shape == (3, 1, 1)
+        each = Normal(m[start : start + n, 0], s[start : start + n, 0])
+        expected = kl_divergence(each, Normal(torch.zeros_like(tau[..., None]), tau[..., None])).sum(-1)
+        torch.testing.assert_close(kl_divergence(d.expand((3, 1, 1)), p), expected)
+        start += n
+
+
 @pytest.mark.parametrize(
     ("sampling", "prior"), [("mixture", "normal"), ("codebook", "mixture"), ("mixture", "mixture")]
 )
@@ -223,13 +240,13 @@ def test_with_the_codebook_as_prior_the_divergence_is_the_length_of_the_code(sam
             expected -= math.log(float(pi[1 + code]))
     found = distributions(guide)
     bounds = {n: kl_divergence(d, prior_site(model, n)).sum() for n, d in found.items()}
-    assert float(sum(bounds.values())) == pytest.approx(expected, rel=1e-9)
+    assert sum(b.item() for b in bounds.values()) == pytest.approx(expected, rel=1e-9)
     torch.manual_seed(0)
     for name, d in found.items():
         p = prior_site(model, name)
         w = d.expand(p.batch_shape).rsample((1000,))
         terms = (d.log_prob(w) - p.log_prob(w)).flatten()
-        assert float(bounds[name]) > float(terms.mean() - 4 * terms.std() / math.sqrt(1000))
+        assert bounds[name].item() > float(terms.mean() - 4 * terms.std() / math.sqrt(1000))
     # the prior of precisions enters the model once
     x, y = data()
     trace = poutine.trace(poutine.replay(model, trace=poutine.trace(guide).get_trace(x, y))).get_trace(x, y)
@@ -300,6 +317,19 @@ def test_what_is_coded() -> None:
     assert len(every.loc) == 0 and every.points() == []
     with pytest.raises(ValueError, match="no random parameter is the weight of a linear layer"):
         CodebookGuide(WeightSharing(net, Classes(), 10, select=".*bias"), 2)
+
+
+def test_a_zero_code_and_constrained_entropy() -> None:
+    """The mean of code 0 stays 0 in training, where others move; a rate leaves fewer bits in the labels."""
+    x, y = data()
+    model, guide = sharing(zero=True, codes=16)
+    before = guide.book.means().detach().clone()
+    fit(model, guide, (x, y), epochs=5, lr=0.05, progress=False, seed=0)
+    after = guide.book.means().detach()
+    assert float(after[0]) == float(before[0]) == 0.0 and (after[1:] != before[1:]).all()
+    assert guide.compression_report()["trainable"] == 2 * len(guide.book) + 2 * len(guide.book.outliers) - 1
+    free, constrained = (sharing(codes=16, rate=rate)[1].compression_report() for rate in (0.0, 10.0))
+    assert constrained["label_entropy"] < free["label_entropy"] - 0.2
 
 
 @pytest.mark.parametrize("prior", ["normal", "hierarchical", "horseshoe", "student", "mixture", "own"])
