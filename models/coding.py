@@ -1,4 +1,4 @@
-"""A codebook on disk: labels in ``ceil(log2 K)`` bits, sorted positions as gaps; and an account of what it saves."""
+"""A codebook on disk: labels in the bits they need, sorted positions as gaps; and an account of what it saves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bnn.models import packing
+from pyro_bnn.models import huffman, packing
 from pyro_bnn.models.codebook import Codebook
 
 
@@ -25,13 +25,22 @@ def describe(book: Codebook) -> dict[str, Any]:
 
 
 def encode(book: Codebook) -> dict[str, Tensor]:
-    """The tensors of a codebook without anything dead (:meth:`Codebook.compact`), packed."""
+    """The tensors of a codebook without anything dead (:meth:`Codebook.compact`), packed.
+
+    Labels have a fixed width, or a Huffman code where that takes fewer bytes.
+    """
     bits = packing.width(len(book))
-    return {
+    codes = book.codes()
+    labels = {"labels": packing.pack(codes, bits)}
+    lengths = huffman.code_lengths(torch.bincount(codes, minlength=len(book)))
+    size = int((lengths.long()[codes.long()]).sum()) // 8 + len(lengths) + 4 * (len(codes) // huffman.LANE + 1)
+    if size < len(labels["labels"]):
+        packed, lanes = huffman.encode(codes, lengths)
+        labels = {"labels": packed, "label_lanes": lanes, "label_lengths": lengths}
+    return labels | {
         "loc": book.loc.detach(),
         "rho": book.rho.detach(),
         "spread": book.spread.flatten(1)[:, [0, 1, 3]],
-        "labels": packing.pack(book.codes(), bits),
         "outliers": packing.pack_positions(book.outliers)[0],
         "outlier_loc": book.outlier_loc.detach(),
         "outlier_rho": book.outlier_rho.detach(),
@@ -61,7 +70,12 @@ def decode(description: dict[str, Any], tensors: dict[str, Tensor]) -> Codebook:
             )
     sites = [(name, torch.Size(shape)) for name, shape in description["sites"]]
     n, bits = sum(shape.numel() for _, shape in sites), packing.width(k)
-    codes = packing.unpack(tensors["labels"], bits, n)
+    if "label_lengths" in tensors:
+        if tensors["label_lengths"].shape != (k,) or "label_lanes" not in tensors:
+            raise ValueError(f"the packed codebook is damaged: the Huffman code of its labels is not one of {k} codes")
+        codes = huffman.decode(tensors["labels"], tensors["label_lanes"], tensors["label_lengths"], n)
+    else:
+        codes = packing.unpack(tensors["labels"], bits, n)
     outliers = packing.unpack_positions(tensors["outliers"], int(description["outlier_bits"]), o)
     between = packing.unpack_positions(tensors["between"], int(description["between_bits"]), e)
     if e and int(between[-1]) >= n:
@@ -87,7 +101,7 @@ def report(book: Codebook, soft: bool = False) -> dict[str, Any]:
     size = book.loc.element_size()
     parts = {name: value.numel() * value.element_size() for name, value in encode(book).items()}
     grouped = {
-        "labels": parts["labels"],
+        "labels": sum(parts.get(name, 0) for name in ("labels", "label_lanes", "label_lengths")),
         "codes": parts["loc"] + parts["rho"] + parts["spread"],
         "outliers": parts["outliers"] + parts["outlier_loc"] + parts["outlier_rho"],
         "between": parts["between"] + parts["second"] + parts["alpha"],
@@ -106,6 +120,6 @@ def report(book: Codebook, soft: bool = False) -> dict[str, Any]:
         "bytes": grouped | {"total": total},
         "of_mean_field": total / (2 * size * n),
         "of_network": total / (size * n),
-        "label_bits": packing.width(len(book)),
+        "label_bits": 8 * grouped["labels"] / n,
         "label_entropy": float(torch.special.entr(p).sum() / torch.log(p.new_tensor(2.0))),
     }
