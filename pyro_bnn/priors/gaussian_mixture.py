@@ -94,7 +94,7 @@ class GaussianMixture(Prior):
         """Whether the components are the codes of a guide."""
         return self.locs is None
 
-    def elements(self, center: float, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+    def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
         components: CodeMixture | None = self.__dict__.get("_components")
         if components is not None:
             return components
