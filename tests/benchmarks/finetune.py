@@ -4,7 +4,7 @@
   distribution.
 - ``minilm``: MiniLM, trained on a billion pairs of sentences, on 400 short sentences of film reviews; Python's manual
   is out of distribution.
-- ``resnet``: ResNet-18, trained here on Fashion-MNIST, on 500 digits of MNIST; Fashion-MNIST is out of distribution.
+- ``resnet``: ResNet-18, trained here on Fashion-MNIST, on 200 digits of MNIST; Fashion-MNIST is out of distribution.
 
 Deterministic fine-tuning moves all weights, for the epochs of the particles or for as many as all of them have
 together. The particles of ``ensemble``, ``svgd`` and ``wgd`` start at the same values and see the same batches. A seed
@@ -54,6 +54,7 @@ class Settings:
     :param lr: of all weights, deterministic.
     :param particle_lr: of the factors and the new output layer.
     :param scale: standard deviation that the prior gives each element of what a particle adds to a weight.
+    :param affine: whether particles have gains and biases of normalisation layers of their own.
     """
 
     train: int
@@ -63,6 +64,7 @@ class Settings:
     particle_lr: float
     scale: float
     batch_size: int = 32
+    affine: bool = False
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,20 @@ def channels_last(net: nn.Module) -> nn.Module:
 TASKS: dict[str, tuple[Callable[[], Task], Settings]] = {
     "mobilenet": (mobilenet, Settings(500, 500, 8, 3e-4, 3e-3, 0.5)),
     "minilm": (sentences, Settings(400, 500, 4, 5e-5, 3e-3, 0.1)),
-    "resnet": (resnet, Settings(500, 500, 20, 1e-3, 1e-3, 0.1)),
+    "resnet": (resnet, Settings(200, 500, 12, 1e-3, 1e-2, 2.0, affine=True)),
 }
-CHOSEN = ""
+CHOSEN = (
+    "On 500 validation rows, seed 0, accuracy / NLL / ECE. MobileNetV2, ensemble: rate 3e-3 and scale 0.1 had "
+    "0.712 / 0.871 / 0.096, 3e-3 and 0.5 had 0.730 / 0.821 / 0.096, 1e-3 and 0.5 had 0.706 / 0.856 / 0.088; "
+    "deterministic (1,000 rows, 10 epochs): rate 3e-4 had 0.740 / 0.897 / 0.128, 1e-3 had 0.740 / 0.915 / "
+    "0.141. MiniLM, ensemble: 3e-3 and 0.1 had 0.768 / 0.487 / 0.027, 3e-3 and 0.5 had 0.786 / 0.543 / 0.094, "
+    "1e-3 and 0.5 had 0.776 / 0.492 / 0.055; deterministic (600 rows): 5e-5 had 0.800 / 0.450 / 0.045, 2e-4 "
+    "had 0.820 / 0.575 / 0.124. All of these ensembles began with equal heads. ResNet-18, ensemble without "
+    "affine: 3e-3 and 0.1 had 0.728 / 0.880 / 0.035, 3e-3 and 0.5 had 0.794 / 0.699 / 0.055; wgd with affine: "
+    "3e-3 and 0.5 had 0.792 / 0.673 / 0.061, 1e-2 and 0.5 had 0.840 / 0.587 / 0.123, 1e-2 and 2 had 0.842 / "
+    "0.559 / 0.099; with the statistics of the training rows put into the network first it was worse; "
+    "deterministic: 1e-3 had 0.850 / 0.482 / 0.050, 3e-4 had 0.822 / 0.561 / 0.037."
+)
 
 
 # ----------------------------------------------------------------------------------------------------- methods
@@ -205,7 +218,7 @@ def deterministic(net: nn.Module, rows: Rows, *, epochs: int, lr: float, batch_s
 
 def particles(net: nn.Module, head: str, rows: Rows, method: Any, settings: Settings, seed: int) -> pb.Posterior:
     prior = pb.priors.Normal(0.0, settings.scale)
-    model = Bella(net, LIKELIHOOD, len(rows.y), rank=RANK, prior=prior, head=head)
+    model = Bella(net, LIKELIHOOD, len(rows.y), rank=RANK, prior=prior, head=head, affine=settings.affine)
     guide = ParticleGuide(model, PARTICLES)
     engine = SVGD(model, guide, method=method, lr=settings.particle_lr)
     return engine.fit(
