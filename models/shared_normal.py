@@ -77,7 +77,11 @@ class _Draw(torch.autograd.Function):
         weighed = grad * noise
         if ctx.shape[0] == 1 and len(grad) > 1:
             grad, weighed = grad.sum(0, keepdim=True), weighed.sum(0, keepdim=True)
-        sums = [g.new_zeros(ctx.shape).index_add_(1, labels, g.contiguous()) for g in (grad, weighed)]
+        wide = torch.promote_types(grad.dtype, torch.float32)  # a sum of thousands, which bfloat16 would lose
+        sums = [
+            g.new_zeros(ctx.shape, dtype=wide).index_add_(1, labels, g.to(wide).contiguous()).to(grad.dtype)
+            for g in (grad, weighed)
+        ]
         return sums[0], sums[1], None, None
 
 
@@ -237,7 +241,9 @@ def code_length(table: Table, log_weights: Tensor, slab: float | Tensor) -> Tens
     bound = wide - log_weights[0]
     between = table.pairs
     if between is not None:  # the counts of codes hold the cross entropy already
-        total = total - (torch.special.entr(between.alpha) + torch.special.entr(1 - between.alpha)).sum()
+        open_ = table.labels[between.place] >= k  # two codes that have merged are one: nothing is left to choose
+        entropy = torch.special.entr(between.alpha) + torch.special.entr(1 - between.alpha)
+        total = total - entropy.where(open_, 0.0).sum()
     return total + (table.counts[k:] * bound.where(table.counts[k:] > 0, 0.0)).sum()
 
 
