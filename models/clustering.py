@@ -198,32 +198,52 @@ def _pinned(mixture: PlaneMixture, zero: bool) -> PlaneMixture:
     first = mixture.means[:, 0].abs().argmin()
     order = torch.arange(len(mixture), device=first.device)
     order = torch.where(order == 0, first, torch.where(order == first, 0, order))
-    means = mixture.means[order].clone()
-    offset = means[0, 0].clone()
+    return _first_at_zero(PlaneMixture(*(v[order] for v in (mixture.weights, mixture.means, mixture.covariances))))
+
+
+def _first_at_zero(mixture: PlaneMixture) -> PlaneMixture:
+    means, covariances = mixture.means.clone(), mixture.covariances.clone()
+    covariances[0, 0, 0] += means[0, 0].square()  # about 0
     means[0, 0] = 0
-    covariances = mixture.covariances[order].clone()
-    covariances[0, 0, 0] += offset.square()  # about 0
-    return PlaneMixture(mixture.weights[order], means, covariances)
+    return PlaneMixture(mixture.weights, means, covariances)
 
 
-def constrain_entropy(
-    x: Tensor, mixture: PlaneMixture, rate: float, *, zero: bool = False, iterations: int = 5
+def quantise(
+    x: Tensor, mixture: PlaneMixture, rate: float = 0.0, *, zero: bool = False, iterations: int = 3
 ) -> tuple[PlaneMixture, Tensor]:
-    """Codes and labels of entropy-constrained quantisation: labels by :func:`assign`, then moments, by turns.
+    """Labels by the 2-Wasserstein distance, then codes as the moments of their members, by turns (Lloyd 1982)::
 
-    The larger the rate the more weights share few codes, and the fewer bits an entropy coder takes for a label.
+        a_i = argmin_k |x_i - c_k|^2 / (2 v) - rate log pi_k
+
+    with v half the mean of ``|x_i - c|^2`` to the nearest code. EM alone is no quantiser: it does not change with the
+    units of an axis, and spends codes on deviations that hardly differ.
+
+    :param rate: of entropy-constrained quantisation (Chou, Lookabaugh and Gray 1989), without a unit. The larger, the
+        more weights share few codes, and the fewer bits an entropy coder takes for a label.
+    :return: the mixture of the moments, and the label of every point, int32 ``[n]``.
+    :raises ValueError: when the rate is negative.
     """
     if not rate >= 0:
         raise ValueError(f"rate={rate!r}: expected the weight of the code length, at least 0")
     floor = covariance_floor(x, len(mixture))
-    labels = assign(x, mixture, rate=rate)
-    for _ in range(iterations if rate > 0 else 0):
+    labels = _nearest(x, mixture, x.new_ones(()), 0.0)
+    error = (x.double() - mixture.means.double()[labels.long()]).square().sum(1).mean() / 2
+    error = error.clamp_min(floor.sum())
+    for _ in range(iterations):
         mixture = _pinned(moments(x, labels, mixture, floor), zero)
-        new = assign(x, mixture, rate=rate)
+        new = _nearest(x, mixture, error, rate)
         if torch.equal(new, labels):
             break
         labels = new
-    return mixture, labels
+    mixture = moments(x, labels, mixture, floor)
+    return _first_at_zero(mixture) if zero else mixture, labels
+
+
+def _nearest(x: Tensor, mixture: PlaneMixture, error: Tensor, rate: float) -> Tensor:
+    """``argmin_k |x_i - c_k|^2 / (2 error) - rate log pi_k``: :func:`assign` among circles of one size."""
+    circle = error.double() * torch.eye(2, dtype=torch.float64, device=x.device)
+    circles = PlaneMixture(mixture.weights, mixture.means, circle.expand(len(mixture), 2, 2))
+    return assign(x, circles, rate=rate - 1)
 
 
 # ------------------------------------------------------------------------------------------- between codes

@@ -134,7 +134,7 @@ class Codebook(nn.Module):
             and ``snr``; then members of codes with at most ``smallest`` weights follow, the smallest codes first.
         :param between: share of the others that two codes hold together.
         :param zero: whether one code has its mean fixed at 0.
-        :param rate: of :func:`~pyro_bnn.models.clustering.constrain_entropy`.
+        :param rate: of :func:`~pyro_bnn.models.clustering.quantise`.
         :param iterations, seed: of :func:`~pyro_bnn.models.clustering.fit_plane`.
         :raises ValueError: for NaN, numbers out of range, or more codes than distinct weights.
         """
@@ -152,7 +152,7 @@ class Codebook(nn.Module):
         inside = _others(out, loc.numel())
         points = torch.stack([loc, scale], 1)[inside]
         mixture = clustering.fit_plane(points, codes, zero=zero, iterations=iterations, seed=seed)
-        mixture, labels = clustering.constrain_entropy(points, mixture, rate, zero=zero)
+        mixture, labels = clustering.quantise(points, mixture, rate, zero=zero)
         small = clustering.in_small_codes(labels, codes, smallest, int(outliers * loc.numel() + 1e-6) - len(out), zero)
         out = torch.cat([out, inside[small]]).sort().values
         stay = _others(small, len(points))

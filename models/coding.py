@@ -32,11 +32,12 @@ def encode(book: Codebook) -> dict[str, Tensor]:
     bits = packing.width(len(book))
     codes = book.codes()
     labels = {"labels": packing.pack(codes, bits)}
-    lengths = huffman.code_lengths(torch.bincount(codes, minlength=len(book)))
-    size = int((lengths.long()[codes.long()]).sum()) // 8 + len(lengths) + 4 * (len(codes) // huffman.LANE + 1)
-    if size < len(labels["labels"]):
-        packed, lanes = huffman.encode(codes, lengths)
-        labels = {"labels": packed, "label_lanes": lanes, "label_lengths": lengths}
+    if len(book) <= 2**huffman.LONGEST:
+        lengths = huffman.code_lengths(torch.bincount(codes, minlength=len(book)))
+        size = int((lengths.long()[codes.long()]).sum()) // 8 + len(lengths) + 4 * (len(codes) // huffman.LANE + 1)
+        if size < len(labels["labels"]):
+            packed, lanes = huffman.encode(codes, lengths)
+            labels = {"labels": packed, "label_lanes": lanes, "label_lengths": lengths}
     return labels | {
         "loc": book.loc.detach(),
         "rho": book.rho.detach(),

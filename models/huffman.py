@@ -19,6 +19,9 @@ def code_lengths(counts: Tensor) -> Tensor:
 
     Huffman's algorithm; where it makes longer words, rare symbols count as more frequent until it does not.
     """
+    used = int((counts > 0).sum())
+    if used > 2**LONGEST:
+        raise ValueError(f"{used:,} symbols have no words of at most {LONGEST} bits: expected at most {2**LONGEST:,}")
     known = counts.tolist()
     floor = 1
     while True:

@@ -82,11 +82,14 @@ class MergeCodes:
         left = int((book.labels[book.outliers] >= len(book)).sum())
         self.history.append((state.epoch, int((book.usage(soft=True)[0] > 0).sum()), left))
 
-    def _gradient(self, guide: CodebookGuide, num_data: int | None) -> Tensor | None:
+    def _gradient(self, guide: CodebookGuide, num_data: int | None) -> Tensor:
         """Of the negative ELBO with respect to (m, s), ``[K, 2]``; fit divides its loss by the size of the data."""
         book = guide.book
         if book.loc.grad is None or book.rho.grad is None:
-            return None
+            raise RuntimeError(
+                "gradient_limit needs the gradient of the last step, which is gone: clear gradients before the "
+                "backward pass and not after the step, or leave gradient_limit out"
+            )
         by_scale = book.rho.grad / torch.sigmoid(book.rho.detach())  # ds / d rho is the sigmoid
         return torch.stack([book.loc.grad, by_scale], 1).detach() * (num_data or 1)
 

@@ -267,7 +267,12 @@ def _kl_of_site(q: SharedNormal, p: Distribution) -> Tensor:
     if prior is None:
         generic: Tensor = kl_divergence(q.normal, p)
         return generic
-    if isinstance(base, CodeMixture) and base.codebook is table.codebook:
+    if isinstance(base, CodeMixture) and base.codebook is not table.codebook:
+        raise ValueError(
+            "the prior GaussianMixture() is the codebook of another guide: a model takes that of the last "
+            "CodebookGuide made for it, so make one model for each guide, and copy both together"
+        )
+    if isinstance(base, CodeMixture):
         logits = prior.mixture_distribution.logits.reshape(-1)  # type: ignore[attr-defined]
         slab = prior.component_distribution.scale.reshape(-1)[0]  # type: ignore[attr-defined]
         return code_length(table, logits, slab).expand(q.batch_shape)

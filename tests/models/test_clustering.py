@@ -106,12 +106,32 @@ def test_entropy_constraint_shortens_the_code() -> None:
     m = clustering.fit_plane(x, 64)
     entropies, errors = [], []
     for rate in (0.0, 2.0, 8.0):
-        new, labels = clustering.constrain_entropy(x, m, rate)
+        new, labels = clustering.quantise(x, m, rate)
         p = torch.bincount(labels.long(), minlength=64).double() / len(x)
         entropies.append(float(-torch.xlogy(p, p).sum()))
         errors.append(float((x - new.means[labels.long()]).square().sum()))
     assert entropies[0] > entropies[1] + 0.1 > entropies[2] + 0.2
     assert errors[0] < errors[1] < errors[2]
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_labels_are_the_nearest_codes_and_codes_the_means_of_their_members(zero: bool) -> None:
+    """Lloyd's two conditions by brute force, where deviations hardly differ; the labels of Gaussians
+    with covariances of their own leave a larger error."""
+    x = plane(5000)
+    x[:, 1] = 0.0122 + 2e-5 * torch.randn(5000, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    m = clustering.fit_plane(x, 32, zero=zero)
+    found, labels = clustering.quantise(x, m, zero=zero, iterations=100)
+    distances = torch.cdist(x, found.means)
+    own = distances.gather(1, labels.long()[:, None])[:, 0]
+    torch.testing.assert_close(own, distances.amin(1), rtol=0, atol=1e-9)
+    for k in range(32):
+        mean = x[labels == k].mean(0)
+        if zero and k == 0:
+            mean[0] = 0
+        torch.testing.assert_close(found.means[k], mean, rtol=1e-9, atol=1e-12)
+    by_density = planes.assign(x, m).long()
+    assert float(own.square().sum()) < float((x - m.means[by_density]).square().sum())
 
 
 def test_the_zero_code_stays_at_zero() -> None:
@@ -145,7 +165,7 @@ def test_bad_points() -> None:
     with pytest.raises(ValueError, match="share=2: expected a share of the weights"):
         clustering.between_codes(x, torch.zeros(50, dtype=torch.int32), mixture(3), 2)
     with pytest.raises(ValueError, match="rate=-1: expected the weight of the code length"):
-        clustering.constrain_entropy(x, mixture(3), -1)
+        clustering.quantise(x, mixture(3), -1)
 
 
 # --------------------------------------------------------------------------------- outliers and in between

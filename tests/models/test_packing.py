@@ -138,3 +138,8 @@ def test_the_report_is_what_is_on_disk(tmp_path: Path) -> None:
     biases = 3 * 4 * (64 + 64 + 1)  # of the network, and means and deviations of the guide
     size = (tmp_path / "p" / "tensors.safetensors").stat().st_size
     assert report["bytes"]["total"] + biases <= size <= report["bytes"]["total"] + biases + 3000
+
+
+def test_more_symbols_than_words_are_refused() -> None:
+    with pytest.raises(ValueError, match="65,537 symbols have no words of at most 16 bits"):
+        huffman.code_lengths(torch.ones(2**16 + 1, dtype=torch.long))

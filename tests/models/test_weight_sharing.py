@@ -609,8 +609,8 @@ def test_merging_on_a_schedule(tmp_path: Any) -> None:
     assert len(loaded.guide.book) == left  # type: ignore[attr-defined]
     assert torch.equal(posterior.predict(x, 2, seed=0).members, loaded.predict(x, 2, seed=0).members)
     train(5, tmp_path / "run")
-    resumed, _ = train(9, tmp_path / "run")
-    assert len(resumed.losses) == len(posterior.losses)
+    resumed, later = train(9, tmp_path / "run")
+    assert later.history == merge.history[2:] and resumed.losses == posterior.losses
     with pytest.raises(ValueError, match="start=3, stop=2, every=1"):
         MergeCodes(start=3, stop=2)
     dense = Dense(chain(2, 1).float(), Gaussian(0.3), N)
@@ -670,6 +670,11 @@ def test_bad_input() -> None:
         WeightSharing(net, Gaussian(0.3), N, prior=priors.GaussianMixture())(data()[0])
     with pytest.raises(ValueError, match="the prior of '0.bias' is GaussianMixture"):
         CodebookGuide(WeightSharing(chain(2, 4, 1), Gaussian(0.3), N, prior=priors.GaussianMixture()), 3)
+    own = {r".*weight": priors.GaussianMixture(), ".*": priors.Normal()}
+    model, first = sharing(prior=own)
+    CodebookGuide(model, 5)
+    with pytest.raises(ValueError, match="is the codebook of another guide"):
+        fit(model, first, data(), epochs=1, progress=False)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3])
