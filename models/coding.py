@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bnn.models import huffman, packing
+from pyro_bnn.models import entropy_coding, packing
 from pyro_bnn.models.codebook import Codebook
 
 
@@ -27,17 +27,18 @@ def describe(book: Codebook) -> dict[str, Any]:
 def encode(book: Codebook) -> dict[str, Tensor]:
     """The tensors of a codebook without anything dead (:meth:`Codebook.compact`), packed.
 
-    Labels have a fixed width, or a Huffman code where that takes fewer bytes.
+    Labels have a fixed width, or are entropy coded where that takes fewer bytes.
     """
     bits = packing.width(len(book))
     codes = book.codes()
+    counts = torch.bincount(codes, minlength=len(book))
     labels = {"labels": packing.pack(codes, bits)}
-    if len(book) <= 2**huffman.LONGEST:
-        lengths = huffman.code_lengths(torch.bincount(codes, minlength=len(book)))
-        size = int((lengths.long()[codes.long()]).sum()) // 8 + len(lengths) + 4 * (len(codes) // huffman.LANE + 1)
+    if int((counts > 0).sum()) <= 2**entropy_coding.BITS:
+        freq = entropy_coding.frequencies(counts)
+        size = entropy_coding.code_length(counts, freq) / 8 + 4 * len(freq) + 8 * (len(codes) / entropy_coding.LANE + 1)
         if size < len(labels["labels"]):
-            packed, lanes = huffman.encode(codes, lengths)
-            labels = {"labels": packed, "label_lanes": lanes, "label_lengths": lengths}
+            stream, states = entropy_coding.encode(codes, freq)
+            labels = {"labels": stream, "label_states": states, "label_frequencies": freq}
     return labels | {
         "loc": book.loc.detach(),
         "rho": book.rho.detach(),
@@ -71,10 +72,13 @@ def decode(description: dict[str, Any], tensors: dict[str, Tensor]) -> Codebook:
             )
     sites = [(name, torch.Size(shape)) for name, shape in description["sites"]]
     n, bits = sum(shape.numel() for _, shape in sites), packing.width(k)
-    if "label_lengths" in tensors:
-        if tensors["label_lengths"].shape != (k,) or "label_lanes" not in tensors:
-            raise ValueError(f"the packed codebook is damaged: the Huffman code of its labels is not one of {k} codes")
-        codes = huffman.decode(tensors["labels"], tensors["label_lanes"], tensors["label_lengths"], n)
+    if "label_frequencies" in tensors:
+        freq = tensors["label_frequencies"]
+        if freq.shape != (k,) or "label_states" not in tensors:
+            raise ValueError(
+                f"the packed codebook is damaged: the frequencies of its labels are not those of {k} codes"
+            )
+        codes = entropy_coding.decode(tensors["labels"], tensors["label_states"], freq, n)
     else:
         codes = packing.unpack(tensors["labels"], bits, n)
     outliers = packing.unpack_positions(tensors["outliers"], int(description["outlier_bits"]), o)
@@ -102,7 +106,7 @@ def report(book: Codebook, soft: bool = False) -> dict[str, Any]:
     size = book.loc.element_size()
     parts = {name: value.numel() * value.element_size() for name, value in encode(book).items()}
     grouped = {
-        "labels": sum(parts.get(name, 0) for name in ("labels", "label_lanes", "label_lengths")),
+        "labels": sum(parts.get(name, 0) for name in ("labels", "label_states", "label_frequencies")),
         "codes": parts["loc"] + parts["rho"] + parts["spread"],
         "outliers": parts["outliers"] + parts["outlier_loc"] + parts["outlier_rho"],
         "between": parts["between"] + parts["second"] + parts["alpha"],
