@@ -7,12 +7,15 @@ are points (mu, sigma) of a plane, see :mod:`pyro_bnn.models.plane`.
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
 from pyro_bnn.models.plane import PlaneMixture, assign, em_step, mahalanobis, triangular_norm
+
+Distance = Literal["wasserstein", "divergence"]
 
 
 def find_outliers(
@@ -209,34 +212,60 @@ def _first_at_zero(mixture: PlaneMixture) -> PlaneMixture:
 
 
 def quantise(
-    x: Tensor, mixture: PlaneMixture, rate: float = 0.0, *, zero: bool = False, iterations: int = 3
+    x: Tensor,
+    mixture: PlaneMixture,
+    rate: float = 0.0,
+    *,
+    distance: Distance = "wasserstein",
+    zero: bool = False,
+    iterations: int = 3,
 ) -> tuple[PlaneMixture, Tensor]:
-    """Labels by the 2-Wasserstein distance, then codes as the moments of their members, by turns (Lloyd 1982)::
+    """Labels by the smallest cost, then the best codes for their members, by turns (Lloyd 1982)::
 
-        a_i = argmin_k |x_i - c_k|^2 / (2 v) - rate log pi_k
+        "wasserstein"   a_i = argmin_k ((mu_i - m_k)^2 + (sigma_i - s_k)^2) / (2 v) - rate log pi_k
+                        m_k and s_k the means of mu_i and sigma_i; v half the mean square to the nearest code
+        "divergence"    a_i = argmin_k KL(N(m_k, s_k^2) || N(mu_i, sigma_i^2)) - rate log pi_k
+                        m_k the mean of mu_i with weights 1 / sigma_i^2, s_k^-2 that of sigma_i^-2
 
-    with v half the mean of ``|x_i - c|^2`` to the nearest code. EM alone is no quantiser: it does not change with the
-    units of an axis, and spends codes on deviations that hardly differ.
+    EM alone is no quantiser: it does not change with the units of an axis, and spends codes on deviations that hardly
+    differ. The divergence is what the ELBO loses where the mean field is the posterior: a mean moves far at no cost
+    where the data say little. With ``rate=1`` it and the code length are nats alike. It is computed for all codes and
+    all weights, the Wasserstein distance by an exact search that leaves most out.
 
     :param rate: of entropy-constrained quantisation (Chou, Lookabaugh and Gray 1989), without a unit. The larger, the
         more weights share few codes, and the fewer bits an entropy coder takes for a label.
-    :return: the mixture of the moments, and the label of every point, int32 ``[n]``.
-    :raises ValueError: when the rate is negative.
+    :return: a mixture whose means are the codes (m_k, s_k), with shares and covariances of the members, and the label
+        of every point, int32 ``[n]``.
+    :raises ValueError: when the rate is negative, or for another distance.
     """
     if not rate >= 0:
         raise ValueError(f"rate={rate!r}: expected the weight of the code length, at least 0")
+    if distance not in get_args(Distance):
+        raise ValueError(f"distance={distance!r}: expected one of {', '.join(map(repr, get_args(Distance)))}")
     floor = covariance_floor(x, len(mixture))
-    labels = _nearest(x, mixture, x.new_ones(()), 0.0)
-    error = (x.double() - mixture.means.double()[labels.long()]).square().sum(1).mean() / 2
-    error = error.clamp_min(floor.sum())
+    near = distance == "wasserstein"
+    if near:
+        labels = _nearest(x, mixture, x.new_ones(()), 0.0)
+        error = (x.double() - mixture.means.double()[labels.long()]).square().sum(1).mean() / 2
+        error = error.clamp_min(floor.sum())
+    else:
+        labels = least_divergence(x, mixture, rate)
+
+    def codes(labels: Tensor) -> PlaneMixture:
+        found = moments(x, labels, mixture, floor)
+        if not near:
+            found = PlaneMixture(found.weights, _divergence_means(x, labels, mixture), found.covariances)
+        return _first_at_zero(found) if zero else found
+
     for _ in range(iterations):
-        mixture = _pinned(moments(x, labels, mixture, floor), zero)
-        new = _nearest(x, mixture, error, rate)
+        mixture = codes(labels)
+        if near:
+            mixture = _pinned(mixture, zero)
+        new = _nearest(x, mixture, error, rate) if near else least_divergence(x, mixture, rate)
         if torch.equal(new, labels):
             break
         labels = new
-    mixture = moments(x, labels, mixture, floor)
-    return _first_at_zero(mixture) if zero else mixture, labels
+    return codes(labels), labels
 
 
 def _nearest(x: Tensor, mixture: PlaneMixture, error: Tensor, rate: float) -> Tensor:
@@ -244,6 +273,28 @@ def _nearest(x: Tensor, mixture: PlaneMixture, error: Tensor, rate: float) -> Te
     circle = error.double() * torch.eye(2, dtype=torch.float64, device=x.device)
     circles = PlaneMixture(mixture.weights, mixture.means, circle.expand(len(mixture), 2, 2))
     return assign(x, circles, rate=rate - 1)
+
+
+def least_divergence(x: Tensor, mixture: PlaneMixture, rate: float) -> Tensor:
+    """``argmin_k KL(N(m_k, s_k^2) || N(mu_i, sigma_i^2)) - rate log pi_k``, int32 ``[n]``."""
+    m, s = mixture.means.to(x.dtype).unbind(1)
+    own = -s.log() - rate * mixture.weights.to(x.dtype).log()
+    found = []
+    for mu, sigma in zip(*(v.split(max(1, 2**21 // len(mixture))) for v in x.unbind(1)), strict=True):
+        cost = (m - mu[:, None]).square_().add_(s.square())
+        found.append(cost.mul_((0.5 / sigma.square())[:, None]).add_(own).argmin(1).to(torch.int32))
+    return torch.cat(found)
+
+
+def _divergence_means(x: Tensor, labels: Tensor, mixture: PlaneMixture) -> Tensor:
+    """The codes (m_k, s_k) with the least ``sum_i KL(N(m_k, s_k^2) || q_i)`` over members; old ones without any."""
+    mu, sigma = x.double().unbind(1)
+    features = torch.stack([torch.ones_like(mu), sigma**-2, mu * sigma**-2], 1)
+    sums = features.new_zeros(len(mixture), 3).index_add_(0, labels.long(), features)
+    count, precision, weighed = sums.unbind(1)
+    alive = (count > 0)[:, None]
+    means = torch.stack([weighed / precision, (count / precision).sqrt()], 1)
+    return torch.where(alive, means, mixture.means.double())
 
 
 # ------------------------------------------------------------------------------------------- between codes

@@ -35,8 +35,12 @@ class Codebook(nn.Module):
     :param outliers: their sorted positions, ``[o]``, with ``outlier_loc`` and ``outlier_scale``.
     :param between: sorted positions of the weights between two codes, ``[e]``, with their ``pair`` ``[e, 2]`` and
         ``alpha`` ``[e]``, the part of the first, a multiple of 1 / 255.
-    :param spread: covariances of the codes in the plane of (mean, deviation), ``[K, 2, 2]``: what merging goes by.
+    :param spread: covariances of the codes in the plane of (mean, deviation), ``[K, 2, 2]``, of the weights that they
+        were made of: what merging goes by.
     :param zero: whether code 0 keeps the mean 0.
+    :param units: the units of merging, ``[2]`` in float64: the median over codes of the squared Wasserstein distance to
+        the nearest other one, and of the trace of the covariances. Those of these codes, unless given; they stay while
+        codes merge.
     :raises ValueError: when these do not belong together.
     """
 
@@ -46,6 +50,7 @@ class Codebook(nn.Module):
     pair: Tensor
     alpha: Tensor
     spread: Tensor
+    units: Tensor
 
     def __init__(
         self,
@@ -61,6 +66,7 @@ class Codebook(nn.Module):
         alpha: Tensor,
         spread: Tensor,
         zero: bool = False,
+        units: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.sites = [(name, torch.Size(shape)) for name, shape in sites]
@@ -95,6 +101,18 @@ class Codebook(nn.Module):
         ):
             self.register_buffer(name, value)
         self._counts: dict[Any, Any] = {}
+        self._merged = False  # whether there may be pairs of one code
+        self.register_buffer("units", self._units() if units is None else units)
+
+    def _units(self) -> Tensor:
+        now = self.mixture()
+        trace = now.covariances.diagonal(dim1=-2, dim2=-1).sum(-1).median()
+        apart = merging.neighbour_distance(now) if len(self) > 1 else trace
+        return torch.stack([apart, trace])
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        self._merged = True
 
     @staticmethod
     def _range(starts: list[int], i: int) -> range:
@@ -122,6 +140,7 @@ class Codebook(nn.Module):
         between: float = 0.01,
         zero: bool = False,
         rate: float = 0.0,
+        distance: clustering.Distance = "wasserstein",
         iterations: int = 20,
         seed: int = 0,
     ) -> Codebook:
@@ -134,7 +153,7 @@ class Codebook(nn.Module):
             and ``snr``; then members of codes with at most ``smallest`` weights follow, the smallest codes first.
         :param between: share of the others that two codes hold together.
         :param zero: whether one code has its mean fixed at 0.
-        :param rate: of :func:`~pyro_bnn.models.clustering.quantise`.
+        :param rate, distance: of :func:`~pyro_bnn.models.clustering.quantise`.
         :param iterations, seed: of :func:`~pyro_bnn.models.clustering.fit_plane`.
         :raises ValueError: for NaN, numbers out of range, or more codes than distinct weights.
         """
@@ -152,7 +171,9 @@ class Codebook(nn.Module):
         inside = _others(out, loc.numel())
         points = torch.stack([loc, scale], 1)[inside]
         mixture = clustering.fit_plane(points, codes, zero=zero, iterations=iterations, seed=seed)
-        mixture, labels = clustering.quantise(points, mixture, rate, zero=zero)
+        mixture, labels = clustering.quantise(
+            points, mixture, rate, distance=distance, zero=zero, iterations=3 if distance == "wasserstein" else 20
+        )
         small = clustering.in_small_codes(labels, codes, smallest, int(outliers * loc.numel() + 1e-6) - len(out), zero)
         out = torch.cat([out, inside[small]]).sort().values
         stay = _others(small, len(points))
@@ -204,8 +225,11 @@ class Codebook(nn.Module):
             o_, e_ = slice(o.start, o.stop), slice(e.start, e.stop)
             pairs = None
             if soft and len(e):
-                place = self.between[e_] - self._starts[i]
-                pairs = Pairs(place, pair[e_], a[e_], len(loc) + len(o))
+                entries = torch.arange(len(e), device=loc.device)
+                if self._merged:
+                    entries = (self.pair[e_, 0] != self.pair[e_, 1]).nonzero().flatten()
+                own = entries + e.start
+                pairs = Pairs(self.between[own] - self._starts[i], pair[own], a[own], len(loc) + len(o) + entries)
             tables.append(
                 Table(
                     torch.cat([loc, own_loc[o_], middle[e_]]),
@@ -293,31 +317,26 @@ class Codebook(nn.Module):
         """Merges codes by :func:`~pyro_bnn.models.merging.merge_codes`, in place.
 
         :param tightness: eta: codes merge below a squared Wasserstein distance of eta times the median over codes of
-            that to the nearest other one, which has the scale of the network's own weights.
+            that to the nearest other one, as it was before any had merged (``units``).
         :param gradient: of the loss with respect to (m, s) of each code, ``[K, 2]``.
         :param gradient_limit: see there; in the units of the loss.
-        :param variance_limit: in units of the median trace of the codes' covariances.
+        :param variance_limit: in units of the median trace of the codes' covariances, likewise.
         :return: for each code the one that it is now part of, ``[K]``.
         :raises ValueError: unless tightness is positive.
         """
         if not tightness > 0:
             raise ValueError(f"tightness={tightness!r}: expected a positive share of the distance between codes")
         now = self.mixture()
-        alive = now.weights > 0
-        living = PlaneMixture(now.weights[alive], now.means[alive], now.covariances[alive])
-        into = torch.arange(len(self), device=now.weights.device)
-        if len(living) < 2:
-            return into
-        trace = living.covariances.diagonal(dim1=-2, dim2=-1).sum(-1).median()
-        fixed = torch.zeros_like(alive)
+        fixed = torch.zeros(len(self), dtype=torch.bool, device=self.loc.device)
         if self.zero:
             fixed[0] = True
+        apart, trace = self.units.tolist()
         merged, into = merging.merge_codes(
             *(now,),
-            distance=tightness * float(merging.neighbour_distance(living)),
+            distance=tightness * apart,
             gradient=gradient,
             gradient_limit=gradient_limit,
-            variance_limit=variance_limit * float(trace),
+            variance_limit=variance_limit * trace,
             how=how,
             fixed=fixed,
         )
@@ -343,6 +362,7 @@ class Codebook(nn.Module):
         for part in self.labels.split(2**22):
             part.copy_(table.index_select(0, part))
         self.pair.copy_(into.to(torch.int32)[self.pair.long()])
+        self._merged = True
         # two codes that are one now: a plain member of it
         index = self.between[self.pair[:, 0] == self.pair[:, 1]]
         code = self.pair[self.pair[:, 0] == self.pair[:, 1], 0]
@@ -375,6 +395,7 @@ class Codebook(nn.Module):
             *(self.outliers[out], self.outlier_loc.detach()[out], self.outlier_rho.detach()[out]),
             *(self.between[mid], new[self.pair[mid].long()], self.alpha[mid], self.spread[used]),
             zero=self.zero,
+            units=self.units,
         )
 
     def named(self) -> list[tuple[str, nn.Parameter]]:

@@ -21,6 +21,7 @@ def describe(book: Codebook) -> dict[str, Any]:
         "between": len(book.between),
         "between_bits": packing.pack_positions(book.between)[1],
         "zero": book.zero,
+        "units": book.units.tolist(),
     }
 
 
@@ -91,6 +92,7 @@ def decode(description: dict[str, Any], tensors: dict[str, Tensor]) -> Codebook:
     return Codebook(
         *(sites, tensors["loc"], tensors["rho"], codes, outliers, tensors["outlier_loc"], tensors["outlier_rho"]),
         *(between, pair, (tensors["alpha"].to(tensors["loc"].dtype) / 255), spread, bool(description["zero"])),
+        torch.tensor(description["units"], dtype=torch.float64, device=spread.device),
     )
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
 from torch.optim import Optimizer
 
+from pyro_bnn.models.clustering import least_divergence
 from pyro_bnn.models.codebook import Codebook
 from pyro_bnn.models.merging import Merge
-from pyro_bnn.models.plane import PlaneMixture, assign, mahalanobis
+from pyro_bnn.models.plane import PlaneMixture
 from pyro_bnn.models.weight_sharing import CodebookGuide
 
 #: entries of an optimiser's state that average squares of gradients, or their largest
@@ -31,7 +33,7 @@ class MergeCodes:
     :param tightness, variance_limit, how: as of :meth:`~pyro_bnn.models.Codebook.merge`.
     :param gradient_limit: in nats, of the whole data set: a code stays whose spread changes the objective by more, by
         the gradient of the last minibatch.
-    :param absorb: the squared Mahalanobis distance below which an outlier returns to a code; 0 for never.
+    :param absorb: nats: an outlier returns to a code where that costs less, see :func:`absorb_outliers`; 0 for never.
     :raises ValueError: for a schedule that never merges.
     """
 
@@ -45,7 +47,7 @@ class MergeCodes:
         gradient_limit: float = math.inf,
         variance_limit: float = math.inf,
         how: Merge = "moment",
-        absorb: float = 5.991,
+        absorb: float = 0.5,
     ) -> None:
         if start < 1 or every < 1 or stop is not None and stop < start:
             raise ValueError(
@@ -94,22 +96,24 @@ class MergeCodes:
         return torch.stack([book.loc.grad, by_scale], 1).detach() * (num_data or 1)
 
 
-def absorb_outliers(book: Codebook, limit: float = 5.991) -> int:
-    """Gives outliers back to a code in whose ellipse they lie by now, and says how many.
+def absorb_outliers(book: Codebook, limit: float = 0.5) -> int:
+    """Gives outliers back to the code with the least ``KL(N(m_k, s_k^2) || N(mu_i, sigma_i^2))``; says how many.
 
-    :param limit: of the squared Mahalanobis distance to the most probable code in the plane; 5.991 is the 95 % quantile
-        of a Gaussian's.
+    That is what the ELBO loses where the outlier's own Gaussian is the posterior.
+
+    :param limit: of that divergence, in nats; 0.5 is a mean one deviation away from the code's, and equal deviations.
     """
-    mixture = book.mixture()
-    alive = (mixture.weights > 0).nonzero().flatten()
+    alive = (book.usage(soft=True)[0] > 0).nonzero().flatten()
     if not len(book.outliers) or not len(alive):
         return 0
-    living = PlaneMixture(*(v[alive] for v in (mixture.weights, mixture.means, mixture.covariances)))
+    now = book.mixture()
+    living = PlaneMixture(*(v[alive] for v in (now.weights, now.means, now.covariances)))
     with torch.no_grad():
-        x = torch.stack([book.outlier_loc, book.outlier_scales()], 1)
-        label = assign(x, living)
-        near = (mahalanobis(x, label, living) < limit) & (book.labels[book.outliers] >= len(book))
-        book.labels[book.outliers[near]] = alive[label[near].long()].to(torch.int32)
+        x = torch.stack([book.outlier_loc, book.outlier_scales()], 1).double()
+        label = least_divergence(x, living, 0.0).long()
+        code, own = (Normal(*v.unbind(1), validate_args=False) for v in (living.means[label], x))
+        near = (kl_divergence(code, own) < limit) & (book.labels[book.outliers] >= len(book))
+        book.labels[book.outliers[near]] = alive[label[near]].to(torch.int32)
     return int(near.sum())
 
 

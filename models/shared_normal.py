@@ -23,13 +23,13 @@ class Pairs:
     :param place: their positions in the site, ``[e]``.
     :param codes: ``[e, 2]``, int64.
     :param alpha: the part of the first, ``[e]``.
-    :param start: the first of their entries in the table.
+    :param entries: theirs in the table, ``[e]``.
     """
 
     place: Tensor
     codes: Tensor
     alpha: Tensor
-    start: int
+    entries: Tensor
 
 
 @dataclass
@@ -119,14 +119,11 @@ class SharedNormal(dist.TorchDistribution):
         """Tables ``[rows, T]`` in which each pair has one of its codes."""
         first = torch.rand(rows, len(pairs.alpha), dtype=pairs.alpha.dtype, device=pairs.alpha.device) < pairs.alpha
         code = torch.where(first, pairs.codes[:, 0], pairs.codes[:, 1])
-        end = pairs.start + len(pairs.alpha)
-        tables = []
-        for values in (self.table.loc, self.table.scale):
-            own = values[code.flatten()].view(code.shape)
-            ends = (v.expand(rows, -1) for v in (values[: pairs.start], values[end:]))
-            before, after = ends
-            tables.append(torch.cat([before, own, after], 1))
-        return tables[0], tables[1]
+        one, two = (
+            values.expand(rows, -1).index_copy(1, pairs.entries, values[code.flatten()].view(code.shape))
+            for values in (self.table.loc, self.table.scale)
+        )
+        return one, two
 
     @cached_property
     def _elements(self) -> tuple[Tensor, Tensor]:
@@ -241,9 +238,7 @@ def code_length(table: Table, log_weights: Tensor, slab: float | Tensor) -> Tens
     bound = wide - log_weights[0]
     between = table.pairs
     if between is not None:  # the counts of codes hold the cross entropy already
-        open_ = table.labels[between.place] >= k  # two codes that have merged are one: nothing is left to choose
-        entropy = torch.special.entr(between.alpha) + torch.special.entr(1 - between.alpha)
-        total = total - entropy.where(open_, 0.0).sum()
+        total = total - (torch.special.entr(between.alpha) + torch.special.entr(1 - between.alpha)).sum()
     return total + (table.counts[k:] * bound.where(table.counts[k:] > 0, 0.0)).sum()
 
 

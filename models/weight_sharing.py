@@ -224,7 +224,7 @@ class CodebookGuide(MixtureGuide):
     :param coded: which random parameters share codes, as for ``select``; by default the weights of products,
         convolutions and tables.
     :param options: further ones of :meth:`Codebook.fit`: ``magnitude``, ``gradient``, ``snr``, ``smallest``, ``zero``,
-        ``rate``, ``iterations``, ``seed``.
+        ``rate``, ``distance``, ``iterations``, ``seed``.
     :raises ValueError: for NaN in the weights, more codes than distinct weights, or numbers out of range.
     """
 
