@@ -550,13 +550,13 @@ def test_merging_again_without_training_changes_nothing() -> None:
     _, guide = sharing(codes=30)
     book = guide.book
     units = book.units.clone()
-    first = book.merge(tightness=1.5)
+    first = book.merge(tightness=4.0)
     same = torch.arange(len(book))
     assert 5 < int((book.usage()[0] > 0).sum()) < len(book) - 3 and not torch.equal(first, same)
-    assert torch.equal(book.merge(tightness=1.5), same)
+    assert torch.equal(book.merge(tightness=4.0), same)
     smaller = book.compact()
     assert torch.equal(smaller.units, units) and torch.equal(coding_round(smaller).units, units)
-    assert torch.equal(smaller.merge(tightness=1.5), torch.arange(len(smaller)))
+    assert torch.equal(smaller.merge(tightness=4.0), torch.arange(len(smaller)))
 
 
 def coding_round(book: Codebook) -> Codebook:
