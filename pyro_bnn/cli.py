@@ -37,10 +37,12 @@ from pyro_bnn.recipes import (
     Network,
     Options,
     Prior,
+    Sampling,
     Trained,
     Update,
     bayesian,
     build_network,
+    codebook,
     deterministic,
     find_device,
     particles,
@@ -72,7 +74,8 @@ def fit(
     method: Annotated[
         Method,
         typer.Option(
-            help="rank-1 factors, mean-field Normals on all weights, SGHMC under spike and slab, or low-rank particles"
+            help="rank-1 factors, mean-field Normals on all weights, SGHMC under spike and slab, low-rank particles, "
+            "or a codebook of Normals that all weights share"
         ),
     ] = "rank1",
     network: Annotated[Network, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
@@ -93,9 +96,14 @@ def fit(
     pretrained: Annotated[
         str | None,
         typer.Option(
-            help="what bella starts from, instead of training: the deterministic network of a run folder, or weights "
-            "of torchvision (ResNet18_Weights.DEFAULT) with a new last layer"
+            help="what bella and weight-sharing start from, instead of training: the network of a run folder (for "
+            "weight-sharing the mean field of a dense run, else the deterministic one), or, for bella, weights of "
+            "torchvision (ResNet18_Weights.DEFAULT) with a new last layer"
         ),
+    ] = None,
+    codes: Annotated[int | None, typer.Option(min=1, help="of weight-sharing, there 256")] = None,
+    sampling: Annotated[
+        Sampling | None, typer.Option(help="of weight-sharing: weights share Normals (codebook), or values (shared)")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows of a training step")] = 64,
     lr: Annotated[
@@ -126,11 +134,19 @@ def fit(
                 "--method spike-slab has a prior of its own and no guide: no --prior, --family, --components"
             )
         bella = method == "bella"
-        if not bella and (particles_, rank, update, pretrained) != (None,) * 4:
-            raise ValueError("--particles, --rank, --update and --pretrained go with --method bella")
+        sharing = method == "weight-sharing"
+        if not bella and (particles_, rank, update) != (None,) * 3:
+            raise ValueError("--particles, --rank and --update go with --method bella")
         if bella and (family != "normal" or components is not None or samples is not None):
             raise ValueError("--method bella has particles: no --family, --components, --samples")
-        weights = None if pretrained is None or Path(pretrained).exists() else find_weights(pretrained)
+        if not sharing and (codes, sampling) != (None,) * 2:
+            raise ValueError("--codes and --sampling go with --method weight-sharing")
+        if sharing and (family != "normal" or components is not None):
+            raise ValueError("--method weight-sharing has a codebook of Normals: no --family, --components")
+        if not bella and not sharing and pretrained is not None:
+            raise ValueError("--pretrained goes with --method bella or weight-sharing")
+        named = pretrained is not None and bella and not Path(pretrained).exists()
+        weights = find_weights(pretrained) if named and pretrained is not None else None
         if weights is not None and network != "auto":
             raise ValueError(f"--pretrained {pretrained} has a network of its own: no --network")
         place = find_device(device)
@@ -153,6 +169,8 @@ def fit(
             rank=rank or 4,
             update=update or "svgd",
             pretrained=None if pretrained is None else weights or str(Path(pretrained).resolve()),
+            codes=codes or 256,
+            sampling=sampling or "codebook",
             batch_size=min(batch_size, len(task.x_train)),
             lr=lr,
             samples=samples or (1 if bella else 16),
@@ -162,12 +180,15 @@ def fit(
         torch.manual_seed(seed)
         with redirect_stdout(io.StringIO()) if quiet else nullcontext():  # torch.hub prints what it downloads
             net = build_network(options.network, tuple(task.x_train.shape[1:]), task.out_features, load=True).to(place)
-        known = None if pretrained is None or weights else _pretrained(Path(pretrained), options, net, task)
+        known, field = None, None
+        if pretrained is not None and not weights:
+            known, field = _pretrained(Path(pretrained), options, net, task)
         folder.mkdir(parents=True, exist_ok=True)
 
-    with _user_errors(ArithmeticError):
+    with _user_errors(ArithmeticError, ValueError):
         if known is not None:
-            console.print(f"The deterministic network of {pretrained}", soft_wrap=True, highlight=False)
+            which = "mean field" if sharing and field is not None else "deterministic network"
+            console.print(f"The {which} of {pretrained}", soft_wrap=True, highlight=False)
         elif weights is not None:
             console.print(
                 f"{weights} with a new last layer: first all of it is tuned as the deterministic network, then "
@@ -177,17 +198,26 @@ def fit(
             )
         elif bella:
             console.print("No --pretrained: first the deterministic network, then particles around it")
+        elif sharing:
+            console.print("No --pretrained: first the deterministic network, then codes for its weights")
         twin = known or train(deterministic(net, task), task, options, console)
+        compression: Metrics = {}
         if options.method == "spike-slab":
             found = sample(trained_network(twin.posterior), task, options, console)
         elif bella:
             found = particles(net if weights else trained_network(twin.posterior), task, options, console)
+        elif sharing:
+            found, compression = codebook(twin, field, task, options, console)
         else:
             found = train(bayesian(net, task, options), task, options, console)
     metrics = _measure(found.posterior, task, options) | found.cost
     metrics["deterministic"] = _measure(twin.posterior, task, options) | twin.cost
     if options.method == "spike-slab":
         metrics["sparsity"], metrics["deterministic"]["sparsity"] = sparsity_of(found.posterior), 0.0
+    if sharing:
+        metrics["compression"] = compression
+        metrics["bits_per_weight"] = 8 * compression["bytes"]["total"] / compression["weights"]
+        metrics["deterministic"]["bits_per_weight"] = 32.0
     with _user_errors(ValueError, OSError):
         _save(folder, task, options, found.posterior, twin.posterior, metrics)
     console.print(_table(metrics, options, task.name))
@@ -226,8 +256,8 @@ def evaluate(
     Console(quiet=quiet).print(_table(metrics, options, task.name))
 
 
-def _pretrained(folder: Path, options: Options, net: nn.Module, task: Task) -> Trained:
-    """The deterministic network of another run on data of the same form."""
+def _pretrained(folder: Path, options: Options, net: nn.Module, task: Task) -> tuple[Trained, pb.Posterior | None]:
+    """The deterministic network of another run on data of the same form, and its mean field, if it has one."""
     theirs, in_shape, _ = _read_config(folder)
     if (theirs.network, in_shape) != (options.network, tuple(task.x_train.shape[1:])):
         raise ValueError(
@@ -236,7 +266,9 @@ def _pretrained(folder: Path, options: Options, net: nn.Module, task: Task) -> T
         )
     posterior = pb.load(folder / "deterministic", net)
     known = _read_json(folder / "metrics.json").get("deterministic", {})
-    return Trained(posterior, {key: known.get(key) for key in ("seconds", "trainable_parameters")})
+    twin = Trained(posterior, {key: known.get(key) for key in ("seconds", "trainable_parameters")})
+    field = theirs.method == "dense" and theirs.components == 1
+    return twin, pb.load(folder / "posterior", net) if field else None
 
 
 def _measure(posterior: pb.Posterior, task: Task, options: Options) -> Metrics:
@@ -258,6 +290,8 @@ def _table(metrics: Metrics, options: Options, name: str) -> Table:
         kind = f"spike-slab, {options.samples} draws"
     elif options.method == "bella":
         kind = f"bella, {options.particles} particles by {options.update}"
+    elif options.method == "weight-sharing":
+        kind = f"weight sharing, at most {options.codes} codes"
     table = Table("on test data", kind, "deterministic", title=f"{name}, {options.network}, {options.epochs} epochs")
     formats: Mapping[str, tuple[str, Callable[[Any], str]]] = {
         "accuracy": ("accuracy", "{:.4f}".format),
@@ -270,6 +304,7 @@ def _table(metrics: Metrics, options: Options, name: str) -> Table:
         "seconds": ("training (s)", "{:.1f}".format),
         "trainable_parameters": ("trainable parameters", "{:,}".format),
         "sparsity": ("parameters removed", "{:.1%}".format),
+        "bits_per_weight": ("bits a weight on disk", "{:.2f}".format),
     }
     for key, (label, text) in formats.items():
         if metrics.get(key) is not None:

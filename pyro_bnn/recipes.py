@@ -17,7 +17,7 @@ from pyro_bnn.models import architectures
 
 Metrics = dict[str, Any]
 
-Method = Literal["rank1", "dense", "spike-slab", "bella"]
+Method = Literal["rank1", "dense", "spike-slab", "bella", "weight-sharing"]
 Network = Literal["auto", "cnn", "mlp", "resnet18"]
 Family = Literal["normal", "cauchy"]
 Prior = Literal[
@@ -29,9 +29,11 @@ Prior = Literal[
     "laplace",
     "student-t",
     "spike-and-slab",
+    "gaussian-mixture",
 ]
 Group = Literal["weight", "kernel", "input", "output"]
 Update = Literal["svgd", "wgd", "ensemble"]
+Sampling = Literal["codebook", "mixture", "shared"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Options:
     rank: int = 4
     update: Update = "svgd"
     pretrained: str | None = None
+    codes: int = 256
+    sampling: Sampling = "codebook"
 
 
 DEFAULT_PRIORS: dict[Method, Prior] = {
@@ -65,7 +69,12 @@ DEFAULT_PRIORS: dict[Method, Prior] = {
     "dense": "normal",
     "spike-slab": "spike-and-slab",
     "bella": "normal",
+    "weight-sharing": "normal",
 }
+
+
+#: a code has the gradients of all its weights, and goes where the objective sends it at once: docs/weight_sharing.md
+CODE_SLOWER = 30.0
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,8 @@ def _prior(options: Options) -> pb.priors.Prior:
             return pb.priors.StudentT(scale=scale)
         case "spike-and-slab":
             return pb.priors.SpikeAndSlab(0.1 * scale, scale, group=options.group)
+        case "gaussian-mixture":
+            return pb.priors.GaussianMixture(locs=[0.0, 0.0], scales=[0.01, 0.2], weights=[0.9, 0.1])
 
 
 def build_network(name: str, in_shape: tuple[int, ...], out_features: int, load: bool = False) -> nn.Module:
@@ -220,6 +231,49 @@ def particles(net: nn.Module, task: Task, options: Options, console: Console) ->
     )
     size = sum(p.numel() for p in guide.parameters())
     return Trained(posterior, {"seconds": time.perf_counter() - start, "trainable_parameters": size})
+
+
+def codebook(
+    twin: Trained, field: pb.Posterior | None, task: Task, options: Options, console: Console
+) -> tuple[Trained, Metrics]:
+    """Codes for the weights of a mean field, or of the deterministic network, then trained while they merge.
+
+    :return: the posterior, and its ``compression_report()``.
+    """
+    net = trained_network(twin.posterior) if field is None else copy.deepcopy(field.model.core().net)  # type: ignore[attr-defined]
+    likelihood, size = _likelihood(task), len(task.x_train)
+    model = pb.models.WeightSharing(net, likelihood, size, prior=_prior(options))
+    given: dict[str, Any] = {"codes": options.codes}
+    if options.sampling == "mixture":
+        given["sampling"] = "mixture"
+    if field is None:
+        guide = pb.models.CodebookGuide.from_network(model, **given)
+    else:
+        guide = pb.models.CodebookGuide.from_mean_field(model, field.guide, **given)  # type: ignore[arg-type]
+    console.print(
+        f"WeightSharing with {len(guide.book)} codes, sampling {options.sampling}, {options.network}, "
+        f"{options.device}, from the {'deterministic network' if field is None else 'mean field'}"
+    )
+    start = time.perf_counter()
+    merge, trained = [pb.models.MergeCodes(stop=max(1, options.epochs // 2))], guide
+    if options.sampling == "shared":
+        model = pb.models.WeightSharing(net, likelihood, size, prior=_prior(options), shared=guide.book)
+        merge, trained = [], model.shared_guide()  # type: ignore[assignment]
+    posterior = pb.inference.fit(
+        model,
+        trained,
+        (task.x_train, task.y_train),
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        lr=options.lr / CODE_SLOWER,
+        schedule=pb.inference.cosine(),
+        callbacks=merge,
+        seed=options.seed,
+        progress=not console.quiet,
+    )
+    report = guide.compression_report()
+    parameters = report["trainable"] + report["other_trainable"]
+    return Trained(posterior, {"seconds": time.perf_counter() - start, "trainable_parameters": parameters}), report
 
 
 def sparsity_of(posterior: pb.Posterior) -> float:

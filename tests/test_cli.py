@@ -178,6 +178,38 @@ def test_bella_starts_at_a_trained_network_and_comes_back(tmp_path: Path) -> Non
     assert "holds the network 'mlp'" in run(*other, expect=2).output
 
 
+def test_weight_sharing_starts_at_a_network_or_a_mean_field_and_comes_back(tmp_path: Path) -> None:
+    """Proves where the codes come from, that they come back from disk, and that the report is that of the posterior."""
+    net = ("--network", "mlp", "--epochs", 3)
+    run("fit", "--method", "dense", *net, "--out", tmp_path / "dense", "--quiet")
+    common = ("fit", "--method", "weight-sharing", *net, "--codes", 40)
+    output = run(*common, "--out", tmp_path / "a").output
+    assert "No --pretrained: first the deterministic network, then codes for its weights" in output
+    assert "weight sharing, at most 40 codes" in output and "bits a weight on disk" in output
+    found = metrics_of(tmp_path / "a")
+    assert found["accuracy"] > 0.5 and found["compression"]["codes"] <= 40
+    posterior = pb.load(tmp_path / "a" / "posterior", architectures.mlp(64, (128, 128), 10))
+    report = posterior.guide.compression_report()  # type: ignore[attr-defined]
+    assert report == found["compression"] and 4 < found["bits_per_weight"] < 8
+    assert found["trainable_parameters"] == report["trainable"] + report["other_trainable"]
+    run("evaluate", tmp_path / "a", "--quiet")
+    assert without_seconds(metrics_of(tmp_path / "a")) == without_seconds(found)
+    output = run(*common, "--out", tmp_path / "b", "--pretrained", tmp_path / "dense", "--sampling", "mixture").output
+    assert "The mean field of" in output and "from the mean field" in output
+    field = pb.load(tmp_path / "dense" / "posterior", architectures.mlp(64, (128, 128), 10)).guide
+    codes = pb.load(tmp_path / "b" / "posterior", architectures.mlp(64, (128, 128), 10)).guide
+    assert codes.sampling == "mixture"  # type: ignore[attr-defined]
+    means = codes.means_of_network()["1.weight"]  # type: ignore[attr-defined]
+    theirs = field.coordinates()["1.weight"].detach()[0]  # type: ignore[attr-defined]
+    assert float(torch.corrcoef(torch.stack([means.flatten(), theirs.flatten()]))[0, 1]) > 0.95
+    output = run(*common, "--out", tmp_path / "c", "--pretrained", tmp_path / "a", "--sampling", "shared").output
+    assert "The deterministic network of" in output and "sampling shared" in output
+    shared = pb.load(tmp_path / "c" / "posterior", architectures.mlp(64, (128, 128), 10))
+    assert set(shared.draws(1)) >= {"codes", "1.bias"} and "1.weight" not in shared.draws(1)
+    many = ("--codes", 10**6, "--pretrained", tmp_path / "a", "--out", tmp_path / "d")
+    assert "codes=1000000, but there are only" in run(*common, *many, expect=2).output
+
+
 def test_cauchy_family_and_components_reach_the_guide(tmp_path: Path) -> None:
     """Proves that --family and --components decide the number of parameters and are kept for evaluation."""
     source = small_npz(tmp_path / "small.npz")
@@ -277,9 +309,13 @@ def test_a_run_is_not_overwritten_unasked(digits_run: tuple[Path, str]) -> None:
         (["fit", "--lr", "nan"], "--lr must be a positive number, got nan"),
         (["fit", "--method", "dense", "--family", "cauchy"], "--family cauchy goes with --method rank1"),
         (["fit", "--sparsity", "0.5"], "--sparsity and --temperature go with --method spike-slab"),
-        (["fit", "--rank", "2"], "--particles, --rank, --update and --pretrained go with --method bella"),
+        (["fit", "--rank", "2"], "--particles, --rank and --update go with --method bella"),
         (["fit", "--method", "bella", "--components", "2"], "--method bella has particles"),
         (["fit", "--method", "bella", "--samples", "2"], "no --family, --components, --samples"),
+        (["fit", "--codes", "16"], "--codes and --sampling go with --method weight-sharing"),
+        (["fit", "--pretrained", "runs"], "--pretrained goes with --method bella or weight-sharing"),
+        (["fit", "--method", "weight-sharing", "--family", "cauchy"], "has a codebook of Normals"),
+        (["fit", "--method", "weight-sharing", "--pretrained", "nowhere"], "'nowhere' is not the folder of a run"),
         (["fit", "--method", "bella", "--pretrained", "nowhere"], "'nowhere' is not the folder of a run"),
         (["fit", "--method", "spike-slab", "--prior", "normal"], "--method spike-slab has a prior of its own"),
         (["fit", "--data", "table.csv", "--target", "a", "--network", "cnn"], "--network cnn takes images"),
