@@ -83,7 +83,10 @@ def fit(
         int, typer.Option(min=1, help="passes over the training data; spike-slab: of warm-up, then one for each draw")
     ] = 60,
     components: Annotated[int | None, typer.Option(min=1, help="of the guide's mixture; rank1: 4, dense: 1")] = None,
-    prior: Annotated[Prior | None, typer.Option(help="rank1: hierarchical-cauchy, dense: normal")] = None,
+    prior: Annotated[
+        Prior | None,
+        typer.Option(help="rank1: hierarchical-cauchy, dense: normal, weight-sharing: gaussian-mixture of its codes"),
+    ] = None,
     family: Annotated[Family, typer.Option(help="of the guide; cauchy for rank1 alone")] = "normal",
     group: Annotated[Group, typer.Option(help="what a spike-and-slab prior includes together")] = "weight",
     sparsity: Annotated[

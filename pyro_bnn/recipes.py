@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 import time
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -69,7 +70,7 @@ DEFAULT_PRIORS: dict[Method, Prior] = {
     "dense": "normal",
     "spike-slab": "spike-and-slab",
     "bella": "normal",
-    "weight-sharing": "normal",
+    "weight-sharing": "gaussian-mixture",
 }
 
 
@@ -125,7 +126,7 @@ def _prior(options: Options) -> pb.priors.Prior:
             return pb.priors.StudentT(scale=scale)
         case "spike-and-slab":
             return pb.priors.SpikeAndSlab(0.1 * scale, scale, group=options.group)
-        case "gaussian-mixture":
+        case "gaussian-mixture":  # most weights near zero
             return pb.priors.GaussianMixture(locs=[0.0, 0.0], scales=[0.01, 0.2], weights=[0.9, 0.1])
 
 
@@ -242,7 +243,11 @@ def codebook(
     """
     net = trained_network(twin.posterior) if field is None else copy.deepcopy(field.model.core().net)  # type: ignore[attr-defined]
     likelihood, size = _likelihood(task), len(task.x_train)
-    model = pb.models.WeightSharing(net, likelihood, size, prior=_prior(options))
+    prior: pb.priors.PriorLike = _prior(options)
+    if options.prior == "gaussian-mixture":  # the codebook is the prior of what it codes
+        coded = pb.models.WeightSharing(net, likelihood, size).weights()
+        prior = {re.escape(name): pb.priors.GaussianMixture() for name in coded} | {".*": pb.priors.Normal()}
+    model = pb.models.WeightSharing(net, likelihood, size, prior=prior)
     given: dict[str, Any] = {"codes": options.codes}
     if options.sampling == "mixture":
         given["sampling"] = "mixture"
