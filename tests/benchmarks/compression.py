@@ -1,0 +1,296 @@
+"""Codebooks of trained networks: ``python -m tests.benchmarks.compression [--data mnist] [--network lenet5]``.
+
+From one deterministic network a mean field, and from that mean field codebooks: the three modes of sampling; points of
+accuracy against bits a weight; and what each stage is worth. All see the first 50,000 training images; ``--validate``
+measures on the other 10,000, which is how settings were chosen. What is done is kept in ``runs/``, and an interrupted
+run goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pyro_bnn as pb
+from pyro_bnn.inference import cosine, fit
+from pyro_bnn.inference.elbo import MixtureELBO
+from pyro_bnn.models import CodebookGuide, Dense, MeanFieldGuide, MergeCodes, PointGuide, WeightSharing
+from pyro_bnn.models.architectures import LeNet5, LeNet300100
+from pyro_bnn.models.codebook_plots import PUBLISHED, plot_frontier
+from pyro_bnn.priors import GaussianMixture
+from pyro_bnn.recipes import trained_network
+from tests.benchmarks.datasets import CLASSES, images
+from tests.benchmarks.measure import RESULTS, machine
+from tests.benchmarks.sparse_images import HELD_OUT
+
+RUNS = Path("runs/compression")
+LIKELIHOOD = pb.likelihoods.Categorical()
+OTHER = {"mnist": "fashion", "fashion": "mnist"}
+DRAWS = 16
+#: most weights are nearly zero, a tenth is not: the mean field needs few of them
+PRIOR = GaussianMixture(locs=[0.0, 0.0], scales=[0.01, 0.2], weights=[0.9, 0.1])
+Pair = tuple[Tensor, Tensor]
+Row = dict[str, Any]
+
+
+class SmallResNet(nn.Module):
+    """Three stages of one basic block with 16, 32 and 64 channels and batch normalisation, 0.08 M parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(16)
+        stages = [(16, 16, 1), (16, 32, 2), (32, 64, 2)]
+        self.stages = nn.Sequential(*(Block(*stage) for stage in stages))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(self.norm(self.stem(x)).relu())
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+class Block(nn.Module):
+    def __init__(self, inside: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inside, out, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.BatchNorm2d(out), nn.BatchNorm2d(out)
+        self.shortcut = nn.Identity() if inside == out else nn.Conv2d(inside, out, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu()))
+        return (y + self.shortcut(x)).relu()
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "lenet300100": LeNet300100,
+    "lenet5": LeNet5,
+    "resnet": SmallResNet,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """AdamW with its rate along half a cosine throughout.
+
+    :param epochs, lr: of the deterministic network, and of the mean field that starts at it.
+    :param code_epochs, code_lr: of codes.
+    :param codes: K of the three modes and of the ablation; ``frontier_codes`` that of the frontier, where the rate
+        leaves fewer.
+    """
+
+    epochs: int = 10
+    lr: float = 1e-3
+    batch_size: int = 128
+    code_epochs: int = 5
+    code_lr: float = 3e-4
+    codes: int = 256
+    frontier_codes: int = 32
+    rates: tuple[float, ...] = (0.05, 0.2, 0.5, 1.0)
+
+
+def build(network: str) -> nn.Module:
+    torch.manual_seed(0)
+    return NETWORKS[network]()
+
+
+class Study:
+    """One network on one data set, with what is known of it so far."""
+
+    def __init__(self, data: str, network: str, settings: Settings, validate: bool, only: list[str]) -> None:
+        self.data, self.network, self.settings, self.only = data, network, settings, only
+        x, y, *test = images(data)
+        self.train: Pair = x[:-HELD_OUT], y[:-HELD_OUT]
+        self.test: Pair = (x[-HELD_OUT:], y[-HELD_OUT:]) if validate else (test[0], test[1])
+        self.ood = images(OTHER[data]).x_test
+        RUNS.mkdir(parents=True, exist_ok=True)
+        self.path = RUNS / f"{data}-{network}{'-validation' if validate else ''}.pt"
+        self.states = RUNS / f"{data}-{network}-trained.pt"
+        self.rows: dict[str, Row] = {}
+        if self.path.exists() and (saved := torch.load(self.path))["settings"] == asdict(settings):
+            self.rows = saved["rows"]
+
+    def fit(self, model: Any, guide: Any, epochs: int, lr: float, callbacks: Any = ()) -> pb.Posterior:
+        return fit(
+            *(model, guide, self.train),
+            epochs=epochs,
+            batch_size=self.settings.batch_size,
+            lr=lr,
+            schedule=cosine(),
+            callbacks=callbacks,
+            seed=0,
+        )
+
+    def start(self) -> tuple[nn.Module, WeightSharing, MeanFieldGuide]:
+        """The deterministic network, and the mean field that starts there; measured once, trained once."""
+        s, size = self.settings, len(self.train[1])
+        key = {name: value for name, value in asdict(s).items() if name in ("epochs", "lr", "batch_size")}
+        known = torch.load(self.states) if self.states.exists() else {}
+        if known.get("settings") != key:
+            known = {"settings": key}
+            model = Dense(build(self.network), LIKELIHOOD, size)
+            known["network"] = trained_network(self.fit(model, PointGuide(model), s.epochs, s.lr)).state_dict()
+        net = build(self.network)
+        net.load_state_dict(known["network"])
+        model = WeightSharing(net, LIKELIHOOD, size, prior=PRIOR)
+        field = MeanFieldGuide(model)
+        if "field" not in known:
+            self.fit(model, field, s.epochs, s.lr)
+            known |= {"model": model.state_dict(), "field": field.state_dict()}
+            torch.save(known, self.states.with_suffix(".tmp"))
+            os.replace(self.states.with_suffix(".tmp"), self.states)
+        model.load_state_dict(known["model"])
+        field.load_state_dict(known["field"])
+        return net, model, field
+
+    def row(self, name: str, make: Callable[[], tuple[pb.Posterior, Row]]) -> None:
+        """Measures what ``make`` trains, unless it is known."""
+        if self.only and name.split()[0] not in self.only:
+            return
+        if name not in self.rows:
+            begin = time.perf_counter()
+            posterior, row = make()
+            row["seconds"] = time.perf_counter() - begin
+            draws = 1 if isinstance(posterior.guide, PointGuide) else DRAWS
+            row |= pb.diagnostics.evaluate(posterior, self.test, self.ood, num_samples=draws, batch_size=1000)
+            row["loss"] = self.loss(posterior)
+            self.rows[name] = {"data": self.data, "network": self.network, "name": name} | row
+            torch.save({"settings": asdict(self.settings), "rows": self.rows}, self.path.with_suffix(".tmp"))
+            os.replace(self.path.with_suffix(".tmp"), self.path)
+        table([self.rows[name]])
+
+    def loss(self, posterior: pb.Posterior) -> float | None:
+        """The negative ELBO a datum, in nats, from one pass over the training images."""
+        if isinstance(posterior.guide, PointGuide):
+            return None
+        model, guide = posterior.model, posterior.guide
+        total, objective = 0.0, MixtureELBO()
+        guide.train()  # type: ignore[attr-defined]
+        with torch.no_grad():
+            for x, y in zip(*(v.split(5000) for v in self.train), strict=True):
+                total += float(objective.loss(model, guide, x, y)) * len(y) / len(self.train[1]) ** 2
+        guide.eval()  # type: ignore[attr-defined]
+        return total
+
+    def codebook(self, frozen: bool = False, merge: bool = True, **options: Any) -> tuple[pb.Posterior, Row]:
+        """Codes of the mean field, trained by the ELBO under its prior while they merge."""
+        _, model, field = self.start()
+        s = self.settings
+        guide = CodebookGuide.from_mean_field(model, field, **({"codes": s.codes} | options))
+        posterior = pb.Posterior(model, guide)
+        if not frozen:
+            callbacks = [MergeCodes(stop=max(1, s.code_epochs // 2))] if merge else []
+            posterior = self.fit(model, guide, s.code_epochs, s.code_lr, callbacks)
+        return posterior, cost(guide)
+
+    def shared(self) -> tuple[pb.Posterior, Row]:
+        _, _, field = self.start()
+        posterior, row = self.codebook(merge=False, frozen=True)
+        book = posterior.guide.book  # type: ignore[attr-defined]
+        net = trained_network(posterior)
+        model = WeightSharing(net, LIKELIHOOD, len(self.train[1]), prior=PRIOR, shared=book)
+        guide = model.shared_guide()
+        s = self.settings
+        return self.fit(model, guide, s.code_epochs, s.code_lr), row
+
+    def methods(self) -> None:
+        net, model, field = self.start()
+        n = sum(p.numel() for p in net.parameters())
+        point = Dense(net, LIKELIHOOD, len(self.train[1]))
+        self.row("deterministic", lambda: (pb.Posterior(point, PointGuide(point)), {"trainable": n, "bytes": 4 * n}))
+        self.row("mean-field", lambda: (pb.Posterior(model, field), {"trainable": 2 * n, "bytes": 8 * n}))
+        self.row("codebook", self.codebook)
+        self.row("mixture", lambda: self.codebook(sampling="mixture"))
+        self.row("shared", self.shared)
+
+    def frontier(self) -> None:
+        """All random parameters, biases too, in one codebook with a code at zero; labels cost what they take."""
+        own = {"distance": "divergence", "zero": True, "blend": 0.0, "outliers": 0.0, "smallest": 0, "coded": ".*"}
+        for rate in self.settings.rates:
+            options = own | {"codes": self.settings.frontier_codes, "rate": rate}
+            self.row(f"frontier {rate:g}", lambda options=options: self.codebook(merge=False, **options))  # type: ignore[misc]
+
+    def ablation(self) -> None:
+        few = {"codes": 32}
+        self.row("ablation all stages", lambda: self.codebook(**few))
+        self.row("ablation no outliers", lambda: self.codebook(**few, outliers=0.0, smallest=0))
+        self.row("ablation no blending", lambda: self.codebook(**few, blend=0.0))
+        self.row("ablation blending of 5 %", lambda: self.codebook(**few, blend=0.05))
+        self.row("ablation no merging", lambda: self.codebook(**few, merge=False))
+        self.row("ablation hard k-means", lambda: self.codebook(**few, iterations=0))
+        self.row("ablation codes frozen", lambda: self.codebook(**few, frozen=True))
+        self.row("ablation by the divergence", lambda: self.codebook(**few, distance="divergence"))
+        self.row("ablation by the divergence, frozen", lambda: self.codebook(**few, distance="divergence", frozen=True))
+
+
+def cost(guide: CodebookGuide) -> Row:
+    """Trained numbers and bytes of everything, what has no code at 8 bytes a parameter."""
+    report = guide.compression_report()
+    size = report["bytes"]["total"] + 4 * report["other_trainable"]
+    return {
+        "trainable": report["trainable"] + report["other_trainable"],
+        "bytes": size,
+        "codes": report["codes"],
+        "outliers": report["outliers"],
+        "label_entropy": report["label_entropy"],
+    }
+
+
+def table(rows: list[Row]) -> None:
+    for row in rows:
+        numbers = "  ".join(
+            f"{k} {row[k]:.4f}" for k in ("accuracy", "nll", "ece", "ood_auroc", "loss") if row.get(k) is not None
+        )
+        sizes = (
+            f"trainable {row['trainable']:,}  bytes {row['bytes']:,}  ratio {row['ratio']:.1f}"
+            if "ratio" in row
+            else ""
+        )
+        print(f"{row['data']} {row['network']} {row['name']:38s}", numbers, sizes, sep="  |  ", flush=True)
+
+
+def with_ratios(rows: list[Row]) -> Iterator[Row]:
+    """Compression against float32, including everything that is stored, and bits a weight."""
+    whole = next(row["bytes"] for row in rows if row["name"] == "deterministic")
+    for row in rows:
+        yield row | {"ratio": whole / row["bytes"], "bits": 32 * row["bytes"] / whole}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", choices=CLASSES, default="mnist")
+    parser.add_argument("--network", choices=NETWORKS, required=True)
+    parser.add_argument("--validate", action="store_true", help="on held-out training images; nothing is written")
+    parser.add_argument("--only", nargs="+", default=[], help="first words of the rows wanted")
+    options = parser.parse_args()
+    settings = Settings()
+    study = Study(options.data, options.network, settings, options.validate, options.only)
+    study.methods()
+    study.frontier()
+    study.ablation()
+    if options.validate or options.only:
+        return
+    rows = list(with_ratios(list(study.rows.values())))
+    table(rows)
+    path = RESULTS / "compression.json"
+    known = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    key = (options.data, options.network)
+    rows += [row for row in known["rows"] if (row["data"], row["network"]) != key]
+    found = {"machine": machine(), "settings": asdict(settings), "published": PUBLISHED, "rows": rows}
+    path.with_suffix(".tmp").write_text(json.dumps(found, indent=1) + "\n")
+    os.replace(path.with_suffix(".tmp"), path)
+    plot_frontier([row for row in rows if row["name"].split()[0] == "frontier"]).savefig("docs/compression.png", dpi=90)
+
+
+if __name__ == "__main__":
+    main()
