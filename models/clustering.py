@@ -253,9 +253,14 @@ def quantise(
 
     def codes(labels: Tensor) -> PlaneMixture:
         found = moments(x, labels, mixture, floor)
-        if not near:
-            found = PlaneMixture(found.weights, _divergence_means(x, labels, mixture), found.covariances)
-        return _first_at_zero(found) if zero else found
+        if zero:
+            found = _first_at_zero(found)
+        if near:
+            return found
+        means = _divergence_means(x, labels, mixture)
+        if zero:
+            means[0, 0] = 0
+        return PlaneMixture(found.weights, means, found.covariances)
 
     for _ in range(iterations):
         mixture = codes(labels)
@@ -278,7 +283,7 @@ def _nearest(x: Tensor, mixture: PlaneMixture, error: Tensor, rate: float) -> Te
 def least_divergence(x: Tensor, mixture: PlaneMixture, rate: float) -> Tensor:
     """``argmin_k KL(N(m_k, s_k^2) || N(mu_i, sigma_i^2)) - rate log pi_k``, int32 ``[n]``."""
     m, s = mixture.means.to(x.dtype).unbind(1)
-    own = -s.log() - rate * mixture.weights.to(x.dtype).log()
+    own = -s.log() - rate * mixture.weights.clamp_min(1e-30).to(x.dtype).log()
     found = []
     for mu, sigma in zip(*(v.split(max(1, 2**21 // len(mixture))) for v in x.unbind(1)), strict=True):
         cost = (m - mu[:, None]).square_().add_(s.square())

@@ -85,34 +85,48 @@ class Codebook(nn.Module):
         starts = [0]
         for _, shape in self.sites:
             starts.append(starts[-1] + shape.numel())
-        ends = torch.tensor(starts, device=codes.device)
         self._starts = starts
-        self._outlier_starts = torch.searchsorted(outliers, ends).tolist()
-        self._between_starts = torch.searchsorted(between, ends).tolist()
+        for name, value in (
+            *(("outliers", outliers), ("between", between), ("pair", pair.to(torch.int32))),
+            *(("alpha", alpha), ("spread", spread)),
+        ):
+            self.register_buffer(name, value)
+        self._find_places()
         labels = codes.to(torch.int32).clone()
         for i in range(len(self.sites)):
             o, e = self._range(self._outlier_starts, i), self._range(self._between_starts, i)
             entries = torch.arange(k, k + len(o) + len(e), dtype=torch.int32, device=labels.device)
             labels[outliers[o.start : o.stop]] = entries[: len(o)]
             labels[between[e.start : e.stop]] = entries[len(o) :]
-        for name, value in (
-            *(("labels", labels), ("outliers", outliers), ("between", between)),
-            *(("pair", pair.to(torch.int32)), ("alpha", alpha), ("spread", spread)),
-        ):
-            self.register_buffer(name, value)
+        self.register_buffer("labels", labels)
         self._counts: dict[Any, Any] = {}
-        self._merged = False  # whether there may be pairs of one code
         self.register_buffer("units", self._units() if units is None else units)
+
+    def _find_places(self) -> None:
+        """Where the outliers of each site begin among all, and its weights between codes, and which pairs are open."""
+        ends = torch.tensor(self._starts, device=self.outliers.device)
+        self._outlier_starts = torch.searchsorted(self.outliers, ends).tolist()
+        self._between_starts = torch.searchsorted(self.between, ends).tolist()
+        self._find_open_pairs()
+
+    def _find_open_pairs(self) -> None:
+        """Pairs of two codes, as positions in ``pair``, of each site; ``None`` while none has become one code."""
+        open_ = self.pair[:, 0] != self.pair[:, 1]
+        starts = self._between_starts
+        places = [open_[i:j].nonzero().flatten() + i for i, j in zip(starts[:-1], starts[1:], strict=True)]
+        self._open = None if bool(open_.all()) else places
 
     def _units(self) -> Tensor:
         now = self.mixture()
+        used = now.weights > 0
+        now = PlaneMixture(*(v[used] if bool(used.any()) else v for v in (now.weights, now.means, now.covariances)))
         trace = now.covariances.diagonal(dim1=-2, dim2=-1).sum(-1).median()
-        apart = merging.neighbour_distance(now) if len(self) > 1 else trace
+        apart = merging.neighbour_distance(now) if len(now) > 1 else trace
         return torch.stack([apart, trace])
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
-        self._merged = True
+        super()._load_from_state_dict(*args)
+        self._find_places()
 
     @staticmethod
     def _range(starts: list[int], i: int) -> range:
@@ -170,6 +184,7 @@ class Codebook(nn.Module):
         out = clustering.find_outliers(loc, scale, **rules, cap=outliers / 2)
         inside = _others(out, loc.numel())
         points = torch.stack([loc, scale], 1)[inside]
+        points = points.to(torch.promote_types(loc.dtype, torch.float32))
         mixture = clustering.fit_plane(points, codes, zero=zero, iterations=iterations, seed=seed)
         mixture, labels = clustering.quantise(
             points, mixture, rate, distance=distance, zero=zero, iterations=3 if distance == "wasserstein" else 20
@@ -179,7 +194,7 @@ class Codebook(nn.Module):
         stay = _others(small, len(points))
         inside, points, labels = inside[stay], points[stay], labels[stay]
         index, pair, alpha = clustering.between_codes(points, labels, mixture, between)
-        alpha = (alpha * 255).round() / 255
+        alpha = ((alpha * 255).round() / 255).to(loc.dtype)
         whole = torch.zeros(loc.numel(), dtype=torch.int32, device=loc.device)
         whole[inside] = labels
         centres = mixture.means.to(loc.dtype)
@@ -225,11 +240,11 @@ class Codebook(nn.Module):
             o_, e_ = slice(o.start, o.stop), slice(e.start, e.stop)
             pairs = None
             if soft and len(e):
-                entries = torch.arange(len(e), device=loc.device)
-                if self._merged:
-                    entries = (self.pair[e_, 0] != self.pair[e_, 1]).nonzero().flatten()
-                own = entries + e.start
-                pairs = Pairs(self.between[own] - self._starts[i], pair[own], a[own], len(loc) + len(o) + entries)
+                own = torch.arange(e.start, e.stop, device=loc.device)
+                if self._open is not None:
+                    own = self._open[i].to(loc.device)
+                entries = own - e.start + len(loc) + len(o)
+                pairs = Pairs(self.between[own] - self._starts[i], pair[own], a[own], entries)
             tables.append(
                 Table(
                     torch.cat([loc, own_loc[o_], middle[e_]]),
@@ -278,7 +293,7 @@ class Codebook(nn.Module):
                     used = counts[k + len(o) :].clone()  # 0 for a pair that has become one code
                     counts.index_add_(0, pair[:, 0], a * used).index_add_(0, pair[:, 1], (1 - a) * used)
                     counts[k + len(o) :] = 0
-                found.append(counts.to(self.loc.dtype))
+                found.append(counts.to(torch.promote_types(self.loc.dtype, torch.float32)))
         self._counts[soft] = versions, found
         return found
 
@@ -362,7 +377,7 @@ class Codebook(nn.Module):
         for part in self.labels.split(2**22):
             part.copy_(table.index_select(0, part))
         self.pair.copy_(into.to(torch.int32)[self.pair.long()])
-        self._merged = True
+        self._find_open_pairs()
         # two codes that are one now: a plain member of it
         index = self.between[self.pair[:, 0] == self.pair[:, 1]]
         code = self.pair[self.pair[:, 0] == self.pair[:, 1], 0]

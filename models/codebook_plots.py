@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_bnn.models.codebook import Codebook
 
-#: published points: network, error in %, times smaller than float32 with all indices, and where that is printed
+#: published points on MNIST: network, error in %, times smaller than float32, and where that is printed
 PUBLISHED: list[dict[str, Any]] = [
     {"network": network, "method": method, "error": error, "ratio": ratio, "source": source}
     for method, source, points in (
@@ -95,7 +95,7 @@ def plot_frontier(
 ) -> Figure:
     """Error in per cent against bits a weight, for each network.
 
-    :param rows: with ``network``, ``accuracy`` and ``bits``.
+    :param rows: of one data set, with ``network``, ``accuracy`` and ``bits``.
     :param published: with ``network``, ``method``, ``error`` and ``ratio`` to 32 bits.
     """
     networks = sorted({str(row["network"]) for row in rows})

@@ -96,7 +96,7 @@ def decode(description: dict[str, Any], tensors: dict[str, Tensor]) -> Codebook:
     )
 
 
-def report(book: Codebook, soft: bool = False) -> dict[str, Any]:
+def report(book: Codebook) -> dict[str, Any]:
     """What a codebook takes, in numbers and bytes, against the two ways of storing its weights without one.
 
     ``weights`` N, ``codes`` K, ``outliers`` and ``between``; ``trainable`` numbers for the weights; ``bytes`` by part
@@ -114,8 +114,7 @@ def report(book: Codebook, soft: bool = False) -> dict[str, Any]:
         "between": parts["between"] + parts["second"] + parts["alpha"],
     }
     total = sum(grouped.values())
-    held, free = book.usage(soft)
-    p = torch.cat([held, free.double().reshape(1)]) / n
+    p = torch.bincount(book.codes(), minlength=len(book)).double() / n
     trainable = 2 * len(book) + 2 * len(book.outliers) - int(book.zero)
     return {
         "weights": n,

@@ -31,11 +31,17 @@ def frequencies(counts: Tensor) -> Tensor:
     share = counts.double() / counts.sum() * _TOTAL
     found = share.floor().long().clamp_min(1).where(used, 0)
     while (rest := _TOTAL - int(found.sum())) != 0:
-        # one more (or less) changes the length by counts / f: most for those that gain most, least for those that lose
-        price = counts.double() / found.clamp_min(1)
-        price = price.masked_fill(~used, -1) if rest > 0 else -price.masked_fill(found < 2, torch.inf)
-        some = price.topk(min(abs(rest), int(((found > 1) if rest < 0 else used).sum()))).indices
-        found[some] += 1 if rest > 0 else -1
+        price = counts.double() / found.clamp_min(1)  # what one more, or less, changes the length by
+        if rest > 0:
+            found[price.topk(min(rest, int(used.sum()))).indices] += 1
+            continue
+        large = torch.where(found > 1, found, 0)  # rare symbols were raised to 1: others give what that took
+        give = (large.double() * (-rest / int(large.sum()))).long()
+        if int(give.sum()) == 0:
+            give[
+                price.masked_fill(found < 2, torch.inf).topk(min(-rest, int((large > 0).sum())), largest=False).indices
+            ] = 1
+        found -= give
     return found.to(torch.int32)
 
 

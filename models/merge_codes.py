@@ -111,7 +111,7 @@ def absorb_outliers(book: Codebook, limit: float = 0.5) -> int:
     with torch.no_grad():
         x = torch.stack([book.outlier_loc, book.outlier_scales()], 1).double()
         label = least_divergence(x, living, 0.0).long()
-        code, own = (Normal(*v.unbind(1), validate_args=False) for v in (living.means[label], x))
+        code, own = (Normal(v[:, 0], v[:, 1], validate_args=False) for v in (living.means[label], x))
         near = (kl_divergence(code, own) < limit) & (book.labels[book.outliers] >= len(book))
         book.labels[book.outliers[near]] = alive[label[near]].to(torch.int32)
     return int(near.sum())

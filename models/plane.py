@@ -43,7 +43,7 @@ class PlaneMixture:
         root = torch.linalg.cholesky(self.covariances.double())
         half = torch.linalg.solve_triangular(root, torch.eye(2, dtype=root.dtype, device=root.device), upper=False)
         normaliser = half.diagonal(dim1=-2, dim2=-1).log().sum(-1) - math.log(2 * math.pi)
-        return half, normaliser + (1 + rate) * self.weights.double().log()
+        return half, normaliser + (1 + rate) * self.weights.double().clamp_min(1e-300).log()
 
 
 def _tiles(x: Tensor) -> tuple[Tensor, Tensor]:

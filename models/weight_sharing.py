@@ -88,10 +88,11 @@ class WeightSharing(Dense):
             likes["outliers"] = book.outlier_loc.detach()
         return likes | {name: parameters[name].detach() for name in self.random if name not in self._coded}
 
-    def shared_guide(self, init_scale: float = 1e-2) -> MeanFieldGuide:
+    def shared_guide(self, start: CodebookGuide | None = None, *, init_scale: float = 1e-2) -> MeanFieldGuide:
         """The guide of Lin et al.: the first coordinate of ``z_k ~ N(c_k, Sigma_k)`` in the plane; own for outliers.
 
-        :param init_scale: starting standard deviation of what is not shared, as biases.
+        :param start: where what is not shared, as biases, begins: at its Gaussians there, or else at the values of the
+            network with the standard deviation ``init_scale``.
         :raises ValueError: when the weights of this model are not shared.
         """
         book = self._modules.get("shared")
@@ -103,6 +104,10 @@ class WeightSharing(Dense):
             widths[self.site("codes")].copy_(inverse_scale(book.spread[:, 0, 0].sqrt()))
             if len(book.outliers):
                 widths[self.site("outliers")].copy_(book.outlier_rho)
+            if start is not None:
+                for mine, theirs in ((guide.coordinates(), start.coordinates()), (widths, start.widths())):
+                    for name in mine.keys() & theirs.keys():
+                        mine[name].copy_(theirs[name])
         return guide
 
     def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
@@ -295,7 +300,8 @@ class CodebookGuide(MixtureGuide):
         wrong = next((n for n, s in shapes.items() if n not in loc or loc[n].shape[1:] != s), None)
         if wrong is not None:
             raise ValueError(
-                f"the guide is for another model: it has no site {wrong!r} of shape {tuple(shapes[wrong])}"
+                f"the guide is for another model: it has no site {wrong!r} of shape {tuple(shapes[wrong])}. A "
+                "hierarchical prior has sites of its own, and needs a mean field trained under it"
             )
         names = _coded(model, options.pop("coded", None))
         sites = [(model.site(n), shapes[model.site(n)]) for n in names]
@@ -366,7 +372,7 @@ class CodebookGuide(MixtureGuide):
     def compression_report(self) -> dict[str, Any]:
         """What the codebook saves: see :func:`~pyro_bnn.models.coding.report`."""
         rest = sum(p.numel() for n, p in self.named_parameters() if not n.startswith("codebook."))
-        return coding.report(self.book.compact(), self.sampling == "mixture") | {"other_trainable": rest}
+        return coding.report(self.book.compact()) | {"other_trainable": rest}
 
 
 def _coded(model: Dense, coded: Select | None) -> list[str]:

@@ -219,8 +219,8 @@ def fit(
         metrics["sparsity"], metrics["deterministic"]["sparsity"] = sparsity_of(found.posterior), 0.0
     if sharing:
         metrics["compression"] = compression
-        metrics["bits_per_weight"] = 8 * compression["bytes"]["total"] / compression["weights"]
-        metrics["deterministic"]["bits_per_weight"] = 32.0
+        metrics["bits_per_coded_weight"] = 8 * compression["bytes"]["total"] / compression["weights"]
+        metrics["deterministic"]["bits_per_coded_weight"] = 32.0
     with _user_errors(ValueError, OSError):
         _save(folder, task, options, found.posterior, twin.posterior, metrics)
     console.print(_table(metrics, options, task.name))
@@ -307,7 +307,7 @@ def _table(metrics: Metrics, options: Options, name: str) -> Table:
         "seconds": ("training (s)", "{:.1f}".format),
         "trainable_parameters": ("trainable parameters", "{:,}".format),
         "sparsity": ("parameters removed", "{:.1%}".format),
-        "bits_per_weight": ("bits a weight on disk", "{:.2f}".format),
+        "bits_per_coded_weight": ("bits a coded weight", "{:.2f}".format),
     }
     for key, (label, text) in formats.items():
         if metrics.get(key) is not None:

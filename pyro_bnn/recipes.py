@@ -248,6 +248,7 @@ def codebook(
         coded = pb.models.WeightSharing(net, likelihood, size).weights()
         prior = {re.escape(name): pb.priors.GaussianMixture() for name in coded} | {".*": pb.priors.Normal()}
     model = pb.models.WeightSharing(net, likelihood, size, prior=prior)
+    start = time.perf_counter()
     given: dict[str, Any] = {"codes": options.codes}
     if options.sampling == "mixture":
         given["sampling"] = "mixture"
@@ -259,11 +260,10 @@ def codebook(
         f"WeightSharing with {len(guide.book)} codes, sampling {options.sampling}, {options.network}, "
         f"{options.device}, from the {'deterministic network' if field is None else 'mean field'}"
     )
-    start = time.perf_counter()
     merge, trained = [pb.models.MergeCodes(stop=max(1, options.epochs // 2))], guide
     if options.sampling == "shared":
         model = pb.models.WeightSharing(net, likelihood, size, prior=_prior(options), shared=guide.book)
-        merge, trained = [], model.shared_guide()  # type: ignore[assignment]
+        merge, trained = [], model.shared_guide(guide)  # type: ignore[assignment]
     posterior = pb.inference.fit(
         model,
         trained,
@@ -277,7 +277,8 @@ def codebook(
         progress=not console.quiet,
     )
     report = guide.compression_report()
-    parameters = report["trainable"] + report["other_trainable"]
+    points = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters = report["trainable"] + report["other_trainable"] + points
     return Trained(posterior, {"seconds": time.perf_counter() - start, "trainable_parameters": parameters}), report
 
 

@@ -165,6 +165,26 @@ def test_quantisation_by_the_divergence(zero: bool, rate: float) -> None:
         assert (zero and k == 0) or abs(float(by_m)) < 1e-8 * scale
         assert abs(float(by_s)) < 1e-8 * scale
     assert not zero or float(found.means[0, 0]) == 0
+    for k in range(24):
+        members = x[labels == k]
+        if len(members) > 1:
+            centre = members.mean(0) * torch.tensor([float(not (zero and k == 0)), 1.0])
+            variance = (members - centre).square().mean(0)
+            floor = clustering.covariance_floor(x, 24)
+            torch.testing.assert_close(found.covariances[k].diagonal(), variance + floor, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("distance", ["wasserstein", "divergence"])
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_codes_without_weights_take_none(distance: clustering.Distance, rate: float) -> None:
+    x = plane(500)
+    m = clustering.fit_plane(x, 8)
+    weights = m.weights.clone()
+    weights[3] = 0
+    far = m.means.clone()
+    far[3] = 1e3
+    _, labels = clustering.quantise(x, PlaneMixture(weights, far, m.covariances), rate, distance=distance)
+    assert set(labels.tolist()) <= set(range(8)) - {3} and len(labels.unique()) > 4
 
 
 def test_the_divergence_spends_codes_where_the_data_speak() -> None:

@@ -89,6 +89,23 @@ def test_one_lane_by_the_equations() -> None:
     assert found == values.tolist() and not words and x == 2**16
 
 
+def test_the_stream_is_that_of_the_equations() -> None:
+    """Also where a state is just at the bound, as of runs of a symbol with half of all frequencies."""
+    for values in ([1] * 40 + [0] * 40, [0, 0, 1, 2, 0] * 20, [3, 2, 1, 0] * 9):
+        freq = entropy_coding.frequencies(torch.bincount(torch.tensor(values)))
+        f = freq.tolist()
+        x, words = 2**16, []
+        for s in reversed(values):
+            if x >= f[s] * 2**16:
+                words.append(x % 2**16)
+                x //= 2**16
+            x = (x // f[s]) * 2**16 + x % f[s] + sum(f[:s])
+            assert 2**16 <= x < 2**32
+        stream, states = entropy_coding.encode(torch.tensor(values, dtype=torch.int32), freq)
+        assert states.tolist() == [x]
+        assert stream.tolist() == [byte for word in reversed(words) for byte in (word % 256, word // 256)]
+
+
 def test_half_a_bit_for_a_label() -> None:
     """Where nine of ten labels are the same, one takes less than the bit that any code of words would need."""
     values = (torch.rand(40_000, generator=torch.Generator().manual_seed(0)) < 0.1).to(torch.int32)
@@ -97,7 +114,9 @@ def test_half_a_bit_for_a_label() -> None:
     assert 8 * len(stream) < 1.01 * entropy_in_bits(counts) * 40_000 < 0.48 * 40_000 and len(states) == 10
 
 
-@pytest.mark.parametrize("counts", [[1, 10**6], [10**9, 1, 1, 0, 5], [1] * 2**16, [3] * 1000, [2**16 - 1] + [1] * 500])
+@pytest.mark.parametrize(
+    "counts", [[1, 10**6], [10**9, 1, 1, 0, 5], [1] * 2**16, [3] * 1000, [2**16 - 1] + [1] * 500, [10**9] + [1] * 30000]
+)
 def test_frequencies(counts: list[int]) -> None:
     """They sum to 2^16 whatever rounding left over, and rare symbols keep theirs."""
     freq = entropy_coding.frequencies(torch.tensor(counts))
@@ -135,6 +154,30 @@ def test_a_codebook_comes_back_bit_for_bit(codes: int, zero: bool) -> None:
         assert a.dtype == b.dtype and torch.equal(a, b), name
 
 
+def test_an_entropy_coded_codebook_comes_back(tmp_path: Path) -> None:
+    """Where most weights share a code; what the report counts is what is stored."""
+    net = chain(2, 100, 100, 1).float()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter *= torch.rand(parameter.shape) < 0.1
+    model = WeightSharing(net, pb.likelihoods.Gaussian(0.3), 10)
+    guide = CodebookGuide(model, 32, blend=0.0, outliers=0.0, smallest=0, zero=True)
+    parts = coding.encode(guide.book)
+    labels = [parts[name] for name in ("labels", "label_states", "label_frequencies")]
+    report = guide.compression_report()
+    assert report["bytes"]["labels"] == sum(v.numel() * v.element_size() for v in labels)
+    assert report["label_entropy"] < report["label_bits"] < 1.6 < packing.width(report["codes"])
+    other = coding.decode(coding.describe(guide.book), parts)
+    assert torch.equal(other.labels, guide.book.labels) and torch.equal(other.units, guide.book.units)
+    pb.Posterior(model, guide).save(tmp_path / "p")
+    loaded = pb.load(tmp_path / "p", net)
+    x = torch.randn(5, 2)
+    assert torch.equal(loaded.predict(x, 3, seed=0).members, pb.Posterior(model, guide).predict(x, 3, seed=0).members)
+    damaged = parts | {"label_frequencies": parts["label_frequencies"][:-1]}
+    with pytest.raises(ValueError, match="the frequencies of its labels are not those of"):
+        coding.decode(coding.describe(guide.book), damaged)
+
+
 def test_the_report_is_what_is_on_disk(tmp_path: Path) -> None:
     """Bytes by hand, and the file's size up to its header."""
     net = chain(2, 64, 64, 1).float()
@@ -145,7 +188,7 @@ def test_the_report_is_what_is_on_disk(tmp_path: Path) -> None:
     assert n == 64 * 2 + 64 * 64 + 64 and k == 100 and e == int(0.02 * (n - o) + 1e-6) and o == int(0.005 * n)
     bits = coding.describe(guide.book)
     assert report["bytes"] == {
-        "labels": report["bytes"]["labels"],
+        "labels": coding.encode(guide.book.compact())["labels"].numel(),  # a fixed width
         "codes": 20 * k,
         "outliers": 8 * o + -(-bits["outlier_bits"] * o // 8),
         "between": e + -(-7 * e // 8) + -(-bits["between_bits"] * e // 8),

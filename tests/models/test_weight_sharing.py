@@ -35,6 +35,7 @@ from pyro_bnn.models import (
     architectures,
     coding,
 )
+from pyro_bnn.models.codebook import inverse_scale
 from pyro_bnn.models.merge_codes import absorb_outliers, follow
 from pyro_bnn.models.shared_normal import SharedNormal, code_length
 
@@ -589,17 +590,93 @@ def test_draws_of_merged_pairs_are_the_same_after_loading(tmp_path: Any) -> None
     x = data()[0].float()
     model = WeightSharing(chain(2, 16, 8, 1).float(), Gaussian(0.3), N)
     guide = CodebookGuide(model, 24, sampling="mixture", blend=0.3)
+    fresh = copy.deepcopy(guide.book)
     guide.book.merge(tightness=3.0)
     pair = guide.book.pair
     closed = (pair[:, 0] == pair[:, 1]).double().mean()
     assert 0 < float(closed) < 1
-    copied = copy.deepcopy(guide)
+    copied = CodebookGuide(model, fresh, sampling="mixture")
     copied.load_state_dict(guide.state_dict())
     posterior = pb.Posterior(model, guide)
     posterior.save(tmp_path / "p")
     expected = posterior.predict(x, 5, seed=0).members
     assert torch.equal(pb.load(tmp_path / "p", chain(2, 16, 8, 1).float()).predict(x, 5, seed=0).members, expected)
     assert torch.equal(pb.Posterior(model, copied).predict(x, 5, seed=0).members, expected)
+
+
+def test_absorbing_outliers_after_a_merger() -> None:
+    """Dead codes take none, labels are those of all K codes, and what has returned once does not move again."""
+    _, guide = sharing(codes=30, outliers=0.1)
+    book = guide.book
+    into = book.merge(tightness=4.0)
+    dead = (into != torch.arange(len(into))).nonzero().flatten()
+    k = int((into == torch.arange(len(into))).nonzero()[-1])
+    assert len(dead) > 2 and int(dead[0]) < k  # so that places among living codes are not labels
+    with torch.no_grad():
+        book.loc[k], book.outlier_loc[:] = 90.0, 200.0
+        book.outlier_loc[0], book.outlier_loc[1] = 90.0, float(book.loc[dead[0]])
+        book.loc[dead[0]] = book.outlier_loc[1] = 70.0
+        book.outlier_rho[1] = book.rho[dead[0]]
+        s = book.scales()[k]
+        # KL(code || outlier) of an outlier that is broader: log 2 + 1/8 - 1/2 = .32; the other way round it is .81
+        book.outlier_rho[0] = inverse_scale(2 * s)
+        book.outlier_loc[2], book.outlier_rho[2] = 90.0, inverse_scale(s / 2)  # and here .81
+    assert absorb_outliers(book) == 1
+    new = book.labels[book.outliers]
+    assert int(new[0]) == k and (new[1:] >= len(book)).all()
+    with torch.no_grad():
+        book.loc[0] = 90.0
+        book.rho[0] = book.outlier_rho[0]
+    assert absorb_outliers(book) == 0 and int(book.labels[book.outliers[0]]) == k
+
+
+def test_the_units_are_those_of_codes_that_have_weights() -> None:
+    sites = [("w", (4000,))]
+    g = torch.Generator().manual_seed(0)
+    loc, scale = torch.randn(4000, generator=g), torch.full((4000,), 0.1)
+    book = Codebook.fit(sites, loc, scale, 64, rate=4.0, distance="divergence", between=0.0, outliers=0.0, smallest=0)
+    assert len(book) < 64
+    apart = torch.cdist(*(torch.stack([book.means(), book.scales()], 1).detach().double(),) * 2).square()
+    least = apart.fill_diagonal_(math.inf).amin(1)
+    # the Wasserstein distance of codes is at least that of their centres
+    assert float(book.units[0]) >= float(least.median()) * (1 - 1e-6)
+    assert float(book.units[1]) == pytest.approx(float(book.spread.diagonal(dim1=1, dim2=2).sum(1).median()), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("distance", ["wasserstein", "divergence"])
+def test_codes_of_half_precision_weights(dtype: torch.dtype, distance: Any) -> None:
+    """As many codes, and as close, as for the same weights in float32; and counts that do not overflow."""
+    g = torch.Generator().manual_seed(0)
+    loc = (0.04 * torch.randn(150_000, generator=g)).to(dtype)
+    scale = torch.full((150_000,), 1e-3)
+    errors = []
+    for d in (torch.float32, dtype):
+        book = Codebook.fit(
+            *([("w", (150_000,))], loc.to(d), scale.to(d), 16),
+            **{"distance": distance, "between": 0.0, "outliers": 0.0, "iterations": 5},
+        )
+        errors.append(float((book.means()[book.codes().long()].float() - loc.float()).square().mean().sqrt()))
+        held, _ = book.usage()
+        assert int(held.sum()) == 150_000 and bool(torch.isfinite(book.log_shares()).all())
+    assert errors[1] < 1.1 * errors[0] < 0.01
+
+
+def test_places_of_outliers_follow_a_state_that_is_loaded() -> None:
+    """Two codebooks of the same shapes, whose outliers and pairs lie in different sites."""
+    books = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = WeightSharing(chain(2, 16, 8, 1), Gaussian(0.3), N)
+        with torch.no_grad():
+            model.core().parameters_by_name()["0.weight" if seed else "2.weight"][:] *= 10
+        books.append(CodebookGuide(model, 6, blend=0.1, outliers=0.06, smallest=0).book)
+    one, two = books
+    assert {n: v.shape for n, v in one.state_dict().items()} == {n: v.shape for n, v in two.state_dict().items()}
+    assert one._outlier_starts != two._outlier_starts
+    two.load_state_dict(one.state_dict())
+    for a, b in zip(one.tables(), two.tables(), strict=True):
+        assert torch.equal(a.loc[a.labels.long()], b.loc[b.labels.long()])
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adamw"])
