@@ -1,4 +1,4 @@
-"""SGHMC against NUTS on a 13-50-1 regression network, in function space.
+"""SGHMC and SVGD against NUTS on a 13-50-1 regression network, in function space.
 
 The reference is committed; ``references/nuts_13_50_1.py`` made it, with a potential that is written by hand.
 """
@@ -9,6 +9,8 @@ import json
 import math
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from references.nuts_13_50_1 import (
@@ -25,7 +27,7 @@ from references.nuts_13_50_1 import (
 from torch import Tensor, nn
 
 import pyro_bnn as pb
-from pyro_bnn.inference import SGHMC, sample
+from pyro_bnn.inference import RBF, SGHMC, SVGD, AutoParticles, ScaledMedian, sample
 from pyro_bnn.inference.potential import Potential
 
 DATA = problem()
@@ -129,3 +131,43 @@ def test_another_posterior_breaks_a_bound(bound: str, change: dict[str, Any], op
     means, a wide prior that of the correlation."""
     found, _ = sampled(dense(**change), 30, 20, batch_size=NUM_DATA, step_size=0.06, **options)
     assert bound in broken(found), found
+
+
+# ------------------------------------------------------------------------------------------------- particles
+
+
+def of_units(units: Tensor, shift: Tensor, x: Tensor) -> Tensor:
+    """``[..., n]``: function values, of hidden units ``[..., 50, 15]`` with 13 weights, a bias and an outgoing weight."""
+    hidden = torch.tanh(x @ units[..., :13].mT + units[..., None, :, 13])
+    return (hidden @ units[..., 14, None]).squeeze(-1) + shift[..., None]
+
+
+def units_apart(x: Tensor, y: Tensor) -> None:
+    """The same posterior with one site for each hidden unit."""
+    scale = x.new_tensor([PRIOR["0.weight"]] * 13 + [PRIOR["0.bias"], PRIOR["2.weight"]])
+    prior = dist.Normal(torch.zeros_like(scale), scale).to_event(1)
+    units = torch.stack([pyro.sample(f"unit{h}", prior) for h in range(50)])
+    shift = pyro.sample("shift", dist.Normal(x.new_zeros(()), PRIOR["2.bias"]))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(of_units(units, shift, x), NOISE), obs=y)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_particles_agree_with_nuts() -> None:
+    """Proves that 200 particles, with a kernel for each hidden unit of ten times the median rule's bandwidth, have means
+    within .25 of a standard deviation of NUTS's, and standard deviations within 15 % and correlated."""
+    x, y = DATA.x.float(), DATA.y.float().flatten()
+    torch.manual_seed(0)
+    guide = AutoParticles(units_apart, 200)
+    engine = SVGD(units_apart, guide, kernel=RBF(ScaledMedian(10.0)), scope="tensor", lr=0.03)
+    for step in range(900):
+        if step == 600:
+            assert engine.optimizer is not None
+            engine.optimizer.param_groups[0]["lr"] = 0.01
+        engine.step(x, y)
+    found = guide.particles()
+    units = torch.stack([found[f"unit{h}"] for h in range(50)], 1)
+    values = of_units(units, found["shift"], DATA.probes.float()).double()
+    agrees = agreement((values.mean(0), values.std(0)), moments("all"))
+    assert agrees["mean"] <= 0.25 and abs(agrees["ratio"] - 1) <= 0.15 and agrees["correlation"] >= CORRELATION
