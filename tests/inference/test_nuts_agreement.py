@@ -137,7 +137,7 @@ def test_another_posterior_breaks_a_bound(bound: str, change: dict[str, Any], op
 
 
 def of_units(units: Tensor, shift: Tensor, x: Tensor) -> Tensor:
-    """``[..., n]``: function values, of hidden units ``[..., 50, 15]`` with 13 weights, a bias and an outgoing weight."""
+    """``[..., n]``: values of hidden units ``[..., 50, 15]``, with 13 weights, a bias and an outgoing weight each."""
     hidden = torch.tanh(x @ units[..., :13].mT + units[..., None, :, 13])
     return (hidden @ units[..., 14, None]).squeeze(-1) + shift[..., None]
 
@@ -155,8 +155,8 @@ def units_apart(x: Tensor, y: Tensor) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_particles_agree_with_nuts() -> None:
-    """Proves that 200 particles, with a kernel for each hidden unit of ten times the median rule's bandwidth, have means
-    within .25 of a standard deviation of NUTS's, and standard deviations within 15 % and correlated."""
+    """Proves that 200 particles, with a kernel for each hidden unit of ten times the median rule's bandwidth, have
+    means within .25 of a standard deviation of NUTS's, and standard deviations within 15 % and correlated."""
     x, y = DATA.x.float(), DATA.y.float().flatten()
     torch.manual_seed(0)
     guide = AutoParticles(units_apart, 200)
