@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-#: columns that are turned into float64 at a time, for Gram matrices
-_COLUMNS = 2**15
+#: columns that are worked on at a time: what is made of them in between stays in a processor's cache
+_COLUMNS = 2**13
 #: Squared distances below this part of the squared lengths are rounding: such particles coincide.
 _ROUNDING = 64 * torch.finfo(torch.float64).eps
 
@@ -261,11 +261,15 @@ def _flat_gradient(values: Tensor, pull: Tensor, by_product: Tensor | None, own:
     """``own``: sum_j p_ij (x_i - x_j) + t_ij x_j; otherwise sum_j p_ij (x_j - x_i) + t_ij x_i."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     away = (torch.diag(pull.sum(1)) - pull).to(dtype)
-    gradient = (away if own else -away) @ (values - values[:1]).to(dtype)
+    away = away if own else -away
+    weights = None
     if by_product is not None:
-        weights = by_product if own else torch.diag(by_product.sum(1))
-        gradient += weights.to(dtype) @ values.to(dtype)
-    return gradient.to(values.dtype)
+        weights = (by_product if own else torch.diag(by_product.sum(1))).to(dtype)
+    gradient = torch.empty_like(values)
+    for piece, part in zip(values.split(_COLUMNS, 1), gradient.split(_COLUMNS, 1), strict=True):
+        force = away @ (piece - piece[:1]).to(dtype)
+        part.copy_(force if weights is None else force.addmm_(weights, piece.to(dtype)))
+    return gradient
 
 
 class _Pair:

@@ -342,7 +342,7 @@ class SVGD:
             if self.method == "wgd":
                 gradient += force * (strength / values.value.sum(1, keepdim=True)).to(force)
             else:
-                gradient.copy_((values.value.to(gradient) @ gradient - strength * force) / n)
+                gradient.copy_(torch.addmm(force, values.value.to(gradient), gradient, beta=-strength / n, alpha=1 / n))
 
 
 def _check_repulsion(value: Any) -> None:

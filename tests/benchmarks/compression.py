@@ -208,6 +208,9 @@ class Study:
         size = {"trainable": m + points // 4, "bytes": 4 * m + points + moments}
         self.row("mean-field", lambda: (pb.Posterior(model, field), dict(size)))
         self.row("codebook", self.codebook)
+        if self.network == "resnet":  # few weights, each of which matters
+            self.row("codebook by the divergence", lambda: self.codebook(distance="divergence"))
+            self.row("codebook frozen", lambda: self.codebook(frozen=True))
         self.row("mixture", lambda: self.codebook(sampling="mixture"))
         self.row("shared", self.shared)
 

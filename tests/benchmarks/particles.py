@@ -78,7 +78,7 @@ def ours() -> Step:
         points = Points([theta])
         values = points.evaluate(RBF())
         (repulsion,), _ = points.gradients(values, own=False)
-        return (values.value.float() @ gradients - repulsion) / PARTICLES
+        return torch.addmm(repulsion, values.value.float(), gradients, beta=-1 / PARTICLES, alpha=1 / PARTICLES)
 
     return update
 
