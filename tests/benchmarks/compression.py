@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -176,9 +177,16 @@ class Study:
         guide.eval()  # type: ignore[attr-defined]
         return total
 
-    def codebook(self, frozen: bool = False, merge: bool = True, **options: Any) -> tuple[pb.Posterior, Row]:
-        """Codes of the mean field, trained by the ELBO under its prior while they merge."""
+    def codebook(
+        self, frozen: bool = False, merge: bool = True, own_prior: bool = False, **options: Any
+    ) -> tuple[pb.Posterior, Row]:
+        """Codes of the mean field, trained by the ELBO under its prior, or the codebook's own, while they merge."""
         _, model, field = self.start()
+        if own_prior:
+            prior = {re.escape(name): GaussianMixture() for name in model.weights()} | {".*": PRIOR}
+            state = model.state_dict()
+            model = WeightSharing(model.core().net, LIKELIHOOD, len(self.train[1]), prior=prior)
+            model.load_state_dict(state)
         s = self.settings
         guide = CodebookGuide.from_mean_field(model, field, **({"codes": s.codes} | options))
         posterior = pb.Posterior(model, guide)
@@ -211,6 +219,7 @@ class Study:
         if self.network == "resnet":  # few weights, each of which matters
             self.row("codebook by the divergence", lambda: self.codebook(distance="divergence"))
             self.row("codebook frozen", lambda: self.codebook(frozen=True))
+        self.row("codebook as its own prior", lambda: self.codebook(own_prior=True))
         self.row("mixture", lambda: self.codebook(sampling="mixture"))
         self.row("shared", self.shared)
 
