@@ -50,6 +50,7 @@ class Codebook(nn.Module):
     pair: Tensor
     alpha: Tensor
     spread: Tensor
+    open_pairs: Tensor
     units: Tensor
 
     def __init__(
@@ -91,6 +92,7 @@ class Codebook(nn.Module):
             *(("alpha", alpha), ("spread", spread)),
         ):
             self.register_buffer(name, value)
+        self.register_buffer("open_pairs", None, persistent=False)  # follows from pair
         self._find_places()
         labels = codes.to(torch.int32).clone()
         for i in range(len(self.sites)):
@@ -110,11 +112,10 @@ class Codebook(nn.Module):
         self._find_open_pairs()
 
     def _find_open_pairs(self) -> None:
-        """Pairs of two codes, as positions in ``pair``, of each site; ``None`` while none has become one code."""
-        open_ = self.pair[:, 0] != self.pair[:, 1]
-        starts = self._between_starts
-        places = [open_[i:j].nonzero().flatten() + i for i, j in zip(starts[:-1], starts[1:], strict=True)]
-        self._open = None if bool(open_.all()) else places
+        """Pairs that have not become one code, as positions in ``pair``, and where those of each site begin."""
+        self.open_pairs = (self.pair[:, 0] != self.pair[:, 1]).nonzero().flatten()
+        starts = torch.tensor(self._between_starts, device=self.open_pairs.device)
+        self._open_starts = torch.searchsorted(self.open_pairs, starts).tolist()
 
     def _units(self) -> Tensor:
         now = self.mixture()
@@ -239,10 +240,9 @@ class Codebook(nn.Module):
             o, e = self._range(self._outlier_starts, i), self._range(self._between_starts, i)
             o_, e_ = slice(o.start, o.stop), slice(e.start, e.stop)
             pairs = None
-            if soft and len(e):
-                own = torch.arange(e.start, e.stop, device=loc.device)
-                if self._open is not None:
-                    own = self._open[i].to(loc.device)
+            open_ = self._range(self._open_starts, i)
+            if soft and len(open_):
+                own = self.open_pairs[open_.start : open_.stop]
                 entries = own - e.start + len(loc) + len(o)
                 pairs = Pairs(self.between[own] - self._starts[i], pair[own], a[own], entries)
             tables.append(
