@@ -148,8 +148,9 @@ def fit(
             raise ValueError("--method weight-sharing has a codebook of Normals: no --family, --components")
         if not bella and not sharing and pretrained is not None:
             raise ValueError("--pretrained goes with --method bella or weight-sharing")
-        named = pretrained is not None and bella and not Path(pretrained).exists()
-        weights = find_weights(pretrained) if named and pretrained is not None else None
+        weights = None
+        if bella and pretrained is not None and not Path(pretrained).exists():
+            weights = find_weights(pretrained)
         if weights is not None and network != "auto":
             raise ValueError(f"--pretrained {pretrained} has a network of its own: no --network")
         place = find_device(device)

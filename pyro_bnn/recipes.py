@@ -163,20 +163,26 @@ def train(model_and_guide: tuple[nn.Module, nn.Module], task: Task, options: Opt
     model, guide = model_and_guide
     console.print(f"{type(model).__name__} with {type(guide).__name__}, {options.network}, {options.device}")
     start = time.perf_counter()
-    posterior = pb.inference.fit(
+    schedule = pb.inference.cosine(warmup=1.0)
+    posterior = _fit(model, guide, task, options, console, lr=options.lr, schedule=schedule)
+    parameters = {id(p): p for module in (model, guide) for p in module.parameters() if p.requires_grad}
+    size = sum(parameter.numel() for parameter in parameters.values())
+    return Trained(posterior, {"seconds": time.perf_counter() - start, "trainable_parameters": size})
+
+
+def _fit(
+    model: nn.Module, guide: nn.Module, task: Task, options: Options, console: Console, **settings: Any
+) -> pb.Posterior:
+    return pb.inference.fit(
         model,
         guide,
         (task.x_train, task.y_train),
         epochs=options.epochs,
         batch_size=options.batch_size,
-        lr=options.lr,
-        schedule=pb.inference.cosine(warmup=1.0),
         seed=options.seed,
         progress=not console.quiet,
+        **settings,
     )
-    parameters = {id(p): p for module in (model, guide) for p in module.parameters() if p.requires_grad}
-    size = sum(parameter.numel() for parameter in parameters.values())
-    return Trained(posterior, {"seconds": time.perf_counter() - start, "trainable_parameters": size})
 
 
 def trained_network(posterior: pb.Posterior) -> nn.Module:
@@ -264,18 +270,8 @@ def codebook(
     if options.sampling == "shared":
         model = pb.models.WeightSharing(net, likelihood, size, prior=_prior(options), shared=guide.book)
         merge, trained = [], model.shared_guide(guide)  # type: ignore[assignment]
-    posterior = pb.inference.fit(
-        model,
-        trained,
-        (task.x_train, task.y_train),
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        lr=options.lr / CODE_SLOWER,
-        schedule=pb.inference.cosine(),
-        callbacks=merge,
-        seed=options.seed,
-        progress=not console.quiet,
-    )
+    rate = {"lr": options.lr / CODE_SLOWER, "schedule": pb.inference.cosine()}
+    posterior = _fit(model, trained, task, options, console, **rate, callbacks=merge)
     report = guide.compression_report()
     points = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = report["trainable"] + report["other_trainable"] + points

@@ -17,7 +17,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import pyro
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -30,9 +29,9 @@ from pyro_bnn.inference import MixtureELBO
 from pyro_bnn.models import Codebook, CodebookGuide, Dense, MeanFieldGuide, WeightSharing
 from pyro_bnn.models.architectures import resnet18
 from tests.benchmarks.measure import interleaved, peak_memory, report
+from tests.benchmarks.training_step import NUM_DATA, Step, images, pyro_step, sgd, stepper
 
-Step = Callable[[], Any]
-CODES, BATCH, NUM_DATA, DRAWS = 2048, 128, 50_000, 10
+CODES, BATCH, DRAWS = 2048, 128, 10
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "ResNet-18": torchvision.models.resnet18,
     "ResNet-101": torchvision.models.resnet101,
@@ -70,39 +69,14 @@ def sizes(name: str) -> dict[str, Any]:
     }
 
 
-def images(n: int) -> tuple[Tensor, Tensor]:
-    torch.manual_seed(0)
-    return torch.randn(n, 3, 32, 32), torch.randint(10, (n,))
-
-
-def stepper(parameters: Any, loss: Callable[[], Tensor]) -> Step:
-    optimizer = torch.optim.SGD([p for p in parameters if p.requires_grad and p.numel()], 1e-3, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        loss().backward()
-        optimizer.step()
-
-    return step
-
-
 def plain() -> Step:
     x, y = images(BATCH)
     net = resnet18(10)
-    return stepper(net.parameters(), lambda: F.cross_entropy(net(x), y))
+    return stepper(sgd(net.parameters()), lambda: F.cross_entropy(net(x), y))
 
 
 def elbo_step(model: Any, guide: Any, elbo: Any) -> Step:
-    x, y = images(BATCH)
-    with pyro.get_param_store().scope():
-        guide(x, y)
-
-    def loss() -> Tensor:
-        with pyro.validation_enabled(False), pyro.get_param_store().scope():
-            found: Tensor = elbo.differentiable_loss(model, guide, x, y) / NUM_DATA
-        return found
-
-    return stepper([*model.parameters(), *guide.parameters()], loss)
+    return pyro_step(model, guide, *images(BATCH), elbo)
 
 
 @cache

@@ -243,3 +243,18 @@ def test_the_same_product_of_other_factors_is_the_same_place() -> None:
     for own in (True, False):
         _, ((of_a, of_b),) = points.gradients(points.evaluate(RBF()), own=own)
         assert float(of_a.abs().max()) < 1e-9 and float(of_b.abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("kernel", [RBF(), Linear()])
+def test_sums_over_a_few_columns_at_a_time(own: bool, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distances and gradients do not depend on how many coordinates are worked on at a time."""
+    x = torch.randn(6, 23, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for columns in (100, 4):
+        monkeypatch.setattr("pyro_bnn.inference.kernels._COLUMNS", columns)
+        points = Points([x])
+        (gradient,), _ = points.gradients(points.evaluate(kernel), own)
+        found.append((points.distances, gradient))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
