@@ -63,7 +63,9 @@ def sample(
             torch.manual_seed(seed)
         if isinstance(kernel, SGHMC):
             draws, statistics = _run(kernel, num_samples, warmup_steps, num_chains, args, stream, progress)
-            return Posterior.from_draws(model, draws, num_chains, statistics)
+            posterior = Posterior.from_draws(model, draws, num_chains, statistics)
+            posterior.sampler = _temperatures(kernel)
+            return posterior
         if stream is not None:
             raise ValueError(f"stream= goes with SGHMC; {type(kernel).__name__} keeps its draws in memory")
         mcmc = MCMC(kernel, num_samples, warmup_steps, num_chains=num_chains, disable_progbar=not progress)
@@ -115,6 +117,15 @@ def _run(
         kernel.check()
     draws = {name: value.flatten(0, 1) for name, value in kept.items()}
     return draws, {name: torch.stack(values) for name, values in statistics.items()}
+
+
+def _temperatures(kernel: SGHMC) -> dict[str, float]:
+    """The temperatures that were measured, those that they should be, and T; nothing for a kernel that has none."""
+    measured = {name: value for name, value in kernel.diagnostics().items() if name.endswith(" temperature")}
+    if not measured:
+        return {}
+    expected = 2 * kernel.temperature / (2 - kernel.friction)
+    return measured | {"expected kinetic temperature": expected, "temperature": kernel.temperature}
 
 
 def _storage(chains: int, draws: int, like: Tensor, name: str, stream: str | os.PathLike[str] | None) -> Tensor:

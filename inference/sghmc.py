@@ -155,6 +155,7 @@ class SGHMC(MCMCKernel):
         self.warmup_draws, self.draws, self.steps = warmup_steps, 0, 0
         self._kinetic = self.theta.new_zeros(())
         self._configurational = self.theta.new_zeros(())
+        self._origin = torch.zeros_like(self.theta)
         self._energy = self.theta.new_zeros(())
         self._shown = math.nan
         self._last: dict[str, Tensor] | None = None
@@ -187,6 +188,8 @@ class SGHMC(MCMCKernel):
         """The next draw, unconstrained."""
         if params is not self._last:
             self._begin_at(params)
+        if self.draws == self.warmup_draws // 2:
+            self._origin.copy_(self.theta)
         for i in range(self.thinning):
             self._step(i)
         self.draws += 1
@@ -212,7 +215,8 @@ class SGHMC(MCMCKernel):
         """Temperatures after warm-up, in units of T: means over draws and coordinates, whose expectations are known.
 
         ``kinetic``: mean of u^2, which is ``2 T / (2 - friction)`` up to O(h^2); ``configurational``: mean of
-        ``theta * grad U``, which is T for exact gradients.
+        ``(theta - theta_0) * grad U``, which is T for exact gradients and any theta_0 that later draws have forgotten,
+        as grad U is 0 in the mean. The state half way through warm-up is near them, so that the mean varies little.
         """
         self.check()
         count = max(1, self.draws - self.warmup_draws)
@@ -236,7 +240,7 @@ class SGHMC(MCMCKernel):
             if self.draws < self.warmup_draws:
                 self._adapt(grad)
             elif position == self.thinning - 1:
-                self._configurational += self._mean_product(self.theta, grad)
+                self._configurational += self._mean_product(self.theta - self._origin, grad)
             self._move(grad, self.step_size * math.sqrt(rate))
         self.steps += 1
         if self.steps % self.check_every == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pyro.distributions as dist
 import torch
@@ -19,6 +19,9 @@ from pyro_bnn.models.dense import Dense, MeanFieldGuide, list_sites, sample_weig
 from pyro_bnn.models.shared_normal import SharedNormal
 from pyro_bnn.network import Select, select_parameters
 from pyro_bnn.priors import GaussianMixture, Normal, Prior, PriorLike
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Sampling = Literal["codebook", "mixture"]
 
@@ -368,6 +371,25 @@ class CodebookGuide(MixtureGuide):
                 own[name] = parameter.detach()
         guide._take_parameters(own)
         return guide
+
+    def summaries(self) -> dict[str, tuple[tuple[str, ...], Tensor]]:
+        """The codes: their means, their standard deviations and the number of weights of each."""
+        columns = (self.book.means(), self.book.scales(), self.book.usage()[0])
+        return {
+            name: (("code",), values.detach())
+            for name, values in zip(("code_mean", "code_sd", "code_weights"), columns, strict=True)
+        }
+
+    def figures(self) -> dict[str, Figure]:
+        """Pictures of the codes, under words that say what is to be seen."""
+        from pyro_bnn.models.codebook_plots import plot_plane, plot_usage  # matplotlib takes time to import
+
+        held = self.book.usage(soft=True)[0]
+        alive, most = int((held > 0).sum()), float(held.max() / held.sum())
+        return {
+            f"Plane of {alive} codes, by mean and standard deviation": plot_plane(self.book),
+            f"Weights of each code; the most frequent one has {most:.1%} of them": plot_usage(self.book),
+        }
 
     def compression_report(self) -> dict[str, Any]:
         """What the codebook saves: see :func:`~pyro_bnn.models.coding.report`."""

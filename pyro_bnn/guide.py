@@ -85,6 +85,8 @@ class MixtureGuide(PyroModule):
         like = model.like()
         self.num_members = components
         self.family = family
+        #: whether every draw of a member is the same
+        self.deterministic = family == "point" and own is None
         self.per_row = rows
         self.prefix, self.members_dim = model.prefix, model.members_dim
         self._every = False
@@ -139,6 +141,10 @@ class MixtureGuide(PyroModule):
 
     def means_of_network(self) -> dict[str, Tensor]:
         """Posterior means of those parameters of the network of which nothing else needs to be stored, by name."""
+        return {}
+
+    def summaries(self) -> dict[str, tuple[tuple[str, ...], Tensor]]:
+        """``{name: (dimensions, values)}`` of what parameters stand for, where that is more than a Normal a weight."""
         return {}
 
     def __getstate__(self) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -84,6 +85,7 @@ class Posterior:
     :param model: a model of this package, or any Pyro model (``predict`` then needs ``return_site=``).
     :param guide: a Pyro guide for it: ours, an AutoGuide or a function.
     :param losses: negative ELBO per datum in nats, one for each training step.
+    :param sampler: what a sampler says of its run, by name: temperatures of SGHMC, divergences of NUTS.
     :param example: an input for guides that need one when they draw.
     """
 
@@ -93,10 +95,11 @@ class Posterior:
         guide: Callable[..., Any],
         *,
         losses: Sequence[float] = (),
+        sampler: Mapping[str, float] = MappingProxyType({}),
         example: Any = None,
     ) -> None:
         self.model, self._guide = model, guide
-        self.losses = list(losses)
+        self.losses, self.sampler = list(losses), dict(sampler)
         self._example = example
         self._statistics: Iterable[Any] | None = None
         self._store: Any = None
@@ -107,7 +110,15 @@ class Posterior:
     @classmethod
     def from_mcmc(cls, mcmc: MCMC, model: Callable[..., Any]) -> Posterior:
         """From a finished ``pyro.infer.MCMC`` run, all chains together."""
-        return cls.from_draws(model, mcmc.get_samples(), mcmc.num_chains)
+        posterior = cls.from_draws(model, mcmc.get_samples(), mcmc.num_chains)
+        # What kernels say of each chain; mcmc.diagnostics() adds statistics of all draws, and refuses few.
+        every: list[Any] = mcmc._diagnostics
+        chains = [chain for chain in every if chain]
+        if chains and all("divergences" in chain for chain in chains):
+            posterior.sampler["divergences"] = sum(len(chain["divergences"]) for chain in chains)
+        if chains and all("acceptance rate" in chain for chain in chains):
+            posterior.sampler["acceptance rate"] = sum(chain["acceptance rate"] for chain in chains) / len(chains)
+        return posterior
 
     @classmethod
     def from_draws(
@@ -152,6 +163,15 @@ class Posterior:
             return int(next(iter(self._guide.draws().values())).shape[1])
         return self._guide.num_members if isinstance(self._guide, MixtureGuide) else 1
 
+    @property
+    def points(self) -> bool:
+        """Whether every draw of a member is the same, as of particles and of a deterministic network."""
+        return isinstance(self._guide, MixtureGuide) and self._guide.deterministic
+
+    def number_of_draws(self, asked: int | None = None) -> int:
+        """As asked, or of each member 16, fewer where fewer are stored, and 1 where all are the same."""
+        return min(16, self.stored or 16, 1 if self.points else 16) if asked is None else asked
+
     # ------------------------------------------------------------------------------------------------- draws
 
     @property
@@ -177,6 +197,30 @@ class Posterior:
 
     def _groups(self, n: int, seed: int | None, example: Any) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
         """The groups of draws; for stored ones, with their indices."""
+        for start, size, own_seed in self._plan(n, seed):
+            if isinstance(self._guide, DrawsGuide):
+                index = torch.linspace(0, (self.stored or 1) - 1, n).round().long()[start : start + size]
+                yield {name: value[index.to(value.device)] for name, value in self._guide.draws().items()}, index
+            else:
+                yield self._values(size, self._traces(size, own_seed, example)), None
+
+    def traces(
+        self, n: int, seed: int | None = None, *, example: Any = None
+    ) -> Iterator[tuple[dict[str, Tensor], list[poutine.Trace]]]:
+        """The draws of :meth:`draw_groups`, each group with the traces of the guide that it comes from.
+
+        A group has one trace, with the draws in a plate on the left, or one trace for each draw.
+
+        :raises TypeError: for stored draws, which no guide made.
+        """
+        if isinstance(self._guide, DrawsGuide):
+            raise TypeError("the draws are stored: there is no guide to trace")
+        for _, size, own_seed in self._plan(n, seed):
+            found = self._traces(size, own_seed, example)
+            yield self._values(size, found), found
+
+    def _plan(self, n: int, seed: int | None) -> Iterator[tuple[int, int, int | None]]:
+        """Where each group starts, its size, and its seed."""
         if n < 1:
             raise ValueError(f"num_samples={n!r}: expected at least one draw")
         if self.stored is not None and n > self.stored:
@@ -190,38 +234,43 @@ class Posterior:
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
             seeds = torch.randint(2**62, (len(starts),), generator=generator).tolist()
-        example = self._example if example is None else example
-        if isinstance(self.model, BayesianNetwork) and example is not None:
-            example = to_device(example, self.model.like())
         for start, own_seed in zip(starts, seeds, strict=True):
-            size = min(group, n - start)
-            if isinstance(self._guide, DrawsGuide):
-                index = torch.linspace(0, (self.stored or 1) - 1, n).round().long()[start : start + size]
-                yield {name: value[index.to(value.device)] for name, value in self._guide.draws().items()}, index
-                continue
-            with self._seeded(own_seed), self._programs():
-                draws = self._draw_guide(size, () if example is None else (example,))
-            yield draws, None
+            yield start, min(group, n - start), own_seed
 
-    def _draw_guide(self, n: int, args: tuple[Any, ...]) -> dict[str, Tensor]:
+    def _traces(self, n: int, seed: int | None, example: Any) -> list[poutine.Trace]:
         guide, model = self._guide, self.model
-        if isinstance(model, BayesianNetwork) and isinstance(guide, (MixtureGuide, AutoGuide)):
+        example = self._example if example is None else example
+        if isinstance(model, BayesianNetwork) and example is not None:
+            example = to_device(example, model.like())
+        args = () if example is None else (example,)
+        with self._seeded(seed), self._programs():
+            if not self._vectorises:
+                return [poutine.trace(guide).get_trace(*args) for _ in range(n)]
+            assert isinstance(model, BayesianNetwork)
             every = guide.every_member() if isinstance(guide, MixtureGuide) else contextlib.nullcontext()
-            vectorised = pyro.plate("_draws", n, dim=model.members_dim - 1, device=str(model.like().device))
             if isinstance(guide, MixtureGuide):
                 args = (model.like(),)  # nothing of x is used without rows
-            with every, vectorised:
-                values = _latents(poutine.trace(guide).get_trace(*args))
-            shapes = {s.name: s.shape for s in model.sites()}
-            return {
-                name: v.expand(torch.broadcast_shapes(v.shape, _one_draw(n, model, shapes[name]))).reshape(
-                    (n, -1) + shapes[name]
-                )
-                for name, v in values.items()
-                if name in shapes
-            }
-        traces = [_latents(poutine.trace(guide).get_trace(*args)) for _ in range(n)]
-        return _with_members(model, {name: torch.stack([t[name] for t in traces]) for name in traces[0]})
+            with every, pyro.plate("_draws", n, dim=model.members_dim - 1, device=str(model.like().device)):
+                return [poutine.trace(guide).get_trace(*args)]
+
+    @property
+    def _vectorises(self) -> bool:
+        return isinstance(self.model, BayesianNetwork) and isinstance(self._guide, (MixtureGuide, AutoGuide))
+
+    def _values(self, n: int, traces: list[poutine.Trace]) -> dict[str, Tensor]:
+        """``{site: [n, members, *event]}``."""
+        model, values = self.model, [_latents(trace) for trace in traces]
+        if not self._vectorises:
+            return _with_members(model, {name: torch.stack([v[name] for v in values]) for name in values[0]})
+        assert isinstance(model, BayesianNetwork)
+        shapes = {s.name: s.shape for s in model.sites()}
+        return {
+            name: v.expand(torch.broadcast_shapes(v.shape, _one_draw(n, model, shapes[name]))).reshape(
+                (n, -1) + shapes[name]
+            )
+            for name, v in values[0].items()
+            if name in shapes
+        }
 
     def sample(self, n: int, seed: int | None = None) -> dict[str, Tensor]:
         """``{site: [n, *event]}``: n draws, each of a random member; a draw is a draw."""
@@ -245,17 +294,18 @@ class Posterior:
     def predict(
         self,
         x: Any,
-        num_samples: int = 16,
+        num_samples: int | None = None,
         batch_size: int | None = None,
         seed: int | None = None,
         *,
         return_site: str | None = None,
     ) -> Prediction:
-        """The predictive distribution at x, from ``num_samples`` draws of every member.
+        """The predictive distribution at x, from draws of every member.
 
         A draw is a whole function: the same for all rows of x and for every ``batch_size``.
 
         :param x: tensor, dict or tuple with N samples on axis 0, on any device.
+        :param num_samples: draws of every member; by default those of :meth:`number_of_draws`.
         :param batch_size: number of samples in one pass; by default what fits a fixed memory budget.
         :param seed: makes the draws reproducible, and leaves the global random state alone.
         :param return_site: for a model that is not of this package, the site whose values are wanted.
@@ -263,7 +313,7 @@ class Posterior:
         """
         model = self.model
         if not isinstance(model, BayesianNetwork) or model.likelihood is None and return_site is not None:
-            return Prediction(self._foreign(x, num_samples, seed, return_site), None)
+            return Prediction(self._foreign(x, self.number_of_draws(num_samples), seed, return_site), None)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}: expected a number of samples, at least 1")
         require_finite(x)
@@ -271,7 +321,7 @@ class Posterior:
         x = to_device(x, like)
         outputs, noise = [], []
         with torch.no_grad(), _evaluating(model):
-            for group, index in self._groups(num_samples, seed, x):
+            for group, index in self._groups(self.number_of_draws(num_samples), seed, x):
                 if model.site("noise") in group:
                     noise.append(group[model.site("noise")])
                 stored = self._guide.statistics() if isinstance(self._guide, DrawsGuide) else {}
@@ -290,11 +340,11 @@ class Posterior:
         return Prediction(torch.cat(outputs), model.likelihood, torch.cat(noise) if noise else None)
 
     def log_likelihood(
-        self, x: Any, y: Tensor, num_samples: int = 16, batch_size: int | None = None, seed: int | None = None
+        self, x: Any, y: Tensor, num_samples: int | None = None, batch_size: int | None = None, seed: int | None = None
     ) -> Tensor:
         """``[draws, members, N]``: ``log p(y | x, weights)`` under every draw of every member, in nats."""
         if not isinstance(self.model, BayesianNetwork):
-            return self._foreign_log_likelihood(x, y, num_samples, seed)
+            return self._foreign_log_likelihood(x, y, self.number_of_draws(num_samples), seed)
         count_samples(x, y)
         prediction = self.predict(x, num_samples, batch_size, seed)
         return prediction.log_prob(y.to(prediction.outputs.device))
@@ -441,7 +491,7 @@ class Posterior:
             index = torch.cat([index for _, index in groups if index is not None])
             statistics = {name: value[index.to(value.device)] for name, value in self._guide.statistics().items()}
         guide = DrawsGuide(draws, self.model, self.chains if n == self.stored else 1, statistics)
-        return Posterior(self.model, guide, losses=self.losses)
+        return Posterior(self.model, guide, losses=self.losses, sampler=self.sampler)
 
 
 def require_finite(x: Any, name: str = "x") -> None:

@@ -86,7 +86,7 @@ def sparsify(
     new = type(model).from_arguments(smaller, arguments)
     kept = DrawsGuide(draws, new, guide.chains, statistics)
     after = _size(new.core().net, dict(_by_parameter(new, kept)), example)
-    return Sparsified(Posterior(new, kept, losses=posterior.losses), masks, before, after)
+    return Sparsified(Posterior(new, kept, losses=posterior.losses, sampler=posterior.sampler), masks, before, after)
 
 
 def _masks(model: BayesianNetwork, odds: dict[str, Tensor], level: float | None) -> Masks:

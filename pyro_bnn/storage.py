@@ -78,6 +78,7 @@ def save(posterior: Posterior, path: str | os.PathLike[str], *, prior: bool = Tr
         "guide": {"class": type(guide).__name__, **arguments, **names},
         "network": parameters,
         "losses": posterior.losses,
+        "sampler": posterior.sampler,
     }
     path = Path(path)
     if path.exists() and not (path / _JSON).is_file():
@@ -166,7 +167,7 @@ def load(
     if device is not None:
         model.to(device)
         guide.to(device)
-    return Posterior(model, guide, losses=content["losses"])
+    return Posterior(model, guide, losses=content["losses"], sampler=content.get("sampler", {}))
 
 
 def _guide(description: dict[str, Any], model: BayesianNetwork, tensors: dict[str, Tensor]) -> nn.Module:

@@ -243,6 +243,9 @@ def test_posterior_of_nuts_and_of_an_autoguide() -> None:
     mcmc.run(x, y)
     posterior = pb.Posterior.from_mcmc(mcmc, model)
     assert posterior.members == 1 and posterior.stored == 6
+    told = mcmc.diagnostics()
+    assert posterior.sampler["divergences"] == len(told["divergences"]["chain 0"])
+    assert posterior.sampler["acceptance rate"] == told["acceptance rate"]["chain 0"]
     outputs = posterior.predict(x, 6).outputs
     with torch.no_grad():
         traced = [
