@@ -1,60 +1,32 @@
-"""The command line: `pyro-bnn fit` trains a Bayesian network beside its deterministic twin, `evaluate` scores it again.
+"""The command line: `pyro-bnn fit` trains a Bayesian network beside its deterministic twin, `evaluate` scores it again,
+`report` makes a page of a run and `compare` one of several methods."""
 
-A run folder holds
-
-- ``config.json``: every option as it was used, the shape of the inputs and how raw data became tensors;
-- ``metrics.json``: the metrics of the Bayesian network, and under ``deterministic`` those of its twin;
-- ``posterior/`` and ``deterministic/``: the two fitted posteriors, for `pyro_bnn.load`;
-- ``posterior.nc``: the posterior and its predictions on test data, for ArviZ.
-"""
-
-import io
-import json
-import math
-import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 import pyro_bnn as pb
-from pyro_bnn.data import IMAGE_SIZE, Encoding, Task, load
+from pyro_bnn import runs
+from pyro_bnn.data import IMAGE_SIZE, Task, load
+from pyro_bnn.diagnostics.glossary import measured
+from pyro_bnn.files import write_json
+from pyro_bnn.options import Family, Group, Method, Network, Options, Prior, Sampling, Update, check, complete
 from pyro_bnn.pretrained import find_weights, image_size
-from pyro_bnn.recipes import (
-    DEFAULT_PRIORS,
-    Family,
-    Group,
-    Method,
-    Metrics,
-    Network,
-    Options,
-    Prior,
-    Sampling,
-    Trained,
-    Update,
-    bayesian,
-    build_network,
-    codebook,
-    deterministic,
-    find_device,
-    particles,
-    sample,
-    sparsity_of,
-    train,
-    trained_network,
-)
+from pyro_bnn.recipes import Metrics, Trained, find_device, measure, new_network
+from pyro_bnn.recipes import fit as fit_network
 
-FORMAT = 1
-ARVIZ_DRAWS = 100
-ARVIZ_ROWS = 1000
+#: metrics that `fit` and `evaluate` print; the others are in metrics.json and on the page of `report`
+PRINTED = {
+    *("accuracy", "rmse", "nll", "crps", "brier", "ece", "coverage", "width", "aurc", "ood_auroc"),
+    *("seconds", "trainable_parameters", "sparsity", "bits_per_coded_weight"),
+}
 
 app = typer.Typer(
     help="Bayesian neural networks as Pyro programs.",
@@ -125,73 +97,54 @@ def fit(
     """Trains a Bayesian network and, with the same budget, its deterministic twin; compares both on test data."""
     console = Console(quiet=quiet)
     with _user_errors(ValueError, OSError):
-        if not (lr > 0 and math.isfinite(lr)):
-            raise ValueError(f"--lr must be a positive number, got {lr}")
-        if method == "dense" and family != "normal":
-            raise ValueError(f"--family {family} goes with --method rank1; --method dense has Normals")
-        spike_slab = method == "spike-slab"
-        if not spike_slab and (sparsity is not None or temperature != 1):
-            raise ValueError("--sparsity and --temperature go with --method spike-slab")
-        if spike_slab and (family != "normal" or components is not None or prior not in (None, "spike-and-slab")):
-            raise ValueError(
-                "--method spike-slab has a prior of its own and no guide: no --prior, --family, --components"
-            )
-        bella = method == "bella"
-        sharing = method == "weight-sharing"
-        if not bella and (particles_, rank, update) != (None,) * 3:
-            raise ValueError("--particles, --rank and --update go with --method bella")
-        if bella and (family != "normal" or components is not None or samples is not None):
-            raise ValueError("--method bella has particles: no --family, --components, --samples")
-        if not sharing and (codes, sampling) != (None,) * 2:
-            raise ValueError("--codes and --sampling go with --method weight-sharing")
-        if sharing and (family != "normal" or components is not None):
-            raise ValueError("--method weight-sharing has a codebook of Normals: no --family, --components")
-        if not bella and not sharing and pretrained is not None:
-            raise ValueError("--pretrained goes with --method bella or weight-sharing")
+        asked: dict[str, Any] = {
+            "data": data if data == "digits" else str(Path(data).resolve()),
+            "target": target,
+            "network": None if network == "auto" else network,
+            "epochs": epochs,
+            "components": components,
+            "prior": prior,
+            "family": family,
+            "group": group,
+            "sparsity": sparsity,
+            "temperature": temperature,
+            "particles": particles_,
+            "rank": rank,
+            "update": update,
+            "pretrained": pretrained,
+            "codes": codes,
+            "sampling": sampling,
+            "batch_size": batch_size,
+            "lr": lr,
+            "samples": samples,
+            "seed": seed,
+        }
+        check(method, asked)
         weights = None
-        if bella and pretrained is not None and not Path(pretrained).exists():
+        if method == "bella" and pretrained is not None and not Path(pretrained).exists():
             weights = find_weights(pretrained)
         if weights is not None and network != "auto":
             raise ValueError(f"--pretrained {pretrained} has a network of its own: no --network")
         place = find_device(device)
         task = load(data, target, size=IMAGE_SIZE if weights is None else image_size(weights))
         folder = out or Path("runs") / f"{method}-{task.name}"
-        _check_free(folder, overwrite)
-        options = Options(
-            data=data if data == "digits" else str(Path(data).resolve()),
-            target=target,
-            method=method,
-            network=weights or (network if network != "auto" else "cnn" if task.x_train.dim() == 4 else "mlp"),
-            epochs=epochs,
-            components=components or (4 if method == "rank1" else 1),
-            prior=prior or DEFAULT_PRIORS[method],
-            family=family,
-            group=group,
-            sparsity=(0.8 if sparsity is None else sparsity) if spike_slab else 0.0,
-            temperature=temperature,
-            particles=particles_ or 5,
-            rank=rank or 4,
-            update=update or "svgd",
-            pretrained=None if pretrained is None else weights or str(Path(pretrained).resolve()),
-            codes=codes or 256,
-            sampling=sampling or "codebook",
-            batch_size=min(batch_size, len(task.x_train)),
-            lr=lr,
-            samples=samples or (1 if bella else 16),
-            seed=seed,
-            device=str(place),
-        )
-        torch.manual_seed(seed)
-        with redirect_stdout(io.StringIO()) if quiet else nullcontext():  # torch.hub prints what it downloads
-            net = build_network(options.network, tuple(task.x_train.shape[1:]), task.out_features, load=True).to(place)
+        _require_folder(folder)
+        _require_free(folder / "config.json", f"{str(folder)!r} holds a run already", overwrite)
+        asked["device"] = str(place)
+        if weights is not None:
+            asked["network"] = asked["pretrained"] = weights
+        elif pretrained is not None:
+            asked["pretrained"] = str(Path(pretrained).resolve())
+        options = complete(method, asked, task)
+        net = new_network(options, task, console)
         known, field = None, None
         if pretrained is not None and not weights:
             known, field = _pretrained(Path(pretrained), options, net, task)
         folder.mkdir(parents=True, exist_ok=True)
 
-    with _user_errors(ArithmeticError, ValueError):
+    with _user_errors(ArithmeticError, ValueError, OSError):
         if known is not None:
-            which = "mean field" if sharing and field is not None else "deterministic network"
+            which = "mean field" if method == "weight-sharing" and field is not None else "deterministic network"
             console.print(f"The {which} of {pretrained}", soft_wrap=True, highlight=False)
         elif weights is not None:
             console.print(
@@ -200,31 +153,13 @@ def fit(
                 soft_wrap=True,
                 highlight=False,
             )
-        elif bella:
+        elif method == "bella":
             console.print("No --pretrained: first the deterministic network, then particles around it")
-        elif sharing:
+        elif method == "weight-sharing":
             console.print("No --pretrained: first the deterministic network, then codes for its weights")
-        twin = known or train(deterministic(net, task), task, options, console)
-        compression: Metrics = {}
-        if options.method == "spike-slab":
-            found = sample(trained_network(twin.posterior), task, options, console)
-        elif bella:
-            found = particles(net if weights else trained_network(twin.posterior), task, options, console)
-        elif sharing:
-            found, compression = codebook(twin, field, task, options, console)
-        else:
-            found = train(bayesian(net, task, options), task, options, console)
-    metrics = _measure(found.posterior, task, options) | found.cost
-    metrics["deterministic"] = _measure(twin.posterior, task, options) | twin.cost
-    if options.method == "spike-slab":
-        metrics["sparsity"], metrics["deterministic"]["sparsity"] = sparsity_of(found.posterior), 0.0
-    if sharing:
-        metrics["compression"] = compression
-        metrics["bits_per_coded_weight"] = 8 * compression["bytes"]["total"] / compression["weights"]
-        metrics["deterministic"]["bits_per_coded_weight"] = 32.0
-    with _user_errors(ValueError, OSError):
-        _save(folder, task, options, found.posterior, twin.posterior, metrics)
-    console.print(_table(metrics, options, task.name))
+        fitted = fit_network(net, task, options, console, known, field)
+        runs.save(folder, task, options, fitted)
+    console.print(_table(fitted.metrics, options, task.name))
     console.print(f"Saved in {folder}", soft_wrap=True, highlight=False)
 
 
@@ -239,157 +174,139 @@ def evaluate(
     """Scores a saved run again, on its own test data (metrics.json) or on others (metrics-NAME.json)."""
     with _user_errors(ValueError, OSError):
         place = find_device(device)
-        options, in_shape, encoding = _read_config(folder)
-        if target is None and (data is None or Path(data).suffix.lower() == ".csv"):
-            target = options.target
-        task = load(data or options.data, target, encoding, in_shape[-1])
-        if tuple(task.x_test.shape[1:]) != in_shape:
-            raise ValueError(
-                f"a row of {data or options.data!r} has shape {tuple(task.x_test.shape[1:])}, "
-                f"the network of {str(folder)!r} takes {in_shape}"
-            )
-        net = build_network(options.network, in_shape, task.out_features).to(place)
-        posterior = pb.load(folder / "posterior", net)
-        twin = pb.load(folder / "deterministic", net)
-        known = _read_json(folder / "metrics.json")
+        run = runs.read(folder)
+        task = run.task(data, target)
+        net = run.network().to(place)
+        posterior, twin = run.posterior(net), run.posterior(net, "deterministic")
+        known = run.metrics()
+        metrics = known | measure(posterior, task, run.options)
+        metrics["deterministic"] = known.get("deterministic", {}) | measure(twin, task, run.options)
+        write_json(folder / ("metrics.json" if data is None else f"metrics-{task.name}.json"), metrics)
+    Console(quiet=quiet).print(_table(metrics, run.options, task.name))
 
-    metrics = known | _measure(posterior, task, options)
-    metrics["deterministic"] = known.get("deterministic", {}) | _measure(twin, task, options)
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder of `pyro-bnn fit`")],
+    out: Annotated[Path | None, typer.Option(help="the page [default: RUN/report.html]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the page that is there")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
+) -> None:
+    """Makes one self-contained page of a saved run: what to trust, its metrics, pictures."""
+    from pyro_bnn.diagnostics.report_page import report as write_report  # takes seconds, as in `compare`
+
     with _user_errors(ValueError, OSError):
-        _write_json(folder / ("metrics.json" if data is None else f"metrics-{task.name}.json"), metrics)
-    Console(quiet=quiet).print(_table(metrics, options, task.name))
+        place = find_device(device)
+        run = runs.read(folder)
+        path = out or folder / "report.html"
+        _require_free(path, f"{str(path)!r} is there already", overwrite)
+        task = run.task()
+        net = run.network().to(place)
+        write_report(
+            run.posterior(net),
+            (task.x_test, task.y_test),
+            path=path,
+            ood=task.x_ood if task.kind == "classification" else None,
+            twin=run.posterior(net, "deterministic"),
+            title=f"{task.name}: {run.options.describe()}",
+            metrics=run.metrics(),
+            settings=asdict(run.options),
+            num_samples=run.options.samples,
+            seed=run.options.seed,
+        )
+    Console(quiet=quiet).print(f"Saved {path}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def compare(
+    data: Annotated[
+        str | None, typer.Option(help="as for `fit` [default: that of the first of --runs, or digits]")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="column of a .csv that is to be predicted")] = None,
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(help="to train, with commas or repeated [default: all, or with --runs none]"),
+    ] = None,
+    runs_: Annotated[
+        list[Path] | None, typer.Option("--runs", help="folder of a run to take in; repeat for several")
+    ] = None,
+    network: Annotated[Network, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
+    epochs: Annotated[int, typer.Option(min=1, help="passes over the training data, the same for every method")] = 60,
+    batch_size: Annotated[int, typer.Option(min=1, help="rows of a training step")] = 64,
+    lr: Annotated[float, typer.Option(help="as for `fit`")] = 1e-2,
+    seed: Annotated[int, typer.Option(min=0, help="of weights, batches and draws")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="folder [default: runs/compare-DATA]")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace the comparison there, and runs of other options")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
+) -> None:
+    """Trains several methods with the same budget, and their deterministic twin once; compares all on the test data.
+
+    Each is a run in a folder of its own under --out. What is finished there already, with the same options, is not
+    trained again.
+    """
+    from pyro_bnn import comparing  # takes seconds, which no other command should pay
+
+    console = Console(quiet=quiet)
+    with _user_errors(ArithmeticError, ValueError, OSError):
+        chosen = comparing.parse_methods(methods, default_all=not runs_)
+        place = find_device(device)
+        given = [runs.read(folder) for folder in runs_ or []]
+        if data is None and given:
+            data, target = given[0].options.data, target or given[0].options.target
+        task = load(data or "digits", target, given[0].encoding if given else None)
+        folder = out or Path("runs") / f"compare-{task.name}"
+        _require_folder(folder)
+        _require_free(folder / "comparison.json", f"{str(folder)!r} holds a comparison already", overwrite)
+        asked: dict[str, Any] = {
+            "data": str(Path(data).resolve()) if data not in (None, "digits") else "digits",
+            "target": target,
+            "network": None if network == "auto" else network,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "lr": lr,
+            "seed": seed,
+            "device": str(place),
+        }
+        plan = comparing.plan(folder, chosen, asked, task, overwrite)
+        comparing.require_same_data(given, task)
+        found = [*given, *comparing.train_all(plan, task, console)]
+        console.print(comparing.write(folder, found, task, place))
+    console.print(f"Saved in {folder}", soft_wrap=True, highlight=False)
 
 
 def _pretrained(folder: Path, options: Options, net: nn.Module, task: Task) -> tuple[Trained, pb.Posterior | None]:
     """The deterministic network of another run on data of the same form, and its mean field, if it has one."""
-    theirs, in_shape, _ = _read_config(folder)
-    if (theirs.network, in_shape) != (options.network, tuple(task.x_train.shape[1:])):
+    theirs = runs.read(folder)
+    if (theirs.options.network, theirs.in_shape) != (options.network, tuple(task.x_train.shape[1:])):
         raise ValueError(
-            f"--pretrained {folder} holds the network {theirs.network!r} for inputs of shape {in_shape}; this run has "
-            f"{options.network!r} for {tuple(task.x_train.shape[1:])}"
+            f"--pretrained {folder} holds the network {theirs.options.network!r} for inputs of shape "
+            f"{theirs.in_shape}; this run has {options.network!r} for {tuple(task.x_train.shape[1:])}"
         )
-    posterior = pb.load(folder / "deterministic", net)
-    known = _read_json(folder / "metrics.json").get("deterministic", {})
-    twin = Trained(posterior, {key: known.get(key) for key in ("seconds", "trainable_parameters")})
-    field = theirs.method == "dense" and theirs.components == 1
-    return twin, pb.load(folder / "posterior", net) if field else None
-
-
-def _measure(posterior: pb.Posterior, task: Task, options: Options) -> Metrics:
-    """Metrics on the test data, those of a regression in the target's own unit."""
-    ood = task.x_ood if task.kind == "classification" else None
-    metrics: Metrics = pb.diagnostics.evaluate(
-        posterior, (task.x_test, task.y_test), ood, num_samples=options.samples, seed=options.seed
-    )
-    if task.kind == "classification":
-        return {"ood_auroc": None} | metrics
-    metrics["rmse"] *= task.encoding.y_scale
-    metrics["nll"] += math.log(task.encoding.y_scale)
-    return metrics
+    field = theirs.options.method == "dense" and theirs.options.components == 1
+    return theirs.twin(net), theirs.posterior(net) if field else None
 
 
 def _table(metrics: Metrics, options: Options, name: str) -> Table:
-    kind = f"{options.method}, {options.components} component{'s' if options.components > 1 else ''}"
-    if options.method == "spike-slab":
-        kind = f"spike-slab, {options.samples} draws"
-    elif options.method == "bella":
-        kind = f"bella, {options.particles} particles by {options.update}"
-    elif options.method == "weight-sharing":
-        kind = f"weight sharing, at most {options.codes} codes"
-    table = Table("on test data", kind, "deterministic", title=f"{name}, {options.network}, {options.epochs} epochs")
-    formats: Mapping[str, tuple[str, Callable[[Any], str]]] = {
-        "accuracy": ("accuracy", "{:.4f}".format),
-        "rmse": ("RMSE", "{:.4g}".format),
-        "nll": ("NLL (nats)", "{:.4f}".format),
-        "brier": ("Brier score", "{:.4f}".format),
-        "ece": ("ECE", "{:.4f}".format),
-        "coverage": ("coverage of 95 % intervals", "{:.3f}".format),
-        "ood_auroc": ("OOD AUROC", "{:.4f}".format),
-        "seconds": ("training (s)", "{:.1f}".format),
-        "trainable_parameters": ("trainable parameters", "{:,}".format),
-        "sparsity": ("parameters removed", "{:.1%}".format),
-        "bits_per_coded_weight": ("bits a coded weight", "{:.2f}".format),
-    }
-    for key, (label, text) in formats.items():
-        if metrics.get(key) is not None:
-            table.add_row(label, text(metrics[key]), text(metrics["deterministic"][key]))
+    title = f"{name}, {options.network}, {options.epochs} epochs"
+    table = Table("on test data", options.describe(), "deterministic", title=title)
+    for key, shown in measured(metrics):
+        if key in PRINTED:
+            table.add_row(shown.label, shown.text(metrics[key]), shown.text(metrics["deterministic"].get(key)))
     return table
 
 
-def _check_free(folder: Path, overwrite: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"--out {folder} is a file; give a folder")
-    if not overwrite and (folder / "config.json").exists():
-        raise FileExistsError(f"{str(folder)!r} holds a run already; give another --out, or --overwrite")
+def _require_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"--out {path} is a file; give a folder")
 
 
-def _save(
-    folder: Path, task: Task, options: Options, bayesian: pb.Posterior, twin: pb.Posterior, metrics: Metrics
-) -> None:
-    """Writes ``config.json`` last: a folder without it is no run, whatever else a killed process left in it."""
-    (folder / "config.json").unlink(missing_ok=True)
-    bayesian.save(folder / "posterior")
-    twin.save(folder / "deterministic")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # ArviZ announces its next release on import
-        draws = pb.diagnostics.to_arviz(
-            bayesian,
-            task.x_test[:ARVIZ_ROWS],
-            task.y_test[:ARVIZ_ROWS],
-            num_samples=bayesian.stored
-            or (1 if options.method == "bella" else math.ceil(ARVIZ_DRAWS / bayesian.members)),
-            seed=options.seed,
-        )
-        with _replacing(folder / "posterior.nc") as path:
-            draws.to_netcdf(str(path))
-    _write_json(folder / "metrics.json", metrics)
-    config = {
-        "format": FORMAT,
-        "options": asdict(options),
-        "in_shape": list(task.x_train.shape[1:]),
-        "encoding": asdict(task.encoding),
-    }
-    _write_json(folder / "config.json", config)
-
-
-def _read_config(folder: Path) -> tuple[Options, tuple[int, ...], Encoding]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{str(folder)!r} is not the folder of a run: it has no config.json")
-    config = _read_json(path)
-    if config.get("format") != FORMAT:
-        raise ValueError(f"{str(path)!r} has format {config.get('format')!r}, this version reads format {FORMAT}")
-    try:
-        encoding = Encoding.from_json(config["encoding"])
-        return Options(**config["options"]), tuple(config["in_shape"]), encoding
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{str(path)!r} is not the configuration of a run: {error}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{str(path)!r} holds {type(content).__name__}, expected an object with names")
-    return content
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with _replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` once all is written."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _require_free(path: Path, what: str, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{what}; give another --out, or --overwrite")
 
 
 @contextmanager

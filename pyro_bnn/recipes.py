@@ -1,11 +1,13 @@
-"""What `pyro-bnn fit` trains: from its options to networks, models and posteriors."""
+"""What `pyro-bnn fit` trains: from its options to networks, models, posteriors and their metrics."""
 
 import copy
+import io
 import math
 import re
 import time
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -15,64 +17,9 @@ import pyro_bnn as pb
 from pyro_bnn import pretrained
 from pyro_bnn.data import Task
 from pyro_bnn.models import architectures
+from pyro_bnn.options import Network, Options
 
 Metrics = dict[str, Any]
-
-Method = Literal["rank1", "dense", "spike-slab", "bella", "weight-sharing"]
-Network = Literal["auto", "cnn", "mlp", "resnet18"]
-Family = Literal["normal", "cauchy"]
-Prior = Literal[
-    "hierarchical-cauchy",
-    "hierarchical-normal",
-    "horseshoe",
-    "normal",
-    "cauchy",
-    "laplace",
-    "student-t",
-    "spike-and-slab",
-    "gaussian-mixture",
-]
-Group = Literal["weight", "kernel", "input", "output"]
-Update = Literal["svgd", "wgd", "ensemble"]
-Sampling = Literal["codebook", "mixture", "shared"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a run was asked for, with everything that was left to choose filled in."""
-
-    data: str
-    target: str | None
-    method: Method
-    network: str
-    epochs: int
-    components: int
-    prior: Prior
-    family: Family
-    group: Group
-    sparsity: float
-    temperature: float
-    batch_size: int
-    lr: float
-    samples: int
-    seed: int
-    device: str
-    particles: int = 5
-    rank: int = 4
-    update: Update = "svgd"
-    pretrained: str | None = None
-    codes: int = 256
-    sampling: Sampling = "codebook"
-
-
-DEFAULT_PRIORS: dict[Method, Prior] = {
-    "rank1": "hierarchical-cauchy",
-    "dense": "normal",
-    "spike-slab": "spike-and-slab",
-    "bella": "normal",
-    "weight-sharing": "gaussian-mixture",
-}
-
 
 #: a code has the gradients of all its weights, and goes where the objective sends it at once: docs/weight_sharing.md
 CODE_SLOWER = 30.0
@@ -80,8 +27,71 @@ CODE_SLOWER = 30.0
 
 @dataclass(frozen=True)
 class Trained:
+    """A posterior, and what it took: seconds and number of trained parameters."""
+
     posterior: pb.Posterior
     cost: Metrics
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A Bayesian network, its deterministic twin, and the metrics of both as ``metrics.json`` holds them."""
+
+    posterior: pb.Posterior
+    twin: Trained
+    metrics: Metrics
+
+
+def fit(
+    net: nn.Module,
+    task: Task,
+    options: Options,
+    console: Console,
+    twin: Trained | None = None,
+    field: pb.Posterior | None = None,
+) -> Fitted:
+    """Trains and measures what the options ask for, and first its twin, unless that is given.
+
+    :param twin: the deterministic network, with the weights that particles or codes begin at.
+    :param field: a mean field for codes to begin at, instead of the twin.
+    :raises ArithmeticError, ValueError: when training diverges, or an option does not fit the network.
+    """
+    twin = twin or train(deterministic(net, task), task, options, console)
+    compression: Metrics = {}
+    match options.method:
+        case "spike-slab":
+            found = sample(trained_network(twin.posterior), task, options, console)
+        case "bella":
+            start = net if isinstance(net, pretrained.Pretrained) else trained_network(twin.posterior)
+            found = particles(start, task, options, console)
+        case "weight-sharing":
+            found, compression = codebook(twin, field, task, options, console)
+        case _:
+            found = train(bayesian(net, task, options), task, options, console)
+    metrics = measure(found.posterior, task, options) | found.cost
+    metrics["deterministic"] = measure(twin.posterior, task, options) | twin.cost
+    if options.method == "spike-slab":
+        metrics["sparsity"], metrics["deterministic"]["sparsity"] = sparsity_of(found.posterior), 0.0
+    if options.method == "weight-sharing":
+        metrics["compression"] = compression
+        metrics["bits_per_coded_weight"] = 8 * compression["bytes"]["total"] / compression["weights"]
+        metrics["deterministic"]["bits_per_coded_weight"] = 32.0
+    return Fitted(found.posterior, twin, metrics)
+
+
+def measure(posterior: pb.Posterior, task: Task, options: Options) -> Metrics:
+    """Metrics on the test data, those of a regression in the target's own unit."""
+    ood = task.x_ood if task.kind == "classification" else None
+    metrics: Metrics = pb.diagnostics.evaluate(
+        posterior, (task.x_test, task.y_test), ood, num_samples=options.samples, seed=options.seed
+    )
+    if task.kind == "classification":
+        return {"ood_auroc": None} | metrics
+    unit = task.encoding.y_scale
+    metrics["nll"] += math.log(unit)
+    for name, power in {"rmse": 1, "crps": 1, "width": 1, "aleatoric": 2, "epistemic": 2}.items():
+        metrics[name] *= unit**power
+    return metrics
 
 
 def bayesian(net: nn.Module, task: Task, options: Options) -> tuple[nn.Module, nn.Module]:
@@ -146,6 +156,17 @@ def build_network(name: str, in_shape: tuple[int, ...], out_features: int, load:
     if name == "resnet18":
         return architectures.resnet18(out_features, in_channels=in_shape[0])
     return architectures.digits_cnn(out_features, in_channels=in_shape[0])
+
+
+def new_network(options: Options, task: Task, console: Console) -> nn.Module:
+    """The network to be trained, on its device, its weights drawn with the seed of the run.
+
+    :raises ValueError, OSError: as :func:`build_network`.
+    """
+    torch.manual_seed(options.seed)
+    with redirect_stdout(io.StringIO()) if console.quiet else nullcontext():  # torch.hub prints what it downloads
+        net = build_network(options.network, tuple(task.x_train.shape[1:]), task.out_features, load=True)
+    return net.to(options.device)
 
 
 def find_device(name: str) -> torch.device:

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from click.testing import Result
+from html_page import require_self_contained
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,7 +19,16 @@ from pyro_bnn import data
 from pyro_bnn.cli import app
 from pyro_bnn.models import architectures
 
-MEASURED = {"accuracy", "nll", "brier", "ece", "ood_auroc"}
+MEASURED = {
+    *("accuracy", "nll", "brier", "ece", "ece_adaptive", "ece_classwise", "aurc", "augrc", "risk_at_80"),
+    *("aleatoric", "epistemic", "disagreement"),
+    *(
+        f"ood_{name}{of}"
+        for name in ("auroc", "aupr", "fpr95")
+        for of in ("", "_max_probability", "_mutual_information")
+    ),
+}
+OF_NUMBERS = {"nll", "rmse", "crps", "coverage", "width", "aleatoric", "epistemic"}
 COST = {"seconds", "trainable_parameters"}
 
 
@@ -252,9 +262,12 @@ def test_csv_regression_is_scored_in_the_unit_of_its_target(tmp_path: Path) -> N
             "--quiet",
         )
         found.append(metrics_of(tmp_path / "run"))
-    assert set(found[0]) == {"rmse", "nll", "coverage", "deterministic"} | COST
+    assert set(found[0]) == OF_NUMBERS | {"deterministic"} | COST
     for one, thousand in ((found[0], found[1]), (found[0]["deterministic"], found[1]["deterministic"])):
-        assert thousand["rmse"] == pytest.approx(1000 * one["rmse"], rel=1e-2)
+        for name in ("rmse", "crps", "width"):
+            assert thousand[name] == pytest.approx(1000 * one[name], rel=1e-2)
+        for name in ("aleatoric", "epistemic"):
+            assert thousand[name] == pytest.approx(1e6 * one[name], rel=2e-2)
         assert thousand["nll"] == pytest.approx(one["nll"] + np.log(1000), abs=1e-2)
     run("evaluate", tmp_path / "run", "--quiet")
     assert metrics_of(tmp_path / "run") == found[1]
@@ -327,6 +340,14 @@ def test_a_run_is_not_overwritten_unasked(digits_run: tuple[Path, str]) -> None:
         (["fit", "--data", "table.csv", "--target", "a", "--network", "cnn"], "--network cnn takes images"),
         (["fit", "--device", "abacus"], "--device abacus is not to be had here"),
         (["fit", "--out", "notes.txt"], "--out notes.txt is a file; give a folder"),
+        (["report", "nowhere"], "'nowhere' is not the folder of a run: it has no config.json"),
+        (["report", "broken"], "'broken/config.json' is not JSON"),
+        (["compare", "--methods", "rank1,vi"], "--methods: there is no 'vi'; the methods are rank1, dense, spike-slab"),
+        (["compare", "--data", "nowhere.npz"], "no such data: 'nowhere.npz'"),
+        (["compare", "--runs", "nowhere"], "'nowhere' is not the folder of a run"),
+        (["compare", "--lr", "0"], "--lr must be a positive number, got 0.0"),
+        (["compare", "--out", "notes.txt"], "--out notes.txt is a file; give a folder"),
+        (["compare", "--methods", ","], "--methods names none"),
         (["evaluate", "nowhere"], "'nowhere' is not the folder of a run: it has no config.json"),
         (["evaluate", "broken"], "'broken/config.json' is not JSON"),
         (["evaluate", "newer"], "has format 2, this version reads format 1"),
@@ -376,6 +397,77 @@ def test_evaluate_refuses_a_broken_posterior(digits_run: tuple[Path, str], tmp_p
     (tmp_path / "run" / "config.json").write_bytes((folder / "config.json").read_bytes())
     result = run("evaluate", tmp_path / "run", expect=2)
     assert "posterior" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_report_has_every_number_of_the_run_and_no_other(digits_run: tuple[Path, str], tmp_path: Path) -> None:
+    """Proves that the page of a run is whole, equals metrics.json in every number, and is not replaced unasked."""
+    folder, _ = digits_run
+    assert "Saved" in run("report", folder, "--out", tmp_path / "page.html").output
+    html = (tmp_path / "page.html").read_text(encoding="utf-8")
+    reader = require_self_contained(html)
+    assert len(html) < 3_000_000
+    metrics = metrics_of(folder)
+    networks = {"Bayesian": metrics, "deterministic": metrics["deterministic"]}
+    expected = {
+        (name, network): value
+        for network, found in networks.items()
+        for name, value in found.items()
+        if isinstance(value, (int, float))
+    }
+    assert reader.numbers() == expected and len(expected) == 2 * len(MEASURED | COST)
+    assert "digits: rank1, 4 components" in reader.text and f"{metrics['nll']:.4f}" in reader.text
+    assert reader.text.index("Verdicts") < reader.text.index("NLL") < reader.text.index("Pictures")
+    result = run("report", folder, "--out", tmp_path / "page.html", expect=2)
+    assert "is there already; give another --out, or --overwrite" in result.stderr and result.stderr.count("\n") == 1
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == html
+
+
+def test_compare_trains_the_twin_once_and_takes_up_where_it_was_stopped(tmp_path: Path) -> None:
+    """Proves that methods share one twin and test data, that each is what `fit` gives, and that only what is missing is
+    trained again."""
+    source, folder = small_npz(tmp_path / "small.npz"), tmp_path / "all"
+    common = ("--data", source, "--epochs", 2)
+    output = run("compare", *common, "--methods", "rank1,bella", "--out", folder).output
+    assert output.count("PointGuide") == 1 and "finished already" not in output and "NLL − best" in output
+    run("fit", *common, "--method", "bella", "--out", tmp_path / "fit", "--quiet")
+    both = {name: metrics_of(folder / name) for name in ("rank1", "bella")}
+    assert without_seconds(both["bella"]) == without_seconds(metrics_of(tmp_path / "fit"))
+    found = metrics_of(folder, "comparison.json")
+    assert set(found["metrics"]) == {"rank1", "bella", "deterministic"} == set(found["nll_difference"])
+    for name, metrics in both.items():
+        assert found["metrics"][name] == {key: value for key, value in metrics.items() if key != "deterministic"}
+    reader = require_self_contained((folder / "comparison.html").read_text(encoding="utf-8"))
+    expected = {
+        (name, of): value for of, all_ in found["metrics"].items() for name, value in all_.items() if value is not None
+    }
+    expected |= {("nll_difference", of): gap["mean"] for of, gap in found["nll_difference"].items()}
+    assert reader.numbers() == expected
+    best = min(found["metrics"], key=lambda name: found["metrics"][name]["nll"])
+    for name, gap in found["nll_difference"].items():
+        assert gap["mean"] == pytest.approx(found["metrics"][name]["nll"] - found["metrics"][best]["nll"], abs=1e-6)
+
+    again = ("compare", *common, "--methods", "rank1", "--methods", "bella", "--out", folder)
+    assert "holds a comparison already; give another --out" in run(*again, expect=2).stderr
+    (folder / "comparison.json").unlink()
+    (folder / "rank1" / "config.json").unlink()
+    kept = (folder / "bella" / "metrics.json").stat().st_mtime_ns
+    output = run(*again).output
+    assert "bella: finished already" in output and "Rank1 with Rank1Guide" in output and "PointGuide" not in output
+    assert (folder / "bella" / "metrics.json").stat().st_mtime_ns == kept
+    assert without_seconds(metrics_of(folder, "comparison.json")) == without_seconds(found)
+
+    (folder / "comparison.json").unlink()
+    other = run("compare", "--data", source, "--epochs", 1, "--methods", "rank1,bella", "--out", folder, expect=2)
+    assert "holds a run of other options (epochs 2, not 1)" in other.stderr and other.stderr.count("\n") == 1
+
+    runs = ("--runs", folder / "rank1", "--runs", tmp_path / "fit")
+    assert "deterministic" in run("compare", *runs, "--out", tmp_path / "given").output
+    assert set(metrics_of(tmp_path / "given", "comparison.json")["metrics"]) == {"rank1", "fit", "deterministic"}
+    with np.load(source) as arrays:
+        np.savez(tmp_path / "other.npz", **{**arrays, "y_test": 1 - arrays["y_test"]})
+    differing = run("compare", *runs, "--data", tmp_path / "other.npz", "--out", tmp_path / "no", expect=2)
+    assert "takes the same test data for all" in differing.stderr and differing.stderr.count("\n") == 1
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.slow
