@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import arviz
-import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
 
+from pyro_bnn.densities import log_densities
+from pyro_bnn.diagnostics.arrays import Budget, Group, array, enumerated, outputs, plain, safe, sampled
+from pyro_bnn.diagnostics.sites import posterior_group
 from pyro_bnn.diagnostics.stream import log_density, predictions, predictions_of_inputs
+from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inclusion import has_inclusion
+from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size as count_rows
 
 if TYPE_CHECKING:
@@ -22,10 +25,10 @@ if TYPE_CHECKING:
 
 #: what to_arviz makes unless told otherwise
 GROUPS = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "observed_data", "constant_data")
+#: groups that come with others
+COMPANIONS = ("inclusion", "guide", "function", "training")
 #: draws of each member, from a posterior that can make any number
 DRAWS = 100
-
-Group = dict[str, xr.DataArray]
 
 
 def to_arviz(
@@ -35,6 +38,7 @@ def to_arviz(
     *,
     sites: str | Sequence[str] | None = None,
     groups: str | Sequence[str] = GROUPS,
+    probes: Any = None,
     num_samples: int | None = None,
     batch_size: int | None = None,
     max_values: int = 10_000_000,
@@ -46,16 +50,21 @@ def to_arviz(
     of K members (the components of a mixture, or particles), N rows of x and C classes:
 
     ========================  =======================================================================================
-    ``posterior``             the latent sites, ``(chain, draw[, member], ...)``; the dimension ``member`` where K > 1
+    ``posterior``             the latent sites, ``(chain, draw[, member], ...)``; the dimension ``member`` where K > 1;
+                              with ``probes`` the function there, ``(chain, draw[, member], probe[, class])``
     ``inclusion``             the posterior inclusion probability of every group of a spike-and-slab prior, by
                               parameter ``(<parameter>_dim_0, ...)``; comes with ``posterior``
     ``posterior_predictive``  ``obs``, draws of y, ``(chain, draw, obs_id[, output])``
     ``function``              what y is drawn from: ``probs`` ``(chain, draw, obs_id, class)`` of a classification,
                               ``mean`` of a regression or count; comes with ``posterior_predictive``
     ``log_likelihood``        ``obs``, log p(y_n | draw), ``(chain, draw, obs_id)``, in nats
-    ``sample_stats``          ``log_p`` and ``log_q`` of each draw ``(chain, draw[, member])``, in nats, of a
-                              posterior that knows them
+    ``sample_stats``          of each draw ``(chain, draw[, member])``, in nats: ``log_prior``; ``lp``, the joint
+                              density log p(y, draw), when x and y are all ``num_data`` training data; and of a
+                              posterior with a density, as variational ones have, ``log_q``, the density of the whole
+                              guide, with ``log_p``, which is ``lp`` by the name that goes with it
     ``training``              ``loss`` ``(step)``, the negative ELBO in nats per datum; comes with ``sample_stats``
+    ``guide``                 what the guide's parameters stand for, of guides that say so: the codes of a codebook
+                              ``(code)``; comes with ``posterior``
     ``observed_data``         ``obs``, which is y
     ``constant_data``         ``x``, or ``x_<key>`` for each tensor in it
     ========================  =======================================================================================
@@ -64,16 +73,20 @@ def to_arviz(
     are draws from the posterior, and ``arviz.loo`` would take a dimension of members for more observations.
 
     Networks have millions of weights, so sites come in short form: hyper-parameters (``..._tau``, ``..._inclusion``,
-    ``noise``, and any other site of one element) whole, every other site as ``<site>_mean`` and ``<site>_sd`` over its
-    elements.
+    ``noise``, and any other site of one element) whole, every other site as its ``_mean`` and ``_sd`` over its
+    elements. What layers have in common lies along a dimension ``layer``: ``fc.weight_tau`` is ``weight_tau`` at the
+    layer ``fc``, and ``fc.weight.s`` gives ``weight.s_mean`` and ``weight.s_sd`` there. A quantity of other layers than
+    those of the first one is along ``<quantity>_layer``.
 
     :param x: inputs of the network, any nesting of dicts and tuples of tensors. Not needed for the groups
         ``posterior`` and ``sample_stats``.
     :param y: the targets of x, ``[N, ...]``. Needed for ``log_likelihood`` and ``observed_data``.
-    :param sites: names of sites to store whole, or regular expressions that match whole names.
+    :param sites: names of sites to store whole, under their own names, or regular expressions that match whole names.
     :param groups: which groups to make; ``function`` and ``training`` come with others, as said above.
-    :param num_samples: draws from every member, S; by default all draws that the posterior stores (as after MCMC), and
-        100 of a posterior that draws anew. PSIS-LOO needs S K of this order.
+    :param probes: a few inputs of the network. The function at these is the part of the posterior that has no
+        symmetries: class probabilities, or the mean of y, to be looked at with R-hat, ESS and trace plots.
+    :param num_samples: draws from every member, S; by default all draws that the posterior stores (as after MCMC), 1 of
+        particles and points, and 100 of any other that draws anew. PSIS-LOO needs S K of this order.
     :param batch_size: the most rows of x in one forward pass.
     :param max_values: most numbers to store, over all groups. ``function``, ``inclusion`` and ``constant_data`` are
         left out, with a warning, when they do not fit; anything else that does not fit is an error.
@@ -87,21 +100,27 @@ def to_arviz(
     """
     wanted = _checked_groups(groups, x, y)
     if num_samples is None:
-        num_samples = posterior.stored or DRAWS
+        num_samples = posterior.stored or (1 if posterior.points else DRAWS)
     chains = posterior.chains if num_samples == posterior.stored else 1
-    budget = _Budget(max_values)
+    budget = Budget(max_values)
     tree: dict[str, Group] = {}
     if "posterior" in wanted:
-        tree["posterior"] = _posterior(posterior.draws(num_samples, seed=seed, example=x), sites, chains, budget)
+        tree["posterior"] = posterior_group(posterior, sites, num_samples, seed, x, chains, budget)
+        if probes is not None:
+            prediction = posterior.predict(probes, num_samples=num_samples, batch_size=batch_size, seed=seed)
+            tree["posterior"]["function"] = _at_probes(prediction, chains, budget)
         tree["inclusion"] = _inclusion(posterior, num_samples, seed, budget)
+        tree["guide"] = _guide(posterior.guide, budget)
     if "sample_stats" in wanted:
-        tree["sample_stats"] = _sample_stats(posterior, num_samples, seed, chains, budget)
         tree["training"] = _training(posterior.losses, budget)
     if "observed_data" in wanted and y is not None:
         budget.take("observed_data/obs", y.numel())
-        tree["observed_data"] = {"obs": _array(_plain(y, 1), "obs_id", *_outputs(_plain(y, 1).dim() - 1))}
+        tree["observed_data"] = {"obs": array(plain(y, 1), "obs_id", *outputs(plain(y, 1).dim() - 1))}
     settings = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
     tree |= _predictive(posterior, x, y, wanted, settings, chains, budget)
+    if "sample_stats" in wanted:
+        joint = tree.get("log_likelihood") if y is not None and y.shape[0] == _num_data(posterior) else None
+        tree["sample_stats"] = _sample_stats(posterior, num_samples, seed, x, chains, joint, budget)
     if "constant_data" in wanted:
         tree["constant_data"] = _constant_data(x, budget)
 
@@ -115,40 +134,9 @@ def to_arviz(
         )
         attrs["left_out"] = ", ".join(budget.left_out)
     return _container(
-        {name: xr.Dataset(tree[name]) for name in (*GROUPS, "inclusion", "function", "training") if tree.get(name)},
+        {name: xr.Dataset(tree[name]) for name in (*GROUPS, *COMPANIONS) if tree.get(name)},
         attrs,
     )
-
-
-class _Budget:
-    """How many numbers may still be stored."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
-        self.taken: dict[str, int] = {}
-        self.left_out: dict[str, int] = {}
-
-    def take(self, name: str, size: int) -> None:
-        """Books what must be stored.
-
-        :raises ValueError: when it does not fit.
-        """
-        self.taken[name] = size
-        if (total := sum(self.taken.values())) > self.limit:
-            largest = sorted(self.taken.items(), key=lambda item: -item[1])[:3]
-            raise ValueError(
-                f"the result would hold more than max_values={self.limit:,} numbers (at least {total:,}; the largest: "
-                f"{', '.join(f'{key} with {value:,}' for key, value in largest)}). Give fewer rows of x, a smaller "
-                "num_samples, fewer groups= or sites=, or raise max_values"
-            )
-
-    def offer(self, name: str, size: int) -> bool:
-        """Books what may be left out, and says whether it fits."""
-        if sum(self.taken.values()) + size > self.limit:
-            self.left_out[name] = size
-            return False
-        self.taken[name] = size
-        return True
 
 
 def _checked_groups(groups: str | Sequence[str], x: Any, y: Tensor | None) -> tuple[str, ...]:
@@ -167,70 +155,65 @@ def _checked_groups(groups: str | Sequence[str], x: Any, y: Tensor | None) -> tu
     return wanted
 
 
-def _posterior(draws: dict[str, Tensor], sites: str | Sequence[str] | None, chains: int, budget: _Budget) -> Group:
-    whole = _chosen_sites(sites, draws)
+def _at_probes(prediction: Prediction, chains: int, budget: Budget) -> xr.DataArray:
+    values = plain(prediction.members, 3)
+    if values.isnan().any():
+        raise ValueError("the posterior predicts NaN at the probes: look for parameters that diverged in training")
+    budget.take("posterior/function", values.numel())
+    kind = getattr(prediction.likelihood, "kind", None)
+    classes = ("class",) if kind == "classification" and values.dim() > 3 else ()
+    return sampled(values, chains, "probe", *outputs(values.dim() - 3 - len(classes)), *classes)
+
+
+def _guide(guide: Any, budget: Budget) -> Group:
+    if not isinstance(guide, MixtureGuide):
+        return {}
     group: Group = {}
-    for site, values in draws.items():
-        name, elements = _safe(site), values[0, 0].numel()
-        if site in whole or elements == 1 or site.endswith(("_tau", "_inclusion", "noise")):
-            budget.take(f"posterior/{name}", values.numel())
-            group[name] = _sampled(values, chains, *(f"{name}_dim_{axis}" for axis in range(values.dim() - 2)))
-        elif elements:
-            sd, mean = torch.std_mean(_at_least_float32(values.flatten(2)), -1, correction=0)
-            for suffix, summary in (("mean", mean), ("sd", sd)):
-                budget.take(f"posterior/{name}_{suffix}", summary.numel())
-                group[f"{name}_{suffix}"] = _sampled(summary, chains)
+    for name, (dims, values) in guide.summaries().items():
+        budget.take(f"guide/{name}", values.numel())
+        group[name] = array(values, *dims)
     return group
 
 
-def _chosen_sites(sites: str | Sequence[str] | None, available: Collection[str]) -> set[str]:
-    chosen: set[str] = set()
-    for site in (sites,) if isinstance(sites, str) else sites or ():
-        # A name is a pattern too, whose dots match anything: an exact match means that site alone.
-        matches = {site} if site in available else {name for name in available if _matches(site, name)}
-        if not matches:
-            raise ValueError(
-                f"sites: {site!r} is neither the name of a latent site nor a regular expression that matches one; "
-                f"there are {', '.join(available) or 'none'}"
-            )
-        chosen |= matches
-    return chosen
-
-
-def _matches(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error:
-        return False
-
-
-def _inclusion(posterior: Posterior, num_samples: int, seed: int, budget: _Budget) -> Group:
+def _inclusion(posterior: Posterior, num_samples: int, seed: int, budget: Budget) -> Group:
     if not has_inclusion(posterior.model):
         return {}
     group: Group = {}
     for parameter, values in posterior.inclusion_probabilities(num_samples, seed).items():
-        name = _safe(parameter)
+        name = safe(parameter)
         if budget.offer(f"inclusion/{name}", values.numel()):
-            group[name] = _array(values, *(f"{name}_dim_{axis}" for axis in range(values.dim())))
+            group[name] = array(values, *(f"{name}_dim_{axis}" for axis in range(values.dim())))
     return group
 
 
-def _sample_stats(posterior: Posterior, num_samples: int, seed: int, chains: int, budget: _Budget) -> Group:
-    densities = getattr(posterior, "log_p_log_q", None)
-    if densities is None:
+def _num_data(posterior: Posterior) -> int | None:
+    return getattr(posterior.model, "num_data", None)
+
+
+def _sample_stats(
+    posterior: Posterior, num_samples: int, seed: int, x: Any, chains: int, joint: Group | None, budget: Budget
+) -> Group:
+    """:param joint: the log-likelihood of all training data, if that is known."""
+    model = posterior.model
+    if not isinstance(model, BayesianNetwork):
         return {}
-    group: Group = {}
-    for name, values in zip(("log_p", "log_q"), densities(num_samples, seed=seed), strict=True):
+    log_prior, log_q = log_densities(posterior, num_samples, seed, example=x)
+    stats = {"log_prior": log_prior}
+    if joint is not None and model.likelihood is not None:
+        likelihood = torch.as_tensor(joint["obs"].values).sum(-1).reshape(log_prior.shape)
+        stats["lp"] = log_prior.cpu() + likelihood / model.likelihood.temperature
+    if log_q is not None:
+        stats |= {"log_p": stats["lp"], "log_q": log_q} if "lp" in stats else {"log_q": log_q}
+    for name, values in stats.items():
         budget.take(f"sample_stats/{name}", values.numel())
-        group[name] = _sampled(values, chains)
-    return group
+    return {name: sampled(values, chains) for name, values in stats.items()}
 
 
-def _training(losses: Sequence[float], budget: _Budget) -> Group:
+def _training(losses: Sequence[float], budget: Budget) -> Group:
     if not losses:
         return {}
     budget.take("training/loss", len(losses))
-    return {"loss": _array(torch.tensor(losses, dtype=torch.float64), "step")}
+    return {"loss": array(torch.tensor(losses, dtype=torch.float64), "step")}
 
 
 def _predictive(
@@ -240,7 +223,7 @@ def _predictive(
     wanted: Sequence[str],
     settings: dict[str, Any],
     chains: int,
-    budget: _Budget,
+    budget: Budget,
 ) -> dict[str, Group]:
     """The groups ``posterior_predictive``, ``function`` and ``log_likelihood``, in one pass over x."""
     with_y, with_log_likelihood = "posterior_predictive" in wanted, "log_likelihood" in wanted
@@ -286,19 +269,19 @@ def _predictive(
     whole = {name: torch.cat(part, 1) for name, part in parts.items() if part}
     tree: dict[str, Group] = {}
     if with_log_likelihood:
-        tree["log_likelihood"] = {"obs": _enumerated(whole["log_likelihood"], posterior.members, chains)}
+        tree["log_likelihood"] = {"obs": enumerated(whole["log_likelihood"], posterior.members, chains)}
     if with_y:
-        obs = _plain(whole["obs"], 2)
-        tree["posterior_predictive"] = {"obs": _enumerated(obs, posterior.members, chains, *_outputs(obs.dim() - 2))}
+        obs = plain(whole["obs"], 2)
+        tree["posterior_predictive"] = {"obs": enumerated(obs, posterior.members, chains, *outputs(obs.dim() - 2))}
         if "function" in whole:
-            values = _plain(whole["function"], 2)
+            values = plain(whole["function"], 2)
             classes = ("class",) if values.dim() > obs.dim() else ()
-            dims = (*_outputs(values.dim() - 2 - len(classes)), *classes)
-            tree["function"] = {function: _enumerated(values, posterior.members, chains, *dims)}
+            dims = (*outputs(values.dim() - 2 - len(classes)), *classes)
+            tree["function"] = {function: enumerated(values, posterior.members, chains, *dims)}
     return tree
 
 
-def _constant_data(x: Any, budget: _Budget) -> Group:
+def _constant_data(x: Any, budget: Budget) -> Group:
     rows = count_rows(x)
     group: Group = {}
     for name, values in _named_tensors("x", x):
@@ -306,7 +289,7 @@ def _constant_data(x: Any, budget: _Budget) -> Group:
             dims = [f"{name}_dim_{axis}" for axis in range(values.dim())]
             if values.dim() and values.shape[0] == rows:
                 dims[0] = "obs_id"
-            group[name] = _array(values, *dims)
+            group[name] = array(values, *dims)
     return group
 
 
@@ -315,50 +298,7 @@ def _named_tensors(name: str, x: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, x
     elif isinstance(x, (dict, tuple, list)):
         for key, value in x.items() if isinstance(x, dict) else enumerate(x):
-            yield from _named_tensors(f"{name}_{_safe(str(key))}", value)
-
-
-def _safe(name: str) -> str:
-    # In netCDF and DataTree a slash stands between a group and what is in it.
-    return name.replace("/", ".")
-
-
-def _plain(values: Tensor, lead: int) -> Tensor:
-    """``[N, 1]`` as ``[N]``: one output needs no axis, and predictions and targets then agree."""
-    return values.squeeze(-1) if values.shape[lead:] == (1,) else values
-
-
-def _outputs(axes: int) -> tuple[str, ...]:
-    return ("output",) if axes == 1 else tuple(f"output_{axis}" for axis in range(axes))
-
-
-def _sampled(values: Tensor, chains: int, *event: str) -> xr.DataArray:
-    """``[S, K, *event]`` with the members as a dimension, unless there is one alone."""
-    dims: tuple[str, ...] = ("chain", "draw", "member", *event)
-    values = values.unflatten(0, (chains, -1))
-    if values.shape[2] == 1:
-        dims, values = ("chain", "draw", *event), values.squeeze(2)
-    return _array(values, *dims)
-
-
-def _enumerated(values: Tensor, members: int, chains: int, *event: str) -> xr.DataArray:
-    """``[S K, N, *event]`` with the members one after the other along ``draw``."""
-    values = values.unflatten(0, (chains, -1))
-    array = _array(values, "chain", "draw", "obs_id", *event)
-    return array.assign_coords(member=("draw", np.arange(values.shape[1]) % members))
-
-
-def _array(values: Tensor, *dims: str) -> xr.DataArray:
-    values = values.detach().cpu()
-    if values.is_floating_point():
-        values = _at_least_float32(values)  # numpy knows no bfloat16
-    return xr.DataArray(
-        values.numpy(), dims=dims, coords={d: np.arange(n) for d, n in zip(dims, values.shape, strict=True)}
-    )
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
+            yield from _named_tensors(f"{name}_{safe(str(key))}", value)
 
 
 def _container(groups: dict[str, xr.Dataset], attrs: dict[str, Any]) -> Any:

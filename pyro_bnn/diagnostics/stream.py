@@ -20,7 +20,7 @@ ROWS = 256
 
 
 def predictions(
-    posterior: Posterior, data: Any, *, num_samples: int, batch_size: int | None, seed: int
+    posterior: Posterior, data: Any, *, num_samples: int | None, batch_size: int | None, seed: int
 ) -> Iterator[tuple[Any, Prediction, Tensor]]:
     """Yields ``(x, prediction, y)`` for every batch, with y on the device of the prediction.
 
@@ -40,12 +40,12 @@ def predictions(
             )
         x, y = batch
         count_rows(x, y)
-        prediction = _predict(posterior, x, num_samples, batch_size, seed)
+        prediction = predict(posterior, x, num_samples, batch_size, seed)
         yield x, prediction, y.to(prediction.members.device)
 
 
 def predictions_of_inputs(
-    posterior: Posterior, data: Any, *, like: Any, num_samples: int, batch_size: int | None, seed: int
+    posterior: Posterior, data: Any, *, like: Any, num_samples: int | None, batch_size: int | None, seed: int
 ) -> Iterator[Prediction]:
     """Yields the prediction for every batch of inputs; labels that stand beside the inputs are left out.
 
@@ -55,7 +55,38 @@ def predictions_of_inputs(
     :raises ValueError: when a prediction holds NaN.
     """
     for x in _inputs(data, like, batch_size or ROWS):
-        yield _predict(posterior, x, num_samples, batch_size, seed)
+        yield predict(posterior, x, num_samples, batch_size, seed)
+
+
+def batches(data: Any, batch_size: int | None) -> Iterator[tuple[Any, Tensor | None]]:
+    """Yields ``(x, y)`` for every batch of data with labels or without; y is None where there are none.
+
+    :param data: a ``DataLoader`` or another iterable of batches, a ``Dataset``, one pair ``(x, y)``, or x itself as a
+        tensor or dict. A pair whose second part is a tensor is taken for ``(x, y)``.
+    :raises TypeError: when data is none of these.
+    :raises ValueError: when x and y differ in length.
+    """
+    rows = batch_size or ROWS
+    alone = isinstance(data, (Tensor, dict))
+    for batch in _slices(data, count_rows(data), rows) if alone else _pairs(data, rows):
+        if _is_pair(batch):
+            count_rows(*batch)
+            yield batch[0], batch[1]
+        else:
+            yield _without_label(batch, None), None
+
+
+def predict(posterior: Posterior, x: Any, num_samples: int | None, batch_size: int | None, seed: int) -> Prediction:
+    """The prediction for one batch.
+
+    :raises ValueError: when it holds NaN.
+    """
+    prediction = posterior.predict(x, num_samples=num_samples, batch_size=batch_size, seed=seed)
+    if prediction.outputs.isnan().any():
+        raise ValueError(
+            "the posterior predicts NaN: look for parameters that diverged in training (posterior.losses shows when)"
+        )
+    return prediction
 
 
 def log_density(prediction: Prediction, y: Tensor) -> Tensor:
@@ -70,15 +101,6 @@ def log_density(prediction: Prediction, y: Tensor) -> Tensor:
     if log_prob.isnan().any():
         raise ValueError("the log-density of y under the posterior is NaN: look for infinite outputs of the network")
     return log_prob
-
-
-def _predict(posterior: Posterior, x: Any, num_samples: int, batch_size: int | None, seed: int) -> Prediction:
-    prediction = posterior.predict(x, num_samples=num_samples, batch_size=batch_size, seed=seed)
-    if prediction.members.isnan().any():
-        raise ValueError(
-            "the posterior predicts NaN: look for parameters that diverged in training (posterior.losses shows when)"
-        )
-    return prediction
 
 
 def _pairs(data: Any, rows: int) -> Iterable[Any]:

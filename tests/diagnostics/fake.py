@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,9 +17,12 @@ class FakePrediction:
     """The interface of ``Prediction`` over a distribution of y with batch shape ``[draws, members, N]``."""
 
     def __init__(self, members: Tensor, y: dist.TorchDistribution, likelihood: Any) -> None:
-        self.members = self.outputs = members
+        self.members = members
+        self.outputs = _outputs(members, likelihood)
         self.mean = members.mean((0, 1))
         self.likelihood = likelihood
+        learned = getattr(likelihood, "learns_noise", False)
+        self.noise = y.scale.flatten(2)[:, :, 0] if learned else None
         self._y = y
 
     @property
@@ -30,6 +34,24 @@ class FakePrediction:
         if isinstance(self.likelihood, likelihoods.Bernoulli):
             return torch.special.entr(self.mean) + torch.special.entr(1 - self.mean)
         return torch.special.entr(self.mean).sum(-1)
+
+    @property
+    def aleatoric(self) -> Tensor:
+        if isinstance(self.likelihood, likelihoods.Bernoulli):
+            return (torch.special.entr(self.members) + torch.special.entr(1 - self.members)).mean((0, 1))
+        if isinstance(self.likelihood, likelihoods.Categorical):
+            return torch.special.entr(self.members).sum(-1).mean((0, 1))
+        return self._y.variance.mean((0, 1))
+
+    @property
+    def epistemic(self) -> Tensor:
+        if isinstance(self.likelihood, (likelihoods.Bernoulli, likelihoods.Categorical)):
+            return (self.entropy - self.aleatoric).clamp_min(0)
+        return self.members.var((0, 1), correction=0)
+
+    @property
+    def mutual_information(self) -> Tensor:
+        return self.epistemic
 
     def log_prob(self, y: Tensor) -> Tensor:
         log_prob = self._y.log_prob(y)
@@ -45,6 +67,16 @@ class FakePrediction:
         scale = getattr(self._y, "scale", self.mean.sqrt())
         scale = scale.mean((0, 1)) if scale.dim() > self.mean.dim() else scale
         return self.mean - half * scale, self.mean + half * scale
+
+
+def _outputs(members: Tensor, likelihood: Any) -> Tensor:
+    match likelihood:
+        case likelihoods.Categorical() | likelihoods.Poisson():
+            return members.log()
+        case likelihoods.Bernoulli():
+            return members.logit()
+        case _:
+            return members
 
 
 class FakePosterior:
@@ -67,15 +99,21 @@ class FakePosterior:
         self.model = SimpleNamespace(likelihood=likelihood)
         self.members = table.shape[1]
         self.losses = losses or []
+        self.sampler: dict[str, float] = {}
         self.guide = None
-        self.stored, self.chains = None, 1
+        self.stored, self.chains, self.points = None, 1, False
         self._sites = sites or {}
         self.calls: list[dict[str, Any]] = []
 
-    def predict(self, x: Any, num_samples: int = 16, batch_size: int | None = None, seed: int | None = None) -> Any:
+    def number_of_draws(self, asked: int | None = None) -> int:
+        return asked or 16
+
+    def predict(
+        self, x: Any, num_samples: int | None = None, batch_size: int | None = None, seed: int | None = None
+    ) -> Any:
         index = x["rows"] if isinstance(x, dict) else x[0] if isinstance(x, (tuple, list)) else x
         self.calls.append({"rows": len(index), "num_samples": num_samples, "batch_size": batch_size, "seed": seed})
-        members = self.table[:num_samples, :, index.long().flatten()]
+        members = self.table[: self.number_of_draws(num_samples), :, index.long().flatten()]
         likelihood = self.model.likelihood
         match likelihood:
             case likelihoods.Categorical():
@@ -90,6 +128,11 @@ class FakePosterior:
 
     def draws(self, n: int, seed: int | None = None, *, example: Any = None) -> dict[str, Tensor]:
         return {site: values[:n] for site, values in self._sites.items()}
+
+    def draw_groups(self, n: int, seed: int | None = None, *, example: Any = None) -> Iterator[dict[str, Tensor]]:
+        whole = self.draws(n, seed, example=example)
+        for draw in range(min(len(values) for values in whole.values()) if whole else 0):
+            yield {site: values[draw : draw + 1] for site, values in whole.items()}
 
 
 def rows(n: int) -> Tensor:

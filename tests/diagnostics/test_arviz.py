@@ -83,9 +83,11 @@ def test_groups_variables_and_dimensions() -> None:
     }
     sampled = {"chain": 1, "draw": DRAWS, "member": MEMBERS}
     enumerated = {"chain": 1, "draw": DRAWS * MEMBERS, "obs_id": N}
-    summaries = [f"{name}_{s}" for name in ("fc.weight.s", "fc.weight.r", "out.weight") for s in ("mean", "sd")]
+    factors = [f"weight.{factor}_{summary}" for factor in "sr" for summary in ("mean", "sd")]
     assert found == {
-        **{f"posterior/{name}": sampled for name in ("fc.weight_tau", "noise", *summaries)},
+        "posterior/noise": sampled,
+        **{f"posterior/{name}": sampled | {"layer": 1} for name in ("weight_tau", *factors)},
+        **{f"posterior/weight_{name}": sampled | {f"weight_{name}_layer": 1} for name in ("mean", "sd")},
         "posterior_predictive/obs": enumerated,
         "function/probs": enumerated | {"class": CLASSES},
         "log_likelihood/obs": enumerated,
@@ -95,17 +97,21 @@ def test_groups_variables_and_dimensions() -> None:
     }
     for group in group_names(data):
         for dim, size in data[group].sizes.items():
-            assert data[group].coords[dim].values.tolist() == list(range(size))
+            if not str(dim).endswith("layer"):
+                assert data[group].coords[dim].values.tolist() == list(range(size))
+    assert data["posterior"].coords["layer"].values.tolist() == ["fc"]
+    assert data["posterior"].coords["weight_sd_layer"].values.tolist() == ["out"]
 
 
 def test_values() -> None:
     posterior, y = classifier(), labels()
     data = export(posterior)
     given = sites()
-    np.testing.assert_array_equal(data["posterior"]["fc.weight_tau"][0], given["fc.weight_tau"])
-    np.testing.assert_allclose(data["posterior"]["fc.weight.s_mean"][0], given["fc.weight.s"].mean(-1), rtol=1e-6)
+    stored = data["posterior"]
+    np.testing.assert_array_equal(stored["weight_tau"].sel(layer="fc")[0], given["fc.weight_tau"])
+    np.testing.assert_allclose(stored["weight.s_mean"].sel(layer="fc")[0], given["fc.weight.s"].mean(-1), rtol=1e-6)
     flat = given["out.weight"].flatten(2).numpy()
-    np.testing.assert_allclose(data["posterior"]["out.weight_sd"][0], flat.std(-1), rtol=1e-5)
+    np.testing.assert_allclose(stored["weight_sd"].sel(weight_sd_layer="out")[0], flat.std(-1), rtol=1e-5)
     expected = posterior.table.log()[:, :, torch.arange(N), y].reshape(DRAWS * MEMBERS, N)
     np.testing.assert_allclose(data["log_likelihood"]["obs"][0], expected, rtol=1e-12)
     assert data["log_likelihood"]["obs"].dtype == np.float64
@@ -120,7 +126,8 @@ def test_values() -> None:
 
 def test_one_member_has_no_dimension_of_its_own() -> None:
     data = export(classifier(members=1))
-    assert data["posterior"]["fc.weight_tau"].dims == ("chain", "draw")
+    assert data["posterior"]["weight_tau"].dims == ("chain", "draw", "layer")
+    assert data["posterior"]["noise"].dims == ("chain", "draw")
     assert data["log_likelihood"]["obs"].shape == (1, DRAWS, N)
 
 
@@ -152,7 +159,7 @@ def test_arviz_runs_on_it(az: Any) -> None:
     data = export()
     summary = az.summary(data)
     assert len(summary) == 8 * MEMBERS
-    assert "fc.weight_tau[0]" in summary.index
+    assert "weight_tau[0, fc]" in summary.index
     az.plot_trace(data)
     az.plot_forest(data)
     az.plot_ppc(data) if hasattr(az, "plot_ppc") else az.plot_ppc_dist(data)
@@ -217,7 +224,7 @@ def test_whole_sites_by_name_and_by_pattern() -> None:
     data = export(sites=["fc.weight.s", r"out\..*"])["posterior"]
     assert data["fc.weight.s"].dims == ("chain", "draw", "member", "fc.weight.s_dim_0")
     assert data["out.weight"].shape == (1, DRAWS, MEMBERS, 3, 2)
-    assert "fc.weight.s_mean" not in data and "fc.weight.r_mean" in data
+    assert "weight.s_mean" not in data and "weight.r_mean" in data
     assert "fc.weight.r" in export(sites=r"fc.*")["posterior"]
 
 
@@ -226,6 +233,23 @@ def test_a_name_is_taken_literally_before_it_is_a_pattern() -> None:
     posterior._sites = {"a.b": torch.rand(DRAWS, 1, 2), "acb": torch.rand(DRAWS, 1, 2)}
     data = to_arviz(posterior, sites="a.b", groups="posterior", num_samples=DRAWS)["posterior"]
     assert set(data.data_vars) == {"a.b", "acb_mean", "acb_sd"}
+
+
+def test_what_layers_share_lies_along_one_dimension() -> None:
+    """Parameters of one name in several layers, some of which lack it, and one at the root of the network."""
+    posterior = classifier(members=1)
+    layers = ["stem", "layer1.0.conv1", "layer1.0.conv2"]
+    posterior._sites = {f"{layer}.weight.s": torch.full((DRAWS, 1, 4), float(i)) for i, layer in enumerate(layers)}
+    posterior._sites |= {f"{layer}.weight.s_tau": torch.full((DRAWS, 1), float(i)) for i, layer in enumerate(layers)}
+    posterior._sites |= {"layer1.0.conv2.bias": torch.ones(DRAWS, 1, 4), "class_token": torch.ones(DRAWS, 1, 4)}
+    data = to_arviz(posterior, groups="posterior", num_samples=DRAWS)["posterior"]
+    assert data["weight.s_mean"].dims == data["weight.s_tau"].dims == ("chain", "draw", "layer")
+    assert data.coords["layer"].values.tolist() == layers
+    for name in ("weight.s_mean", "weight.s_tau"):
+        np.testing.assert_array_equal(data[name][0, 0], [0, 1, 2])
+    assert data["bias_mean"].dims[-1] == "bias_mean_layer"
+    assert data.coords["bias_mean_layer"].values.tolist() == ["layer1.0.conv2"]
+    assert data["class_token_sd"].dims == ("chain", "draw")
 
 
 @pytest.mark.parametrize("site", ["fc.weight", "nothing", "["])
@@ -245,7 +269,7 @@ def test_a_million_weights_become_two_numbers() -> None:
     posterior = classifier(members=1)
     posterior._sites = {"big.weight": torch.rand(DRAWS, 1, 1000, 1000), "empty": torch.rand(DRAWS, 1, 0)}
     data = to_arviz(posterior, groups="posterior", num_samples=DRAWS)
-    assert set(data["posterior"].data_vars) == {"big.weight_mean", "big.weight_sd"}
+    assert set(data["posterior"].data_vars) == {"weight_mean", "weight_sd"}
     with pytest.raises(
         ValueError, match=r"max_values=10,000,000.*posterior/big\.weight with 30,000,000.*raise max_values"
     ):
@@ -299,19 +323,6 @@ def test_groups_can_be_chosen() -> None:
     assert group_names(to_arviz(classifier(), groups="posterior", num_samples=DRAWS)) == ["posterior"]
     predictive = to_arviz(classifier(), rows(N), groups=("posterior_predictive",), num_samples=DRAWS)
     assert predictive["posterior_predictive"]["obs"].shape == (1, DRAWS * MEMBERS, N)
-
-
-def test_densities_of_draws_where_the_posterior_knows_them() -> None:
-    class Knowing(FakePosterior):
-        def log_p_log_q(self, num_samples: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
-            return torch.full((num_samples, self.members), -2.0), torch.full((num_samples, self.members), -1.0)
-
-    posterior = classifier()
-    data = export(Knowing(posterior.table, posterior.model.likelihood, sites=sites()))
-    assert data["sample_stats"]["log_p"].dims == ("chain", "draw", "member")
-    assert float(data["sample_stats"]["log_q"].mean()) == -1
-    assert "sample_stats" not in group_names(export())
-    assert "training" not in group_names(data)
 
 
 def test_inputs_that_are_no_single_tensor() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from pyro_bnn import likelihoods
-from pyro_bnn.diagnostics import evaluate
+from pyro_bnn.diagnostics import evaluate, metrics
+
+CLASSIFICATION = {
+    *("accuracy", "nll", "brier", "ece", "ece_adaptive", "ece_classwise"),
+    *("aurc", "augrc", "risk_at_80", "aleatoric", "epistemic", "disagreement"),
+}
+DETECTION = {
+    f"ood_{metric}{score}"
+    for metric in ("auroc", "aupr", "fpr95")
+    for score in ("", "_max_probability", "_mutual_information")
+}
+REGRESSION = {"nll", "rmse", "crps", "coverage", "width", "aleatoric", "epistemic"}
 
 
 def classifier(
@@ -42,7 +55,7 @@ def test_classification_equals_independent_computations() -> None:
     p = posterior.table.mean((0, 1)).numpy()
     result = evaluate(posterior, (rows(200), y[:200]), ood=rows(300)[200:], num_samples=5)
     inside, outside = p[:200], p[200:]
-    assert list(result) == ["accuracy", "nll", "brier", "ece", "ood_auroc"]
+    assert set(result) == CLASSIFICATION | DETECTION
     assert result["accuracy"] == pytest.approx(sklearn.metrics.accuracy_score(y[:200], inside.argmax(1)), abs=1e-6)
     assert result["nll"] == pytest.approx(sklearn.metrics.log_loss(y[:200], inside, labels=range(4)), rel=1e-10)
     brier = sklearn.metrics.brier_score_loss(y[:200], inside, labels=range(4), scale_by_half=False)
@@ -50,6 +63,59 @@ def test_classification_equals_independent_computations() -> None:
     assert result["ece"] == pytest.approx(binned_calibration_error(inside, y[:200].numpy()), abs=1e-6)
     entropy = scipy.stats.entropy(np.concatenate([inside, outside]), axis=1)
     assert result["ood_auroc"] == pytest.approx(sklearn.metrics.roc_auc_score([0] * 200 + [1] * 100, entropy), abs=1e-6)
+
+
+def test_calibration_and_selection_equal_independent_computations() -> None:
+    posterior, y = classifier(), labels()
+    p = posterior.table.mean((0, 1)).numpy()
+    result = evaluate(posterior, (rows(300), y), num_samples=5)
+    confidence, wrong = p.max(1), p.argmax(1) != y.numpy()
+    order = np.argsort(confidence)
+    parts = np.array_split(order, 15)  # 300 data: bins of 20
+    gaps = [abs((~wrong[part]).sum() - confidence[part].sum()) for part in parts]
+    assert result["ece_adaptive"] == pytest.approx(sum(gaps) / 300, rel=1e-10)
+    gaps = []
+    for c in range(4):
+        index = np.minimum((p[:, c] * 15).astype(int), 14)
+        gaps += [abs((y.numpy()[index == b] == c).sum() - p[index == b, c].sum()) for b in range(15)]
+    assert result["ece_classwise"] == pytest.approx(sum(gaps) / (300 * 4), rel=1e-10)
+    risk = np.cumsum(wrong[order[::-1]]) / np.arange(1, 301)
+    assert result["aurc"] == pytest.approx(risk.mean(), rel=1e-10)
+    assert result["risk_at_80"] == pytest.approx(risk[239], rel=1e-10)
+    a, auroc = 1 - wrong.mean(), sklearn.metrics.roc_auc_score(~wrong, confidence)
+    assert result["augrc"] == pytest.approx((1 - auroc) * a * (1 - a) + (1 - a) ** 2 / 2, rel=1e-10)
+
+
+def test_the_split_of_uncertainty_equals_independent_computations() -> None:
+    posterior, y = classifier(), labels()
+    members = posterior.table.flatten(0, 1).numpy()
+    result = evaluate(posterior, (rows(300), y), num_samples=5, batch_size=77)
+    assert result["aleatoric"] == pytest.approx(scipy.stats.entropy(members, axis=-1).mean(), rel=1e-10)
+    whole = scipy.stats.entropy(members.mean(0), axis=-1).mean()
+    assert result["aleatoric"] + result["epistemic"] == pytest.approx(whole, rel=1e-10)
+    choices = members.argmax(-1)
+    pairs = [(a != b).mean() for a, b in itertools.combinations(choices, 2)]
+    assert result["disagreement"] == pytest.approx(np.mean(pairs), rel=1e-10)
+
+
+def test_detection_by_every_score_equals_scikit_learn() -> None:
+    posterior, y = classifier(), labels()
+    result = evaluate(posterior, (rows(200), y[:200]), ood=rows(300)[200:], num_samples=5, batch_size=64)
+    p = posterior.table.numpy()
+    mean = p.mean((0, 1))
+    entropy = scipy.stats.entropy(mean, axis=1)
+    scores = {
+        "": entropy,
+        "_max_probability": -mean.max(1),
+        "_mutual_information": entropy - scipy.stats.entropy(p, axis=-1).mean((0, 1)),
+    }
+    label = [0] * 200 + [1] * 100
+    for name, score in scores.items():
+        assert result[f"ood_auroc{name}"] == pytest.approx(sklearn.metrics.roc_auc_score(label, score), abs=1e-6)
+        aupr = sklearn.metrics.average_precision_score(label, score)
+        assert result[f"ood_aupr{name}"] == pytest.approx(aupr, abs=1e-6)
+        fpr, tpr, _ = sklearn.metrics.roc_curve(label, score, drop_intermediate=False)
+        assert result[f"ood_fpr95{name}"] == pytest.approx(fpr[np.argmax(tpr >= 0.95)], abs=1e-12)
 
 
 def test_two_data_by_hand() -> None:
@@ -73,7 +139,7 @@ def test_perfect_predictions() -> None:
     y = labels()
     table = torch.nn.functional.one_hot(y, 4).double().expand(2, 3, -1, -1)
     result = evaluate(FakePosterior(table, likelihoods.Categorical()), (rows(300), y))
-    assert result == pytest.approx({"accuracy": 1, "nll": 0, "brier": 0, "ece": 0}, abs=1e-6)
+    assert result == pytest.approx(dict.fromkeys(CLASSIFICATION, 0) | {"accuracy": 1}, abs=1e-6)
 
 
 def test_constant_predictions() -> None:
@@ -84,8 +150,84 @@ def test_constant_predictions() -> None:
     assert result["accuracy"] == pytest.approx(share, abs=1e-6)  # of equally probable classes, the first
     assert result["nll"] == pytest.approx(math.log(4), rel=1e-6)
     assert result["brier"] == pytest.approx(0.75, rel=1e-6)
-    assert result["ece"] == pytest.approx(abs(share - 0.25), abs=1e-6)
-    assert result["ood_auroc"] == 0.5
+    for name in ("ece", "ece_adaptive"):
+        assert result[name] == pytest.approx(abs(share - 0.25), abs=1e-6)
+    shares = torch.bincount(y, minlength=4) / 300
+    assert result["ece_classwise"] == pytest.approx(float((shares - 0.25).abs().mean()), abs=1e-6)
+    assert result["aurc"] == pytest.approx(1 - share)
+    assert result["risk_at_80"] == pytest.approx(1 - share)
+    assert result["augrc"] == pytest.approx((1 - share) / 2)
+    assert result["aleatoric"] == pytest.approx(math.log(4), rel=1e-6)
+    assert result["epistemic"] == result["disagreement"] == 0
+    for name in ("", "_max_probability", "_mutual_information"):
+        assert result[f"ood_auroc{name}"] == 0.5
+        assert result[f"ood_aupr{name}"] == pytest.approx(100 / 400)
+        assert result[f"ood_fpr95{name}"] == 1
+
+
+def test_one_datum_of_one_function() -> None:
+    table = torch.tensor([[[[0.7, 0.2, 0.1], [0.4, 0.4, 0.2]]]])
+    result = evaluate(FakePosterior(table, likelihoods.Categorical()), (rows(1), torch.tensor([0])), ood=rows(2)[1:])
+    assert result["epistemic"] == result["disagreement"] == result["aurc"] == result["risk_at_80"] == 0
+    assert result["ece_adaptive"] == result["ece"] == pytest.approx(0.3)
+    assert result["ece_classwise"] == pytest.approx((0.3 + 0.2 + 0.1) / 3)
+    assert (result["ood_auroc"], result["ood_aupr"], result["ood_fpr95"]) == (1, 1, 0)
+    assert result["ood_auroc_mutual_information"] == 0.5  # one function carries none
+    assert all(math.isfinite(value) for value in result.values())
+
+
+def test_labels_of_one_class_alone() -> None:
+    posterior, y = classifier(), torch.full((300,), 2)
+    result = evaluate(posterior, (rows(300), y), ood=rows(50))
+    assert all(math.isfinite(value) for value in result.values())
+    p = posterior.table.mean((0, 1))
+    assert result["accuracy"] == pytest.approx(float((p.argmax(-1) == 2).double().mean()))
+
+
+def test_a_network_of_one_class() -> None:
+    posterior = FakePosterior(torch.ones(2, 3, 10, 1), likelihoods.Categorical())
+    result = evaluate(posterior, (rows(10), torch.zeros(10).long()), ood=rows(10))
+    assert result["accuracy"] == 1
+    assert result["nll"] == result["brier"] == result["ece"] == result["ece_classwise"] == 0
+
+
+def test_no_order_of_the_rows_matters() -> None:
+    table = classifier().table.mul(5).round() + 0.1  # ties
+    posterior = FakePosterior(table / table.sum(-1, keepdim=True), likelihoods.Categorical())
+    y, order = labels(), torch.randperm(300, generator=torch.Generator().manual_seed(7))
+    whole = evaluate(posterior, (rows(300), y), num_samples=1)
+    assert evaluate(posterior, (rows(300)[order], y[order]), num_samples=1) == pytest.approx(whole, rel=1e-9)
+
+
+@pytest.mark.parametrize(("draws", "classes"), [(2, 3), (40, 3), (2, 50)])
+def test_what_stays_in_memory_does_not_grow_with_draws_or_classes(
+    draws: int, classes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []
+    monkeypatch.setattr(metrics._Classification, "compute", lambda quality: kept.append(quality) or {}, raising=True)
+    posterior = classifier(draws=draws, classes=classes)
+    evaluate(posterior, (rows(200), labels(200, 3)), ood=rows(300)[200:], num_samples=draws, batch_size=50)
+    quality = kept[0]
+    held = [*quality.confidence, *quality.correct]
+    held += [part for scores in (quality.inside, quality.outside) for parts in scores.values() for part in parts]
+    # A view would keep the whole tensor behind it.
+    assert sum(t.untyped_storage().nbytes() // t.element_size() for t in held) == 5 * 200 + 3 * 100
+    assert quality.classwise.excess.shape == (classes, 15)
+
+
+def test_several_labels_a_row() -> None:
+    logits = 2 * torch.randn(5, 2, 40, 3, 4, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    y = torch.randint(4, (30, 3), generator=torch.Generator().manual_seed(9))
+    posterior = FakePosterior(logits.softmax(-1), likelihoods.Categorical())
+    flat = FakePosterior(posterior.table[:, :, :30].flatten(2, 3), likelihoods.Categorical())
+    result = evaluate(posterior, (rows(30), y), ood=rows(40)[30:], batch_size=7)
+    expected = evaluate(flat, (rows(90), y.flatten()))
+    assert result["nll"] == pytest.approx(3 * expected["nll"], rel=0.1)  # of a row, over functions that are the same
+    for name in CLASSIFICATION - {"nll"}:
+        assert result[name] == pytest.approx(expected[name], rel=1e-9), name
+    entropy = scipy.stats.entropy(posterior.table.mean((0, 1)).numpy(), axis=-1).mean(-1)
+    auroc = sklearn.metrics.roc_auc_score([0] * 30 + [1] * 10, entropy)
+    assert result["ood_auroc"] == pytest.approx(auroc, abs=1e-6)
 
 
 def test_a_certain_mistake_costs_infinity() -> None:
@@ -144,6 +286,10 @@ def test_bernoulli_is_a_classification_into_two(column: bool) -> None:
     assert result["ece"] == pytest.approx(binned_calibration_error(both, y[:60].numpy()), abs=1e-6)
     entropy = scipy.stats.entropy(np.stack([1 - mean, mean]), axis=0)
     assert result["ood_auroc"] == pytest.approx(sklearn.metrics.roc_auc_score([0] * 60 + [1] * 40, entropy), abs=1e-6)
+    # All else as for the two classes.
+    table = torch.stack((1 - p, p), -1)
+    twice = evaluate(FakePosterior(table, likelihoods.Categorical()), (rows(60), y[:60].long()), ood=rows(100)[60:])
+    assert result == pytest.approx(twice, abs=1e-9)
 
 
 @pytest.mark.parametrize("outputs", [(), (1,), (3,)])
@@ -153,7 +299,7 @@ def test_regression_equals_independent_computations(outputs: tuple[int, ...]) ->
     y = 2 * torch.randn(200, *outputs, generator=generator, dtype=torch.float64)
     posterior = FakePosterior(means, likelihoods.Gaussian(scale=0.8), scale=0.8)
     result = evaluate(posterior, (rows(200), y), batch_size=64)
-    assert list(result) == ["nll", "rmse", "coverage"]
+    assert set(result) == REGRESSION
     center = means.mean((0, 1))
     rmse = sklearn.metrics.root_mean_squared_error(y.flatten(), center.flatten())
     assert result["rmse"] == pytest.approx(rmse, rel=1e-10)
@@ -162,6 +308,14 @@ def test_regression_equals_independent_computations(outputs: tuple[int, ...]) ->
     assert result["nll"] == pytest.approx(-mixture.mean(), rel=1e-10)
     inside = (y - center).abs() <= scipy.stats.norm.ppf(0.975) * 0.8
     assert result["coverage"] == pytest.approx(float(inside.double().mean()), abs=1e-12)
+    assert result["width"] == pytest.approx(2 * scipy.stats.norm.ppf(0.975) * 0.8, rel=1e-6)
+    assert result["aleatoric"] == pytest.approx(0.8**2)
+    assert result["epistemic"] == pytest.approx(means.numpy().var((0, 1)).mean(), rel=1e-10)
+    # E|Y - y| - E|Y - Y'| / 2, each as the mean of a folded normal distribution.
+    first, m = (y - means).numpy() / 0.8, means.flatten(0, 1).numpy() / (0.8 * math.sqrt(2))
+    near = 0.8 * scipy.stats.foldnorm.mean(abs(first)).mean((0, 1))
+    spread = 0.8 * math.sqrt(2) * scipy.stats.foldnorm.mean(abs(m[:, None] - m)).mean((0, 1))
+    assert result["crps"] == pytest.approx((near - spread / 2).mean(), rel=1e-8)
 
 
 def test_a_column_of_targets_meets_a_row_of_predictions() -> None:
@@ -180,6 +334,8 @@ def test_perfect_regression() -> None:
     assert result["rmse"] == pytest.approx(0, abs=1e-6)
     assert result["coverage"] == 1
     assert result["nll"] == pytest.approx(0.5 * math.log(2 * math.pi), rel=1e-6)
+    assert result["crps"] == pytest.approx((math.sqrt(2) - 1) / math.sqrt(math.pi), rel=1e-6)
+    assert result["epistemic"] == 0
 
 
 def test_counts() -> None:
@@ -192,6 +348,12 @@ def test_counts() -> None:
     rmse = sklearn.metrics.root_mean_squared_error(y, rates.mean((0, 1)))
     assert result["rmse"] == pytest.approx(rmse, rel=1e-10)
     assert 0 <= result["coverage"] <= 1
+    counts = np.arange(100)[:, None, None]
+    cdf = scipy.stats.poisson.cdf(counts, rates.flatten(0, 1).numpy()).mean(1)
+    crps = ((cdf - (y.numpy() <= counts[:, 0])) ** 2).sum(0).mean()
+    assert result["crps"] == pytest.approx(crps, rel=1e-8)
+    assert result["aleatoric"] == pytest.approx(float(rates.mean()))
+    assert result["epistemic"] == pytest.approx(rates.numpy().var((0, 1)).mean())
 
 
 class Rows(Dataset[tuple[Tensor, Tensor]]):
@@ -207,9 +369,9 @@ class Rows(Dataset[tuple[Tensor, Tensor]]):
 
 @pytest.mark.parametrize("batch_size", [None, 1, 7, 300, 1000])
 def test_the_result_does_not_depend_on_the_batches(batch_size: int | None) -> None:
-    posterior, y = classifier(), labels()
-    whole = evaluate(posterior, (rows(300), y), ood=rows(50), batch_size=300)
-    assert evaluate(posterior, (rows(300), y), ood=rows(50), batch_size=batch_size) == pytest.approx(whole, rel=1e-6)
+    posterior, y, ood = classifier(350), labels(), rows(350)[300:]
+    whole = evaluate(posterior, (rows(300), y), ood=ood, batch_size=300)
+    assert evaluate(posterior, (rows(300), y), ood=ood, batch_size=batch_size) == pytest.approx(whole, rel=1e-6)
     assert {call["seed"] for call in posterior.calls} == {0}
     if batch_size:
         assert max(call["rows"] for call in posterior.calls[2:]) <= batch_size

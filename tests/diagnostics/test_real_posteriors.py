@@ -56,8 +56,11 @@ def test_metrics_of_a_rank_1_network(classifier: pb.Posterior) -> None:
     nll = math.log(16 * 3) - float(log_likelihood.logsumexp((0, 1)).mean())
     assert result["nll"] == pytest.approx(nll, rel=1e-6)
     assert result["nll"] == pytest.approx(-float(whole.probs[torch.arange(200), y].log().mean()), rel=1e-5)
-    assert set(result) == {"accuracy", "nll", "brier", "ece", "ood_auroc"}
-    assert all(0 <= result[name] <= 1 for name in ("accuracy", "brier", "ece", "ood_auroc"))
+    assert {"accuracy", "brier", "ece", "ece_adaptive", "aurc", "disagreement", "ood_auroc"} < set(result)
+    for name in set(result) - {"nll", "brier", "aleatoric", "epistemic"}:
+        assert 0 <= result[name] <= 1, name
+    assert result["epistemic"] == pytest.approx(float(whole.mutual_information.mean()), rel=1e-4)
+    assert result["aleatoric"] + result["epistemic"] == pytest.approx(float(whole.entropy.mean()), rel=1e-5)
 
 
 def test_arviz_of_a_rank_1_network(classifier: pb.Posterior) -> None:
@@ -66,9 +69,10 @@ def test_arviz_of_a_rank_1_network(classifier: pb.Posterior) -> None:
     y = classes(x)
     data = pb.diagnostics.to_arviz(classifier, x, y, seed=3)
     posterior = data["posterior"]
-    assert {"0.weight_tau", "2.weight_tau", "0.weight.s_mean", "2.weight.r_sd"} <= set(posterior.data_vars)
-    assert posterior["0.weight_tau"].dims == ("chain", "draw", "member")
-    assert posterior["0.weight_tau"].shape == (1, 100, 3)
+    assert {"weight_tau", "weight.s_mean", "weight.r_sd"} <= set(posterior.data_vars)
+    assert posterior["weight_tau"].dims == ("chain", "draw", "member", "layer")
+    assert posterior["weight_tau"].shape == (1, 100, 3, 2)
+    assert posterior.coords["layer"].values.tolist() == ["0", "2"]
     expected = classifier.log_likelihood(x, y, num_samples=100, seed=3).flatten(0, 1)
     np.testing.assert_allclose(data["log_likelihood"]["obs"][0], expected, rtol=1e-5)
     assert az.loo(data).n_data_points == 50

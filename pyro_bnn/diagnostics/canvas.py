@@ -1,0 +1,80 @@
+"""What all pictures share: a figure of its own, numbers that were looked at, lines that differ without colour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from torch import Tensor
+
+#: width of every figure in inches. On a page of 360 pixels a point is then a pixel, and text of 10 points is legible.
+WIDTH = 5.0
+#: size in points of notes, the smallest text there is
+SMALL = 9
+#: share of the probability that bands and error bars hold
+LEVEL = 0.95
+#: points of one line or cloud from which an SVG holds them as an image, for its size
+MANY = 2000
+
+
+def new_figure(height: float) -> Figure:
+    """A figure that belongs to the caller alone: ``pyplot`` does not know it, so that it is freed when unused."""
+    return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def numbers(name: str, values: Any, dims: int | None = 1, finite: bool = True) -> np.ndarray:
+    """A tensor of any device, or anything that is an array, as one of float64.
+
+    :param dims: the number of axes that it must have; ``None`` takes any and flattens them.
+    :raises ValueError: when it is empty, has another number of axes, or holds a value that is not finite.
+    """
+    array: np.ndarray
+    array = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, dtype=float)
+    array = array.reshape(-1) if dims is None else array
+    if dims is not None and array.ndim != dims:
+        raise ValueError(f"{name} has the shape {array.shape}: expected {dims} {'axis' if dims == 1 else 'axes'}")
+    if not array.size:
+        raise ValueError(f"{name} is empty: there is nothing to draw")
+    if finite and (bad := int((~np.isfinite(array)).sum())):
+        raise ValueError(f"{name} holds {bad} values of {array.size} that are NaN or infinite: drop them, or mend them")
+    return array
+
+
+def probabilities(name: str, values: Any, dims: int | None = 1) -> np.ndarray:
+    """As :func:`numbers`, all in [0, 1].
+
+    :raises ValueError: also when a value is outside.
+    """
+    array = numbers(name, values, dims)
+    if array.min() < 0 or array.max() > 1:
+        raise ValueError(f"{name} lies in [{array.min():g}, {array.max():g}]: expected probabilities, in [0, 1]")
+    return array
+
+
+def line_styles(count: int) -> list[dict[str, Any]]:
+    """Keyword arguments of ``plot`` for each of several lines, no two of which look alike in grey."""
+    styles = [{"linestyle": line, "marker": marker} for marker, line in product(" osD^v", ("-", "--", "-.", ":"))]
+    return [{**styles[i % len(styles)], "color": f"C{i % 10}", "markersize": 4} for i in range(count)]
+
+
+def log_if_wide(axes: Axes, axis: str, values: np.ndarray) -> None:
+    """A logarithmic axis for positive values that span more than two decades."""
+    if values.min() > 0 and values.max() > 100 * values.min():
+        axes.set(**{f"{axis}scale": "log"})
+        (axes.xaxis if axis == "x" else axes.yaxis).set_minor_formatter(NullFormatter())
+
+
+def spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of the items, evenly spaced, with the first and the last."""
+    index = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
+    return [items[i] for i in index]
+
+
+def legend_below(figure: Figure, columns: int = 1, title: str | None = None) -> None:
+    """All labelled artists in one legend under the axes, where it covers nothing."""
+    figure.legend(loc="outside lower center", ncols=columns, title=title, frameon=False)

@@ -1,0 +1,239 @@
+"""Pareto-smoothed importance sampling: how far a variational posterior is from the exact one, and leave-one-out."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import arviz
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pyro_bnn.diagnostics.arviz import to_arviz
+from pyro_bnn.network import batch_size as count_rows
+
+if TYPE_CHECKING:
+    from pyro_bnn.posterior import Posterior
+
+#: draws over all members, from a posterior that draws anew
+DRAWS = 1000
+#: fewest draws from whose tail a Pareto shape can be read
+FEWEST = 100
+
+
+@dataclass(frozen=True)
+class ParetoK:
+    """How far the guide is from the posterior.
+
+    :param k: shape of the generalised Pareto tail of the importance ratios p / q. Below ``good`` importance sampling
+        from the guide works, and the guide is close to the posterior; above 0.7 it does not, and above 1 the ratios
+        have no mean.
+    :param good: ``min(1 - 1 / log10 S, 0.7)`` for S draws (Vehtari et al. 2024, eq. 13).
+    :param ess: ``1 / sum_s w_s^2`` of the smoothed weights, which sum to one: how many draws from the posterior these
+        draws are worth.
+    :param draws: S.
+    """
+
+    k: float
+    good: float
+    ess: float
+    draws: int
+
+
+def pareto_k(
+    posterior: Posterior,
+    x: Any,
+    y: Tensor,
+    *,
+    num_samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> ParetoK:
+    r"""k-hat of a variational posterior: the tail of ``p(y, theta) / q(theta)`` over draws of q.
+
+    In the space of weights it grows with their number, and a mean field on a network of any size fails: it says that
+    weights of draws would not correct the guide, and nothing of the predictions. Members of a mixture count as one
+    guide with the density ``(1/K) sum_k q_k``.
+
+    :param x: the training inputs, all ``num_data`` of them.
+    :param y: their targets.
+    :param num_samples: draws of each member; by default 1,000 over all members.
+    :raises ValueError: when these are not all training data, the posterior has no density (stored draws, particles,
+        points), or there are fewer than 100 draws.
+
+    Source: Yao, Vehtari, Simpson and Gelman (2018), algorithm 1; Vehtari et al. (2024).
+    """
+    _require_training_data(posterior, x, y)
+    data = _with_densities(posterior, x, y, num_samples, batch_size, seed)
+    stats: Any = data["sample_stats"]
+    if "log_q" not in stats:
+        raise ValueError(
+            "k-hat compares the density of a guide with that of the posterior, and this posterior has none: it is of "
+            "stored draws, particles or points. Look at R-hat and ESS (convergence) or at the diversity of members"
+        )
+    log_weights, k = _smooth(_flat(stats["log_p"]) - _flat(stats["log_q"]))
+    draws = log_weights.shape[-1]
+    ess = float(np.exp(-_log_sum(2 * log_weights))[0])
+    return ParetoK(float(k[0]), _good_k(draws), ess, draws)
+
+
+def loo(
+    posterior: Posterior,
+    x: Any,
+    y: Tensor,
+    *,
+    num_samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> Any:
+    r"""PSIS-LOO: the expected log predictive density of a datum that was left out, in nats over all data.
+
+    For draws of the exact posterior, as after MCMC, this is ``arviz.loo``. Draws of a variational posterior q get the
+    weights ``w_is ~ p(y, theta_s) / (q(theta_s) p(y_i | theta_s))``, smoothed for each datum i, and
+
+    ``elpd_i = log sum_s w_is p(y_i | theta_s)``.
+
+    Without the factor p / q a guide that is too narrow looks reliable, because its draws agree with one another.
+
+    :param x: the training inputs; for a variational posterior all ``num_data`` of them.
+    :param y: their targets.
+    :param num_samples: draws of each member; by default all stored ones, or 1,000 over all members.
+    :returns: ArviZ's ``ELPDData`` with ``pareto_k`` of each datum, for ``arviz.compare``.
+    :raises ValueError: when a variational posterior is not given all its training data, or there are fewer than 100
+        draws over all members.
+
+    Source: Vehtari, Gelman and Gabry (2017); Magnusson, Andersen, Jonasson and Vehtari (2019), eq. 5.
+    """
+    data = _with_densities(posterior, x, y, num_samples, batch_size, seed)
+    stats: Any = data["sample_stats"]
+    if "log_q" not in stats:
+        return arviz.loo(_for_arviz(data), pointwise=True)
+    _require_training_data(posterior, x, y)
+    log_p, log_q = _flat(stats["log_p"]), _flat(stats["log_q"])
+    if _old_arviz():
+        return _approximate_loo(data, log_p - log_q)
+    newer: Any = arviz
+    return newer.loo_approximate_posterior(data, log_p[0], log_q[0], pointwise=True)
+
+
+def compare(posteriors: Mapping[str, Posterior], x: Any, y: Tensor, **settings: Any) -> pd.DataFrame:
+    """Posteriors of several models of the same data, ranked by PSIS-LOO: ``arviz.compare`` of :func:`loo` of each.
+
+    :param posteriors: at least two, by name.
+    :param settings: of :func:`loo`.
+    :returns: ArviZ's table: elpd, its difference from the best with the standard error of that, stacking weights.
+    :raises ValueError: with fewer than two posteriors.
+
+    Source: Yao, Vehtari, Simpson and Gelman (2018) for the stacking weights.
+    """
+    if len(posteriors) < 2:
+        raise ValueError(f"compare ranks posteriors: give at least two, got {len(posteriors)}")
+    return arviz.compare({name: loo(posterior, x, y, **settings) for name, posterior in posteriors.items()})
+
+
+def _require_training_data(posterior: Posterior, x: Any, y: Tensor) -> None:
+    rows, expected = count_rows(x, y), getattr(posterior.model, "num_data", None)
+    if rows != expected:
+        raise ValueError(
+            f"x and y hold {rows} data, the model was trained on num_data={expected}: the density that a variational "
+            "posterior approximates is that of all training data, so give these"
+        )
+
+
+def _with_densities(
+    posterior: Posterior, x: Any, y: Tensor, num_samples: int | None, batch_size: int | None, seed: int
+) -> xr.DataTree:
+    if num_samples is None:
+        num_samples = posterior.stored or (1 if posterior.points else math.ceil(DRAWS / posterior.members))
+    if num_samples * posterior.members < FEWEST:
+        raise ValueError(
+            f"{num_samples} draws of {posterior.members} members are {num_samples * posterior.members}: smoothing "
+            f"takes at least {FEWEST}. Give a larger num_samples; particles and points are too few by nature, so "
+            "compare their scores on held-out data (evaluate)"
+        )
+    groups = ("posterior", "log_likelihood", "sample_stats")
+    data = to_arviz(
+        posterior,
+        x,
+        y,
+        groups=groups,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=seed,
+        max_values=10**9,
+    )
+    return data if isinstance(data, xr.DataTree) else data.to_datatree()
+
+
+def _for_arviz(data: xr.DataTree) -> Any:
+    return arviz.InferenceData.from_datatree(data) if _old_arviz() else data
+
+
+def _old_arviz() -> bool:
+    return bool(arviz.__version__.partition(".")[0] == "0")
+
+
+def _flat(values: Any) -> np.ndarray:
+    """``[1, S]``: over chains, draws and members, in the order of the draws of the functions."""
+    return np.asarray(values).reshape(1, -1)
+
+
+def _smooth(log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pareto-smoothed log weights, ``[N, S]``, which sum to one over S, and k-hat, ``[N]``."""
+    if _old_arviz():
+        log_weights, k = arviz.psislw(log_ratios)
+    else:
+        from arviz_stats.base import array_stats
+
+        log_weights, k = array_stats.psislw(log_ratios)
+    log_weights = np.asarray(log_weights)
+    return log_weights - _log_sum(log_weights)[:, None], np.asarray(k)
+
+
+def _log_sum(values: np.ndarray) -> np.ndarray:
+    return torch.as_tensor(values).logsumexp(-1).numpy()
+
+
+def _good_k(draws: int) -> float:
+    return min(1 - 1 / math.log10(draws), 0.7)
+
+
+def _approximate_loo(data: xr.DataTree, log_ratio: np.ndarray) -> Any:
+    """``loo_approximate_posterior`` of ArviZ 1.x, which 0.x lacks."""
+    from arviz.stats.stats_utils import ELPDData
+
+    likelihood = data["log_likelihood"]["obs"]
+    pointwise = likelihood.stack(__sample__=("chain", "draw")).transpose("obs_id", "__sample__")
+    log_weights, k = _smooth(log_ratio - pointwise.values)
+    elpd = _log_sum(log_weights + pointwise.values)
+    n, draws = pointwise.shape
+    lppd = _log_sum(pointwise.values) - math.log(draws)
+    good = _good_k(draws)
+    if unreliable := int((k > good).sum()):
+        warnings.warn(
+            f"k-hat is above {good:.2f} for {unreliable} of {n} data: the guide is too far from the posterior, or "
+            "these data weigh too much, for their leave-one-out densities to be trusted",
+            stacklevel=3,
+        )
+    rows = likelihood.coords["obs_id"]
+    each, shapes = (xr.DataArray(values, {"obs_id": rows}, "obs_id") for values in (elpd, k))
+    total, se, p = float(elpd.sum()), float(math.sqrt(n * elpd.var())), float((lppd - elpd).sum())
+    content = {
+        "elpd_loo": total,
+        "se": se,
+        "p_loo": p,
+        "n_samples": draws,
+        "n_data_points": n,
+        "warning": bool(unreliable),
+        "loo_i": each.rename("loo_i"),
+        "pareto_k": shapes,
+        "scale": "log",
+        "good_k": good,
+    }
+    return ELPDData(data=list(content.values()), index=list(content))

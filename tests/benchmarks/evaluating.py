@@ -1,0 +1,76 @@
+"""Memory of evaluation: ``python -m tests.benchmarks.evaluating``.
+
+``pb.diagnostics.evaluate`` of a LeNet-5 whose weights are all random, with images of 28 x 28 from elsewhere beside
+those of the task: peak memory beyond that of the process that has imported everything. It does not grow with the number
+of batches, but for some 25 bytes that are kept of each row; nor with the number of draws, once a group of draws fills
+its fixed budget of 2^24 weights, which 39 draws of this network do.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+import pyro_bnn as pb
+from pyro_bnn.models.architectures import LeNet5
+from tests.benchmarks.measure import peak_memory, report
+
+IMAGES, BATCH = 60_000, 256
+#: times the memory of the reference, at most
+TARGET = 1.1
+
+
+class Noise(Dataset[tuple[Tensor, Tensor]]):
+    """Images that are made when they are asked for."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitems__(self, index: list[int]) -> list[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(index[0])
+        x = torch.randn(len(index), 1, 28, 28, generator=generator)
+        return list(zip(x, torch.randint(10, (len(index),), generator=generator), strict=True))
+
+
+def build(draws: int, images: int) -> Callable[[], Any]:
+    torch.manual_seed(0)
+    model = pb.models.Dense(LeNet5(), pb.likelihoods.Categorical(), IMAGES)
+    posterior = pb.Posterior(model, pb.models.MeanFieldGuide(model))
+    return partial(
+        pb.diagnostics.evaluate, posterior, Noise(images), Noise(images), num_samples=draws, batch_size=BATCH
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--images", type=int, default=IMAGES)
+    images = parser.parse_args().images
+    rows: list[dict[str, Any]] = []
+    for reference, other in (((10, images // 10), (10, images)), ((40, images // 100), (160, images // 100))):
+        base = 0.0
+        for draws, count in (reference, other):
+            megabytes = peak_memory(partial(build, draws, count), steps=1, repeats=3)
+            base = base or megabytes
+            rows.append(
+                {
+                    "step": f"evaluate, {draws} draws on {count} images",
+                    "reference": f"{reference[0]} draws on {reference[1]} images",
+                    "peak_mb": megabytes,
+                    "ratio": megabytes / base,
+                    "target": TARGET,
+                }
+            )
+            report("evaluating", rows)
+
+
+if __name__ == "__main__":
+    main()
