@@ -16,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 import pyro_bnn as pb
+from pyro_bnn.densities import log_densities
+from pyro_bnn.diagnostics import disagreement, ood_scores
 from pyro_bnn.inference import IMQ, RBF, Linear, Mixture
 from pyro_bnn.inference.kernels import Kernel, Points
 from pyro_bnn.inference.noise import Noise
@@ -129,8 +131,11 @@ def test_every_tensor_of_guide_model_and_prediction_is_on_the_networks_device(ne
         assert {v.device.type for v in latents.values()} == {"cuda"}
         outputs = posterior._outputs(on_gpu, latents, x_gpu, None)
         prediction = pb.Prediction(outputs, likelihood)
-        for value in (prediction.probs, prediction.entropy, prediction.log_prob(y_gpu)):
+        scores = [disagreement(prediction), *ood_scores(prediction).values()]
+        for value in (prediction.probs, prediction.entropy, prediction.log_prob(y_gpu), *scores):
             assert isinstance(value, FakeTensor) and value.device.type == "cuda"
+        for density in log_densities(posterior, 3):
+            assert density is None or density.device.type == "cuda"
     assert weights and rows
     assert all(p.device.type == "cpu" for p in model.parameters())
 

@@ -97,6 +97,11 @@ def convergence(
     )
 
 
+def comparable(posterior: Posterior) -> bool:
+    """Whether it has several chains that are long enough for R-hat."""
+    return posterior.chains > 1 and (posterior.stored or 0) >= FEWEST * posterior.chains
+
+
 def _count(posterior: Posterior, num_samples: int | None) -> int:
     return num_samples or posterior.stored or (1 if posterior.points else DRAWS)
 

@@ -8,20 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pyro_bnn.densities import has_density
-from pyro_bnn.diagnostics.chains import convergence
+from pyro_bnn.diagnostics.chains import comparable, convergence
 from pyro_bnn.diagnostics.findings import SEVERITIES, Finding
 from pyro_bnn.diagnostics.importance import pareto_k
 from pyro_bnn.diagnostics.metrics import LEVEL, evaluate
 from pyro_bnn.diagnostics.precision import wide
 from pyro_bnn.diagnostics.probabilities import class_probabilities
 from pyro_bnn.diagnostics.scores import interval_coverage
-from pyro_bnn.diagnostics.stream import predictions
+from pyro_bnn.diagnostics.stream import first_rows, predictions
 from pyro_bnn.diagnostics.training import loss_verdict
-from pyro_bnn.network import batch_size as count_rows
-from pyro_bnn.probe import batched
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
@@ -181,6 +178,14 @@ def _chains(posterior: Posterior, probes: Any, batch_size: int | None, seed: int
             "Sample with num_chains=4, or give several runs to convergence().",
         )
         return
+    if not comparable(posterior):
+        yield Finding(
+            "warning",
+            topic,
+            f"{posterior.stored} draws of {posterior.chains} chains are too few to compare them.",
+            "Draw more: some hundred from each chain.",
+        )
+        return
     found = convergence(posterior, probes, batch_size=batch_size, seed=seed)
     rhat, ess = float(found["rhat"].max()), float(found["ess_bulk"].min())
     wanted = ESS * posterior.chains
@@ -296,8 +301,7 @@ def _summed(posterior: Posterior, data: Any, settings: dict[str, Any]) -> tuple[
     probes, kind = None, ""
     for x, prediction, y in predictions(posterior, data, **settings):
         if probes is None:
-            size = count_rows(x, y)
-            probes = pytree.tree_map(lambda t, n=size: t[:PROBES] if batched(t, n) else t, x)
+            probes = first_rows(x, PROBES)
         kind = str(getattr(prediction.likelihood, "kind", ""))
         if kind == "classification":
             confidence, predicted = class_probabilities(prediction.probs, prediction.likelihood).flatten(0, -2).max(-1)

@@ -14,10 +14,14 @@ from pyro_bnn.diagnostics import plots
 from pyro_bnn.diagnostics.arviz import to_arviz
 from pyro_bnn.diagnostics.calibration import reliability
 from pyro_bnn.diagnostics.canvas import WIDTH
+from pyro_bnn.diagnostics.chains import comparable, convergence
+from pyro_bnn.diagnostics.checks import PROBES
 from pyro_bnn.diagnostics.ood import auroc
 from pyro_bnn.diagnostics.page import picture
 from pyro_bnn.diagnostics.scored import Scored
 from pyro_bnn.diagnostics.selective import aurc
+from pyro_bnn.diagnostics.stream import first_rows
+from pyro_bnn.diagnostics.training import loss_verdict
 from pyro_bnn.inclusion import has_inclusion
 
 if TYPE_CHECKING:
@@ -103,12 +107,24 @@ def posterior_pictures(posterior: Posterior, x: Any, prediction: Prediction, y: 
             f"{float(apart.min()):.3g} and {float(apart.max()):.3g}, on average {float(apart.mean()):.3g}.",
             "Members that lie on one another are one member.",
         )
+    if comparable(posterior):
+        found = convergence(posterior, first_rows(x, PROBES), seed=seed)
+        rhat, ess = (torch.as_tensor(found[name].values).flatten() for name in ("rhat", "ess_bulk"))
+        moving = ess.isfinite() & rhat.isfinite()  # some classes may have the same probability in all draws
+        if bool(moving.any()):
+            yield picture(
+                "Convergence",
+                plots.plot_rhat(rhat[moving], ess[moving]),
+                f"R-hat of the function at {PROBES} inputs, at most {float(rhat[moving].max()):.3f}, and its effective "
+                f"sample size, at least {float(ess[moving].min()):.0f}, over {posterior.chains} chains.",
+                "Chains agree where R-hat is below 1.01.",
+            )
     if posterior.losses:
         losses = posterior.losses
         tail = losses[-max(1, len(losses) // 20) :]
         yield picture(
             "Training",
-            plots.plot_losses(losses),
+            plots.plot_losses(losses, loss_verdict(losses).state),
             f"Negative ELBO per datum over {len(losses):,} steps: {losses[0]:.4g} nats at the first, "
             f"{sum(tail) / len(tail):.4g} on average over the last {len(tail)}.",
         )

@@ -89,6 +89,12 @@ def predict(posterior: Posterior, x: Any, num_samples: int | None, batch_size: i
     return prediction
 
 
+def first_rows(x: Any, rows: int) -> Any:
+    """The first rows of inputs of any nesting."""
+    size = count_rows(x)
+    return pytree.tree_map(lambda t: t[:rows] if _has_rows(t, size) else t, x)
+
+
 def log_density(prediction: Prediction, y: Tensor) -> Tensor:
     """log p(y_n) under each draw of each member: ``[draws, members, N]``, in nats.
 

@@ -144,6 +144,18 @@ def test_report_shows_what_is_special_about_a_posterior(tmp_path: Path) -> None:
     assert plane["width"] == "480" and any("Weights of each code" in image["alt"] for image in images)
 
 
+def test_report_of_chains_shows_whether_they_agree(tmp_path: Path) -> None:
+    data, model = labelled(), pb.models.Dense(network(3), pb.likelihoods.Categorical(), 30)
+    generator = torch.Generator().manual_seed(0)
+    draws = {site.name: torch.randn(40, *site.shape, generator=generator) for site in model.sites()}
+    path = report(pb.Posterior.from_draws(model, draws, chains=2), data, path=tmp_path / "a.html")
+    reader = require_self_contained(path.read_text(encoding="utf-8"))
+    assert any("R-hat of the function at 20 inputs" in image["alt"] for image in reader.all("img"))
+    few = pb.Posterior.from_draws(model, {name: value[:6] for name, value in draws.items()}, chains=2)
+    reader = require_self_contained(report(few, data, path=tmp_path / "b.html").read_text(encoding="utf-8"))
+    assert "6 draws of 2 chains are too few" in reader.text
+
+
 def test_metrics_of_an_older_run_still_make_a_report(tmp_path: Path) -> None:
     """Proves that metrics of other names, or none for one network, are shown as they are."""
     metrics = {
