@@ -111,14 +111,14 @@ def test_arviz_has_chains_and_inclusion(tmp_path: Any) -> None:
     for one in (posterior, pb.load(tmp_path / "run", net)):
         tree = pb.diagnostics.to_arviz(one, x, y, sites="0.bias")
         assert tree["posterior"]["0.bias"].shape == (2, 20, 3)
-        assert tree["posterior"]["0.weight_inclusion"].shape == (2, 20)
+        assert tree["posterior"]["weight_inclusion"].shape == (2, 20, 1)
         first = one.draws(40)["0.weight_inclusion"].reshape(2, 20)
-        torch.testing.assert_close(torch.as_tensor(tree["posterior"]["0.weight_inclusion"].values), first)
+        torch.testing.assert_close(torch.as_tensor(tree["posterior"]["weight_inclusion"].sel(layer="0").values), first)
         assert tree["log_likelihood"]["obs"].shape == (2, 20, 30)
         found = one.inclusion_probabilities()["0.weight"]
         torch.testing.assert_close(torch.as_tensor(tree["inclusion"]["0.weight"].values), found)
-        assert float(arviz.rhat(tree, var_names=["0.weight_inclusion"])["0.weight_inclusion"]) > 0.9
-    assert pb.diagnostics.to_arviz(posterior, x, y, num_samples=10)["posterior"]["0.bias_mean"].shape == (1, 10)
+        assert float(arviz.rhat(tree, var_names=["weight_inclusion"])["weight_inclusion"].min()) > 0.9
+    assert pb.diagnostics.to_arviz(posterior, x, y, num_samples=10)["posterior"]["bias_mean"].shape == (1, 10, 2)
 
 
 def test_draws_that_are_no_chains() -> None:

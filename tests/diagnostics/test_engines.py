@@ -184,9 +184,9 @@ def test_the_second_line_of_arviz_computes_the_same(engine: Any, exported: Any) 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=lambda engine: engine.__name__)
 def test_the_second_line_of_arviz_draws_it(engine: Any, exported: Any) -> None:
-    plots = pytest.importorskip("arviz_plots")
-    _, idata = exported(engine)
-    tree = idata.to_datatree() if OLD else idata
+    """Its version 0.8, the last for Python 3.11, does not run with a current xarray or matplotlib."""
+    plots = pytest.importorskip("arviz_plots", minversion="1")
+    _, tree = exported(engine)
     plots.plot_trace_dist(tree, var_names=["function"], backend="matplotlib")
     plots.plot_forest(tree, var_names=["function"], backend="matplotlib")
     plots.plot_ppc_dist(tree, num_samples=3, backend="matplotlib")
