@@ -118,7 +118,7 @@ def test_arviz_has_chains_and_inclusion(tmp_path: Any) -> None:
         found = one.inclusion_probabilities()["0.weight"]
         torch.testing.assert_close(torch.as_tensor(tree["inclusion"]["0.weight"].values), found)
         assert float(arviz.rhat(tree, var_names=["weight_inclusion"])["weight_inclusion"].min()) > 0.9
-    assert pb.diagnostics.to_arviz(posterior, x, y, num_samples=10)["posterior"]["bias_mean"].shape == (1, 10, 2)
+    assert pb.diagnostics.to_arviz(posterior, x, y, num_samples=10)["posterior"]["bias_mean"].shape == (1, 10, 1)
 
 
 def test_draws_that_are_no_chains() -> None:
