@@ -96,7 +96,7 @@ class DeepEnsemble(Baseline):
             points.append(self._mode(data, epochs, net, **run))
         draws = [point.draws(1) for point in points]
         stacked = {name: torch.cat([draw[name][:, 0] for draw in draws]) for name in draws[0]}
-        posterior = Posterior.from_draws(points[0].model, stacked, statistics=_own_buffers(points))
+        posterior = Posterior.from_draws(points[0].model, stacked, statistics=_own_buffers(points), sampled=False)
         posterior.losses = [sum(step) / self.members for step in zip(*(p.losses for p in points), strict=False)]
         return posterior
 
@@ -114,6 +114,11 @@ class DeepEnsemble(Baseline):
             copy.deepcopy(self.net).load_state_dict(net.state_dict())
         except RuntimeError as error:
             raise ValueError(f"build= makes a network that is not of the architecture of net: {error}") from None
+        made = dict(net.named_parameters())
+        with torch.no_grad():
+            for name, given in self.net.named_parameters():
+                if not given.requires_grad:  # it stays as it is, in all networks
+                    made[name].copy_(given).requires_grad_(False)
         return net.to(device)
 
 

@@ -283,7 +283,7 @@ class SVGD:
                 if any(stop):
                     break
         if isinstance(self.guide, AutoParticles):
-            posterior = Posterior.from_draws(self.model, self.guide.particles())
+            posterior = Posterior.from_draws(self.model, self.guide.particles(), sampled=False)
             posterior.losses = list(run.losses)
             return posterior
         example = pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() else t, batches.first[0])

@@ -191,7 +191,7 @@ class SWAG(Baseline):
             z2 = torch.randn(n, moments.columns, dtype=z1.dtype, device=z1.device)
             parts = moments.draw(z1, z2).split([site.shape.numel() for site in order], -1)
             draws = {s.name: _constrained(s, part.reshape(n, *s.shape)) for s, part in zip(order, parts, strict=True)}
-            return _with_statistics(Posterior.from_draws(model, draws), data, batch_size)
+            return _with_statistics(Posterior.from_draws(model, draws, sampled=False), data, batch_size)
 
 
 def _with_statistics(posterior: Posterior, data: Any, batch_size: int) -> Posterior:
@@ -213,7 +213,8 @@ def _with_statistics(posterior: Posterior, data: Any, batch_size: int) -> Poster
         for name, value in buffers.items():
             value.copy_(before[name])
     statistics = {name: torch.stack(values) for name, values in gathered.items()}
-    return Posterior.from_draws(model, {name: value[:, 0] for name, value in draws.items()}, statistics=statistics)
+    own = {name: value[:, 0] for name, value in draws.items()}
+    return Posterior.from_draws(model, own, statistics=statistics, sampled=False)
 
 
 def _constrained(site: Site, value: Tensor) -> Tensor:

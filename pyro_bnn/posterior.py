@@ -39,6 +39,7 @@ class DrawsGuide(PyroModule):
     :param model: the model that they are of; those of this package have a plate for members around their sites.
     :param chains: how many chains they are of, which lie one after the other.
     :param statistics: ``{buffer of the network: [n, *shape]}``, the statistics of normalisation layers of each draw.
+    :param sampled: whether they are of a sampler of the posterior.
     """
 
     def __init__(
@@ -47,9 +48,10 @@ class DrawsGuide(PyroModule):
         model: Callable[..., Any],
         chains: int = 1,
         statistics: dict[str, Tensor] | None = None,
+        sampled: bool = True,
     ) -> None:
         super().__init__("draws_guide")
-        self.chains = chains
+        self.chains, self.sampled = chains, sampled
         self.statistics_names = list(statistics or {})
         for i, value in enumerate((statistics or {}).values()):
             self.register_buffer(f"statistics_{i}", value)
@@ -127,12 +129,16 @@ class Posterior:
         draws: dict[str, Tensor],
         chains: int = 1,
         statistics: dict[str, Tensor] | None = None,
+        *,
+        sampled: bool = True,
     ) -> Posterior:
         """From draws ``{site: [n, *event]}``; plate axes of size 1 that a model of ours adds may be there.
 
         :param chains: how many chains they are of, chain after chain, all of one length.
         :param statistics: ``{buffer of the network: [n, *shape]}`` of normalisation layers, with which each draw
             predicts; by default all predict with those of the network.
+        :param sampled: whether they are of a sampler of the posterior, as after MCMC, so that chains can be compared
+            and leave-one-out needs no other weights; ``False`` for networks of an ensemble, or draws of a guide.
         :raises ValueError: when a site lacks draws, or they do not divide into the chains.
         """
         counts = {len(value) for value in draws.values()}
@@ -141,12 +147,17 @@ class Posterior:
                 f"the sites have {sorted({len(v) for v in draws.values()})} draws, which are not {chains} chains of "
                 "one length"
             )
-        return cls(model, DrawsGuide(_with_members(model, draws), model, chains, statistics))
+        return cls(model, DrawsGuide(_with_members(model, draws), model, chains, statistics, sampled))
 
     @property
     def chains(self) -> int:
         """Number of chains that the stored draws are of, chain after chain; 1 for anything else."""
         return self._guide.chains if isinstance(self._guide, DrawsGuide) else 1
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the stored draws are of a sampler, rather than of a guide or an ensemble."""
+        return isinstance(self._guide, DrawsGuide) and self._guide.sampled
 
     @property
     def guide(self) -> Callable[..., Any]:
@@ -490,7 +501,7 @@ class Posterior:
         if isinstance(self._guide, DrawsGuide):
             index = torch.cat([index for _, index in groups if index is not None])
             statistics = {name: value[index.to(value.device)] for name, value in self._guide.statistics().items()}
-        guide = DrawsGuide(draws, self.model, self.chains if n == self.stored else 1, statistics)
+        guide = DrawsGuide(draws, self.model, self.chains if n == self.stored else 1, statistics, self.sampled)
         return Posterior(self.model, guide, losses=self.losses, sampler=self.sampler)
 
 

@@ -84,7 +84,7 @@ def sparsify(
         statistics = {name: channels.cut(name, value) for name, value in statistics.items()}
     arguments = model.arguments() | {"likelihood": model.likelihood, "prior": model.prior}
     new = type(model).from_arguments(smaller, arguments)
-    kept = DrawsGuide(draws, new, guide.chains, statistics)
+    kept = DrawsGuide(draws, new, guide.chains, statistics, guide.sampled)
     after = _size(new.core().net, dict(_by_parameter(new, kept)), example)
     return Sparsified(Posterior(new, kept, losses=posterior.losses, sampler=posterior.sampler), masks, before, after)
 

@@ -69,7 +69,8 @@ def save(posterior: Posterior, path: str | os.PathLike[str], *, prior: bool = Tr
             tensors[f"{prefix}.{name}"] = value.detach().cpu().contiguous()
     names: dict[str, Any] = {}
     if isinstance(guide, DrawsGuide):
-        names = {"names": guide.names, "chains": guide.chains, "statistics": guide.statistics_names}
+        names = {"names": guide.names, "statistics": guide.statistics_names}
+        names |= {"chains": guide.chains, "sampled": guide.sampled}
     arguments = guide.arguments() if isinstance(guide, MixtureGuide) else {}
     content = {
         "format": FORMAT,
@@ -178,7 +179,7 @@ def _guide(description: dict[str, Any], model: BayesianNetwork, tensors: dict[st
         names = description["names"]
         draws = {name: values[f"draws_{i}"].to(device) for i, name in enumerate(names)}
         kept = {name: values[f"statistics_{i}"].to(device) for i, name in enumerate(description["statistics"])}
-        return DrawsGuide(draws, model, description["chains"], kept)
+        return DrawsGuide(draws, model, description["chains"], kept, description.get("sampled", True))
     if cls is None:
         raise ValueError("the guide of this posterior is of a class that is not registered")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):  # starting values are drawn, then replaced

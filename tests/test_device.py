@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 import pyro_bnn as pb
-from pyro_bnn.densities import log_densities
 from pyro_bnn.diagnostics import disagreement, ood_scores
+from pyro_bnn.diagnostics.densities import log_densities
 from pyro_bnn.inference import IMQ, RBF, Linear, Mixture
 from pyro_bnn.inference.kernels import Kernel, Points
 from pyro_bnn.inference.noise import Noise

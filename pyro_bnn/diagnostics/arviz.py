@@ -11,12 +11,14 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_bnn.densities import log_densities
 from pyro_bnn.diagnostics.arrays import Budget, Group, array, enumerated, outputs, plain, safe, sampled
+from pyro_bnn.diagnostics.densities import log_densities
+from pyro_bnn.diagnostics.recalibration import ScaledPosterior
 from pyro_bnn.diagnostics.sites import posterior_group
 from pyro_bnn.diagnostics.stream import log_density, predictions, predictions_of_inputs
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inclusion import has_inclusion
+from pyro_bnn.likelihoods import Categorical
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size as count_rows
 
@@ -59,7 +61,8 @@ def to_arviz(
                               ``mean`` of a regression or count; comes with ``posterior_predictive``
     ``log_likelihood``        ``obs``, log p(y_n | draw), ``(chain, draw, obs_id)``, in nats
     ``sample_stats``          of each draw ``(chain, draw[, member])``, in nats: ``log_prior``; ``lp``, the joint
-                              density log p(y, draw), when x and y are all ``num_data`` training data; and of a
+                              density log p(y, draw), when x and y have ``num_data`` rows, which are taken for the
+                              training data; and of a
                               posterior with a density, as variational ones have, ``log_q``, the density of the whole
                               guide, with ``log_p``, which is ``lp`` by the name that goes with it
     ``training``              ``loss`` ``(step)``, the negative ELBO in nats per datum; comes with ``sample_stats``
@@ -160,8 +163,7 @@ def _at_probes(prediction: Prediction, chains: int, budget: Budget) -> xr.DataAr
     if values.isnan().any():
         raise ValueError("the posterior predicts NaN at the probes: look for parameters that diverged in training")
     budget.take("posterior/function", values.numel())
-    kind = getattr(prediction.likelihood, "kind", None)
-    classes = ("class",) if kind == "classification" and values.dim() > 3 else ()
+    classes = ("class",) if isinstance(prediction.likelihood, Categorical) else ()
     return sampled(values, chains, "probe", *outputs(values.dim() - 3 - len(classes)), *classes)
 
 
@@ -199,7 +201,7 @@ def _sample_stats(
         return {}
     log_prior, log_q = log_densities(posterior, num_samples, seed, example=x)
     stats = {"log_prior": log_prior}
-    if joint is not None and model.likelihood is not None:
+    if joint is not None and model.likelihood is not None and not isinstance(posterior, ScaledPosterior):
         likelihood = torch.as_tensor(joint["obs"].values).sum(-1).reshape(log_prior.shape)
         stats["lp"] = log_prior.cpu() + likelihood / model.likelihood.temperature
     if log_q is not None:

@@ -12,6 +12,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_bnn.diagnostics.arrays import at_least_float32, outputs, plain, safe
+from pyro_bnn.likelihoods import Categorical
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
@@ -68,6 +69,11 @@ def convergence(
             "R-hat compares independent runs, and there is one chain: sample with num_chains=4, or give a list of "
             "posteriors that were fitted from different seeds"
         )
+    if cut := [p for p in posteriors if p.chains > 1 and num_samples not in (None, p.stored)]:
+        raise ValueError(
+            f"num_samples={num_samples} takes some of the {cut[0].stored} draws of {cut[0].chains} chains, which are "
+            "then no chains: leave it out"
+        )
     if space == "function":
         if probes is None:
             raise ValueError("the space of functions needs probes: a few inputs of the network, such as 20 test data")
@@ -97,6 +103,12 @@ def convergence(
     )
 
 
+def effective_size(values: Tensor, chains: int) -> float:
+    """Mean bulk effective sample size of the columns of ``[chains * draws, m]``, chain after chain."""
+    ess = _statistics({"": _named(values.unsqueeze(1), chains, "column")})["ess_bulk"]
+    return float(ess.mean())
+
+
 def comparable(posterior: Posterior) -> bool:
     """Whether it has several chains that are long enough for R-hat."""
     return posterior.chains > 1 and (posterior.stored or 0) >= FEWEST * posterior.chains
@@ -111,7 +123,7 @@ def _function(posterior: Posterior, probes: Any, num_samples: int, batch_size: i
     values = plain(prediction.members, 3)
     if values.isnan().any():
         raise ValueError("a run predicts NaN at the probes: look for parameters that diverged in training")
-    classes = values.dim() > 3 and getattr(prediction.likelihood, "kind", None) == "classification"
+    classes = isinstance(prediction.likelihood, Categorical)
     rest = values.dim() - 3 - classes
     chains = posterior.chains if num_samples == posterior.stored else 1
     return _named(values, chains, "probe", *outputs(rest), *(("class",) if classes else ()))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_bnn.densities import has_density
-from pyro_bnn.diagnostics.chains import comparable, convergence
+from pyro_bnn.diagnostics.chains import FEWEST, comparable, convergence, effective_size
+from pyro_bnn.diagnostics.densities import has_density
 from pyro_bnn.diagnostics.findings import SEVERITIES, Finding
 from pyro_bnn.diagnostics.importance import pareto_k
 from pyro_bnn.diagnostics.metrics import LEVEL, evaluate
@@ -19,9 +19,7 @@ from pyro_bnn.diagnostics.probabilities import class_probabilities
 from pyro_bnn.diagnostics.scores import interval_coverage
 from pyro_bnn.diagnostics.stream import first_rows, predictions
 from pyro_bnn.diagnostics.training import loss_verdict
-
-if TYPE_CHECKING:
-    from pyro_bnn.posterior import Posterior
+from pyro_bnn.posterior import DrawsGuide, Posterior
 
 #: rows at which the functions of chains are compared
 PROBES = 20
@@ -29,6 +27,8 @@ PROBES = 20
 RHAT, RHAT_BAD = 1.01, 1.1
 #: effective draws that are wanted of each chain (Vehtari et al. 2021, section 4.1)
 ESS = 100
+#: coordinates whose effective sample size stands for that of all
+COORDINATES = 20
 #: relative error of a temperature that step size and gradient noise may leave
 HEAT = 0.1
 #: standard errors beyond which a share differs from its expectation
@@ -78,7 +78,7 @@ def check(
         if kind == "classification":
             findings += [_better_than_the_largest_class(found, sums), _confidence(sums), *_ood(found)]
         else:
-            findings += [_better_than_the_mean(found, sums), _coverage(sums, kind)]
+            findings += [_better_than_the_mean(sums), _coverage(sums, kind)]
     return sorted(findings, key=lambda finding: -SEVERITIES.index(finding.severity))
 
 
@@ -132,7 +132,10 @@ def _sampler(posterior: Posterior) -> Iterator[Finding]:
             "configurational": run["configurational temperature"] / run["temperature"],
         }
         text = " and ".join(f"the {name} temperature is {ratio:.2f}" for name, ratio in ratios.items())
-        if all(abs(ratio - 1) <= HEAT + _noise_of_heat(posterior) for ratio in ratios.values()):
+        noise = _noise_of_heat(posterior)
+        if noise > 1:
+            yield Finding("note", topic, f"In units of what they should be, {text}; the draws are too few to judge it.")
+        elif all(abs(ratio - 1) <= HEAT + noise for ratio in ratios.values()):
             yield Finding("good", topic, f"In units of what they should be, {text}.")
         else:
             yield Finding(
@@ -145,9 +148,16 @@ def _sampler(posterior: Posterior) -> Iterator[Finding]:
 
 
 def _noise_of_heat(posterior: Posterior) -> float:
-    """Three standard errors of a mean of ``(theta - theta_0) * grad U`` over independent Gaussian coordinates."""
-    numbers = sum(value.numel() for value in posterior.draws(1).values()) * (posterior.stored or 1)
-    return ERRORS * math.sqrt(3 / numbers)
+    """Three standard errors of the mean of ``(theta - theta_0) * grad U``, whose variance is 3 T^2 a coordinate.
+
+    Draws count with the effective sample size of some coordinates.
+    """
+    if not isinstance(posterior.guide, DrawsGuide) or (posterior.stored or 0) < FEWEST * posterior.chains:
+        return math.inf
+    draws = posterior.guide.draws()
+    coordinates = sum(value[0].numel() for value in draws.values())
+    some = torch.cat([value.flatten(1)[:, :COORDINATES] for value in draws.values()], 1)[:, :COORDINATES]
+    return ERRORS * math.sqrt(3 / (coordinates * max(1.0, effective_size(some, posterior.chains))))
 
 
 def _fit(posterior: Posterior, x: Any, y: Tensor | None, batch_size: int | None, seed: int) -> Iterator[Finding]:
@@ -168,7 +178,7 @@ def _fit(posterior: Posterior, x: Any, y: Tensor | None, batch_size: int | None,
 
 def _chains(posterior: Posterior, probes: Any, batch_size: int | None, seed: int) -> Iterator[Finding]:
     topic = "convergence"
-    if posterior.stored is None:
+    if not posterior.sampled:
         return
     if posterior.chains < 2:
         yield Finding(
@@ -230,10 +240,13 @@ def _better_than_the_largest_class(metrics: Mapping[str, float], sums: Mapping[s
     )
 
 
-def _better_than_the_mean(metrics: Mapping[str, float], sums: Mapping[str, float]) -> Finding:
-    ratio = metrics["rmse"] / max(sums["deviation"], 1e-30)
-    text = f"RMSE is {ratio:.1%} of the standard deviation of y, which is what always the mean of y has."
-    if ratio < 1:
+def _better_than_the_mean(sums: Mapping[str, float]) -> Finding:
+    variance = max(sums["variance"], 1e-30)
+    text = (
+        f"The mean squared error is {sums['squared error'] / variance:.1%} of that of always the mean of y (standard "
+        f"error {sums['error of gain'] / variance:.1%})."
+    )
+    if sums["variance"] - sums["squared error"] > ERRORS * sums["error of gain"]:
         return Finding("good", "accuracy", text)
     return Finding(
         "problem", "accuracy", text, "Nothing was learned: look at the scale of y, the learning rate and the prior."
@@ -297,7 +310,7 @@ def _ood(metrics: Mapping[str, float]) -> Iterator[Finding]:
 def _summed(posterior: Posterior, data: Any, settings: dict[str, Any]) -> tuple[str, dict[str, float], Any]:
     """The kind of likelihood, sums over the labels, and the first rows of x."""
     sums: dict[str, float] = {"count": 0.0}
-    labels: list[Tensor] = []
+    labels, errors = [], []
     probes, kind = None, ""
     for x, prediction, y in predictions(posterior, data, **settings):
         if probes is None:
@@ -313,13 +326,19 @@ def _summed(posterior: Posterior, data: Any, settings: dict[str, Any]) -> tuple[
             }
         else:
             part = {"inside": interval_coverage(prediction.interval(LEVEL), y).sum()}
-        labels.append(y.flatten().cpu())
+            errors.append((wide(prediction.mean) - y.reshape(prediction.mean.shape)).square().reshape(len(y), -1).cpu())
+        labels.append(y.reshape(len(y), -1).cpu())
         for name, value in part.items():
             sums[name] = sums.get(name, 0.0) + float(value)
         sums["count"] += y.numel()
-    whole = torch.cat(labels) if labels else torch.zeros(1)
+    if not labels:
+        raise ValueError("data is empty: check needs at least one row; look at the filter or split that made it")
+    whole = torch.cat(labels)
     if kind == "classification":
-        sums["largest class"] = float(torch.unique(whole, return_counts=True)[1].max()) / len(whole)
+        sums["largest class"] = float(torch.unique(whole, return_counts=True)[1].max()) / whole.numel()
     else:
-        sums["deviation"] = float(wide(whole).std(correction=0))
+        error, deviation = torch.cat(errors), wide(whole)
+        gain = (deviation - deviation.mean(0)).square() - error.reshape(deviation.shape)
+        sums["squared error"], sums["variance"] = float(error.mean()), float((gain + error.reshape(gain.shape)).mean())
+        sums["error of gain"] = float(gain.mean(1).std(correction=0)) / math.sqrt(len(gain))
     return kind, sums, probes

@@ -16,6 +16,10 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_bnn.diagnostics.arviz import to_arviz
+from pyro_bnn.diagnostics.densities import has_density, log_densities
+from pyro_bnn.diagnostics.precision import wide
+from pyro_bnn.diagnostics.recalibration import ScaledPosterior
+from pyro_bnn.diagnostics.stream import log_density, predictions
 from pyro_bnn.network import batch_size as count_rows
 
 if TYPE_CHECKING:
@@ -70,14 +74,17 @@ def pareto_k(
     Source: Yao, Vehtari, Simpson and Gelman (2018), algorithm 1; Vehtari et al. (2024).
     """
     _require_training_data(posterior, x, y)
-    data = _with_densities(posterior, x, y, num_samples, batch_size, seed)
-    stats: Any = data["sample_stats"]
-    if "log_q" not in stats:
+    count = _enough_draws(posterior, num_samples)
+    log_p, log_q = log_densities(posterior, count, seed, example=x)
+    if log_q is None:
         raise ValueError(
             "k-hat compares the density of a guide with that of the posterior, and this posterior has none: it is of "
             "stored draws, particles or points. Look at R-hat and ESS (convergence) or at the diversity of members"
         )
-    log_weights, k = _smooth(_flat(stats["log_p"]) - _flat(stats["log_q"]))
+    temperature = posterior.model.likelihood.temperature  # type: ignore[attr-defined]
+    for _, prediction, target in predictions(posterior, (x, y), num_samples=count, batch_size=batch_size, seed=seed):
+        log_p += wide(log_density(prediction, target)).sum(-1) / temperature
+    log_weights, k = _smooth((log_p - log_q).cpu().reshape(1, -1).numpy())
     draws = log_weights.shape[-1]
     ess = float(np.exp(-_log_sum(2 * log_weights))[0])
     return ParetoK(float(k[0]), _good_k(draws), ess, draws)
@@ -105,16 +112,27 @@ def loo(
     :param y: their targets.
     :param num_samples: draws of each member; by default all stored ones, or 1,000 over all members.
     :returns: ArviZ's ``ELPDData`` with ``pareto_k`` of each datum, for ``arviz.compare``.
-    :raises ValueError: when a variational posterior is not given all its training data, or there are fewer than 100
-        draws over all members.
+    :raises ValueError: when a variational posterior is not given all its training data, draws are neither of a sampler
+        nor of a guide with a density (particles, networks of an ensemble), their predictions or likelihood have a
+        temperature, or there are fewer than 100 draws over all members.
 
     Source: Vehtari, Gelman and Gabry (2017); Magnusson, Andersen, Jonasson and Vehtari (2019), eq. 5.
     """
-    data = _with_densities(posterior, x, y, num_samples, batch_size, seed)
-    stats: Any = data["sample_stats"]
-    if "log_q" not in stats:
+    _require_untempered(posterior)
+    count = _enough_draws(posterior, num_samples)
+    variational = has_density(posterior)
+    if variational:
+        _require_training_data(posterior, x, y)
+    elif not posterior.sampled:
+        raise ValueError(
+            "these draws are neither of a sampler nor of a guide with a density, as particles, networks of an ensemble "
+            "and stored draws of a guide: they agree with one another whatever the posterior is, so that leave-one-out "
+            "would call them reliable. Compare scores on held-out data (evaluate)"
+        )
+    data = _in_arviz(posterior, x, y, count, batch_size, seed)
+    if not variational:
         return arviz.loo(_for_arviz(data), pointwise=True)
-    _require_training_data(posterior, x, y)
+    stats: Any = data["sample_stats"]
     log_p, log_q = _flat(stats["log_p"]), _flat(stats["log_q"])
     if _old_arviz():
         return _approximate_loo(data, log_p - log_q)
@@ -138,6 +156,8 @@ def compare(posteriors: Mapping[str, Posterior], x: Any, y: Tensor, **settings: 
 
 
 def _require_training_data(posterior: Posterior, x: Any, y: Tensor) -> None:
+    if isinstance(posterior, ScaledPosterior):
+        raise ValueError("scaled predictions are of no density that was inferred: give the posterior inside")
     rows, expected = count_rows(x, y), getattr(posterior.model, "num_data", None)
     if rows != expected:
         raise ValueError(
@@ -146,9 +166,17 @@ def _require_training_data(posterior: Posterior, x: Any, y: Tensor) -> None:
         )
 
 
-def _with_densities(
-    posterior: Posterior, x: Any, y: Tensor, num_samples: int | None, batch_size: int | None, seed: int
-) -> xr.DataTree:
+def _require_untempered(posterior: Posterior) -> None:
+    likelihood = getattr(posterior.model, "likelihood", None)
+    if isinstance(posterior, ScaledPosterior) or getattr(likelihood, "temperature", 1.0) != 1:
+        raise ValueError(
+            "leaving a datum out divides the posterior by its likelihood, which is another one when predictions are "
+            "scaled or the likelihood has a temperature: give the posterior inside (scaled.posterior), or compare "
+            "scores on held-out data (evaluate)"
+        )
+
+
+def _enough_draws(posterior: Posterior, num_samples: int | None) -> int:
     if num_samples is None:
         num_samples = posterior.stored or (1 if posterior.points else math.ceil(DRAWS / posterior.members))
     if num_samples * posterior.members < FEWEST:
@@ -157,6 +185,12 @@ def _with_densities(
             f"takes at least {FEWEST}. Give a larger num_samples; particles and points are too few by nature, so "
             "compare their scores on held-out data (evaluate)"
         )
+    return num_samples
+
+
+def _in_arviz(
+    posterior: Posterior, x: Any, y: Tensor, num_samples: int, batch_size: int | None, seed: int
+) -> xr.DataTree:
     groups = ("posterior", "log_likelihood", "sample_stats")
     data = to_arviz(
         posterior,

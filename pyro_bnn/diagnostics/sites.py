@@ -26,6 +26,7 @@ def posterior_group(
 ) -> Group:
     """The sites, of whose draws only as many are in memory at once as fit a fixed budget, but for those asked for."""
     whole: set[str] | None = None
+    prefix = getattr(posterior.model, "prefix", "")
     parts: dict[str, list[Tensor]] = {}
     short: dict[str, dict[str, list[Tensor]]] = {}
     for draws in posterior.draw_groups(num_samples, seed=seed, example=example):
@@ -37,7 +38,7 @@ def posterior_group(
             if site in whole:
                 parts.setdefault(site, []).append(values.cpu())
                 continue
-            layer, quantity = _place(site)
+            layer, quantity = _place(site.removeprefix(f"{prefix}."))
             for suffix, summary in _summaries(site, values):
                 name = quantity + suffix
                 if summary.dim() > 2:  # a hyper-parameter of several elements, which keeps its own shape

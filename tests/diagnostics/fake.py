@@ -101,7 +101,7 @@ class FakePosterior:
         self.losses = losses or []
         self.sampler: dict[str, float] = {}
         self.guide = None
-        self.stored, self.chains, self.points = None, 1, False
+        self.stored, self.chains, self.points, self.sampled = None, 1, False, False
         self._sites = sites or {}
         self.calls: list[dict[str, Any]] = []
 

@@ -93,6 +93,15 @@ def test_classes_have_names_and_constants_have_no_size() -> None:
     assert float(convergence(runs, rows(PROBES), num_samples=50)["rhat"][0, 0]) == math.inf
 
 
+def test_several_outputs_are_no_classes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    runs = [
+        FakePosterior(torch.rand(50, 1, PROBES, 3, generator=generator).double(), likelihoods.Bernoulli())
+        for _ in range(2)
+    ]
+    assert convergence(runs, rows(PROBES), num_samples=50)["rhat"].dims == ("probe", "output")
+
+
 def tiny() -> tuple[Any, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20, 1, generator=generator)
@@ -158,11 +167,17 @@ def test_bad_input() -> None:
         convergence(pair, rows(PROBES), space="prior")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"the runs have \[100, 400\] draws"):
         convergence([run(draws=100), run(seed=1)], rows(PROBES), num_samples=DRAWS)
+    generator = torch.Generator().manual_seed(0)
+    model, x, _ = tiny()
+    four = pb.Posterior.from_draws(
+        model, {s.name: torch.randn(40, *s.shape, generator=generator) for s in model.sites()}, chains=4
+    )
+    with pytest.raises(ValueError, match="num_samples=20 takes some of the 40 draws of 4 chains"):
+        convergence(four, x, num_samples=20)
     broken = run()
     broken.table[3, 0, 2] = math.nan
     with pytest.raises(ValueError, match="predicts NaN"):
         convergence([broken, run(seed=1)], rows(PROBES), num_samples=DRAWS)
-    model, x, _ = tiny()
     draws = {s.name: torch.randn(20, *s.shape) for s in model.sites()}
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="more than max_values=10:"):
         convergence(pb.Posterior.from_draws(model, draws, chains=2), space="weights", max_values=10)

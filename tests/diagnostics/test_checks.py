@@ -97,6 +97,24 @@ def test_intervals(scale: float, severity: str, word: str) -> None:
     assert severities(shuffled)["accuracy"] == "problem"
 
 
+def test_noise_and_offsets_are_no_knowledge() -> None:
+    """Random small slopes on pure noise, and outputs of different means that are predicted by nothing else."""
+    generator = torch.Generator().manual_seed(0)
+    good = 0
+    for _ in range(50):
+        guess = 0.05 * torch.randn(1, 1, 100, 1, generator=generator, dtype=torch.float64)
+        y = torch.randn(100, 1, generator=generator, dtype=torch.float64)
+        good += (
+            severities(check(FakePosterior(guess, likelihoods.Gaussian(scale=1.0)), (rows(100), y)))["accuracy"]
+            == "good"
+        )
+    assert good <= 1  # three standard errors: .13 % each
+    means = torch.tensor([0.0, 100.0]).double()
+    y = means + torch.randn(100, 2, generator=generator, dtype=torch.float64)
+    useless = FakePosterior(means.expand(1, 1, 100, 2), likelihoods.Gaussian(scale=1.0))
+    assert severities(check(useless, (rows(100), y)))["accuracy"] == "problem"
+
+
 @pytest.mark.parametrize(
     ("losses", "severity"),
     [

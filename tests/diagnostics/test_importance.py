@@ -14,7 +14,7 @@ from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
 import pyro_bnn as pb
-from pyro_bnn.densities import log_densities, log_prior
+from pyro_bnn.diagnostics.densities import log_densities, log_prior
 from pyro_bnn.diagnostics.importance import compare, loo, pareto_k
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -133,6 +133,26 @@ def test_members_of_their_own_biases_count_with_their_own_density() -> None:
     assert log_q is not None and torch.isfinite(log_q).all()
 
 
+@pytest.mark.parametrize("auxiliary", [False, True])
+def test_densities_of_guides_that_are_functions(auxiliary: bool) -> None:
+    """A scalar and a vector in plates of their own; with an auxiliary site the trace has the density of both."""
+
+    def guide(x: Any = None, y: Any = None) -> None:
+        if auxiliary:
+            with pyro.plate("rows of it", 5):
+                pyro.sample("u", pyro.distributions.Normal(0.0, 1.0), infer={"is_auxiliary": True})
+        pyro.sample("weight", pyro.distributions.Normal(torch.zeros(1, 2).double(), 0.5).to_event(2))
+
+    model, *_ = regression()
+    posterior = pb.Posterior(model, guide)
+    _, log_q = log_densities(posterior, 4, seed=0)
+    if auxiliary:
+        assert log_q is None
+    else:
+        expected = torch.distributions.Normal(0, 0.5).log_prob(posterior.draws(4, seed=0)["weight"]).flatten(1).sum(1)
+        torch.testing.assert_close(log_q, expected.unsqueeze(1))
+
+
 def test_arviz_has_the_densities() -> None:
     model, x, y, mean, covariance = regression()
     posterior = mean_field(model, mean, covariance.diagonal().sqrt())
@@ -203,6 +223,37 @@ def test_loo_flags_a_posterior_that_was_shrunk_to_a_quarter() -> None:
     with pytest.warns(UserWarning):
         corrected = loo(narrow, x, y)
     assert corrected.warning and float(np.asarray(corrected.pareto_k).min()) > 0.7
+
+
+def test_draws_of_a_guide_are_no_sampler() -> None:
+    """Stored, a narrow guide keeps its draws and loses its density: leave-one-out would call it reliable."""
+    model, x, y, mean, covariance = regression()
+    narrow = mean_field(model, mean, covariance.diagonal().sqrt() / 4).as_draws(200, seed=0)
+    assert not narrow.sampled and not narrow.as_draws(100).sampled
+    points = pb.Posterior(model, pb.models.PointGuide(model))
+    for posterior, settings in ((narrow, {}), (points, {"num_samples": 200})):
+        with pytest.raises(ValueError, match="neither of a sampler nor of a guide with a density"):
+            loo(posterior, x, y, **settings)
+
+
+def test_scaled_and_tempered_posteriors_are_refused() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(N, 2), torch.randint(3, (N,))
+    for temperature in (1.0, 0.5):
+        likelihood = pb.likelihoods.Categorical(temperature=temperature)
+        model = pb.models.Dense(nn.Linear(2, 3), likelihood, N)
+        posterior = pb.Posterior(model, pb.models.MeanFieldGuide(model))
+        joint = pb.diagnostics.to_arviz(posterior, x, y, num_samples=5)
+        expected = joint["sample_stats"]["log_prior"] + joint["log_likelihood"]["obs"].sum("obs_id") / temperature
+        np.testing.assert_allclose(joint["sample_stats"]["lp"], expected, rtol=1e-6)
+        if temperature != 1:
+            with pytest.raises(ValueError, match="the likelihood has a temperature"):
+                loo(posterior, x, y)
+    scaled = pb.diagnostics.ScaledPosterior(posterior, 2.0)
+    assert "lp" not in pb.diagnostics.to_arviz(scaled, x, y, num_samples=5)["sample_stats"]
+    for function in (pareto_k, loo):
+        with pytest.raises(ValueError, match="the posterior inside"):
+            function(scaled, x, y)
 
 
 def test_models_are_compared() -> None:

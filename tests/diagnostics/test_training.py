@@ -53,6 +53,22 @@ def test_what_is_not_finite() -> None:
     assert loss_verdict(once).state == "converged"
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_losses_that_were_not_finite_for_a_while(bad: float) -> None:
+    falling = curve(4000, 2.0)
+    start, late = list(falling), list(falling)
+    start[:200] = [bad] * 200
+    late[3000:3300] = [bad] * 300
+    assert loss_verdict(start).state == "falling"
+    assert loss_verdict(late).state == "diverged"
+
+
+def test_a_bad_start_does_not_hide_a_fall() -> None:
+    peak = curve(4000, 2.0)
+    peak[:5] = [1e6] * 5
+    assert loss_verdict(peak).state == "falling"
+
+
 def test_few_steps_say_nothing() -> None:
     verdict = loss_verdict(curve(399, 2.0))
     assert verdict.state == "unknown" and math.isnan(verdict.change)

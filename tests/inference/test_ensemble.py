@@ -62,6 +62,26 @@ def test_digits_are_classified_better_by_the_ensemble_than_by_its_networks() -> 
     np.testing.assert_allclose(data["training"]["loss"], posterior.losses)
 
 
+def test_frozen_parameters_are_those_of_the_given_network_in_all_networks() -> None:
+    """Also with ``build``, whose networks start with other values there."""
+
+    def make() -> nn.Sequential:
+        net = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 3))
+        net[0].requires_grad_(False)
+        return net
+
+    net, x = seeded(make), inputs()
+    ensemble = DeepEnsemble(net, Categorical(), N, members=3, build=make)
+    posterior = ensemble.fit((x, classes()), epochs=200, lr=3e-2, progress=False, seed=0)
+    draws = posterior.draws(3)
+    assert set(draws) == {"2.weight", "2.bias"}
+    outputs = posterior.predict(x, num_samples=3).outputs[:, 0]
+    features = torch.tanh(net[0](x))
+    for weight, bias, found in zip(draws["2.weight"], draws["2.bias"], outputs, strict=True):
+        torch.testing.assert_close(found, nn.functional.linear(features, weight[0], bias[0]), rtol=1e-4, atol=1e-5)
+        assert float((found.argmax(-1) == classes()).double().mean()) > 0.8  # it was trained on these features
+
+
 def test_every_network_is_trained_as_if_it_were_alone() -> None:
     """With the same start and the same seeds, ``fit`` of a point gives the very same network."""
     starts = [normalised(5), normalised(6)]

@@ -10,8 +10,10 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Delta
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
+from pyro_bnn.diagnostics.precision import wide
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.model import BayesianNetwork, training_mode
 
@@ -39,9 +41,9 @@ def log_prior(model: BayesianNetwork, draws: dict[str, Tensor]) -> Tensor:
     with torch.no_grad(), training_mode(False), poutine.block(), lead, plate:
         trace = poutine.trace(poutine.condition(model.sample_latents, values)).get_trace()
     nodes: dict[str, Any] = trace.nodes
-    total = torch.zeros(n, members, dtype=torch.float64, device=device)
+    total = wide(torch.zeros(n, members, device=device))
     for name, value in values.items():
-        total += nodes[name]["fn"].log_prob(value).double().reshape(n, -1)
+        total += wide(nodes[name]["fn"].log_prob(value)).reshape(n, -1)
     return total
 
 
@@ -53,7 +55,8 @@ def log_densities(
     q is the whole guide: of a mixture with K members ``q(theta) = (1/K) sum_k q_k(theta)``, whichever member the draw
     is of. Sites that the guide gives as points count with the density that the prior has there, and nothing in q.
 
-    :returns: in nats, float64; ``None`` for q of a posterior without a density: of stored draws, particles and points.
+    :returns: in nats; ``None`` for q of a posterior without a density: of stored draws, particles and points, and of a
+        guide that is a function with auxiliary sites.
     :raises TypeError: when the model is not of this package.
     """
     model = posterior.model
@@ -65,7 +68,7 @@ def log_densities(
     prior, guide = [], []
     for draws, traces in _groups(posterior, n, seed, example):
         prior.append(log_prior(model, draws))
-        if traces and all(_has_density(trace) for trace in traces):
+        if traces and all(_has_density(posterior.guide, trace) for trace in traces):
             with torch.no_grad():
                 guide.append(_log_guide(posterior, draws, traces))
     return torch.cat(prior), torch.cat(guide) if guide else None
@@ -94,8 +97,14 @@ def _sampled(trace: poutine.Trace) -> Iterator[tuple[str, Any]]:
             yield name, site
 
 
-def _has_density(trace: poutine.Trace) -> bool:
-    return any(not _is_point(site["fn"]) for name, site in _sampled(trace) if name.rpartition(".")[2] != "component")
+def _has_density(guide: Any, trace: poutine.Trace) -> bool:
+    if isinstance(guide, (MixtureGuide, AutoGuide)):
+        return any(not _is_point(site["fn"]) for _, site in _sampled(trace))
+    # With auxiliary sites of its own, a guide's trace has the density of both together.
+    sites = dict(_sampled(trace))
+    return any(not _is_point(site["fn"]) for site in sites.values()) and not any(
+        site["infer"].get("is_auxiliary") for site in sites.values()
+    )
 
 
 def _is_point(fn: Any) -> bool:
@@ -108,21 +117,22 @@ def _log_guide(posterior: Posterior, draws: dict[str, Tensor], traces: list[pout
     guide, model = posterior.guide, posterior.model
     if isinstance(guide, MixtureGuide) and isinstance(model, BayesianNetwork):
         return _log_mixture(model, dict(_sampled(traces[0])), draws)
-    n = len(next(iter(draws.values())))
-    densities = [sum(site["fn"].log_prob(site["value"]).double() for _, site in _sampled(t)) for t in traces]
-    if len(traces) == 1:  # the draws are in a plate
-        return densities[0].reshape(n, -1).sum(1, keepdim=True)
-    return torch.stack([torch.as_tensor(density).sum() for density in densities]).unsqueeze(1)
+    n = len(next(iter(draws.values()))) if len(traces) == 1 else 1  # one trace has all draws in a plate
+    rows = [
+        sum(wide(site["fn"].log_prob(site["value"])).reshape(n, -1).sum(1) for _, site in _sampled(trace))
+        for trace in traces
+    ]
+    return torch.cat([torch.as_tensor(row) for row in rows]).unsqueeze(1)
 
 
 def _log_mixture(model: BayesianNetwork, sites: dict[str, Any], draws: dict[str, Tensor]) -> Tensor:
     """Each draw under every member, whose sites do not depend on one another: ``log (1/K) sum_k q_k``."""
     columns = []
     for j in range(max(value.shape[1] for value in draws.values())):
-        under = torch.zeros((), dtype=torch.float64, device=model.like().device)
+        under = wide(torch.zeros((), device=model.like().device))
         for name, value in draws.items():
             own = model.plated(value[:, j : j + 1] if value.shape[1] > 1 else value)
             fn = sites[name]["fn"]
-            under = under + fn.log_prob(own).double().reshape(len(value), -1)
+            under = under + wide(fn.log_prob(own)).reshape(len(value), -1)
         columns.append(under.logsumexp(1) - math.log(under.shape[1]))
     return torch.stack(columns, 1)
