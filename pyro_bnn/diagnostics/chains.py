@@ -104,8 +104,10 @@ def convergence(
 
 
 def effective_size(values: Tensor, chains: int) -> float:
-    """Mean bulk effective sample size of the columns of ``[chains * draws, m]``, chain after chain."""
-    ess = _statistics({"": _named(values.unsqueeze(1), chains, "column")})["ess_bulk"]
+    """Mean bulk effective sample size of the columns of ``[chains * draws, m]``, chain after chain, by halves."""
+    length = len(values) // chains // 2 * 2
+    halves = values.unflatten(0, (chains, -1))[:, :length].flatten(0, 1)
+    ess = _statistics({"": _named(halves.unsqueeze(1), 2 * chains, "column")})["ess_bulk"]
     return float(ess.mean())
 
 

@@ -152,7 +152,7 @@ def _noise_of_heat(posterior: Posterior) -> float:
 
     Draws count with the effective sample size of some coordinates.
     """
-    if not isinstance(posterior.guide, DrawsGuide) or (posterior.stored or 0) < FEWEST * posterior.chains:
+    if not isinstance(posterior.guide, DrawsGuide) or (posterior.stored or 0) < 2 * FEWEST * posterior.chains:
         return math.inf
     draws = posterior.guide.draws()
     coordinates = sum(value[0].numel() for value in draws.values())

@@ -56,8 +56,8 @@ MEASURES: dict[str, Measure] = {
     "width": Measure(
         "width of 95 % intervals", "{:.4g}", "", "in the unit of the target; narrow is good where the coverage is right"
     ),
-    "aurc": Measure("AURC", better="lower", meaning="mean error of the most confident rows, over all coverages"),
-    "augrc": Measure("AUGRC", better="lower", meaning="mean share of rows kept and wrong, over all coverages"),
+    "aurc": Measure("AURC", "{:.3g}", "lower", "mean error of the most confident rows, over all coverages"),
+    "augrc": Measure("AUGRC", "{:.3g}", "lower", "mean share of rows kept and wrong, over all coverages"),
     "risk_at_80": Measure("error at 80 % coverage", better="lower", meaning="error of the 80 % most confident rows"),
     "ood_auroc": Measure("OOD AUROC", better="higher", meaning="how well uncertainty tells foreign inputs, 0.5: not"),
     "ood_aupr": Measure("OOD AUPR", better="higher", meaning="area under precision and recall of foreign inputs"),
