@@ -64,7 +64,7 @@ class _SplitConformal:
         self.threshold = _threshold(_joined(scores, "data"), level)
 
     def _score(self, prediction: Prediction, y: Tensor) -> Tensor:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define _score()")
 
     def _predictions(self, x: Any) -> Iterable[Prediction]:
         return predictions_of_inputs(self.posterior, x, like=self._example, **self._settings)
