@@ -146,7 +146,7 @@ def main() -> None:
         codes, field = Path(name) / "codes", Path(name) / "field"
         save_both(Path(name))
         predictions = interleaved({"codes": prediction(codes), "field": prediction(field)}, 2, 1)
-        memory = peak_memory(partial(prediction, codes), 1, 1)
+        memory = peak_memory(partial(prediction, codes), 1)
         rows.append(
             {
                 "step": f"{DRAWS} draws of ResNet-18 for 64 images, from the packed file",
@@ -154,8 +154,8 @@ def main() -> None:
                 "ratio": predictions["codes"] / predictions["field"],
                 "seconds": predictions["codes"],
                 "peak_mb": memory,
-                "memory_ratio": memory / peak_memory(partial(prediction, field), 1, 1),
-                "memory_ratio_to_all_draws": memory / peak_memory(partial(expanded, codes), 1, 1),
+                "memory_ratio": memory / peak_memory(partial(prediction, field), 1),
+                "memory_ratio_to_all_draws": memory / peak_memory(partial(expanded, codes), 1),
             }
         )
     report("codebooks", rows)

@@ -3,10 +3,7 @@
 ``pb.diagnostics.evaluate`` of a LeNet-5 whose weights are all random, with images of 28 x 28 from elsewhere beside
 those of the task: peak memory beyond that of the process that has imported everything. It does not grow with the number
 of batches, but for some 25 bytes that are kept of each row; nor with the number of draws, once a group of draws fills
-its fixed budget of 2^24 weights, which 39 draws of this network do.
-
-A peak is read once in a run, and the allocator keeps now more and now less of what was freed: of more batches the
-largest is larger. Resident memory after a batch goes up and down by a tenth, without a trend.
+its fixed budget of 2^24 numbers, as the activations of one batch for ten draws do.
 """
 
 from __future__ import annotations
@@ -61,7 +58,7 @@ def main() -> None:
     for reference, other in (((10, images // 10), (10, images)), ((40, images // 100), (160, images // 100))):
         base = 0.0
         for draws, count in (reference, other):
-            megabytes = peak_memory(partial(build, draws, count), steps=1, repeats=3)
+            megabytes = peak_memory(partial(build, draws, count), steps=1)
             base = base or megabytes
             rows.append(
                 {
