@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from pyro_bnn.inputs import require_finite, to_device
 from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import undisturbed
 from pyro_bnn.network import batch_size as count_samples
-from pyro_bnn.posterior import require_finite, to_device
 from pyro_bnn.probe import batched
 
 
@@ -136,13 +137,8 @@ def _check(network: BayesianNetwork | None, x: Any, y: Tensor) -> None:
     key = tuple(t.shape for t in pytree.tree_leaves(row) if isinstance(t, Tensor))  # sequences differ in length
     examples = network.__dict__.setdefault("_output_examples", {})
     if key not in examples:
-        with torch.no_grad(), torch.random.fork_rng([]):
-            net = network.core().net
-            modes = [(m, m.training) for m in net.modules()]
-            net.eval()
+        with undisturbed(network.core().net):
             examples[key] = network.core()(row)
-            for module, training in modes:
-                module.training = training
     f = examples[key]
     noise = f.new_ones(()) if network.likelihood.learns_noise else None
     with pyro.validation_enabled(False):  # NaN in the output is not what is wrong with the data

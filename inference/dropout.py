@@ -21,12 +21,14 @@ from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.point import Baseline, network_at
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import BayesianNetwork, Site, forked_random_state, sample_noise, storable
+from pyro_bnn.model import BayesianNetwork, Site, sample_noise, storable
+from pyro_bnn.modes import undisturbed
 from pyro_bnn.network import NORMALISATIONS, Network, Output, batch_size, no_fused_attention
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.priors import Normal, PriorLike
 from pyro_bnn.priors.choice import resolve
-from pyro_bnn.probe import select_samples, undisturbed
+from pyro_bnn.probe import select_samples
+from pyro_bnn.randomness import device_of, forked
 
 #: what an alpha dropout puts in the place of a unit: the value of SELU far to the left
 SELU_LIMIT = -1.7580993408473766
@@ -94,7 +96,7 @@ class MCDropout(Baseline):
         point = self._mode(data, epochs, batch_size=batch_size, seed=seed, **options)
         net, noise = network_at(point), point.draws(1).get("noise")
         noise = None if noise is None else noise[0, 0]
-        with forked_random_state(point.model):
+        with forked(device_of(point.model)):
             first = minibatches(point.model, data, batch_size).first
         masks = find_masks(Network(net, self.output, share=True), first[0])
         model = DropoutNetwork(net, self.likelihood, self.num_data, masks=masks, prior=self.prior, output=self.output)

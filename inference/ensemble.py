@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pyro_bnn.inference.point import Baseline, derive_seeds
+from pyro_bnn.inference.point import Baseline
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.network import Output
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.priors import Normal, PriorLike
+from pyro_bnn.randomness import derive_seeds, device_of, seeded
 
 
 class DeepEnsemble(Baseline):
@@ -101,8 +101,8 @@ class DeepEnsemble(Baseline):
         return posterior
 
     def _new_network(self, seed: int | None) -> nn.Module:
-        device = next(self.net.parameters()).device
-        with _seeded(device, seed):
+        device = device_of(self.net)
+        with seeded(device, seed):
             if self.build is None:
                 return _reset(self.net)
             net = self.build()
@@ -120,16 +120,6 @@ class DeepEnsemble(Baseline):
                 if not given.requires_grad:  # it stays as it is, in all networks
                     made[name].copy_(given).requires_grad_(False)
         return net.to(device)
-
-
-@contextlib.contextmanager
-def _seeded(device: torch.device, seed: int | None) -> Iterator[None]:
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _reset(net: nn.Module) -> nn.Module:

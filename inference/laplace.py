@@ -18,12 +18,13 @@ from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.batches import Minibatches, minibatches
 from pyro_bnn.inference.point import Baseline, network_at
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import forked_random_state, storable
+from pyro_bnn.model import storable
 from pyro_bnn.models.dense import Dense
+from pyro_bnn.modes import undisturbed
 from pyro_bnn.network import Network, Output
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.priors import Normal
-from pyro_bnn.probe import undisturbed
+from pyro_bnn.randomness import device_of, forked
 
 #: the most weights of a last layer: their covariance takes 2 GiB in double precision
 LARGEST = 2**14
@@ -92,7 +93,7 @@ class LastLayerLaplace(Baseline):
         point = self._mode(data, epochs, batch_size=batch_size, seed=seed, **options)
         net, noise = network_at(point), point.draws(1).get("noise")
         noise = None if noise is None else noise[0, 0]
-        with forked_random_state(point.model):
+        with forked(device_of(point.model)):
             batches = minibatches(point.model, data, batch_size)
             layer = find_last_layer(Network(net, self.output, share=True), batches.first[0])
             own = [id(p) for p in net.get_submodule(layer).parameters()]

@@ -14,8 +14,8 @@ from torch.distributions.transforms import PowerTransform
 
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.inference.pruning import Groups
-from pyro_bnn.model import forked_random_state
 from pyro_bnn.priors import SpikeAndSlabDistribution
+from pyro_bnn.randomness import device_of, forked
 
 Densities = dict[str, SpikeAndSlabDistribution]
 
@@ -120,7 +120,7 @@ def _require_alone(
     densities = []
     for values in ({}, other):
         latents = {name: nodes[name]["value"] for name in potential.shapes} | values
-        with forked_random_state(potential.model):  # dropout, the same twice
+        with forked(device_of(potential.model)):  # dropout, the same twice
             densities.append(potential.log_densities(latents, *args, **kwargs))
     for name, value in densities[0].items():
         if name not in found and name not in other and not _alike(value, densities[1][name]):

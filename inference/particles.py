@@ -17,7 +17,8 @@ from torch.func import grad_and_value, vmap
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.autoparticles import AutoParticles
 from pyro_bnn.inference.potential import LogJoint
-from pyro_bnn.model import BayesianNetwork, training_mode
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import training_mode
 
 
 class Segment(NamedTuple):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pyro_bnn.inference.svi import fit
@@ -81,10 +80,3 @@ def network_at(point: Posterior) -> nn.Module:
         if model.site(name) in values:
             parameter.data.copy_(values[model.site(name)][0, 0])
     return net.requires_grad_(False)
-
-
-def derive_seeds(seed: int | None, count: int) -> list[int | None]:
-    """Seeds that have nothing to do with one another, or none."""
-    if seed is None:
-        return [None] * count
-    return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -18,7 +18,8 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
 from pyro_bnn.factorised import split
-from pyro_bnn.model import BayesianNetwork, training_mode
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import training_mode
 
 
 class Potential:

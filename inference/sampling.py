@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from pyro_bnn.inference.sghmc import SGHMC
-from pyro_bnn.model import forked_random_state
 from pyro_bnn.posterior import Posterior
+from pyro_bnn.randomness import device_of, seeded
 
 
 def sample(
@@ -58,9 +58,7 @@ def sample(
             raise ValueError(f"{name}={count!r}: expected a whole number, at least {least}")
     model: Callable[..., Any] = kernel.model  # type: ignore[attr-defined]
     with contextlib.ExitStack() as stack:
-        if seed is not None:
-            stack.enter_context(forked_random_state(model))
-            torch.manual_seed(seed)
+        stack.enter_context(seeded(device_of(model), seed))
         if isinstance(kernel, SGHMC):
             draws, statistics = _run(kernel, num_samples, warmup_steps, num_chains, args, stream, progress)
             posterior = Posterior.from_draws(model, draws, num_chains, statistics)

@@ -22,9 +22,10 @@ from pyro_bnn.inference.kernels import RBF, Kernel, Points
 from pyro_bnn.inference.particles import AnyParticles, MemberParticles, Segment
 from pyro_bnn.inference.schedules import Schedule
 from pyro_bnn.inference.svi import FitState, TrainingRun
-from pyro_bnn.model import BayesianNetwork, forked_random_state
+from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size
 from pyro_bnn.posterior import Posterior
+from pyro_bnn.randomness import device_of, seeded
 
 OfStep = float | Callable[[int], float]
 
@@ -240,9 +241,7 @@ class SVGD:
             disable=not progress,
         )
         with contextlib.ExitStack() as stack:
-            if seed is not None:
-                stack.enter_context(forked_random_state(self.model))
-                torch.manual_seed(seed)
+            stack.enter_context(seeded(device_of(self.model), seed))
             particles, optimizer = self._setup(batches.first)
             parameters: list[Tensor] = [*particles.blocks, *particles.shared]
             scheduler = None

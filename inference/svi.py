@@ -25,8 +25,10 @@ from pyro_bnn.inference import checkpoint as checkpoints
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.elbo import MixtureELBO, ScaleLatents
 from pyro_bnn.inference.schedules import Schedule
-from pyro_bnn.model import BayesianNetwork, forked_random_state, training_mode
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import training_mode
 from pyro_bnn.posterior import Posterior
+from pyro_bnn.randomness import device_of, seeded
 
 Optim = str | Optimizer | Callable[[list[dict[str, Any]]], Optimizer] | None
 
@@ -109,9 +111,7 @@ def fit(
         disable=not progress,
     )
     with contextlib.ExitStack() as stack:
-        if seed is not None:
-            stack.enter_context(forked_random_state(model))
-            torch.manual_seed(seed)
+        stack.enter_context(seeded(device_of(model), seed))
         store = stack.enter_context(pyro.get_param_store().scope())
         parameters = _initialise(model, guide, first)
         optimizer = _optimizer(optim, parameters, model, guide, lr, weight_decay, decay)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bnn.inference.batches import minibatches
-from pyro_bnn.inference.point import Baseline, derive_seeds
+from pyro_bnn.inference.point import Baseline
 from pyro_bnn.inference.svi import FitState, fit
+from pyro_bnn.layer_statistics import gather_statistics
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import Site, forked_random_state
+from pyro_bnn.model import Site
 from pyro_bnn.models.dense import Dense, PointGuide
+from pyro_bnn.modes import evaluating
 from pyro_bnn.network import Output
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.priors import Normal, PriorLike
+from pyro_bnn.randomness import derive_seeds, device_of, seeded
 
 
 class Moments:
@@ -183,10 +186,7 @@ class SWAG(Baseline):
     def _draw(self, model: Dense, guide: PointGuide, data: Any, batch_size: int, n: int, seed: int | None) -> Posterior:
         moments, sites = self.moments, {site.name: site for site in model.sites()}
         order = [sites[name] for name in guide.coordinates()]
-        with contextlib.ExitStack() as stack:
-            if seed is not None:
-                stack.enter_context(forked_random_state(model))
-                torch.manual_seed(seed)
+        with seeded(device_of(model), seed):
             z1 = torch.randn(n, len(moments.mean), dtype=moments.mean.dtype, device=moments.mean.device)
             z2 = torch.randn(n, moments.columns, dtype=z1.dtype, device=z1.device)
             parts = moments.draw(z1, z2).split([site.shape.numel() for site in order], -1)
@@ -198,20 +198,16 @@ def _with_statistics(posterior: Posterior, data: Any, batch_size: int) -> Poster
     """The same stored draws, each with the statistics of normalisation layers that it has on the data."""
     model, draws = posterior.model, posterior.draws(posterior.stored or 0)
     assert isinstance(model, Dense)
-    buffers = {f"{n}.{b}": value for n, layer in model.moving_layers().items() for b, value in layer.named_buffers()}
-    if not buffers:
+    if not model.moving_layers():
         return posterior
     batches = minibatches(model, data, batch_size)
-    before = {name: value.clone() for name, value in buffers.items()}
-    gathered: dict[str, list[Tensor]] = {name: [] for name in buffers}
-    with torch.no_grad():
+    gathered: dict[str, list[Tensor]] = defaultdict(list)
+    with torch.no_grad(), evaluating(model):
         for i in range(posterior.stored or 0):
-            posterior.recompute_statistics(batches.epoch())
-            posterior._refresh(model, {name: value[i : i + 1] for name, value in draws.items()})
-            for name, value in buffers.items():
-                gathered[name].append(value.clone())
-        for name, value in buffers.items():
-            value.copy_(before[name])
+            gather_statistics(model, {name: value[i : i + 1] for name, value in draws.items()}, batches.epoch())
+            for name, layer in model.moving_layers().items():
+                for buffer, value in layer.named_buffers():
+                    gathered[f"{name}.{buffer}"].append(value.clone())
     statistics = {name: torch.stack(values) for name, values in gathered.items()}
     own = {name: value[:, 0] for name, value in draws.items()}
     return Posterior.from_draws(model, own, statistics=statistics, sampled=False)

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyro_bnn.layouts import Walk, all_true
+from pyro_bnn.modes import undisturbed
 from pyro_bnn.network import no_fused_attention
-from pyro_bnn.probe import undisturbed
 
 
 class Channels:

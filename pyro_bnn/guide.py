@@ -18,7 +18,8 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_bnn.factorised import NormalBlock, split
-from pyro_bnn.model import BayesianNetwork, Site, enter_mode, picklable_state, register_parameters
+from pyro_bnn.model import BayesianNetwork, Site, picklable_state, register_parameters
+from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import batch_size
 
 Family = Literal["normal", "cauchy", "point"]

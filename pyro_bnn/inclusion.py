@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from pyro import poutine
 from torch import Tensor
 
-from pyro_bnn.model import BayesianNetwork, training_mode
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import training_mode
 from pyro_bnn.priors import SpikeAndSlab, SpikeAndSlabDistribution
 
 if TYPE_CHECKING:

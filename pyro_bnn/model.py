@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
-from contextvars import ContextVar
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from pyro_bnn.likelihoods import Gaussian, Likelihood
+from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import Network, Output, batch_size
 from pyro_bnn.priors import Prior
 
@@ -83,37 +83,6 @@ def storable(cls: _Class) -> _Class:
     """Class decorator: ``pb.load`` finds the class under its name."""
     STORABLE[cls.__name__] = cls
     return cls
-
-
-_mode: ContextVar[bool | None] = ContextVar("mode", default=None)
-
-
-@contextlib.contextmanager
-def training_mode(train: bool) -> Iterator[None]:
-    """Inside, every network and guide of this package that is called is first put into train or eval mode.
-
-    Engines use it for programs that are plain functions, whose modules they cannot see.
-    """
-    token = _mode.set(train)
-    try:
-        yield
-    finally:
-        _mode.reset(token)
-
-
-def enter_mode(module: nn.Module) -> None:
-    """What a network or guide does first when it is called. See :func:`training_mode`."""
-    train = _mode.get()
-    if train is not None and module.training != train:
-        module.train(train)
-
-
-@contextlib.contextmanager
-def forked_random_state(model: Any) -> Iterator[None]:
-    """Inside, random numbers on the processor and on the model's device leave no trace outside."""
-    device = model.like().device if isinstance(model, BayesianNetwork) else torch.device("cpu")
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 class BayesianNetwork(PyroModule):

@@ -14,6 +14,7 @@ from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
 from pyro_bnn import attention, normalisation, recurrent, rules  # noqa: F401  (their rules register themselves)
+from pyro_bnn.modes import undisturbed
 from pyro_bnn.perturb import Layout, Perturb, Perturbation, Rank1Factors, Replacement, Use
 from pyro_bnn.probe import (
     batched,
@@ -22,7 +23,6 @@ from pyro_bnn.probe import (
     find_layouts,
     require_rows,
     select_samples,
-    undisturbed,
     unlike,
 )
 

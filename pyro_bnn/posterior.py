@@ -8,77 +8,30 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import MCMC, Predictive
 from pyro.infer.autoguide import AutoGuide
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inclusion import inclusion_log_odds
-from pyro_bnn.model import BayesianNetwork, storable, training_mode
+from pyro_bnn.inputs import require_finite, to_device
+from pyro_bnn.layer_statistics import gather_statistics
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import evaluating, training_mode
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.prediction import Prediction
 from pyro_bnn.probe import batched
+from pyro_bnn.randomness import derive_seeds, device_of, seeded
+from pyro_bnn.stored_draws import DrawsGuide
 
 if TYPE_CHECKING:
     from pyro_bnn.sparsify import Sparsified
 
 #: numbers held at once by one pass of prediction: weights of a group of draws, or the largest activation
-_MAX_ELEMENTS = 2**24
-
-
-@storable
-class DrawsGuide(PyroModule):
-    """The empirical distribution of stored draws as a guide: every call gives one of them, at random.
-
-    :param draws: ``{site: [n, members, *event]}``.
-    :param model: the model that they are of; those of this package have a plate for members around their sites.
-    :param chains: how many chains they are of, which lie one after the other.
-    :param statistics: ``{buffer of the network: [n, *shape]}``, the statistics of normalisation layers of each draw.
-    :param sampled: whether they are of a sampler of the posterior.
-    """
-
-    def __init__(
-        self,
-        draws: dict[str, Tensor],
-        model: Callable[..., Any],
-        chains: int = 1,
-        statistics: dict[str, Tensor] | None = None,
-        sampled: bool = True,
-    ) -> None:
-        super().__init__("draws_guide")
-        self.chains, self.sampled = chains, sampled
-        self.statistics_names = list(statistics or {})
-        for i, value in enumerate((statistics or {}).values()):
-            self.register_buffer(f"statistics_{i}", value)
-        self.names = list(draws)
-        self.plate = (model.site("members"), model.members_dim) if isinstance(model, BayesianNetwork) else None
-        for i, value in enumerate(draws.values()):
-            self.register_buffer(f"draws_{i}", value)
-
-    def draws(self) -> dict[str, Tensor]:
-        return {name: self.get_buffer(f"draws_{i}") for i, name in enumerate(self.names)}
-
-    def statistics(self) -> dict[str, Tensor]:
-        return {name: self.get_buffer(f"statistics_{i}") for i, name in enumerate(self.statistics_names)}
-
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        stored = self.draws()
-        count, members = next(iter(stored.values())).shape[:2]
-        device = next(iter(stored.values())).device
-        uniform = dist.Categorical(logits=torch.zeros(count * members, device=device))
-        with contextlib.ExitStack() as stack:
-            if self.plate is not None:
-                stack.enter_context(pyro.plate(self.plate[0], 1, dim=self.plate[1], device=str(device)))
-            index = pyro.sample("draw", uniform, infer={"is_auxiliary": True})
-            return {
-                name: pyro.sample(name, dist.Delta(value.flatten(0, 1)[index], event_dim=value.dim() - 2))
-                for name, value in stored.items()
-            }
+MAX_ELEMENTS = 2**24
 
 
 class Posterior:
@@ -232,21 +185,11 @@ class Posterior:
 
     def _plan(self, n: int, seed: int | None) -> Iterator[tuple[int, int, int | None]]:
         """Where each group starts, its size, and its seed."""
-        if n < 1:
-            raise ValueError(f"num_samples={n!r}: expected at least one draw")
         if self.stored is not None and n > self.stored:
             raise ValueError(f"num_samples={n}, but only {self.stored} draws are stored")
-        group = n
-        if isinstance(self.model, BayesianNetwork):
-            elements = self.members * sum(site.shape.numel() for site in self.model.sites())
-            group = max(1, _MAX_ELEMENTS // max(1, elements))
-        starts = range(0, n, group)
-        seeds: list[int | None] = [None] * len(starts)
-        if seed is not None:
-            generator = torch.Generator().manual_seed(seed)
-            seeds = torch.randint(2**62, (len(starts),), generator=generator).tolist()
-        for start, own_seed in zip(starts, seeds, strict=True):
-            yield start, min(group, n - start), own_seed
+        if not isinstance(self.model, BayesianNetwork):
+            return in_groups(n, 0, seed)
+        return in_groups(n, self.members * sum(site.shape.numel() for site in self.model.sites()), seed)
 
     def _traces(self, n: int, seed: int | None, example: Any) -> list[poutine.Trace]:
         guide, model = self._guide, self.model
@@ -254,7 +197,7 @@ class Posterior:
         if isinstance(model, BayesianNetwork) and example is not None:
             example = to_device(example, model.like())
         args = () if example is None else (example,)
-        with self._seeded(seed), self._programs():
+        with seeded(device_of(self.model), seed), self._programs():
             if not self._vectorises:
                 return [poutine.trace(guide).get_trace(*args) for _ in range(n)]
             assert isinstance(model, BayesianNetwork)
@@ -286,19 +229,9 @@ class Posterior:
     def sample(self, n: int, seed: int | None = None) -> dict[str, Tensor]:
         """``{site: [n, *event]}``: n draws, each of a random member; a draw is a draw."""
         draws = self.draws(n, seed)
-        with self._seeded(None if seed is None else seed + 1):
+        with seeded(device_of(self.model), None if seed is None else seed + 1):
             member = torch.randint(self.members, (n,))
         return {name: value[torch.arange(n), member.to(value.device) % value.shape[1]] for name, value in draws.items()}
-
-    @contextlib.contextmanager
-    def _seeded(self, seed: int | None) -> Iterator[None]:
-        if seed is None:
-            yield
-            return
-        device = self.model.like().device if isinstance(self.model, BayesianNetwork) else torch.device("cpu")
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            yield
 
     # -------------------------------------------------------------------------------------------- prediction
 
@@ -331,7 +264,7 @@ class Posterior:
         like = model.like()
         x = to_device(x, like)
         outputs, noise = [], []
-        with torch.no_grad(), _evaluating(model):
+        with torch.no_grad(), evaluating(model):
             for group, index in self._groups(self.number_of_draws(num_samples), seed, x):
                 if model.site("noise") in group:
                     noise.append(group[model.site("noise")])
@@ -342,7 +275,7 @@ class Posterior:
                 for i in range(len(next(iter(group.values())))):
                     one = {name: value[i : i + 1] for name, value in group.items()}
                     if self._statistics is not None:
-                        self._refresh(model, one)
+                        gather_statistics(model, one, self._statistics)
                     elif index is not None:
                         buffers = dict(model.core().net.named_buffers())
                         for name, value in stored.items():
@@ -415,7 +348,7 @@ class Posterior:
         size = count_samples(x)
         count = next(iter(latents.values())).shape[0]
         row = model.core().activation_elements(x, size)
-        fitting = max(1, _MAX_ELEMENTS // (row * self.members))  # rows of one draw
+        fitting = max(1, MAX_ELEMENTS // (row * self.members))  # rows of one draw
         rows = min(size, batch_size or fitting)
         step = max(1, fitting // rows)
         groups = []
@@ -430,21 +363,6 @@ class Posterior:
             groups.append(torch.cat(blocks, 2) if len(blocks) > 1 else blocks[0])
         return torch.cat(groups) if len(groups) > 1 else groups[0]
 
-    def _refresh(self, model: BayesianNetwork, latents: dict[str, Tensor]) -> None:
-        layers = [m for m in model.core().net.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
-        momenta = [layer.momentum for layer in layers]
-        part = {name: model.plated(value) for name, value in latents.items()}
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # a plain average over the loader
-            layer.train()
-        for batch in self._statistics or ():
-            x = to_device(batch[0] if isinstance(batch, (tuple, list)) else batch, model.like())
-            model.function(x, part, count_samples(x))
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-            layer.eval()
-
     # ---------------------------------------------------------------------------- models of other packages
 
     def _foreign(self, x: Any, n: int, seed: int | None, site: str | None) -> Tensor:
@@ -453,7 +371,7 @@ class Posterior:
                 "predict() of a model that is not of this package needs return_site=, the name of the site wanted"
             )
         draws = {k: v[:, 0] for k, v in self.draws(n, seed, example=x).items()}
-        with self._seeded(seed), self._programs():
+        with seeded(device_of(self.model), seed), self._programs():
             values = Predictive(self.model, posterior_samples=draws, return_sites=[site])(x)
         if site not in values:
             raise ValueError(f"the model has no site {site!r}")
@@ -505,33 +423,18 @@ class Posterior:
         return Posterior(self.model, guide, losses=self.losses, sampler=self.sampler)
 
 
-def require_finite(x: Any, name: str = "x") -> None:
-    """Raises ValueError when a floating tensor in x holds NaN or infinite values."""
-    for leaf in pytree.tree_leaves(x):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
-            bad = int((~torch.isfinite(leaf)).sum())
-            raise ValueError(f"{name} holds {bad} NaN or infinite values; drop or impute these samples first")
+def in_groups(n: int, elements: int, seed: int | None = None) -> Iterator[tuple[int, int, int | None]]:
+    """``(start, size, seed)`` of groups of n draws that fit a fixed memory budget, with a seed of its own for each.
 
-
-def to_device(x: Any, like: Tensor) -> Any:
-    """x on the device of ``like``; dtypes stay."""
-    return pytree.tree_map(lambda t: t.to(like.device) if isinstance(t, Tensor) else t, x)
-
-
-@contextlib.contextmanager
-def _evaluating(model: BayesianNetwork) -> Iterator[None]:
-    """Eval mode, and buffers as they were afterwards: prediction never moves statistics."""
-    net = model.core().net
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in net.buffers()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for buffer, value in buffers:
-            buffer.copy_(value)
+    :param elements: how many numbers a draw has.
+    :raises ValueError: when n is not at least 1.
+    """
+    if n < 1:
+        raise ValueError(f"num_samples={n!r}: expected at least one draw")
+    group = max(1, MAX_ELEMENTS // max(1, elements))
+    starts = range(0, n, group)
+    for start, own_seed in zip(starts, derive_seeds(seed, len(starts)), strict=True):
+        yield start, min(group, n - start), own_seed
 
 
 def _latents(trace: poutine.Trace) -> dict[str, Tensor]:

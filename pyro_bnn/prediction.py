@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.likelihoods import Bernoulli, Categorical, Likelihood, Poisson
+from pyro_bnn.randomness import seeded
 
 _BISECTIONS = 60  # halvings of an interval: beyond the resolution of float64
 
@@ -119,10 +120,7 @@ class Prediction:
 
     def sample(self, seed: int | None = None) -> Tensor:
         """``[draws, members, N, ...]``: one y from every member."""
-        if seed is None:
-            return self._distribution().sample()
-        with torch.random.fork_rng([self.outputs.device] if self.outputs.is_cuda else []):
-            torch.manual_seed(seed)
+        with seeded(self.outputs.device, seed):
             return self._distribution().sample()
 
     @property

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from pyro_bnn.modes import undisturbed
 from pyro_bnn.perturb import (
     Layout,
     Perturb,
@@ -252,39 +253,13 @@ def _misfold(
 
 
 @contextlib.contextmanager
-def undisturbed(net: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, full precision; modes, buffers and random state are put back."""
-    modes = [(module, module.training) for module in net.modules()]
-    # Copies take the place of the buffers: a write into one of these, even of its old values, would invalidate the
-    # graph of an earlier pass whose gradients are still to come, and a forward may also put new ones in their place.
-    buffers = [(m, name, b) for m in net.modules() for name, b in m._buffers.items() if b is not None]
-    copies = {id(buffer): buffer.clone() for _, _, buffer in buffers}
-    devices = {t.device for t in [*net.parameters(), *net.buffers()] if t.device.type == "cuda"}
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(torch.no_grad())
-        for kind in {"cpu", *(device.type for device in devices)}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        net.eval()
-        for module, name, buffer in buffers:
-            module._buffers[name] = copies[id(buffer)]
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            for module, name, buffer in buffers:
-                module._buffers[name] = buffer
-
-
-@contextlib.contextmanager
 def _no_small_weights(net: nn.Module) -> Iterator[None]:
     """Gives weights, gains and gates that start at or near zero (last layers, residual branches) other values.
 
     An error behind them would be too small to be seen.
     """
     small = [p.data for p in net.parameters() if p.is_floating_point() and p.numel() and p.abs().max() < 1e-3]
-    values = [p.clone() for p in small]  # through `.data`, for the reason given in `undisturbed`
+    values = [p.clone() for p in small]  # through `.data`, for the reason given in `modes.evaluating`
     try:
         for p in small:
             p.normal_(std=p[0].numel() ** -0.5 if p.dim() > 1 else 1.0)

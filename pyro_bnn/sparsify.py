@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from pyro_bnn.channels import Channels, Size, count
 from pyro_bnn.inclusion import DRAWS, inclusion_log_odds, keep_highest
+from pyro_bnn.inputs import to_device
 from pyro_bnn.layouts import Block, Dead
 from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import undisturbed
 from pyro_bnn.network import batch_size
-from pyro_bnn.posterior import DrawsGuide, Posterior, to_device
-from pyro_bnn.probe import select_samples, undisturbed
+from pyro_bnn.posterior import Posterior
+from pyro_bnn.probe import select_samples
+from pyro_bnn.stored_draws import DrawsGuide
 
 #: values by site or parameter, ``[draws, members, *shape]``
 Draws = dict[str, Tensor]
@@ -69,7 +72,7 @@ def sparsify(
         )
     if level is not None and not 0 <= level < 1:
         raise ValueError(f"level={level!r}: expected the share of weights to remove, in [0, 1), or None")
-    network = model.core().net
+    network, example = model.core().net, to_device(example, model.like())
     masks = _masks(model, inclusion_log_odds(posterior, num_samples, seed), level)
     guide = posterior.as_draws(num_samples or posterior.stored or DRAWS, seed).guide
     assert isinstance(guide, DrawsGuide)
@@ -158,7 +161,7 @@ def _inputs(
         return hook
 
     handles = [network.get_submodule(name).register_forward_pre_hook(note(name)) for name in names]
-    row = select_samples(to_device(example, model.like()), batch_size(example), [0])
+    row = select_samples(example, batch_size(example), [0])
     parameters = {_parameter(model, name): value for name, value in draws.items()}
     own = [name for name, _ in network.named_parameters() if name in parameters]
     try:

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from pyro_bnn import likelihoods, priors
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.model import STORABLE, BayesianNetwork
-from pyro_bnn.posterior import DrawsGuide, Posterior
+from pyro_bnn.posterior import Posterior
 from pyro_bnn.priors import PriorLike
+from pyro_bnn.randomness import forked
+from pyro_bnn.stored_draws import DrawsGuide
 
 FORMAT = "pyro_bnn posterior"
 VERSION = 1
@@ -182,7 +184,7 @@ def _guide(description: dict[str, Any], model: BayesianNetwork, tensors: dict[st
         return DrawsGuide(draws, model, description["chains"], kept, description.get("sampled", True))
     if cls is None:
         raise ValueError("the guide of this posterior is of a class that is not registered")
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):  # starting values are drawn, then replaced
+    with forked(device):  # starting values are drawn, then replaced
         guide: nn.Module = cls.from_tensors(model, description, values)
     return guide
 

@@ -19,7 +19,8 @@ from pyro_bnn.diagnostics.probabilities import class_probabilities
 from pyro_bnn.diagnostics.scores import interval_coverage
 from pyro_bnn.diagnostics.stream import first_rows, predictions
 from pyro_bnn.diagnostics.training import loss_verdict
-from pyro_bnn.posterior import DrawsGuide, Posterior
+from pyro_bnn.posterior import Posterior
+from pyro_bnn.stored_draws import DrawsGuide
 
 #: rows at which the functions of chains are compared
 PROBES = 20

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pyro_bnn.diagnostics.precision import wide
 from pyro_bnn.guide import MixtureGuide
-from pyro_bnn.model import BayesianNetwork, training_mode
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import training_mode
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior

@@ -10,14 +10,16 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_bnn.diagnostics.findings import Finding
 from pyro_bnn.likelihoods import Bernoulli
-from pyro_bnn.model import BayesianNetwork, forked_random_state
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import frozen
 from pyro_bnn.network import batch_size as count_rows
-from pyro_bnn.posterior import Posterior
+from pyro_bnn.posterior import MAX_ELEMENTS, Posterior, in_groups
 from pyro_bnn.prediction import Prediction
+from pyro_bnn.randomness import device_of, seeded
 
 #: probability between the quantiles whose distance is the scale of a distribution
 CENTRAL = 0.9
@@ -25,8 +27,6 @@ CENTRAL = 0.9
 NORMAL_WIDTH = 2 * math.sqrt(2) * float(torch.erfinv(torch.tensor(CENTRAL, dtype=torch.float64)))
 #: prior standard deviations from the centre of the prior beyond which data surprise it, and below which it is vague
 FAR, NEAR = 3.0, 0.1
-#: numbers in one group of draws
-MAX_ELEMENTS = 2**24
 
 
 def prior_predictive(
@@ -165,25 +165,6 @@ def check_prior(
     return found
 
 
-@contextlib.contextmanager
-def frozen(model: Any) -> Iterator[None]:
-    """Inside, the model is in eval mode and has nothing to train; afterwards modes, buffers, all is as before."""
-    module = model if isinstance(model, nn.Module) else nn.Module()
-    modes = [(m, m.training) for m in module.modules()]
-    buffers = [(b, b.clone()) for b in module.buffers()]
-    trained = [(p, p.requires_grad) for p in module.parameters()]
-    module.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for m, training in modes:
-            m.training = training
-        for buffer, value in buffers:
-            buffer.copy_(value)
-        for p, required in trained:
-            p.requires_grad_(required)
-
-
 def prior_draws(
     model: Callable[..., Any], n: int, seed: int = 0, *, example: Any = None
 ) -> Iterator[dict[str, Tensor]]:
@@ -192,21 +173,12 @@ def prior_draws(
     :param example: what a model that is not of this package is called with, if with anything.
     :raises ValueError: when n is not at least 1, or the prior is improper and has no draws.
     """
-    if n < 1:
-        raise ValueError(f"num_samples={n!r}: expected at least one draw")
-    group = 1
+    elements = MAX_ELEMENTS  # a trace has one draw
     if isinstance(model, BayesianNetwork):
         elements = sum(site.shape.numel() for site in model.sites())
-        group = max(1, MAX_ELEMENTS // max(1, elements))
-    generator = torch.Generator().manual_seed(seed)
-    for start in range(0, n, group):
-        own_seed = int(torch.randint(2**62, (), generator=generator))
-        with frozen(model), forked_random_state(model), torch.no_grad(), proper_priors():
-            torch.manual_seed(own_seed)
-            if isinstance(model, BayesianNetwork):
-                draws = _vectorised(model, min(group, n - start))
-            else:
-                draws = _traced(model, example)
+    for _, size, own_seed in in_groups(n, elements, seed):
+        with frozen(model), seeded(device_of(model), own_seed), torch.no_grad(), proper_priors():
+            draws = _vectorised(model, size) if isinstance(model, BayesianNetwork) else _traced(model, example)
         yield draws
 
 

@@ -24,11 +24,14 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from pyro_bnn.diagnostics.findings import Finding
-from pyro_bnn.diagnostics.prior_checks import frozen, proper_priors
+from pyro_bnn.diagnostics.prior_checks import proper_priors
 from pyro_bnn.diagnostics.uniformity import EcdfDifference, RankBand, chi_square, where_ranks_pile_up
-from pyro_bnn.model import BayesianNetwork, forked_random_state
+from pyro_bnn.inputs import to_device
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import frozen
 from pyro_bnn.network import batch_size as count_rows
-from pyro_bnn.posterior import Posterior, to_device
+from pyro_bnn.posterior import Posterior
+from pyro_bnn.randomness import derive_seeds, device_of, seeded
 
 #: rows of x at which the outputs of a network are ranked
 PROBES = 5
@@ -132,15 +135,12 @@ def sbc(
             raise ValueError(f"{name}={count!r}: expected a whole number, at least {least}")
     if not lr > 0:
         raise ValueError(f"lr={lr!r}: expected a positive learning rate")
-    seeds = torch.randint(2**62, (simulations,), generator=torch.Generator().manual_seed(seed)).tolist()
     ranks: dict[str, list[Tensor]] = {}
-    with forked_random_state(model):
-        torch.manual_seed(seed)
+    with seeded(device_of(model), seed):
         experiment = _Experiment(model, x, sites, functions or {})
-        for i, own in enumerate(track(seeds, "SBC", disable=not progress)):
-            torch.manual_seed(own)
+        for i, own in enumerate(track(derive_seeds(seed, simulations), "SBC", disable=not progress)):
             try:
-                with experiment.one():
+                with seeded(device_of(model), own), experiment.one():
                     truth, y = experiment.simulate()
                     posterior = experiment.infer(guide_or_kernel(model), y, draws, steps, lr, warmup, thinning)
                     found = experiment.ranks(truth, posterior, draws, y)

@@ -11,6 +11,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
 from pyro_bnn.network import batch_size as count_rows
+from pyro_bnn.probe import batched
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior, Prediction
@@ -92,7 +93,7 @@ def predict(posterior: Posterior, x: Any, num_samples: int | None, batch_size: i
 def first_rows(x: Any, rows: int) -> Any:
     """The first rows of inputs of any nesting."""
     size = count_rows(x)
-    return pytree.tree_map(lambda t: t[:rows] if _has_rows(t, size) else t, x)
+    return pytree.tree_map(lambda t: t[:rows] if batched(t, size) else t, x)
 
 
 def log_density(prediction: Prediction, y: Tensor) -> Tensor:
@@ -133,13 +134,9 @@ def _loader(data: Any, rows: int) -> Iterable[Any]:
 
 def _slices(tree: Any, size: int, rows: int) -> Iterator[Any]:
     def cut(start: int) -> Any:
-        return pytree.tree_map(lambda t: t[start : start + rows] if _has_rows(t, size) else t, tree)
+        return pytree.tree_map(lambda t: t[start : start + rows] if batched(t, size) else t, tree)
 
     return (cut(start) for start in range(0, size, rows))
-
-
-def _has_rows(value: Any, size: int) -> bool:
-    return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
 
 
 def _is_pair(batch: Any) -> bool:

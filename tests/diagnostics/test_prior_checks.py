@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import pyro_bnn as pb
 from pyro_bnn import likelihoods, priors
-from pyro_bnn.diagnostics import prior_checks, shrinkage
+from pyro_bnn.diagnostics import shrinkage
 from pyro_bnn.diagnostics.findings import Finding
 from pyro_bnn.diagnostics.prior_checks import check_prior, prior_draws, prior_predictive, prior_summary
 from pyro_bnn.diagnostics.shrinkage import contraction
@@ -78,7 +78,7 @@ def test_functions_are_those_of_the_draws() -> None:
 def test_draws_come_in_groups_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     model = dense(deep(2), likelihoods.Categorical())
     elements = sum(site.shape.numel() for site in model.sites())
-    monkeypatch.setattr(prior_checks, "MAX_ELEMENTS", 3 * elements + 1)
+    monkeypatch.setattr("pyro_bnn.posterior.MAX_ELEMENTS", 3 * elements + 1)
     groups = list(prior_draws(model, 10))
     assert [len(group["0.weight"]) for group in groups] == [3, 3, 3, 1]
     together = torch.cat([group["0.bias"][:, 0] for group in groups])

@@ -1,0 +1,80 @@
+"""What running a network changes besides its output: modes, statistics of layers, what takes a gradient."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+
+_mode: ContextVar[bool | None] = ContextVar("mode", default=None)
+
+
+@contextlib.contextmanager
+def training_mode(train: bool) -> Iterator[None]:
+    """Inside, every network and guide of this package that is called is first put into train or eval mode.
+
+    Engines use it for programs that are plain functions, whose modules they cannot see.
+    """
+    token = _mode.set(train)
+    try:
+        yield
+    finally:
+        _mode.reset(token)
+
+
+def enter_mode(module: nn.Module) -> None:
+    """What a network or guide does first when it is called. See :func:`training_mode`."""
+    train = _mode.get()
+    if train is not None and module.training != train:
+        module.train(train)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside, every part is in eval mode; modes and buffers are put back."""
+    modes = [(part, part.training) for part in module.modules()]
+    # Copies take the place of the buffers: a write into one of these, even of its old values, would invalidate the
+    # graph of an earlier pass whose gradients are still to come, and a forward may also put new ones in their place.
+    buffers = [(part, name, b) for part in module.modules() for name, b in part._buffers.items() if b is not None]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in buffers}
+    module.eval()
+    for part, name, buffer in buffers:
+        part._buffers[name] = copies[id(buffer)]
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+        for part, name, buffer in buffers:
+            part._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def frozen(program: Any) -> Iterator[None]:
+    """Inside, a module is in eval mode and has nothing to train; afterwards modes, buffers, all is as before."""
+    module = program if isinstance(program, nn.Module) else nn.Module()
+    trained = [(p, p.requires_grad) for p in module.parameters()]
+    with evaluating(module):
+        module.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p, required in trained:
+                p.requires_grad_(required)
+
+
+@contextlib.contextmanager
+def undisturbed(net: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, full precision; modes, buffers and random state are put back."""
+    devices = {t.device for t in [*net.parameters(), *net.buffers()] if t.device.type == "cuda"}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.no_grad())
+        for kind in {"cpu", *(device.type for device in devices)}:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(evaluating(net))
+        yield
