@@ -3,7 +3,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -178,7 +177,7 @@ def evaluate(
         task = run.task(data, target)
         net = run.network().to(place)
         posterior, twin = run.posterior(net), run.posterior(net, "deterministic")
-        known = run.metrics()
+        known = run.metrics() if run.is_measured else {}
         metrics = known | measure(posterior, task, run.options)
         metrics["deterministic"] = known.get("deterministic", {}) | measure(twin, task, run.options)
         write_json(folder / ("metrics.json" if data is None else f"metrics-{task.name}.json"), metrics)
@@ -211,7 +210,7 @@ def report(
             twin=run.posterior(net, "deterministic"),
             title=f"{task.name}: {run.options.describe()}",
             metrics=run.metrics(),
-            settings=asdict(run.options),
+            settings=run.options.used(),
             num_samples=run.options.samples,
             seed=run.options.seed,
         )
@@ -318,3 +317,7 @@ def _user_errors(*kinds: type[Exception]) -> Iterator[None]:
         message = " ".join(str(error).split())
         typer.echo(f"pyro-bnn: {message}", err=True)
         raise typer.Exit(2) from error
+
+
+if __name__ == "__main__":
+    app(prog_name="pyro-bnn")

@@ -133,9 +133,10 @@ def write(folder: Path, found: Sequence[Run], task: Task, device: torch.device) 
     :returns: the main metrics as a table for the console.
     """
     candidates = _candidates(found, device)
-    shared = asdict(found[0].options)
+    shared = found[0].options.used()
     for run in found[1:]:
-        shared = {name: value for name, value in shared.items() if asdict(run.options)[name] == value}
+        theirs = run.options.used()
+        shared = {name: value for name, value in shared.items() if theirs.get(name) == value}
     folder.mkdir(parents=True, exist_ok=True)
     gaps = comparison(
         candidates,

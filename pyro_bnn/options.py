@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from pyro_bnn.data import Task
@@ -35,6 +35,25 @@ DEFAULT_PRIORS: dict[Method, Prior] = {
     "weight-sharing": "gaussian-mixture",
 }
 
+#: methods that have an option; all have the others
+METHODS_WITH: dict[str, tuple[Method, ...]] = {
+    "components": ("rank1", "dense"),
+    "family": ("rank1",),
+    "sparsity": ("spike-slab",),
+    "temperature": ("spike-slab",),
+    "samples": ("rank1", "dense", "spike-slab", "weight-sharing"),
+    "particles": ("bella",),
+    "rank": ("bella",),
+    "update": ("bella",),
+    "pretrained": ("bella", "weight-sharing"),
+    "codes": ("weight-sharing",),
+    "sampling": ("weight-sharing",),
+}
+#: the prior that the option ``group`` is of
+GROUPED: Prior = "spike-and-slab"
+#: what is the same as not to ask for an option
+NEUTRAL: dict[str, Any] = {"family": "normal", "temperature": 1}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -63,6 +82,14 @@ class Options:
     codes: int = 256
     sampling: Sampling = "codebook"
 
+    def used(self) -> dict[str, Any]:
+        """The options that the method has, without those that stand for nothing, for pages."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value is not None and _has(self.method, name) and (name != "group" or self.prior == GROUPED)
+        }
+
     def describe(self) -> str:
         """The method in a few words, for headings."""
         match self.method:
@@ -81,31 +108,19 @@ def check(method: Method, asked: Mapping[str, Any]) -> None:
     :param asked: options by their names in :class:`Options`; ``None`` for what was not asked for.
     :raises ValueError: when one would have no effect, or ``lr`` is not a positive number.
     """
-
-    def asks(*names: str) -> bool:
-        return any(asked.get(name) is not None for name in names)
-
-    not_normal = asked.get("family") not in (None, "normal")
     if not (asked["lr"] > 0 and math.isfinite(asked["lr"])):
         raise ValueError(f"--lr must be a positive number, got {asked['lr']}")
-    if method == "dense" and not_normal:
-        raise ValueError(f"--family {asked['family']} goes with --method rank1; --method dense has Normals")
-    if method != "spike-slab" and (asks("sparsity") or asked.get("temperature") not in (None, 1)):
-        raise ValueError("--sparsity and --temperature go with --method spike-slab")
-    if method == "spike-slab" and (
-        not_normal or asks("components") or asked.get("prior") not in (None, "spike-and-slab")
-    ):
-        raise ValueError("--method spike-slab has a prior of its own and no guide: no --prior, --family, --components")
-    if method != "bella" and asks("particles", "rank", "update"):
-        raise ValueError("--particles, --rank and --update go with --method bella")
-    if method == "bella" and (not_normal or asks("components", "samples")):
-        raise ValueError("--method bella has particles: no --family, --components, --samples")
-    if method != "weight-sharing" and asks("codes", "sampling"):
-        raise ValueError("--codes and --sampling go with --method weight-sharing")
-    if method == "weight-sharing" and (not_normal or asks("components")):
-        raise ValueError("--method weight-sharing has a codebook of Normals: no --family, --components")
-    if method not in ("bella", "weight-sharing") and asks("pretrained"):
-        raise ValueError("--pretrained goes with --method bella or weight-sharing")
+    for name, value in asked.items():
+        if value not in (None, NEUTRAL.get(name)) and not _has(method, name):
+            raise ValueError(f"--{name} goes with --method {' or '.join(METHODS_WITH[name])}, and not with {method}")
+    if method == "spike-slab" and asked.get("prior") not in (None, GROUPED):
+        raise ValueError(f"--method spike-slab has a prior of its own: no --prior {asked['prior']}")
+    if asked.get("group") not in (None, "weight") and (asked.get("prior") or DEFAULT_PRIORS[method]) != GROUPED:
+        raise ValueError(f"--group {asked['group']} goes with --prior {GROUPED}, which includes weights or not")
+
+
+def _has(method: Method, option: str) -> bool:
+    return method in METHODS_WITH.get(option, (method,))
 
 
 def complete(method: Method, asked: Mapping[str, Any], task: Task) -> Options:

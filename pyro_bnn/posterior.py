@@ -133,8 +133,9 @@ class Posterior:
         return isinstance(self._guide, MixtureGuide) and self._guide.deterministic
 
     def number_of_draws(self, asked: int | None = None) -> int:
-        """As asked, or of each member 16, fewer where fewer are stored, and 1 where all are the same."""
-        return min(16, self.stored or 16, 1 if self.points else 16) if asked is None else asked
+        """Of each member as asked, or 16, or fewer where fewer are stored; 1 where all draws are the same."""
+        count = min(16, self.stored or 16) if asked is None else asked
+        return min(count, 1) if self.points else count
 
     # ------------------------------------------------------------------------------------------------- draws
 
@@ -249,7 +250,8 @@ class Posterior:
         A draw is a whole function: the same for all rows of x and for every ``batch_size``.
 
         :param x: tensor, dict or tuple with N samples on axis 0, on any device.
-        :param num_samples: draws of every member; by default those of :meth:`number_of_draws`.
+        :param num_samples: draws of every member, 16 by default, as :meth:`number_of_draws` has it: particles and
+            points have one, as all their draws are the same.
         :param batch_size: number of samples in one pass; by default what fits a fixed memory budget.
         :param seed: makes the draws reproducible, and leaves the global random state alone.
         :param return_site: for a model that is not of this package, the site whose values are wanted.

@@ -105,11 +105,17 @@ class Prediction:
         low, high = (d.mean - spread).amin((0, 1)), (d.mean + spread).amax((0, 1))
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
-            below = self._cdf(d, middle).mean((0, 1)) < q
+            below = self.cdf(middle).mean((0, 1)) < q
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         return high.floor().clamp_min(0) if isinstance(self.likelihood, Poisson) else high
 
-    def _cdf(self, d: dist.TorchDistribution, y: Tensor) -> Tensor:
+    def cdf(self, y: Tensor) -> Tensor:
+        """``[draws, members, N, ...]``: probability of values up to y ``[N, ...]``, under every member.
+
+        :raises TypeError: for classification, and for values of a function.
+        """
+        self._require(classification=False, what="cdf")
+        d = _base(self._distribution())
         if isinstance(self.likelihood, Poisson):
             return torch.special.gammaincc(y.floor().clamp_min(0) + 1, d.rate) * (y >= 0)
         return d.cdf(y)

@@ -71,7 +71,18 @@ class Run:
         cost = {key: known.get(key) for key in ("seconds", "trainable_parameters")}
         return Trained(self.posterior(net, "deterministic"), cost)
 
+    @property
+    def is_measured(self) -> bool:
+        return (self.folder / "metrics.json").is_file()
+
     def metrics(self) -> Metrics:
+        """
+        :raises FileNotFoundError: when the run has none.
+        """
+        if not self.is_measured:
+            raise FileNotFoundError(
+                f"the run in {str(self.folder)!r} has no metrics.json; `pyro-bnn evaluate {self.folder}` makes one"
+            )
         return read_json(self.folder / "metrics.json")
 
 

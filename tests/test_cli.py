@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import pyro_bnn as pb
 from pyro_bnn import data
 from pyro_bnn.cli import app
 from pyro_bnn.models import architectures
+from pyro_bnn.options import Method, complete
 
 MEASURED = {
     *("accuracy", "nll", "brier", "ece", "ece_adaptive", "ece_classwise", "aurc", "augrc", "risk_at_80"),
@@ -326,17 +330,19 @@ def test_a_run_is_not_overwritten_unasked(digits_run: tuple[Path, str]) -> None:
         (["fit", "--target", "a"], "a target column ('a') goes with a .csv file"),
         (["fit", "--lr", "0"], "--lr must be a positive number, got 0.0"),
         (["fit", "--lr", "nan"], "--lr must be a positive number, got nan"),
-        (["fit", "--method", "dense", "--family", "cauchy"], "--family cauchy goes with --method rank1"),
-        (["fit", "--sparsity", "0.5"], "--sparsity and --temperature go with --method spike-slab"),
-        (["fit", "--rank", "2"], "--particles, --rank and --update go with --method bella"),
-        (["fit", "--method", "bella", "--components", "2"], "--method bella has particles"),
-        (["fit", "--method", "bella", "--samples", "2"], "no --family, --components, --samples"),
-        (["fit", "--codes", "16"], "--codes and --sampling go with --method weight-sharing"),
+        (["fit", "--method", "dense", "--family", "cauchy"], "--family goes with --method rank1, and not with dense"),
+        (["fit", "--sparsity", "0.5"], "--sparsity goes with --method spike-slab, and not with rank1"),
+        (["fit", "--temperature", "0.5"], "--temperature goes with --method spike-slab, and not with rank1"),
+        (["fit", "--rank", "2"], "--rank goes with --method bella, and not with rank1"),
+        (["fit", "--method", "bella", "--components", "2"], "--components goes with --method rank1 or dense"),
+        (["fit", "--method", "bella", "--samples", "2"], "--samples goes with --method rank1 or dense or spike-slab"),
+        (["fit", "--codes", "16"], "--codes goes with --method weight-sharing"),
         (["fit", "--pretrained", "runs"], "--pretrained goes with --method bella or weight-sharing"),
-        (["fit", "--method", "weight-sharing", "--family", "cauchy"], "has a codebook of Normals"),
+        (["fit", "--method", "weight-sharing", "--family", "cauchy"], "--family goes with --method rank1, and"),
         (["fit", "--method", "weight-sharing", "--pretrained", "nowhere"], "'nowhere' is not the folder of a run"),
         (["fit", "--method", "bella", "--pretrained", "nowhere"], "'nowhere' is not the folder of a run"),
         (["fit", "--method", "spike-slab", "--prior", "normal"], "--method spike-slab has a prior of its own"),
+        (["fit", "--group", "input"], "--group input goes with --prior spike-and-slab"),
         (["fit", "--data", "table.csv", "--target", "a", "--network", "cnn"], "--network cnn takes images"),
         (["fit", "--device", "abacus"], "--device abacus is not to be had here"),
         (["fit", "--out", "notes.txt"], "--out notes.txt is a file; give a folder"),
@@ -399,6 +405,50 @@ def test_evaluate_refuses_a_broken_posterior(digits_run: tuple[Path, str], tmp_p
     assert "posterior" in result.stderr and result.stderr.count("\n") == 1
 
 
+def test_a_run_without_metrics_says_how_to_make_them(digits_run: tuple[Path, str], tmp_path: Path) -> None:
+    """Proves that report and compare name the run, what it lacks and the command, and that this command mends it."""
+    folder = tmp_path / "run"
+    shutil.copytree(digits_run[0], folder)
+    (folder / "metrics.json").unlink()
+    message = f"the run in {str(folder)!r} has no metrics.json; `pyro-bnn evaluate {folder}` makes one"
+    for command in (
+        ("report", folder),
+        ("compare", "--runs", folder, "--runs", digits_run[0], "--out", tmp_path / "c"),
+    ):
+        result = run(*command, expect=2)
+        assert message in result.stderr and result.stderr.count("\n") == 1
+    run("evaluate", folder, "--quiet")
+    before = metrics_of(digits_run[0])
+    assert metrics_of(folder)["nll"] == before["nll"] and metrics_of(folder)["deterministic"]["nll"]
+    run("report", folder, "--quiet")
+    assert run("report", folder, "--out", tmp_path, "--overwrite", expect=2).stderr.count("is a folder: give the") == 1
+
+
+@pytest.mark.parametrize("module", ["pyro_bnn", "pyro_bnn.cli"])
+def test_the_command_line_is_a_module_too(module: str) -> None:
+    result = subprocess.run([sys.executable, "-m", module, "report", "nowhere"], capture_output=True, text=True)
+    assert result.returncode == 2 and "'nowhere' is not the folder of a run" in result.stderr
+
+
+def test_a_method_has_its_own_options_alone() -> None:
+    """Proves that a page shows no option of another method, nor what stands for nothing."""
+    task = data.digits()
+    asked = {"data": "digits", "epochs": 1, "batch_size": 8, "lr": 0.1, "seed": 0, "device": "cpu"}
+    common = {*asked, "method", "network", "prior"}
+    own: dict[Method, set[str]] = {
+        "rank1": {"components", "family", "samples"},
+        "dense": {"components", "samples"},
+        "spike-slab": {"sparsity", "temperature", "samples", "group"},
+        "bella": {"particles", "rank", "update"},
+        "weight-sharing": {"codes", "sampling", "samples"},
+    }
+    for method, names in own.items():
+        assert set(complete(method, asked, task).used()) == common | names
+    given = complete("bella", asked | {"pretrained": "runs", "target": "y"}, task).used()
+    assert given["pretrained"] == "runs" and given["target"] == "y"
+    assert "group" in complete("dense", asked | {"prior": "spike-and-slab"}, task).used()
+
+
 def test_report_has_every_number_of_the_run_and_no_other(digits_run: tuple[Path, str], tmp_path: Path) -> None:
     """Proves that the page of a run is whole, equals metrics.json in every number, and is not replaced unasked."""
     folder, _ = digits_run
@@ -415,6 +465,8 @@ def test_report_has_every_number_of_the_run_and_no_other(digits_run: tuple[Path,
         if isinstance(value, (int, float))
     }
     assert reader.numbers() == expected and len(expected) == 2 * len(MEASURED | COST)
+    settings = reader.text[reader.text.index("How it came about") :]
+    assert "components" in settings and "particles" not in settings and "None" not in settings
     assert "digits: rank1, 4 components" in reader.text and f"{metrics['nll']:.4f}" in reader.text
     assert reader.text.index("Verdicts") < reader.text.index("NLL") < reader.text.index("Pictures")
     result = run("report", folder, "--out", tmp_path / "page.html", expect=2)
@@ -434,6 +486,7 @@ def test_compare_trains_the_twin_once_and_takes_up_where_it_was_stopped(tmp_path
     assert without_seconds(both["bella"]) == without_seconds(metrics_of(tmp_path / "fit"))
     found = metrics_of(folder, "comparison.json")
     assert set(found["metrics"]) == {"rank1", "bella", "deterministic"} == set(found["nll_difference"])
+    assert set(found["settings"]) == {"data", "network", "epochs", "batch_size", "lr", "seed", "device"}
     for name, metrics in both.items():
         assert found["metrics"][name] == {key: value for key, value in metrics.items() if key != "deterministic"}
     reader = require_self_contained((folder / "comparison.html").read_text(encoding="utf-8"))

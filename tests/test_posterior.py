@@ -216,6 +216,18 @@ def test_statistics_of_each_draw_on_request() -> None:
     assert not torch.allclose(posterior.predict(x, 2, seed=0).outputs, outputs)
 
 
+def test_points_predict_once_however_many_draws_are_asked_for() -> None:
+    """Proves that equal draws are not made again, so that members do not differ by rounding."""
+    x, _ = data()
+    one = point().predict(x, num_samples=16)
+    assert one.outputs.shape[0] == 1 and float(one.epistemic.max()) == 0
+    assert torch.equal(one.outputs, point().predict(x).outputs)
+    assert [dense().number_of_draws(n) for n in (None, 5, 40)] == [16, 5, 40]
+    assert dense().as_draws(3).number_of_draws() == 3
+    with pytest.raises(ValueError, match="at least one draw"):
+        point().predict(x, num_samples=0)
+
+
 def test_bad_requests() -> None:
     posterior = rank1()
     x, y = data()

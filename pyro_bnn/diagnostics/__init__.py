@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pyro_bnn.diagnostics import plots
     from pyro_bnn.diagnostics.arviz import to_arviz
     from pyro_bnn.diagnostics.calibration import calibration_error, classwise_calibration_error, reliability
     from pyro_bnn.diagnostics.chains import convergence
@@ -84,6 +85,7 @@ __all__ = [
     "loss_verdict",
     "ood_scores",
     "pareto_k",
+    "plots",
     "prior_predictive",
     "reliability",
     "report",
@@ -98,6 +100,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # torchmetrics, ArviZ and matplotlib take seconds to import, which a program that never calls them should not pay.
+    if name == "plots":
+        return import_module(f"{__name__}.plots")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

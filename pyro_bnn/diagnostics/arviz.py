@@ -15,7 +15,7 @@ from pyro_bnn.diagnostics.arrays import Budget, Group, array, enumerated, output
 from pyro_bnn.diagnostics.densities import log_densities
 from pyro_bnn.diagnostics.recalibration import ScaledPosterior
 from pyro_bnn.diagnostics.sites import posterior_group
-from pyro_bnn.diagnostics.stream import log_density, predictions, predictions_of_inputs
+from pyro_bnn.diagnostics.stream import log_density, predictions, predictions_of_inputs, require_posterior
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inclusion import has_inclusion
 from pyro_bnn.likelihoods import Categorical
@@ -88,22 +88,22 @@ def to_arviz(
     :param groups: which groups to make; ``function`` and ``training`` come with others, as said above.
     :param probes: a few inputs of the network. The function at these is the part of the posterior that has no
         symmetries: class probabilities, or the mean of y, to be looked at with R-hat, ESS and trace plots.
-    :param num_samples: draws from every member, S; by default all draws that the posterior stores (as after MCMC), 1 of
-        particles and points, and 100 of any other that draws anew. PSIS-LOO needs S K of this order.
+    :param num_samples: draws from every member, S; by default all draws that the posterior stores (as after MCMC), and
+        100 of one that draws anew. Always 1 of particles and points. PSIS-LOO needs S K of this order.
     :param batch_size: the most rows of x in one forward pass.
     :param max_values: most numbers to store, over all groups. ``function``, ``inclusion`` and ``constant_data`` are
         left out, with a warning, when they do not fit; anything else that does not fit is an error.
     :param seed: of the draws, here and in the predictions.
     :returns: ``arviz.InferenceData``, or with ArviZ 1.x ``xarray.DataTree``; ``.to_netcdf(path)`` writes either.
-    :raises TypeError: when x holds no tensor.
+    :raises TypeError: when x holds no tensor, y is none, or the posterior is none.
     :raises ValueError: when a group or site is unknown, x or y is missing for a group, they differ in length, a
         prediction or log-likelihood is NaN, or the result has more than ``max_values`` numbers.
 
     Source: the InferenceData schema of ArviZ, https://python.arviz.org.
     """
+    require_posterior(posterior)
     wanted = _checked_groups(groups, x, y)
-    if num_samples is None:
-        num_samples = posterior.stored or (1 if posterior.points else DRAWS)
+    num_samples = posterior.number_of_draws(posterior.stored or DRAWS if num_samples is None else num_samples)
     chains = posterior.chains if num_samples == posterior.stored else 1
     budget = Budget(max_values)
     tree: dict[str, Group] = {}
@@ -146,6 +146,8 @@ def _checked_groups(groups: str | Sequence[str], x: Any, y: Tensor | None) -> tu
     wanted = (groups,) if isinstance(groups, str) else tuple(groups)
     if unknown := [group for group in wanted if group not in GROUPS]:
         raise ValueError(f"unknown group {unknown[0]!r}; groups= takes any of {', '.join(GROUPS)}")
+    if y is not None and not isinstance(y, Tensor):
+        raise TypeError(f"y is a tensor, got {type(y).__name__}: torch.as_tensor(y) makes one of an array")
     for missing, argument, needed_by in (
         (x is None, "x", ("posterior_predictive", "log_likelihood", "constant_data")),
         (y is None, "y", ("log_likelihood", "observed_data")),
@@ -232,10 +234,13 @@ def _predictive(
     if not (with_y or with_log_likelihood):
         return {}
     likelihood = getattr(posterior.model, "likelihood", None)
+    if likelihood is None and not isinstance(posterior.model, BayesianNetwork) and not with_y and y is not None:
+        return {"log_likelihood": _log_likelihood_of_ones_own(posterior, x, y, settings, chains, budget)}
     if likelihood is None:
         raise ValueError(
-            "posterior_predictive and log_likelihood need a model with a likelihood of pyro_bnn.likelihoods, and this "
-            "one has none: choose other groups="
+            "posterior_predictive, and log_likelihood of a model of this package, need a likelihood of "
+            "pyro_bnn.likelihoods, and this one has none: choose other groups=, such as ('posterior', "
+            "'log_likelihood') for a Pyro model of your own"
         )
     functions = settings["num_samples"] * posterior.members
     rows = count_rows(x, y)
@@ -281,6 +286,17 @@ def _predictive(
             dims = (*outputs(values.dim() - 2 - len(classes)), *classes)
             tree["function"] = {function: enumerated(values, posterior.members, chains, *dims)}
     return tree
+
+
+def _log_likelihood_of_ones_own(
+    posterior: Posterior, x: Any, y: Tensor, settings: dict[str, Any], chains: int, budget: Budget
+) -> Group:
+    """Of a Pyro model that is not of this package, at its one site that observes y."""
+    values = posterior.log_likelihood(x, y, settings["num_samples"], seed=settings["seed"]).flatten(0, 1)
+    if values.isnan().any():
+        raise ValueError("the log-density of y under the posterior is NaN: look at the scales of the model")
+    budget.take("log_likelihood/obs", values.numel())
+    return {"obs": enumerated(values.cpu().double(), 1, chains)}
 
 
 def _constant_data(x: Any, budget: Budget) -> Group:

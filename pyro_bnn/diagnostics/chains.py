@@ -12,6 +12,7 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_bnn.diagnostics.arrays import at_least_float32, outputs, plain, safe
+from pyro_bnn.diagnostics.stream import require_posterior
 from pyro_bnn.likelihoods import Categorical
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def convergence(
     :returns: a dataset with a variable ``<statistic>`` over ``(probe[, class])``, or ``<site>_<statistic>`` over the
         elements of a site. A quantity that no chain moves has the R-hat 1 if all chains have the same value,
         else infinity, and no effective sample size or error (NaN).
+    :raises TypeError: for what is no posterior.
     :raises ValueError: for fewer than two chains or four draws of each, runs of different lengths, missing probes, NaN
         in a prediction, or too many numbers.
 
@@ -63,6 +65,8 @@ def convergence(
     the space of functions.
     """
     posteriors = list(runs) if isinstance(runs, Sequence) else [runs]
+    for posterior in posteriors:
+        require_posterior(posterior)
     chains = sum(posterior.chains for posterior in posteriors)
     if chains < 2:
         raise ValueError(

@@ -6,19 +6,26 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import scipy.stats
 import torch
 from torch import Tensor
 
 from pyro_bnn.diagnostics.chains import FEWEST, comparable, convergence, effective_size
 from pyro_bnn.diagnostics.densities import has_density
 from pyro_bnn.diagnostics.findings import SEVERITIES, Finding
-from pyro_bnn.diagnostics.importance import pareto_k
-from pyro_bnn.diagnostics.metrics import LEVEL, evaluate
-from pyro_bnn.diagnostics.precision import wide
-from pyro_bnn.diagnostics.probabilities import class_probabilities
-from pyro_bnn.diagnostics.scores import interval_coverage
-from pyro_bnn.diagnostics.stream import first_rows, predictions
+from pyro_bnn.diagnostics.importance import fixed_weights, pareto_k
+from pyro_bnn.diagnostics.metrics import evaluate
+from pyro_bnn.diagnostics.predictive_checks import ERRORS, Predicted, out_of_domain
+from pyro_bnn.diagnostics.recalibration import ScaledPosterior
+from pyro_bnn.diagnostics.stream import (
+    batches,
+    first_rows,
+    predictions,
+    require_posterior,
+    require_repeatable,
+)
 from pyro_bnn.diagnostics.training import loss_verdict
+from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.stored_draws import DrawsGuide
 
@@ -30,10 +37,10 @@ RHAT, RHAT_BAD = 1.01, 1.1
 ESS = 100
 #: coordinates whose effective sample size stands for that of all
 COORDINATES = 20
+#: share of the predictive uncertainty below which functions hardly differ, and below which they are the same
+HARDLY, SAME = 1e-3, 1e-6
 #: relative error of a temperature that step size and gradient noise may leave
 HEAT = 0.1
-#: standard errors beyond which a share differs from its expectation
-ERRORS = 3.0
 
 
 def check(
@@ -56,8 +63,10 @@ def check(
     convergence      R-hat and effective sample size of the function at 20 data, of a posterior of several chains
     fit              Pareto k-hat of a guide with a density; needs the training data
     spread           whether the draws are different functions
-    accuracy         better than always the most frequent class, or than the mean of y, by three standard errors
-    calibration      mean confidence against accuracy, or coverage of 95 % intervals, within three standard errors
+    accuracy         better than always the most frequent class, or than the mean of y, by three standard errors of
+                     the difference
+    calibration      mean confidence against accuracy, or coverage of 95 % intervals, within three standard errors, to
+                     which the labels and the functions that explain them together contribute
     out of domain    AUROC of the predictive entropy between ``data`` and ``ood``
     ===============  ==============================================================================================
 
@@ -67,19 +76,32 @@ def check(
     :param num_samples: draws from every member, for predictions.
     :param metrics: what :func:`evaluate` found with these settings, where that is known already.
     :returns: findings, the worst first.
+    :raises TypeError: for an iterator as data or ood, as they are passed over more than once.
+    :raises ValueError: when data is empty or a prediction holds NaN, only one of x_train and y_train is given, these
+        are not all ``num_data`` rows, or ood is given for a regression.
     """
+    require_posterior(posterior)
+    require_repeatable(data, "data")
+    require_repeatable(ood, "ood")
+    if (x_train is None) != (y_train is None):
+        raise ValueError("x_train and y_train go together: give both, or neither")
     count = posterior.number_of_draws(num_samples)
     settings: dict[str, Any] = {"num_samples": count, "batch_size": batch_size, "seed": seed}
     findings = [*_training(posterior), *_sampler(posterior), *_fit(posterior, x_train, y_train, batch_size, seed)]
     if data is not None:
-        kind, sums, probes = _summed(posterior, data, settings)
+        predicted: Predicted | None = None
+        for x, prediction, y in predictions(posterior, data, **settings):
+            if predicted is None:
+                predicted, probes = Predicted(str(getattr(prediction.likelihood, "kind", ""))), first_rows(x, PROBES)
+            predicted.add(prediction, y)
+        if predicted is None:
+            raise ValueError("data is empty: check needs at least one row; look at the filter or split that made it")
         found = dict(metrics or evaluate(posterior, data, ood, **settings))
         findings += _chains(posterior, probes, batch_size, seed)
-        findings += _spread(posterior, found, count * posterior.members)
-        if kind == "classification":
-            findings += [_better_than_the_largest_class(found, sums), _confidence(sums), *_ood(found)]
-        else:
-            findings += [_better_than_the_mean(sums), _coverage(sums, kind)]
+        findings += [*_spread(found, count * posterior.members), *predicted.findings()]
+        if "ood_auroc" in found:
+            foreign = predicted.rows if ood is None else sum(count_rows(x) for x, _ in batches(ood, batch_size))
+            findings += out_of_domain(found, predicted.rows, foreign)
     return sorted(findings, key=lambda finding: -SEVERITIES.index(finding.severity))
 
 
@@ -120,12 +142,16 @@ def _training(posterior: Posterior) -> Iterator[Finding]:
 
 def _sampler(posterior: Posterior) -> Iterator[Finding]:
     run, topic = posterior.sampler, "sampler"
-    if run.get("divergences"):
-        yield Finding(
-            "warning",
-            topic,
-            f"{run['divergences']:.0f} transitions of NUTS diverged: parts of the posterior were not reached.",
-            "Raise target_accept_prob, or reparametrise the model.",
+    if "divergences" in run:
+        yield (
+            Finding(
+                "warning",
+                topic,
+                f"{run['divergences']:.0f} transitions of NUTS diverged: parts of the posterior were not reached.",
+                "Raise target_accept_prob, or reparametrise the model.",
+            )
+            if run["divergences"]
+            else Finding("good", topic, "No transition diverged.")
         )
     if "kinetic temperature" in run and run["temperature"] > 0:
         ratios = {
@@ -162,11 +188,14 @@ def _noise_of_heat(posterior: Posterior) -> float:
 
 
 def _fit(posterior: Posterior, x: Any, y: Tensor | None, batch_size: int | None, seed: int) -> Iterator[Finding]:
-    if x is None or y is None or not has_density(posterior):
+    inside = posterior.posterior if isinstance(posterior, ScaledPosterior) else posterior
+    if x is None or y is None or not has_density(inside):
         return
-    found = pareto_k(posterior, x, y, batch_size=batch_size, seed=seed)
+    found = pareto_k(inside, x, y, batch_size=batch_size, seed=seed)
     if found.k < found.good:
-        yield Finding("good", "fit", f"k-hat is {found.k:.2f}: the guide is close to the posterior.")
+        fixed = fixed_weights(inside)
+        given = f", given the {fixed:,} numbers of the network that are not random" if fixed else ""
+        yield Finding("good", "fit", f"k-hat is {found.k:.2f}: the guide is close to the posterior{given}.")
     else:
         yield Finding(
             "note",
@@ -194,152 +223,58 @@ def _chains(posterior: Posterior, probes: Any, batch_size: int | None, seed: int
             "warning",
             topic,
             f"{posterior.stored} draws of {posterior.chains} chains are too few to compare them.",
-            "Draw more: some hundred from each chain.",
+            "Draw more: 500 or more from each chain.",
         )
         return
     found = convergence(posterior, probes, batch_size=batch_size, seed=seed)
     rhat, ess = float(found["rhat"].max()), float(found["ess_bulk"].min())
-    wanted = ESS * posterior.chains
+    limit, wanted = _largest_rhat(posterior, found["rhat"].size), ESS * posterior.chains
     text = f"R-hat of the functions is at most {rhat:.3f}, the effective sample size at least {ess:.0f}"
-    if rhat <= RHAT and ess >= wanted:
+    if rhat <= limit and ess >= wanted:
         yield Finding("good", topic, f"{text}, over {posterior.chains} chains.")
     else:
         yield Finding(
             "problem" if rhat > RHAT_BAD else "warning",
             topic,
-            f"{text}; up to {RHAT} and at least {wanted} are wanted.",
+            f"{text}; up to {limit:.3f} and at least {wanted} are wanted.",
             "Sample longer; if R-hat stays, chains are in different modes, and more of them are needed.",
         )
 
 
-def _spread(posterior: Posterior, metrics: Mapping[str, float], functions: int) -> Iterator[Finding]:
+def _largest_rhat(posterior: Posterior, quantities: int) -> float:
+    """1.01, or what the largest of so many R-hats stays below with 99 % when all draws are independent.
+
+    With n draws in each of 2 M half chains ``R-hat^2 = (n - 1) / n + F / n``, in which ``(2 M - 1) F`` is chi-square
+    with 2 M - 1 degrees of freedom; there are two R-hats for each quantity, of ranks and of folded ranks.
+    """
+    freedom = 2 * posterior.chains - 1
+    n = (posterior.stored or 0) / (2 * posterior.chains)
+    largest = float(scipy.stats.chi2.isf(0.01 / (2 * quantities), freedom)) / freedom
+    return max(RHAT, math.sqrt((n - 1 + largest) / n))
+
+
+def _spread(metrics: Mapping[str, float], functions: int) -> Iterator[Finding]:
     topic = "spread"
     if functions == 1:
         yield Finding("note", topic, "One function makes all predictions: there is no epistemic uncertainty.")
         return
     share = metrics["epistemic"] / max(metrics["epistemic"] + metrics["aleatoric"], 1e-30)
-    if share < 1e-6:
+    if share < SAME:
         yield Finding(
             "warning",
             topic,
             f"All {functions} draws are the same function: the posterior has collapsed to a point.",
             "A point guide is meant to; else look at the guide's scales, the repulsion of particles or the step size.",
         )
-    else:
-        disagree = f", and disagree on {metrics['disagreement']:.1%} of labels" if "disagreement" in metrics else ""
-        yield Finding("good", topic, f"{functions} functions hold {share:.1%} of the predictive uncertainty{disagree}.")
-
-
-def _better_than_the_largest_class(metrics: Mapping[str, float], sums: Mapping[str, float]) -> Finding:
-    base, accuracy = sums["largest class"], metrics["accuracy"]
-    error = math.sqrt(base * (1 - base) / sums["count"])
-    text = f"Accuracy is {accuracy:.1%}; always the most frequent class has {base:.1%}."
-    if accuracy > base + ERRORS * error or accuracy == 1:
-        return Finding("good", "accuracy", text)
-    return Finding(
-        "problem", "accuracy", text, "Nothing was learned: look at the labels, the learning rate and the prior's scale."
-    )
-
-
-def _better_than_the_mean(sums: Mapping[str, float]) -> Finding:
-    variance = max(sums["variance"], 1e-30)
-    text = (
-        f"The mean squared error is {sums['squared error'] / variance:.1%} of that of always the mean of y (standard "
-        f"error {sums['error of gain'] / variance:.1%})."
-    )
-    if sums["variance"] - sums["squared error"] > ERRORS * sums["error of gain"]:
-        return Finding("good", "accuracy", text)
-    return Finding(
-        "problem", "accuracy", text, "Nothing was learned: look at the scale of y, the learning rate and the prior."
-    )
-
-
-def _confidence(sums: Mapping[str, float]) -> Finding:
-    count, confidence, accuracy = sums["count"], sums["confidence"] / sums["count"], sums["correct"] / sums["count"]
-    error = math.sqrt(max(sums["variance"], 0.25) / count**2)
-    gap = confidence - accuracy
-    text = f"Mean confidence is {confidence:.1%} at an accuracy of {accuracy:.1%} (standard error {error:.2%})."
-    if abs(gap) <= ERRORS * error:
-        return Finding("good", "calibration", text)
-    if gap > 0:
-        remedy = (
-            "Too certain: scale_temperature or conformal sets, more members, or a prior that lets weights vary more."
-        )
-    else:
-        remedy = (
-            "Too uncertain: train longer, look at the temperature and at the scale of the prior, or scale_temperature."
-        )
-    return Finding("warning", "calibration", text, remedy)
-
-
-def _coverage(sums: Mapping[str, float], kind: str) -> Finding:
-    share, count = sums["inside"] / sums["count"], sums["count"]
-    error = math.sqrt(LEVEL * (1 - LEVEL) / count)
-    text = f"Intervals that should hold {LEVEL:.0%} of y hold {share:.1%} (standard error {error:.2%})."
-    if abs(share - LEVEL) <= ERRORS * error or kind == "count" and share > LEVEL:  # counts come in steps
-        return Finding("good", "calibration", text)
-    if share < LEVEL:
-        remedy = "Too narrow: learn the noise (Gaussian(scale=None)), look for outliers, or use conformal intervals."
-    else:
-        remedy = "Too wide: the noise or the epistemic part is too large; train longer, or use conformal intervals."
-    return Finding("warning", "calibration", text, remedy)
-
-
-def _ood(metrics: Mapping[str, float]) -> Iterator[Finding]:
-    auroc = metrics.get("ood_auroc")
-    if auroc is None:
         return
-    text = f"The entropy ranks foreign inputs above own ones with an AUROC of {auroc:.3f}."
-    if auroc >= 0.9:
-        yield Finding("good", "out of domain", text)
-    elif auroc > 0.5:
+    disagree = f", and disagree on {metrics['disagreement']:.1%} of labels" if "disagreement" in metrics else ""
+    if share < HARDLY:
         yield Finding(
             "note",
-            "out of domain",
-            text,
-            "Look at the other scores of evaluate(); more members or particles often help.",
+            topic,
+            f"{functions} functions hold {share:.1g} of the predictive uncertainty{disagree}: hardly more than one "
+            "function.",
+            "With many data that may be all there is; inputs from elsewhere (ood=) should show more of it.",
         )
     else:
-        yield Finding(
-            "warning",
-            "out of domain",
-            f"{text} It is more certain of foreign inputs than of its own.",
-            "Do not use its uncertainty to reject inputs; look at the normalisation of both data sets.",
-        )
-
-
-def _summed(posterior: Posterior, data: Any, settings: dict[str, Any]) -> tuple[str, dict[str, float], Any]:
-    """The kind of likelihood, sums over the labels, and the first rows of x."""
-    sums: dict[str, float] = {"count": 0.0}
-    labels, errors = [], []
-    probes, kind = None, ""
-    for x, prediction, y in predictions(posterior, data, **settings):
-        if probes is None:
-            probes = first_rows(x, PROBES)
-        kind = str(getattr(prediction.likelihood, "kind", ""))
-        if kind == "classification":
-            confidence, predicted = class_probabilities(prediction.probs, prediction.likelihood).flatten(0, -2).max(-1)
-            confidence = wide(confidence)
-            part = {
-                "confidence": confidence.sum(),
-                "variance": (confidence * (1 - confidence)).sum(),
-                "correct": (predicted == y.flatten()).sum(),
-            }
-        else:
-            part = {"inside": interval_coverage(prediction.interval(LEVEL), y).sum()}
-            errors.append((wide(prediction.mean) - y.reshape(prediction.mean.shape)).square().reshape(len(y), -1).cpu())
-        labels.append(y.reshape(len(y), -1).cpu())
-        for name, value in part.items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-        sums["count"] += y.numel()
-    if not labels:
-        raise ValueError("data is empty: check needs at least one row; look at the filter or split that made it")
-    whole = torch.cat(labels)
-    if kind == "classification":
-        sums["largest class"] = float(torch.unique(whole, return_counts=True)[1].max()) / whole.numel()
-    else:
-        error, deviation = torch.cat(errors), wide(whole)
-        gain = (deviation - deviation.mean(0)).square() - error.reshape(deviation.shape)
-        sums["squared error"], sums["variance"] = float(error.mean()), float((gain + error.reshape(gain.shape)).mean())
-        sums["error of gain"] = float(gain.mean(1).std(correction=0)) / math.sqrt(len(gain))
-    return kind, sums, probes
+        yield Finding("good", topic, f"{functions} functions hold {share:.1%} of the predictive uncertainty{disagree}.")

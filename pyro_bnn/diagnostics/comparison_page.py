@@ -15,6 +15,7 @@ from pyro_bnn.diagnostics import gallery, page
 from pyro_bnn.diagnostics.glossary import Measure, measured
 from pyro_bnn.diagnostics.page import Cell, Head
 from pyro_bnn.diagnostics.scored import Scored, score
+from pyro_bnn.diagnostics.stream import require_repeatable
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
@@ -81,13 +82,19 @@ def comparison(
 ) -> dict[str, Difference]:
     """Writes one HTML file about all candidates, that needs nothing else.
 
-    :param data: as for :func:`evaluate`, in an order that stays the same; data that none has seen.
+    :param data: as for :func:`evaluate`, in an order that stays the same, and no iterator, as it is passed over for
+        each candidate; data that none has seen.
     :param path: of the page, which appears whole or not at all.
     :param ood: inputs from elsewhere, of the same form; for classification.
     :param settings: what they have in common, for a table at the end.
     :returns: the paired differences of their test NLL.
+    :raises TypeError: for an iterator as data or ood.
     :raises ValueError: with fewer than two candidates.
+    :raises IsADirectoryError: when the path is that of a folder.
     """
+    require_repeatable(data, "data")
+    require_repeatable(ood, "ood")
+    path = page.require_file(path)
     if len(candidates) < 2:
         raise ValueError(f"a comparison takes at least two posteriors, got {len(candidates)}")
     scored = {
@@ -103,7 +110,7 @@ def comparison(
     if settings:
         blocks.append(page.section("Settings", page.settings_table("What all have in common", settings)))
     rows = len(next(iter(scored.values())).nll)
-    page.write(Path(path), page.document(title, *blocks, subtitle=f"{len(candidates)} networks on {rows:,} test rows"))
+    page.write(path, page.document(title, *blocks, subtitle=f"{len(candidates)} networks on {rows:,} test rows"))
     return gaps
 
 

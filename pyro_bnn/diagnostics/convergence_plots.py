@@ -15,22 +15,30 @@ from torch import Tensor
 
 from pyro_bnn.diagnostics.canvas import LEVEL, MANY, legend_below, log_if_wide, new_figure, numbers, spread
 from pyro_bnn.diagnostics.simulation import SBCResult
+from pyro_bnn.diagnostics.training import LossVerdict
 
 #: what R-hat should be under and ESS over (Vehtari et al. 2021, arXiv 1903.08008)
 _LARGEST_RHAT, _SMALLEST_ESS = 1.01, 400.0
 #: where importance sampling becomes worse, unreliable and useless (Vehtari et al. 2024, arXiv 1507.02646)
 _K_LIMITS = (0.5, 0.7, 1.0)
+_VERDICTS = {
+    "converged": "The loss has come to rest.",
+    "falling": "The loss still falls: longer training would lower it.",
+    "rising": "The loss rises towards the end of training.",
+    "diverged": "The loss is not finite in the end: training diverged.",
+    "unknown": "These are too few steps to tell whether the loss has come to rest.",
+}
 #: elements of a quantity whose ranks are drawn
 _MOST_CURVES = 20
 
 
-def plot_losses(losses: Sequence[float] | Tensor, verdict: str = "") -> Figure:
+def plot_losses(losses: Sequence[float] | Tensor, verdict: LossVerdict | str = "") -> Figure:
     """The negative ELBO of every training step, and the mean of the 5 % of all steps around each.
 
     The axis is logarithmic when all losses are positive and span more than two decades. Steps whose loss is NaN or
     infinite are ticks on the axis, and their number stands in the legend.
 
-    :param verdict: a sentence to stand over the picture, such as whether training may stop.
+    :param verdict: what :func:`loss_verdict` says, or any sentence, to stand over the picture.
     :raises ValueError: when there is no finite loss.
     """
     values = numbers("losses", losses, finite=False)
@@ -39,7 +47,7 @@ def plot_losses(losses: Sequence[float] | Tensor, verdict: str = "") -> Figure:
         raise ValueError(f"losses holds no finite value in {len(values)} steps: training diverged at the first")
     step, window = np.arange(1, len(values) + 1), max(1, len(values) // 20)
     values = np.where(finite, values, np.nan)
-    lines = wrap(verdict, 60)
+    lines = wrap(_VERDICTS[verdict.state] if isinstance(verdict, LossVerdict) else verdict, 60)
     figure = new_figure(3.3 + 0.2 * len(lines))
     axes = figure.subplots()
     axes.plot(step, values, ".", color="0.65", markersize=3, label="each step", rasterized=len(values) > MANY)

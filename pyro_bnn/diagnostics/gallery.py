@@ -124,7 +124,7 @@ def posterior_pictures(posterior: Posterior, x: Any, prediction: Prediction, y: 
         tail = losses[-max(1, len(losses) // 20) :]
         yield picture(
             "Training",
-            plots.plot_losses(losses, loss_verdict(losses).state),
+            plots.plot_losses(losses, loss_verdict(losses)),
             f"Negative ELBO per datum over {len(losses):,} steps: {losses[0]:.4g} nats at the first, "
             f"{sum(tail) / len(tail):.4g} on average over the last {len(tail)}.",
         )

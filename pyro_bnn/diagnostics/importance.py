@@ -19,7 +19,8 @@ from pyro_bnn.diagnostics.arviz import to_arviz
 from pyro_bnn.diagnostics.densities import has_density, log_densities
 from pyro_bnn.diagnostics.precision import wide
 from pyro_bnn.diagnostics.recalibration import ScaledPosterior
-from pyro_bnn.diagnostics.stream import log_density, predictions
+from pyro_bnn.diagnostics.stream import log_density, predictions, require_posterior
+from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size as count_rows
 
 if TYPE_CHECKING:
@@ -73,14 +74,17 @@ def pareto_k(
 
     Source: Yao, Vehtari, Simpson and Gelman (2018), algorithm 1; Vehtari et al. (2024).
     """
+    require_posterior(posterior)
+    if not has_density(posterior):
+        raise ValueError(
+            "k-hat compares the density of a guide with that of the posterior, and this posterior has none: it is of "
+            "stored draws, particles or points, or of a model that is not of this package. Look at R-hat and ESS "
+            "(convergence) or at the diversity of members"
+        )
     _require_training_data(posterior, x, y)
     count = _enough_draws(posterior, num_samples)
     log_p, log_q = log_densities(posterior, count, seed, example=x)
-    if log_q is None:
-        raise ValueError(
-            "k-hat compares the density of a guide with that of the posterior, and this posterior has none: it is of "
-            "stored draws, particles or points. Look at R-hat and ESS (convergence) or at the diversity of members"
-        )
+    assert log_q is not None
     temperature = posterior.model.likelihood.temperature  # type: ignore[attr-defined]
     for _, prediction, target in predictions(posterior, (x, y), num_samples=count, batch_size=batch_size, seed=seed):
         log_p += wide(log_density(prediction, target)).sum(-1) / temperature
@@ -108,27 +112,39 @@ def loo(
 
     Without the factor p / q a guide that is too narrow looks reliable, because its draws agree with one another.
 
+    What is not random stays as it is when a datum is left out. Weights that were trained on these very data as a point,
+    as the W of a rank-1 network, the layers before a last-layer Laplace approximation or all weights under dropout,
+    make the result too high, which a warning says: compare such models on held-out data.
+
     :param x: the training inputs; for a variational posterior all ``num_data`` of them.
     :param y: their targets.
     :param num_samples: draws of each member; by default all stored ones, or 1,000 over all members.
     :returns: ArviZ's ``ELPDData`` with ``pareto_k`` of each datum, for ``arviz.compare``.
     :raises ValueError: when a variational posterior is not given all its training data, draws are neither of a sampler
-        nor of a guide with a density (particles, networks of an ensemble), their predictions or likelihood have a
-        temperature, or there are fewer than 100 draws over all members.
+        nor of a guide with a density (particles, networks of an ensemble), the predictions, the likelihood or the
+        sampler have a temperature, or there are fewer than 100 draws over all members.
 
     Source: Vehtari, Gelman and Gabry (2017); Magnusson, Andersen, Jonasson and Vehtari (2019), eq. 5.
     """
+    require_posterior(posterior)
     _require_untempered(posterior)
-    count = _enough_draws(posterior, num_samples)
     variational = has_density(posterior)
     if variational:
         _require_training_data(posterior, x, y)
     elif not posterior.sampled:
         raise ValueError(
-            "these draws are neither of a sampler nor of a guide with a density, as particles, networks of an ensemble "
-            "and stored draws of a guide: they agree with one another whatever the posterior is, so that leave-one-out "
-            "would call them reliable. Compare scores on held-out data (evaluate)"
+            "these draws are neither of a sampler nor of a guide with a density for a model of this package, as "
+            "particles, networks of an ensemble and stored draws of a guide: they may agree with one another whatever "
+            "the posterior is, so that leave-one-out would call them reliable. Compare scores on held-out data "
+            "(evaluate)"
         )
+    if fixed := fixed_weights(posterior):
+        warnings.warn(
+            f"{fixed:,} numbers of the network are not random. If they were trained on these data, leaving one out "
+            "leaves what they learned from it: the result is too high. Compare on held-out data (evaluate)",
+            stacklevel=2,
+        )
+    count = _enough_draws(posterior, num_samples)
     data = _in_arviz(posterior, x, y, count, batch_size, seed)
     if not variational:
         return arviz.loo(_for_arviz(data), pointwise=True)
@@ -146,13 +162,25 @@ def compare(posteriors: Mapping[str, Posterior], x: Any, y: Tensor, **settings: 
     :param posteriors: at least two, by name.
     :param settings: of :func:`loo`.
     :returns: ArviZ's table: elpd, its difference from the best with the standard error of that, stacking weights.
+    :raises TypeError: when they have no names.
     :raises ValueError: with fewer than two posteriors.
 
     Source: Yao, Vehtari, Simpson and Gelman (2018) for the stacking weights.
     """
+    if not isinstance(posteriors, Mapping):
+        raise TypeError(f"compare ranks posteriors by name: give {{name: posterior}}, got {type(posteriors).__name__}")
     if len(posteriors) < 2:
         raise ValueError(f"compare ranks posteriors: give at least two, got {len(posteriors)}")
     return arviz.compare({name: loo(posterior, x, y, **settings) for name, posterior in posteriors.items()})
+
+
+def fixed_weights(posterior: Posterior) -> int:
+    """How many numbers of the network are no latent site, so that no draw changes them."""
+    model = posterior.model
+    if not isinstance(model, BayesianNetwork):
+        return 0
+    random = {site.name for site in model.sites()} | {model.site(name) for name in model.implied_parameters()}
+    return sum(p.numel() for name, p in model.core().net.named_parameters() if model.site(name) not in random)
 
 
 def _require_training_data(posterior: Posterior, x: Any, y: Tensor) -> None:
@@ -168,11 +196,12 @@ def _require_training_data(posterior: Posterior, x: Any, y: Tensor) -> None:
 
 def _require_untempered(posterior: Posterior) -> None:
     likelihood = getattr(posterior.model, "likelihood", None)
-    if isinstance(posterior, ScaledPosterior) or getattr(likelihood, "temperature", 1.0) != 1:
+    tempered = getattr(likelihood, "temperature", 1.0) != 1 or posterior.sampler.get("temperature", 1.0) != 1
+    if isinstance(posterior, ScaledPosterior) or tempered:
         raise ValueError(
             "leaving a datum out divides the posterior by its likelihood, which is another one when predictions are "
-            "scaled or the likelihood has a temperature: give the posterior inside (scaled.posterior), or compare "
-            "scores on held-out data (evaluate)"
+            "scaled, or the likelihood or the sampler has a temperature: give the posterior inside (scaled.posterior), "
+            "sample at temperature=1, or compare scores on held-out data (evaluate)"
         )
 
 
@@ -252,7 +281,8 @@ def _approximate_loo(data: xr.DataTree, log_ratio: np.ndarray) -> Any:
     if unreliable := int((k > good).sum()):
         warnings.warn(
             f"k-hat is above {good:.2f} for {unreliable} of {n} data: the guide is too far from the posterior, or "
-            "these data weigh too much, for their leave-one-out densities to be trusted",
+            "these data weigh too much, for their leave-one-out densities to be trusted; compare nll on held-out data "
+            "(evaluate)",
             stacklevel=3,
         )
     rows = likelihood.coords["obs_id"]

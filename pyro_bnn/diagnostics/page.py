@@ -127,6 +127,19 @@ def document(title: str, *blocks: Element, subtitle: str = "", footer: str = "")
     return "<!DOCTYPE html>\n" + tostring(html, encoding="unicode", method="html") + "\n"
 
 
+def require_file(path: str | Path) -> Path:
+    """Where a page can be written to.
+
+    :raises IsADirectoryError: when a folder is there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"{str(path)!r} is a folder: give the name of a file, such as {str(path / 'page.html')!r}"
+        )
+    return path
+
+
 def write(path: Path, html: str) -> Path:
     """Writes the page, which appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,8 +26,12 @@ def class_probabilities(probs: Tensor, likelihood: Likelihood | None) -> Tensor:
 def member_probabilities(prediction: Prediction) -> Tensor:
     """``[F, M, C]``: those of every draw of every member, for each of the M labels of all rows.
 
-    :raises TypeError: unless the likelihood is a classification.
+    :raises TypeError: for what is no prediction, and unless the likelihood is a classification.
     """
+    if not hasattr(prediction, "members"):
+        raise TypeError(
+            f"expected the prediction of several functions, got {type(prediction).__name__}: give posterior.predict(x)"
+        )
     prediction.probs  # noqa: B018  (refuses whatever has no classes, and says what to use)
     return class_probabilities(prediction.members, prediction.likelihood).flatten(0, 1).flatten(1, -2)
 
@@ -35,9 +39,14 @@ def member_probabilities(prediction: Prediction) -> Tensor:
 def require_probabilities(probs: Tensor, y: Tensor | None = None) -> None:
     """Refuses what are no class probabilities ``[N, C]`` (logits, one probability alone) and labels of another form.
 
-    :raises TypeError: when labels are no integers.
+    :raises TypeError: when one is no tensor, or labels are no integers.
     :raises ValueError: for everything else that is wrong.
     """
+    if not isinstance(probs, Tensor):
+        raise TypeError(
+            f"probs is a tensor of class probabilities [N, C], got {type(probs).__name__}: give prediction.probs, or "
+            "torch.as_tensor(array)"
+        )
     if probs.dim() != 2 or probs.numel() == 0:
         raise ValueError(
             f"probs has shape {tuple(probs.shape)}; expected [N, C], a row of class probabilities for each of at least "
@@ -50,6 +59,8 @@ def require_probabilities(probs: Tensor, y: Tensor | None = None) -> None:
         )
     if y is None:
         return
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y is a tensor of class labels, got {type(y).__name__}: give torch.as_tensor(y)")
     if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
         raise TypeError(f"y has dtype {y.dtype}; class labels must be integers (y.long()), numbered from 0")
     if y.shape != probs.shape[:1]:

@@ -14,7 +14,7 @@ from pyro_bnn.diagnostics.glossary import measured
 from pyro_bnn.diagnostics.metrics import evaluate
 from pyro_bnn.diagnostics.page import Cell, Head
 from pyro_bnn.diagnostics.scored import score
-from pyro_bnn.diagnostics.stream import predictions
+from pyro_bnn.diagnostics.stream import predictions, require_posterior, require_repeatable
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
@@ -37,7 +37,8 @@ def report(
 ) -> Path:
     """Writes one HTML file that needs nothing else: findings, metrics, and what the posterior looks like.
 
-    :param data: as for :func:`evaluate`; data that the posterior has not seen.
+    :param data: as for :func:`evaluate`, and no iterator, as it is passed over more than once; data that the posterior
+        has not seen.
     :param path: of the page, which appears whole or not at all.
     :param ood: inputs from elsewhere, of the same form; for classification.
     :param twin: the deterministic network to compare with.
@@ -47,8 +48,13 @@ def report(
     :param settings: how the posterior came about, for a table at the end.
     :param num_samples: draws of every member for each prediction.
     :returns: the path.
-    :raises TypeError, ValueError: as :func:`evaluate`.
+    :raises TypeError, ValueError: as :func:`evaluate`; for an iterator as data or ood.
+    :raises IsADirectoryError: when the path is that of a folder.
     """
+    require_posterior(posterior)
+    require_repeatable(data, "data")
+    require_repeatable(ood, "ood")
+    path = page.require_file(path)
     num_samples = posterior.number_of_draws(num_samples)
     given: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
     measured_here = None
@@ -76,7 +82,7 @@ def report(
     ]
     if settings:
         blocks.append(page.section("Settings", page.settings_table("How it came about", settings)))
-    return page.write(Path(path), page.document(title, *blocks, subtitle=f"{len(scored.nll):,} test rows"))
+    return page.write(path, page.document(title, *blocks, subtitle=f"{len(scored.nll):,} test rows"))
 
 
 def summary(findings: Sequence[Finding]) -> str:

@@ -12,7 +12,7 @@ from torchmetrics import Metric
 
 from pyro_bnn.diagnostics.precision import running_mean, wide
 from pyro_bnn.diagnostics.probabilities import class_probabilities, member_probabilities, require_probabilities
-from pyro_bnn.diagnostics.stream import batches, predict
+from pyro_bnn.diagnostics.stream import batches, predict, require_posterior
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
@@ -84,11 +84,13 @@ def compare_to_reference(
 
     Source: Izmailov et al. (2021), section 4 and appendix B.
     """
+    require_posterior(reference)
     reference_samples = reference_samples or reference.stored or num_samples
     means: dict[str, Metric] = {}
     for x, _ in batches(data, batch_size):
         first = predict(posterior, x, num_samples, batch_size, seed)
         second = predict(reference, x, reference_samples, batch_size, seed)
+        _require_classes(first, "compare_to_reference")
         p, q = _both(first, second)
         means = means or {name: running_mean(p.device) for name in ("agreement", "total_variation")}
         means["agreement"].update(_same_class(p, q))
@@ -126,6 +128,7 @@ def diversity(
     for x, y in batches(data, batch_size):
         prediction = predict(posterior, x, num_samples, batch_size, seed)
         if not means:
+            _require_classes(prediction, "diversity")
             means = defaultdict(partial(running_mean, prediction.members.device))
         means["kl_to_mean"].update(prediction.mutual_information)
         means["disagreement"].update(disagreement(prediction))
@@ -136,6 +139,14 @@ def diversity(
         # Functions that are always right never disagree.
         result["normalised_disagreement"] = result["disagreement"] / (result["error_rate"] or 1)
     return result
+
+
+def _require_classes(prediction: Prediction, what: str) -> None:
+    if getattr(prediction.likelihood, "kind", None) != "classification":
+        raise TypeError(
+            f"{what} compares the classes that functions choose, and this posterior has {prediction.likelihood!r}: "
+            "evaluate(posterior, data)['epistemic'] is the variance between the functions of a regression"
+        )
 
 
 def _both(prediction: Prediction | Tensor, reference: Prediction | Tensor) -> tuple[Tensor, Tensor]:
@@ -149,11 +160,11 @@ def _both(prediction: Prediction | Tensor, reference: Prediction | Tensor) -> tu
     return p, q.to(p.device)
 
 
-def _averaged(prediction: Prediction | Tensor) -> Tensor:
-    if isinstance(prediction, Tensor):
-        require_probabilities(prediction)
-        return prediction
-    return class_probabilities(prediction.probs, prediction.likelihood).flatten(0, -2)
+def _averaged(prediction: Any) -> Tensor:
+    if not isinstance(prediction, Tensor) and hasattr(prediction, "probs"):
+        return class_probabilities(prediction.probs, prediction.likelihood).flatten(0, -2)
+    require_probabilities(prediction)
+    return prediction
 
 
 def _same_class(p: Tensor, q: Tensor) -> Tensor:

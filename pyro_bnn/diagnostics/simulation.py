@@ -19,12 +19,13 @@ import torch
 from pyro import poutine
 from pyro.infer import MCMC, SVI, Trace_ELBO
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
-from pyro.optim import ClippedAdam
+from pyro.optim import LambdaLR  # type: ignore[attr-defined]
 from rich.progress import track
 from torch import Tensor, nn
 
 from pyro_bnn.diagnostics.findings import Finding
 from pyro_bnn.diagnostics.prior_checks import proper_priors
+from pyro_bnn.diagnostics.training import loss_verdict
 from pyro_bnn.diagnostics.uniformity import EcdfDifference, RankBand, chi_square, where_ranks_pile_up
 from pyro_bnn.inputs import to_device
 from pyro_bnn.model import BayesianNetwork
@@ -37,6 +38,8 @@ from pyro_bnn.randomness import derive_seeds, device_of, seeded
 PROBES = 5
 #: last learning rate of a guide's training as a share of the first
 LAST_LR = 0.01
+#: share of guides whose loss still falls at the end of training from which their posteriors are not what is judged
+UNTRAINED = 0.1
 #: how far the coverage of a posterior's one-sided intervals may be off before it is a problem, not a warning
 OFF = 0.1
 
@@ -86,7 +89,7 @@ def sbc(
     sites: str | Sequence[str] | None = None,
     functions: Mapping[str, Function] | None = None,
     steps: int = 1000,
-    lr: float = 1e-2,
+    lr: float = 5e-2,
     warmup: int = 200,
     thinning: int = 1,
     seed: int = 0,
@@ -114,7 +117,8 @@ def sbc(
     :param draws: L, (nearly) independent draws of each posterior.
     :param sites: the latent sites to rank, all by default. Large networks are better judged by ``sites=()``.
     :param functions: further quantities ``{name: f(latents, x, y) -> tensor}``, called with one draw of all sites.
-    :param steps, lr: for a guide. Adam's learning rate falls exponentially from ``lr`` to a hundredth of it.
+    :param steps, lr: for a guide. Adam's learning rate is ``lr`` for half of the steps and falls exponentially to a
+        hundredth of it in the other half.
     :param warmup: steps in which a kernel adapts.
     :param thinning: every thinning-th state of a chain is a draw. Ranks among correlated draws pile up at both ends
         although the sampler is right: thin until the draws are nearly independent.
@@ -151,7 +155,7 @@ def sbc(
                 raise
             for name, rank in found.items():
                 ranks.setdefault(name, []).append(rank)
-    return SBCResult({name: torch.stack(rank) for name, rank in ranks.items()}, draws)
+    return SBCResult({name: torch.stack(rank) for name, rank in ranks.items()}, draws, experiment.falling)
 
 
 @dataclass(frozen=True)
@@ -160,10 +164,13 @@ class SBCResult:
 
     :param ranks: ``{quantity: [simulations, ...]}``, in 0 ... draws.
     :param draws: number L of draws of each posterior.
+    :param falling: number of guides whose loss was still falling when the learning rate began to fall
+        (:func:`loss_verdict`).
     """
 
     ranks: dict[str, Tensor]
     draws: int
+    falling: int = 0
 
     @property
     def simulations(self) -> int:
@@ -205,6 +212,16 @@ class SBCResult:
         """
         p = {name: min(1.0, float(values.min()) * values.numel()) for name, values in self.p_values().items()}
         found, fine, corrected = [], [], 0.0
+        if self.falling > UNTRAINED * self.simulations:
+            found.append(
+                Finding(
+                    "warning",
+                    "training",
+                    f"the loss of {self.falling} of {self.simulations} guides was still falling when the learning rate "
+                    "began to: what is judged may be the training, not the guide.",
+                    "Give more steps=, or a larger lr=.",
+                )
+            )
         for i, name in enumerate(sorted(p, key=lambda name: p[name])):
             corrected = max(corrected, min(1.0, (len(p) - i) * p[name]))
             if corrected > level:
@@ -249,12 +266,19 @@ class _Experiment:
         functions: Mapping[str, Function],
     ) -> None:
         self.model, self.functions = model, functions
+        self.falling = 0
         self.network = model if isinstance(model, BayesianNetwork) else None
         self.obs = self.network.site("obs") if self.network is not None else "obs"
         if self.network is not None and self.network.num_data is not None and count_rows(x) != self.network.num_data:
             raise ValueError(
                 f"x has {count_rows(x)} rows, but num_data={self.network.num_data}: data are simulated at all of "
                 "its rows, and all of them are in the posterior"
+            )
+        likelihood = getattr(self.network, "likelihood", None)
+        if likelihood is not None and likelihood.temperature != 1:
+            raise ValueError(
+                f"the likelihood has the temperature {likelihood.temperature}: data are simulated from the model "
+                "without it, and the tempered posterior is another one than theirs. Leave temperature= out"
             )
         self.x = to_device(x, self.network.like()) if self.network is not None else x
         store = pyro.get_param_store()
@@ -348,15 +372,27 @@ class _Experiment:
         return result
 
     def _train(self, guide: nn.Module, y: Tensor, steps: int, lr: float) -> None:
-        adam = ClippedAdam({"lr": lr, "lrd": LAST_LR ** (1 / steps), "clip_norm": math.inf})
+        half = steps // 2
+        adam = LambdaLR(
+            {
+                "optimizer": torch.optim.Adam,
+                "optim_args": {"lr": lr},
+                "lr_lambda": lambda step: LAST_LR ** (max(0, step - half) / (steps - half)),
+            }
+        )
         svi = SVI(self.model, guide, adam, Trace_ELBO())  # parameters of the model have no gradients here
         guide.train()
+        losses = []
         for step in range(steps):
             # Distributions validate their arguments on the first step; later ones have the same shapes.
             with pyro.validation_enabled(step == 0):
                 loss = svi.step(self.x, y)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss became {loss} at step {step + 1} of SVI; try a smaller lr")
+            losses.append(loss)
+            adam.step()
+        # with a small learning rate every loss is at rest
+        self.falling += half > 0 and loss_verdict(losses[:half]).state == "falling"
 
     def ranks(self, truth: Latents, posterior: Posterior, draws: int, y: Tensor) -> dict[str, Tensor]:
         drawn = posterior.sample(draws)

@@ -17,6 +17,10 @@ FEWEST = 2 * BLOCKS * 10
 #: share of the whole decrease of the loss that still to come is worth going on for
 WORTH = 0.01
 LEVEL = 0.01
+#: share of the steps of a block, the largest and the smallest, that its mean leaves out
+TRIMMED = 0.1
+#: median absolute deviations (as standard deviations) by which a block at the end must lie above the others to count
+FAR = 8.0
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,11 @@ class LossVerdict:
     """What the loss does in the second half of training.
 
     :param state: ``"converged"``; ``"falling"`` or ``"rising"``, by more than 1 % of the whole decrease over that half
-        and more than its noise explains; ``"diverged"``, with a loss that is not finite at the end or
-        in a whole block of the second half; or ``"unknown"``, with fewer than 400 steps.
-    :param change: what the loss changes by over the second half, by the line through the means of 20 blocks, in nats
-        per datum.
-    :param standard_error: of the change.
+        and more than its noise explains, or ``"rising"`` at the very end; ``"diverged"``, with a loss that is not
+        finite at the end or in a whole block of the second half; or ``"unknown"``, with fewer than 400 steps.
+    :param change: what the loss changes by over the second half, by the Theil-Sen line through 20 blocks, in nats per
+        datum.
+    :param standard_error: of the change, from its 95 % interval.
     :param level: mean of the last block, in nats per datum.
     """
 
@@ -41,10 +45,12 @@ class LossVerdict:
 def loss_verdict(losses: Sequence[float]) -> LossVerdict:
     """The verdict on the losses of all training steps, in the order of training.
 
-    The means of 20 blocks of the second half are regressed on time; the change is real when the slope differs from zero
-    at the level of 1 % (t-test with 18 degrees of freedom), and matters when it is more than 1 % of the decrease of
-    the loss, from the 90 % quantile of 40 blocks of all steps, which a few bad steps at the start do not move, to the
-    best of them.
+    The second half is cut into 20 blocks, each with the mean of its steps but for the tenth that is largest and the
+    tenth that is smallest. The change is real when Kendall's tau of blocks and time differs from zero at the level of
+    1 %, and matters when the slope of Theil and Sen is more than 1 % of the decrease of the loss, from the 90 %
+    quantile of 40 blocks of all steps to the least of them; a few bad steps or blocks move none of these. One of the
+    last two blocks that lies far above the others (by 8 standard deviations, from their median absolute deviation, and
+    by 1 % of the decrease) is a rise as well: a run that blew up at its end.
 
     :param losses: negative ELBO per datum in nats, one for each step, as in ``posterior.losses``.
     :raises ValueError: when there are none: a posterior of a sampler has no losses.
@@ -60,11 +66,15 @@ def loss_verdict(losses: Sequence[float]) -> LossVerdict:
     parts = [block[np.isfinite(block)] for block in np.array_split(values, 2 * BLOCKS)]
     if any(not part.size for part in parts[BLOCKS:]):
         return LossVerdict("diverged", math.nan, math.nan, float(parts[-1].mean()))
-    blocks = np.array([part.mean() for part in parts if part.size])
-    late = blocks[-BLOCKS:]
-    line = scipy.stats.linregress(np.linspace(0, 1, BLOCKS), late)
-    fallen = np.quantile(blocks, 0.9) - blocks.min()
+    blocks = np.array([scipy.stats.trim_mean(part, TRIMMED) for part in parts if part.size])
+    late, time = blocks[-BLOCKS:], (np.arange(BLOCKS) + 0.5) / BLOCKS
+    slope, _, low, high = scipy.stats.theilslopes(late, time)
+    worth = WORTH * float(np.quantile(blocks, 0.9) - blocks.min())
+    usual = np.median(late)
+    spread = scipy.stats.median_abs_deviation(late, scale="normal")
     state: Literal["converged", "falling", "rising"] = "converged"
-    if line.pvalue < LEVEL and abs(line.slope) > WORTH * fallen:
-        state = "falling" if line.slope < 0 else "rising"
-    return LossVerdict(state, float(line.slope), float(line.stderr), float(late[-1]))
+    if late[-2:].max() - usual > max(FAR * spread, worth):
+        state = "rising"
+    elif scipy.stats.kendalltau(time, late).pvalue < LEVEL and abs(slope) > worth:
+        state = "falling" if slope < 0 else "rising"
+    return LossVerdict(state, float(slope), float((high - low) / (2 * 1.96)), float(late[-1]))

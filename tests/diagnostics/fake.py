@@ -62,6 +62,11 @@ class FakePrediction:
             torch.manual_seed(seed or 0)
             return self._y.sample()
 
+    def cdf(self, y: Tensor) -> Tensor:
+        if isinstance(self._y, dist.Poisson):
+            return torch.special.gammaincc(y.floor().clamp_min(0) + 1, self._y.rate) * (y >= 0)
+        return self._y.cdf(y)
+
     def interval(self, level: float) -> tuple[Tensor, Tensor]:
         half = dist.Normal(0.0, 1.0).icdf(torch.tensor((1 + level) / 2))
         scale = getattr(self._y, "scale", self.mean.sqrt())

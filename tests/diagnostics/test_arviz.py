@@ -14,8 +14,9 @@ import scipy.stats
 import torch
 import xarray as xr
 from diagnostics.fake import FakePosterior, rows
-from torch import Tensor
+from torch import Tensor, nn
 
+import pyro_bnn as pb
 from pyro_bnn import likelihoods
 from pyro_bnn.diagnostics import to_arviz
 
@@ -354,3 +355,20 @@ def test_errors() -> None:
     posterior.table[0, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="predicts NaN"):
         to_arviz(posterior, x, y)
+
+
+def test_arrays_and_models_are_no_tensors_and_posteriors() -> None:
+    posterior, x, y = classifier(), rows(N), labels()
+    with pytest.raises(TypeError, match="y is a tensor, got ndarray: torch.as_tensor"):
+        to_arviz(posterior, x, y.numpy())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="x holds no tensor with a batch axis: got ndarray"):
+        to_arviz(posterior, x.numpy(), y)
+    with pytest.raises(TypeError, match="expected a posterior, got Linear"):
+        to_arviz(nn.Linear(2, 2), x, y)  # type: ignore[arg-type]
+
+
+def test_points_are_stored_once_however_many_draws_are_asked_for() -> None:
+    model = pb.models.Dense(nn.Linear(2, 3), likelihoods.Categorical(), N)
+    point = pb.Posterior(model, pb.models.PointGuide(model))
+    tree = to_arviz(point, torch.randn(N, 2), torch.arange(N) % 3, num_samples=7)
+    assert {tree[group].sizes["draw"] for group in ("posterior", "log_likelihood", "sample_stats")} == {1}

@@ -12,12 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from pyro_bnn import likelihoods
 from pyro_bnn.diagnostics.calibration import (
     ClasswiseCalibrationError,
     calibration_error,
     classwise_calibration_error,
     reliability,
 )
+from pyro_bnn.prediction import Prediction
 
 quick = settings(deadline=None, max_examples=25)
 
@@ -198,6 +200,10 @@ def test_bad_input(measure: object) -> None:
         measure(probs, y.float())
     with pytest.raises(ValueError, match="one label for each row of probs, 5"):
         measure(probs, y[:4])
+    with pytest.raises(TypeError, match="got Prediction: give prediction.probs"):
+        measure(Prediction(probs.log()[None, None], likelihoods.Categorical()), y)
+    with pytest.raises(TypeError, match="y is a tensor of class labels, got ndarray"):
+        measure(probs, y.numpy())
     with pytest.raises(ValueError, match="labels from 4 to 4; probs has 4 classes"):
         measure(probs, torch.full((5,), 4))
     with pytest.raises(ValueError, match="labels from -1"):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import arviz
+import numpy as np
 import pytest
 import torch
 from diagnostics.fake import FakePosterior, rows
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 import pyro_bnn as pb
 from pyro_bnn import likelihoods
-from pyro_bnn.diagnostics.checks import check
+from pyro_bnn.diagnostics.checks import _largest_rhat, check
 from pyro_bnn.diagnostics.findings import Finding
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -155,6 +157,75 @@ def test_chains_and_temperatures_of_a_sampler() -> None:
     assert (worst.topic, worst.severity) == ("convergence", "problem")
 
 
+def chained(draws: int, chains: int, shift: float = 0.0) -> pb.Posterior:
+    """Independent draws of a linear function, of which one chain is shifted."""
+    model, _, _ = regression()
+    generator = torch.Generator().manual_seed(draws + chains)
+    weight = torch.randn(chains * draws, 1, 2, generator=generator)
+    bias = torch.randn(chains * draws, 1, generator=generator)
+    bias[:draws] += shift
+    return pb.Posterior.from_draws(model, {"weight": weight, "bias": bias}, chains=chains)
+
+
+@pytest.mark.parametrize(
+    ("draws", "chains", "shift", "severity"),
+    [
+        (250, 4, 0.0, "good"),  # the largest of twenty R-hats passes 1.01 by chance
+        (500, 4, 0.0, "good"),
+        (500, 4, 0.6, "warning"),
+        (500, 4, 5.0, "problem"),
+        (90, 4, 0.0, "warning"),  # 100 independent draws are wanted of each chain
+    ],
+)
+def test_chains_of_independent_draws(draws: int, chains: int, shift: float, severity: str) -> None:
+    _, x, y = regression()
+    found = {finding.topic: finding for finding in check(chained(draws, chains, shift), (x, y))}["convergence"]
+    assert found.severity == severity, found
+
+
+def test_the_largest_rhat_that_chance_gives() -> None:
+    """Of 200 sets of four chains of 100 independent draws some 2 pass the limit, and more than 8 are improbable."""
+    values = np.random.default_rng(0).normal(size=(200, 4, 100, 10))
+    limit = _largest_rhat(chained(100, 4), 10)
+    rhat = np.array([arviz.rhat(arviz.convert_to_dataset({"x": part}))["x"].max() for part in values])
+    assert (rhat > limit).sum() <= 8 and (rhat > 1.01).mean() > 0.5
+    assert _largest_rhat(chained(4000, 4), 10) == 1.01
+
+
+@pytest.mark.parametrize(("ratio", "severity"), [(1.0, "good"), (1.2, "good"), (1.35, "warning"), (0.65, "warning")])
+def test_temperatures_count_with_their_noise(ratio: float, severity: str) -> None:
+    """400 independent draws of 3 coordinates: within .1 and three standard errors of sqrt(3 / 1200) = .05."""
+    posterior = chained(400, 1)
+    posterior.sampler = {
+        "temperature": 2.0,
+        "kinetic temperature": 1.8,
+        "expected kinetic temperature": 1.8,
+        "configurational temperature": 2.0 * ratio,
+    }
+    assert severities(check(posterior))["sampler"] == severity
+
+
+def test_functions_that_hardly_differ() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean = torch.randn(1, 1, N, 1, generator=generator, dtype=torch.float64)
+    y = mean[0, 0] + torch.randn(N, 1, generator=generator, dtype=torch.float64)
+    jitter = torch.randn(8, 1, N, 1, generator=generator, dtype=torch.float64)
+    for size, severity in ((0.1, "good"), (0.01, "note"), (1e-4, "warning")):  # shares of .009, 9e-5 and 9e-9
+        posterior = FakePosterior(mean + size * jitter, likelihoods.Gaussian(scale=1.0))
+        assert severities(check(posterior, (rows(N), y)))["spread"] == severity
+
+
+def test_scaled_predictions_do_not_hide_the_guide() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(30, 2), torch.randint(3, (30,))
+    model = pb.models.Dense(nn.Linear(2, 3), likelihoods.Categorical(), 30)
+    posterior = pb.Posterior(model, pb.models.MeanFieldGuide(model))
+    scaled = pb.diagnostics.ScaledPosterior(posterior, 2.0)
+    assert "fit" in severities(check(scaled, (x, y), x_train=x, y_train=y))
+    with pytest.raises(ValueError, match="go together"):
+        check(posterior, (x, y), x_train=x)
+
+
 def test_divergences_are_told(tmp_path: Any) -> None:
     model, x, y = regression()
     posterior = pb.Posterior.from_draws(model, {s.name: torch.randn(10, *s.shape) for s in model.sites()})
@@ -163,6 +234,8 @@ def test_divergences_are_told(tmp_path: Any) -> None:
     loaded = pb.load(tmp_path / "posterior", nn.Linear(2, 1))
     (finding,) = check(loaded)
     assert finding.topic == "sampler" and finding.message.startswith("7 transitions of NUTS diverged")
+    loaded.sampler["divergences"] = 0
+    assert severities(check(loaded)) == {"sampler": "good"}
 
 
 def test_the_guide_is_compared_with_the_posterior_where_it_can_be() -> None:

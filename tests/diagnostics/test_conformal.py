@@ -139,6 +139,56 @@ def test_evaluate_counts_what_predict_gives() -> None:
     assert result["width"] == pytest.approx(float((high - low).mean()))
 
 
+# ------------------------------------------------------------------------------------------------------- rounding
+
+
+def tied(n: int) -> tuple[pb.Posterior, Tensor, Tensor]:
+    """A network in float32, a few inputs, and for each of n rows the index of its input."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 64), nn.Tanh(), nn.Linear(64, 3))
+    model = pb.models.Dense(net, Categorical(), 100)
+    draws = {site.name: 0.3 * torch.randn(16, *site.shape) for site in model.sites()}
+    return pb.Posterior.from_draws(model, draws), torch.randn(4, 12), torch.randint(4, (n,))
+
+
+@pytest.mark.parametrize("score", ["lac", "aps"])
+def test_rows_keep_their_sets_whatever_the_rounding_of_their_batch(score: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that a row whose score is the threshold keeps its class when a batch of another size rounds it up."""
+    posterior, cells, index = tied(400)
+    y = torch.multinomial(posterior.predict(cells).probs[index], 1)[:, 0]
+    found = ConformalSets(posterior, (cells[index], y), 0.9, score=score)
+    whole = found.predict(cells[index])
+    assert float(whole.gather(1, y[:, None]).double().mean()) >= 0.9
+    for start in range(4):
+        assert torch.equal(found.predict(cells[index[start : start + 1]]), whole[start : start + 1])
+    scores = ConformalSets._scores
+    for factor in (1 + 1e-6, 1 - 1e-6):  # ten roundings of float32
+        monkeypatch.setattr(ConformalSets, "_scores", lambda self, p, by=factor: by * scores(self, p))
+        assert torch.equal(found.predict(cells[index]), whole)
+    monkeypatch.setattr(ConformalSets, "_scores", lambda self, p: scores(self, p) + 1e-4)
+    assert not torch.equal(found.predict(cells[index]), whole), "that is no rounding"
+
+
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.float32, 6.4e-6), (torch.float64, 1.8e-12)])
+def test_intervals_of_equal_rows_hold_them_whatever_the_rounding(dtype: torch.dtype, slack: float) -> None:
+    """Proves that bounds are wider by a share of their size that follows the dtype, and by no more."""
+    x = torch.full((30, 1), 1000.0, dtype=dtype)
+    y = x[:, 0] + 3
+    found = ConformalIntervals(linear(torch.ones(1, 1, 1, 1, dtype=dtype), Gaussian(scale=1.0)), (x, y), **ONE)
+    low, high = found.predict(x)
+    beyond = (high - y).double()
+    assert float(beyond.min()) > 0.4 * slack * 1000 and float(beyond.max()) < 2.5 * slack * 1000
+    assert found.evaluate((x, y + 0.2 * slack * 1000))["coverage"] == 1
+    assert found.evaluate((x, y + 5 * slack * 1000))["coverage"] == 0
+
+
+def test_bounds_of_counts_stay_whole() -> None:
+    rate = torch.full((1, 1, 1, 1), 2.0)
+    x, y = torch.ones(30, 1), torch.arange(30) % 15
+    low, high = ConformalIntervals(linear(rate, Poisson()), (x, y), **ONE).predict(x)
+    assert torch.equal(low, low.round()) and torch.equal(high, high.round())
+
+
 # ------------------------------------------------------------------------------------------------------- coverage
 
 #: a seed and the numbers of held-out and new data, to the result of evaluate
@@ -410,7 +460,7 @@ def test_the_wrong_kind_of_likelihood() -> None:
     for likelihood in (Categorical(), None):
         with pytest.raises(TypeError, match="ConformalSets is for classification"):
             ConformalIntervals(linear(torch.eye(3)[None, None], likelihood), data, **ONE)
-    with pytest.raises(ValueError, match="one label for each row"):
+    with pytest.raises(ValueError, match="one label a row, .* calibrate a posterior of a network"):
         ConformalSets(
             linear(torch.eye(3, dtype=torch.float64)[None, None], Bernoulli()), (data[0], (data[1] > 0).double()), **ONE
         )
@@ -448,3 +498,11 @@ def test_a_posterior_that_predicts_nan() -> None:
         ConformalSets(linear(weights, Categorical()), (x, y), **ONE)
     with pytest.raises(ValueError, match="(?i)nan"):
         ConformalIntervals(linear(weights, Gaussian(scale=1.0)), (x, x), **ONE)
+
+
+def test_what_is_no_posterior() -> None:
+    data = labelled(20, 0)
+    with pytest.raises(TypeError, match="expected a posterior, got Linear"):
+        ConformalSets(nn.Linear(3, 3), data)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got ndarray. torch.as_tensor"):
+        ConformalSets(classifier(), data, **ONE).predict(data[0].numpy())

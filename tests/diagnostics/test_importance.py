@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 import pyro_bnn as pb
 from pyro_bnn.diagnostics.densities import log_densities, log_prior
-from pyro_bnn.diagnostics.importance import compare, loo, pareto_k
+from pyro_bnn.diagnostics.importance import compare, fixed_weights, loo, pareto_k
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -247,13 +249,89 @@ def test_scaled_and_tempered_posteriors_are_refused() -> None:
         expected = joint["sample_stats"]["log_prior"] + joint["log_likelihood"]["obs"].sum("obs_id") / temperature
         np.testing.assert_allclose(joint["sample_stats"]["lp"], expected, rtol=1e-6)
         if temperature != 1:
-            with pytest.raises(ValueError, match="the likelihood has a temperature"):
+            with pytest.raises(ValueError, match="the likelihood or the sampler has a temperature"):
                 loo(posterior, x, y)
     scaled = pb.diagnostics.ScaledPosterior(posterior, 2.0)
     assert "lp" not in pb.diagnostics.to_arviz(scaled, x, y, num_samples=5)["sample_stats"]
     for function in (pareto_k, loo):
         with pytest.raises(ValueError, match="the posterior inside"):
             function(scaled, x, y)
+
+
+def test_a_cold_chain_is_refused() -> None:
+    """Its draws lie closer together than those of the posterior: every datum looks easy to leave out."""
+    model, x, y, mean, covariance = regression()
+    cold = torch.distributions.MultivariateNormal(mean.flatten(), 0.01 * covariance).sample((200,))
+    posterior = pb.Posterior.from_draws(model, {"weight": cold.reshape(200, 1, 2)})
+    posterior.sampler["temperature"] = 0.01
+    with pytest.raises(ValueError, match="sample at temperature=1"):
+        loo(posterior, x, y)
+    posterior.sampler["temperature"] = 1.0
+    assert elpd(loo(posterior, x, y)) < 0
+
+
+def test_k_hat_is_that_of_the_tempered_posterior() -> None:
+    """Under a likelihood of temperature T the posterior is the one of the noise variance T NOISE^2."""
+    model, x, y, _, _ = regression()
+    temperature = 0.25  # without it the posterior would be twice as wide
+    covariance = torch.linalg.inv(torch.eye(2).double() + x.T @ x / (temperature * NOISE**2))
+    likelihood = pb.likelihoods.Gaussian(scale=NOISE, temperature=temperature)
+    tempered = pb.models.Dense(nn.Linear(2, 1, bias=False).double(), likelihood, N)
+    mean = covariance @ x.T @ y / (temperature * NOISE**2)
+    fitted = mean_field(tempered, mean, 1.2 * covariance.diagonal().sqrt())
+    assert pareto_k(fitted, x, y).k < 0.5
+    assert pareto_k(mean_field(tempered, mean, covariance.diagonal().sqrt() / 4), x, y).k > 0.7
+
+
+def test_weights_that_are_not_random_are_told() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(N, 2), torch.randint(3, (N,))
+    net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 3))
+    models = pb.models
+    rank1 = models.Rank1(net, pb.likelihoods.Categorical(), N)
+    dense = models.Dense(net, pb.likelihoods.Categorical(), N)
+    plain = models.Dense(nn.Linear(2, 3), pb.likelihoods.Categorical(), N)
+    shared = models.WeightSharing(
+        net,
+        pb.likelihoods.Categorical(),
+        N,
+        shared=models.CodebookGuide.from_network(
+            models.WeightSharing(net, pb.likelihoods.Categorical(), N), codes=4
+        ).book,
+    )
+    for model, guide, fixed in (
+        (rank1, models.Rank1Guide(rank1), 2 * 4 + 4 * 3 + 2 * 4),  # both matrices, the gain and bias of the layer
+        (dense, models.MeanFieldGuide(dense), 2 * 4),
+        (shared, shared.shared_guide(), 2 * 4),
+        (plain, models.MeanFieldGuide(plain), 0),
+    ):
+        posterior = pb.Posterior(model, guide)
+        assert fixed_weights(posterior) == fixed
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loo(posterior, x, y, num_samples=200)
+        assert any(f"{fixed} numbers of the network are not random" in str(w.message) for w in caught) == bool(fixed)
+
+
+def test_leave_one_out_of_a_model_of_ones_own() -> None:
+    """Exact draws of the same Gaussian linear model, written in Pyro: the same result as with ours."""
+    model, x, y, mean, covariance = regression()
+    draws = torch.distributions.MultivariateNormal(mean.flatten(), covariance).sample((1000,))
+
+    def own(x: Tensor, y: Tensor | None = None) -> Tensor:
+        weight = pyro.sample("weight", dist.Normal(torch.zeros(2).double(), 1.0).to_event(1))
+        with pyro.plate("data", len(x)):
+            return pyro.sample("obs", dist.Normal(x @ weight, NOISE), obs=y)
+
+    ours = loo(pb.Posterior.from_draws(model, {"weight": draws.reshape(1000, 1, 2)}), x, y)
+    posterior = pb.Posterior.from_draws(own, {"weight": draws})
+    assert elpd(loo(posterior, x, y.flatten())) == pytest.approx(elpd(ours), abs=1e-6)
+    with pytest.raises(ValueError, match="neither of a sampler nor of a guide"):
+        loo(pb.Posterior(own, AutoNormal(own), example=x), x, y.flatten())
+    with pytest.raises(ValueError, match="of a model that is not of this package"):
+        pareto_k(posterior, x, y.flatten())
+    with pytest.raises(ValueError, match="for a Pyro model of your own"):
+        pb.diagnostics.to_arviz(posterior, x, y.flatten())
 
 
 def test_models_are_compared() -> None:
@@ -265,6 +343,15 @@ def test_models_are_compared() -> None:
     assert table.index.tolist() == ["good", "shifted"]
     with pytest.raises(ValueError, match="at least two, got 1"):
         compare({"one": good}, x, y)
+    with pytest.raises(TypeError, match="give {name: posterior}, got list"):
+        compare([good, good], x, y)  # type: ignore[arg-type]
+    for function in (loo, pareto_k):
+        with pytest.raises(TypeError, match="expected a posterior, got Dense"):
+            function(model, x, y)
+    with pytest.raises(TypeError, match="expected a posterior, got Dense"):
+        pb.diagnostics.contraction(model)
+    with pytest.raises(TypeError, match="expected a posterior, got dict"):
+        pb.diagnostics.convergence({"good": good}, x)  # type: ignore[arg-type]
 
 
 def elpd(result: Any) -> float:

@@ -13,11 +13,13 @@ import scipy.stats
 import sklearn.metrics
 import torch
 from diagnostics.fake import FakePosterior, rows
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from pyro_bnn import likelihoods
+from pyro_bnn import Posterior, likelihoods
 from pyro_bnn.diagnostics import evaluate, metrics
+from pyro_bnn.diagnostics.stream import require_repeatable
+from pyro_bnn.models import Dense, PointGuide
 
 CLASSIFICATION = {
     *("accuracy", "nll", "brier", "ece", "ece_adaptive", "ece_classwise"),
@@ -445,6 +447,10 @@ def test_lengths_that_differ() -> None:
         (rows(300), "data is a DataLoader, a Dataset or a pair"),
         ((rows(3), rows(3), labels()[:3]), "got a tuple of 3"),
         (3, "got int"),
+        ((rows(300).numpy(), labels().numpy()), r"a tuple of 2 \(ndarray, ndarray\). torch.as_tensor\(array\)"),
+        (rows(300).numpy(), "got ndarray. torch.as_tensor"),
+        ([(rows(1)[0], labels()[0])], r"which is one row: give a Dataset, or DataLoader\(data, batch_size=256\)"),
+        ([(rows(2), 1), (rows(2), 2)], "which is one row"),
         (TensorDataset(rows(300)), r"expected pairs \(x, y\)"),
         ([rows(2), rows(2), rows(2)], r"expected pairs \(x, y\).*got Tensor"),
         ((rows(3), 1), "got a tuple of 2"),
@@ -470,3 +476,42 @@ def test_a_model_without_likelihood() -> None:
     posterior = FakePosterior(torch.zeros(2, 1, 3), None)
     with pytest.raises(ValueError, match="evaluate needs a model with a likelihood"):
         evaluate(posterior, (rows(3), torch.zeros(3)))
+
+
+def test_what_is_no_posterior() -> None:
+    with pytest.raises(TypeError, match="expected a posterior, got Linear: give what pyro_bnn.inference.fit"):
+        evaluate(nn.Linear(3, 3), (rows(3), labels()[:3]))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_has_a_row(size: int) -> None:
+    with pytest.raises(ValueError, match=f"batch_size={size}: expected a number of rows, at least 1"):
+        evaluate(classifier(), (rows(300), labels()), batch_size=size)
+
+
+def test_ood_that_is_an_array() -> None:
+    with pytest.raises(TypeError, match="got ndarray. torch.as_tensor"):
+        evaluate(classifier(), (rows(300), labels()), ood=rows(3).numpy())
+
+
+def test_one_pass_is_enough_and_two_take_data_that_can_be_repeated() -> None:
+    """Proves that evaluate goes through an iterator, and that all other forms of data are let through twice."""
+    posterior, whole = classifier(), (rows(300), labels())
+    assert evaluate(posterior, iter([whole])) == evaluate(posterior, whole)
+    for once in (iter([whole]), (pair for pair in [whole]), map(tuple, [whole])):
+        with pytest.raises(TypeError, match=f"data is passed over more than once, and a {type(once).__name__} is"):
+            require_repeatable(once, "data")
+    for again in (whole, [whole], TensorDataset(*whole), DataLoader(TensorDataset(*whole)), rows(3), None):
+        require_repeatable(again, "data")
+
+
+def test_points_are_one_function() -> None:
+    """Proves that a deterministic network has no epistemic uncertainty at all, however many draws are asked for."""
+    model = Dense(nn.Linear(3, 3), likelihoods.Categorical(), 20)
+    point = Posterior(model, PointGuide(model))
+    generator = torch.Generator().manual_seed(0)
+    x, ood = torch.randn(2, 200, 3, generator=generator)
+    found = evaluate(point, (x, torch.arange(200) % 3), ood, num_samples=16)
+    assert found == evaluate(point, (x, torch.arange(200) % 3), ood)
+    assert found["epistemic"] == found["disagreement"] == 0
+    assert found["ood_auroc_mutual_information"] == 0.5

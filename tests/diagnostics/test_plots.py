@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,6 +27,7 @@ import pyro_bnn as pb
 from pyro_bnn.diagnostics import plots, to_arviz
 from pyro_bnn.diagnostics.calibration import ReliabilityBins, reliability
 from pyro_bnn.diagnostics.canvas import line_styles, spread
+from pyro_bnn.diagnostics.training import loss_verdict
 from pyro_bnn.likelihoods import Bernoulli, Categorical, Gaussian
 
 Picture = Callable[[], Figure]
@@ -631,6 +634,28 @@ def test_losses_are_logarithmic_over_two_decades(values: list[float], scale: str
 def test_losses_carry_a_verdict() -> None:
     assert plots.plot_losses([1.0, 2.0], LONG).get_suptitle().replace("\n", " ") == LONG
     assert plots.plot_losses([1.0, 2.0]).get_suptitle() == ""
+
+
+@pytest.mark.parametrize(
+    ("losses", "sentence"),
+    [
+        ([1.0] * 500, "The loss has come to rest."),
+        ([500.0 - i for i in range(500)], "The loss still falls: longer training would lower it."),
+        ([500.0 - i for i in range(250)] + [251.0 + i for i in range(250)], "The loss rises towards the end"),
+        ([1.0, float("nan")], "The loss is not finite in the end: training diverged."),
+        ([1.0, 2.0], "These are too few steps to tell whether the loss has come to rest."),
+    ],
+    ids=["converged", "falling", "rising", "diverged", "unknown"],
+)
+def test_losses_carry_the_verdict_on_them(losses: list[float], sentence: str) -> None:
+    shown = plots.plot_losses(losses, loss_verdict(losses)).get_suptitle()
+    assert shown.replace("\n", " ").startswith(sentence)
+
+
+def test_plots_are_there_without_an_import_of_their_own() -> None:
+    """Proves that a new interpreter reaches the pictures, and that what is lazy is listed."""
+    code = "import pyro_bnn as pb; assert {'plots', 'evaluate'} <= set(dir(pb.diagnostics)); "
+    subprocess.run([sys.executable, "-c", code + "pb.diagnostics.plots.plot_losses([1.0])"], check=True)
 
 
 def test_losses_refuse() -> None:

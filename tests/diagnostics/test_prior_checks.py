@@ -307,8 +307,26 @@ def test_a_posterior_that_is_its_prior_has_no_contraction() -> None:
     (found,) = contraction(pb.Posterior.from_draws(model, draws)).values()
     deviation = 2.5 / math.sqrt(S)
     assert found.mean == pytest.approx(0, abs=5 * deviation / math.sqrt(400))
-    # an element is counted with the probability that an error of this deviation is below 0.05
-    assert found.uninformed == pytest.approx(stats.norm.cdf(0.05 / deviation), abs=5 * 0.5 / 20)
+    # an element is left out where the error of this deviation is beyond two of them and 0.05
+    assert found.uninformed == pytest.approx(stats.norm.cdf(2 + 0.05 / deviation), abs=5 * 0.2 / 20)
+
+
+@pytest.mark.parametrize(("draws", "members"), [(4, 50), (10, 20)])
+def test_members_do_not_change_the_contraction(draws: int, members: int) -> None:
+    """Few draws of many members have a width; as few of the prior would have a smaller one."""
+    model = dense(nn.Linear(400, 1, bias=False), likelihoods.Gaussian(scale=1.0))
+    same = torch.randn(draws, members, 1, 400, generator=torch.Generator().manual_seed(0))
+    found = contraction(pb.Posterior.from_draws(model, {"weight": same}), torch.randn(5, 400))
+    deviation = 2.5 / math.sqrt(draws * members)
+    assert found["weight"].mean == pytest.approx(0, abs=5 * deviation / math.sqrt(400) + deviation**2)
+    assert found["function"].mean == pytest.approx(0, abs=5 * deviation)
+
+
+def test_the_temperature_of_predictions_is_no_contraction() -> None:
+    model = dense(nn.Linear(2, 3), likelihoods.Categorical())
+    (draws,) = prior_draws(model, S, seed=9)
+    posterior, x = pb.Posterior.from_draws(model, draws), torch.randn(4, 2)
+    assert contraction(pb.diagnostics.ScaledPosterior(posterior, 2.0), x) == contraction(posterior, x)
 
 
 def test_the_share_of_uninformed_elements() -> None:
@@ -319,6 +337,15 @@ def test_the_share_of_uninformed_elements() -> None:
     found = contraction(pb.Posterior.from_draws(model, {"weight": draws}))["weight"]
     assert found.uninformed == 0.25
     assert found.mean == pytest.approx((2 * (1 - 4) + 6 * (1 - 0.01)) / 8, abs=0.5)
+
+
+def test_a_small_contraction_counts_when_the_draws_can_tell() -> None:
+    model = dense(nn.Linear(8, 1, bias=False), likelihoods.Gaussian(scale=1.0))
+    draws = math.sqrt(0.86) * torch.randn(20_000, 1, 8, generator=torch.Generator().manual_seed(2))
+    found = contraction(pb.Posterior.from_draws(model, {"weight": draws}))["weight"]
+    assert found.mean == pytest.approx(0.14, abs=0.02) and found.uninformed == 0
+    few = contraction(pb.Posterior.from_draws(model, {"weight": draws[:200]}))["weight"]
+    assert few.uninformed >= 0.5
 
 
 def test_a_cauchy_prior_has_a_contraction_too() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from base64 import b64decode
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,8 @@ def test_report_says_verdicts_then_numbers_then_shows_pictures(tmp_path: Path) -
     assert f"Bayesian {found['aurc']:.4g}, deterministic {expected['deterministic']['aurc']:.4g}" in words[1]
     assert f"AUROC {found['ood_auroc']:.3f}" in words[2]
     assert "3 steps: 3 nats at the first, 1.5 on average over the last 1" in words[4]
+    training = b64decode(reader.all("img")[4]["src"].partition(",")[2]).decode()
+    assert "too few steps to tell" in training and "unknown" not in training
 
 
 @pytest.mark.parametrize(
@@ -186,6 +189,23 @@ def test_report_of_no_data_is_refused_and_leaves_no_page(tmp_path: Path) -> None
     regression = posterior_of(pb.likelihoods.Gaussian(scale=0.5))
     with pytest.raises(ValueError, match="which a regression does not have"):
         report(regression, (x, x[:, 0]), path=path, ood=x, metrics=metrics, findings=[])
+    assert not list(tmp_path.iterdir())
+
+
+def test_pages_refuse_before_they_measure(tmp_path: Path) -> None:
+    """Proves that a folder in place of a file, data that end after one pass, and a model are refused in words."""
+    posterior, data = posterior_of(pb.likelihoods.Categorical(), 3), labelled()
+    both = {name: Candidate(posterior, {"nll": 1.0}, 2) for name in ("a", "b")}
+    for page in (report, comparison):
+        of: Any = posterior if page is report else both
+        with pytest.raises(IsADirectoryError, match="is a folder: give the name of a file, such as"):
+            page(of, data, path=tmp_path)
+        with pytest.raises(TypeError, match="data is passed over more than once, and a list_iterator is empty"):
+            page(of, iter([data]), path=tmp_path / "r.html")
+        with pytest.raises(TypeError, match="ood is passed over more than once"):
+            page(of, data, ood=iter([data[0]]), path=tmp_path / "r.html")
+    with pytest.raises(TypeError, match="expected a posterior, got Sequential"):
+        report(network(3), data, path=tmp_path / "r.html")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
 

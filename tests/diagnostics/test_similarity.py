@@ -232,3 +232,23 @@ def test_bad_input() -> None:
     one.table[0, 0, 3, 0] = math.nan
     with pytest.raises(ValueError, match="predicts NaN"):
         diversity(one, rows(10))
+
+
+def test_a_regression_has_no_classes_to_compare() -> None:
+    regression = FakePosterior(torch.zeros(2, 1, 3), likelihoods.Gaussian(scale=1.0))
+    for what, found in (
+        ("diversity", lambda: diversity(regression, rows(3))),
+        ("compare_to_reference", lambda: compare_to_reference(regression, regression, rows(3))),
+    ):
+        with pytest.raises(TypeError, match=rf"{what} compares the classes .* Gaussian.*evaluate\(.*\['epistemic'\]"):
+            found()
+
+
+def test_what_is_no_prediction() -> None:
+    p = table(5, 3)
+    with pytest.raises(TypeError, match="got Tensor: give posterior.predict"):
+        disagreement(p)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="got ndarray: give prediction.probs"):
+        agreement(p, p.numpy())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected a posterior, got int"):
+        compare_to_reference(posterior(5, 3, 10, 4), 3, rows(10))  # type: ignore[arg-type]

@@ -240,6 +240,45 @@ def test_a_guide_is_trained_to_the_exact_posterior() -> None:
     assert len(pyro.get_param_store()) == 0
 
 
+def test_guides_that_are_still_in_training_are_told() -> None:
+    slow = sbc(normal_mean, AutoNormal, torch.zeros(ROWS), simulations=3, steps=1000, lr=1e-3, progress=False)
+    assert slow.falling >= 2  # of the third the truth is where guides start
+    (finding,) = [finding for finding in slow.findings() if finding.topic == "training"]
+    assert finding.severity == "warning" and f"{slow.falling} of 3 guides was still falling when" in finding.message
+    done = sbc(normal_mean, AutoNormal, torch.zeros(ROWS), simulations=3, progress=False)
+    assert done.falling == 0 and all(finding.topic != "training" for finding in done.findings())
+
+
+def test_the_correction_is_that_of_holm() -> None:
+    """The larger of two p-values is not multiplied by 2 once the smaller one was found."""
+    generator = torch.Generator().manual_seed(0)
+    low = torch.cat((torch.randint(16, (60,), generator=generator), torch.randint(32, (40,), generator=generator)))
+    others = torch.randint(32, (100, 200), generator=generator)
+    p = RankBand(100, 31).p_value(others)
+    between = int(((p > 0.025) & (p < 0.05)).nonzero()[0])
+    found = SBCResult({"low": low, "other": others[:, between]}, 31).findings()
+    assert [finding.topic for finding in found] == ["calibration of low", "calibration of other"]
+    assert f"(corrected p = {float(p[between]):.2g})" in found[1].message
+    alone = SBCResult({"fine": others[:, int(p.argmax())], "other": others[:, between]}, 31).findings()
+    assert [finding.severity for finding in alone] == ["good"]
+
+
+def test_a_small_error_that_is_certain_is_a_warning() -> None:
+    """One-sided intervals that are off by 20 points are a problem, by 7 points a warning."""
+    generator = torch.Generator().manual_seed(0)
+    for extra, severity in ((0.4, "problem"), (0.14, "warning")):
+        low = torch.randint(16, (int(1000 * extra),), generator=generator)
+        rest = torch.randint(32, (1000 - len(low),), generator=generator)
+        (finding,) = SBCResult({"x": torch.cat((low, rest))}, 31).findings()
+        assert finding.severity == severity
+
+
+def test_a_tempered_likelihood_is_refused() -> None:
+    model = pb.models.Dense(nn.Linear(2, 1), pb.likelihoods.Gaussian(scale=0.5, temperature=0.5), ROWS)
+    with pytest.raises(ValueError, match=r"temperature 0\.5"):
+        run(solved(), model)
+
+
 @pytest.mark.slow
 def test_uniform_for_a_guide_that_holds_the_exact_posterior() -> None:
     result = sbc(normal_mean, AutoNormal, torch.zeros(ROWS), simulations=60, steps=300, lr=0.05, progress=False)
@@ -418,7 +457,7 @@ def test_a_simulation_that_fails_is_named_with_its_seed() -> None:
         pytest.warns(UserWarning, match="NaN"),
         pytest.raises(FloatingPointError, match=r"\(seed \d+\): the loss became"),
     ):
-        run(AutoNormal, steps=50, lr=1e38)
+        run(AutoNormal, steps=50, lr=1e30)
     with pytest.raises(ZeroDivisionError) as caught:
         run(lambda model: lambda x, y: 1 / 0)
     assert re.match(r"in simulation 0 of 100 \(seed \d+\)", caught.value.__notes__[0])

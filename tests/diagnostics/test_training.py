@@ -69,6 +69,25 @@ def test_a_bad_start_does_not_hide_a_fall() -> None:
     assert loss_verdict(peak).state == "falling"
 
 
+@pytest.mark.parametrize("steps", [20, 100, 200])
+def test_a_run_that_blew_up_at_its_end_has_not_come_to_rest(steps: int) -> None:
+    blown = curve(4000, 30.0)
+    blown[-steps:] = [1e6] * steps
+    assert loss_verdict(blown).state == "rising"
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6])
+def test_a_spike_does_not_hide_a_fall_nor_is_it_a_rise(size: float) -> None:
+    for at in (2700, 3990):
+        falling, flat = curve(4000, 2.0), curve(4000, 30.0)
+        falling[at] = flat[at] = size
+        assert loss_verdict(falling).state == "falling"
+        assert loss_verdict(flat).state == "converged"
+    middle = curve(4000, 30.0)
+    middle[2700:2900] = [size] * 200
+    assert loss_verdict(middle).state == "converged"
+
+
 def test_few_steps_say_nothing() -> None:
     verdict = loss_verdict(curve(399, 2.0))
     assert verdict.state == "unknown" and math.isnan(verdict.change)
