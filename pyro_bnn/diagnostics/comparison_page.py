@@ -136,26 +136,23 @@ def best_of(measure: Measure, values: Iterable[float | None]) -> float | None:
 
 
 def metrics_table(candidates: Mapping[str, Candidate], gaps: Mapping[str, Difference]) -> Element:
-    """One row for each candidate; the best of each column says so."""
+    """One column for each candidate; the best of each row says so."""
     measures = dict(measured(*(one.metrics for one in candidates.values())))
-    best = {
-        name: best_of(measure, [one.metrics.get(name) for one in candidates.values()])
-        for name, measure in measures.items()
-    }
-    columns = [Head("posterior"), Head("NLL − best ± SE", "paired, lower is better")]
-    columns += [
-        Head(measure.label, f"{measure.better} is better" if measure.better else "") for measure in measures.values()
+    differing = [
+        Cell(str(gap), gap.mean, {"metric": "nll_difference", "network": label, "se": repr(gap.se)})
+        for label, gap in ((label, gaps[label]) for label in candidates)
     ]
-    rows = []
-    for label, one in candidates.items():
-        gap = gaps[label]
-        cells = [Cell(str(gap), gap.mean, {"metric": "nll_difference", "network": label, "se": repr(gap.se)})]
-        for name, measure in measures.items():
-            value = one.metrics.get(name)
-            is_best = value is not None and value == best[name]
-            cells.append(Cell(measure.text(value), value, {"metric": name, "network": label}, is_best))
-        rows.append((Head(label, one.description), cells))
-    return page.table("On the same test data; ★ marks the best of a column", columns, rows)
+    rows = [(Head("NLL − best ± SE", "paired, lower is better"), differing)]
+    for name, measure in measures.items():
+        values = {label: one.metrics.get(name) for label, one in candidates.items()}
+        best = best_of(measure, values.values())
+        cells = [
+            Cell(measure.text(value), value, {"metric": name, "network": label}, value is not None and value == best)
+            for label, value in values.items()
+        ]
+        rows.append((Head(measure.label, f"{measure.better} is better" if measure.better else ""), cells))
+    columns = [Head("metric"), *(Head(label, one.description) for label, one in candidates.items())]
+    return page.table("On the same test data; ★ marks the best of a row", columns, rows)
 
 
 def as_json(gaps: Mapping[str, Difference]) -> dict[str, dict[str, float]]:

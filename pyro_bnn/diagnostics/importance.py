@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 #: draws over all members, from a posterior that draws anew
 DRAWS = 1000
+#: R-hat of log densities from which chains do not agree
+APART = 1.1
 #: fewest draws from whose tail a Pareto shape can be read
 FEWEST = 100
 
@@ -147,6 +149,7 @@ def loo(
     count = _enough_draws(posterior, num_samples)
     data = _in_arviz(posterior, x, y, count, batch_size, seed)
     if not variational:
+        _warn_of_chains_apart(data)
         return arviz.loo(_for_arviz(data), pointwise=True)
     stats: Any = data["sample_stats"]
     log_p, log_q = _flat(stats["log_p"]), _flat(stats["log_q"])
@@ -232,6 +235,17 @@ def _in_arviz(
         max_values=10**9,
     )
     return data if isinstance(data, xr.DataTree) else data.to_datatree()
+
+
+def _warn_of_chains_apart(data: xr.DataTree) -> None:
+    """Smoothing sees the tails of the draws, and not whether they are of the posterior."""
+    each: Any = data["log_likelihood"].to_dataset()
+    if each.sizes["chain"] > 1 and (rhat := float(arviz.rhat(each)["obs"].max())) > APART:
+        warnings.warn(
+            f"the chains do not agree on how likely the data are (R-hat up to {rhat:.2f}): leave-one-out of draws that "
+            "are not of the posterior says nothing. Sample longer, and look at convergence()",
+            stacklevel=3,
+        )
 
 
 def _for_arviz(data: xr.DataTree) -> Any:

@@ -53,7 +53,7 @@ caption { text-align: left; padding: .5rem .75rem; font-size: .875rem; }
 caption span { display: inline-block; position: sticky; left: .75rem; max-width: calc(100vw - 4rem); }
 th, td { padding: .375rem .75rem; border-top: 1px solid var(--line); text-align: left; vertical-align: top; }
 thead th { background: var(--card); vertical-align: bottom; }
-thead .meaning { display: block; font-size: .8125rem; font-weight: 400; }
+thead .meaning { display: block; font-size: .8125rem; font-weight: 400; white-space: normal; }
 tbody th { position: sticky; left: 0; background: var(--page); font-weight: 600; min-width: 7rem; max-width: 14rem; }
 tbody th .meaning { display: block; font-size: .8125rem; font-weight: 400; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -79,7 +79,7 @@ class Cell:
     :param text: how it is written.
     :param value: the number itself, which ``data-value`` holds to its last digit; ``None`` where there is none.
     :param data: further attributes ``data-*``, for programs that read the page.
-    :param best: whether it is the best of its column, which a word beside it says.
+    :param best: whether it is the best of its kind, which a word beside it says.
     """
 
     text: str

@@ -270,6 +270,18 @@ def test_a_cold_chain_is_refused() -> None:
     assert elpd(loo(posterior, x, y)) < 0
 
 
+def test_chains_that_disagree_are_told() -> None:
+    model, x, y, mean, covariance = regression()
+    draws = torch.distributions.MultivariateNormal(mean.flatten(), covariance).sample((400,)).reshape(400, 1, 2)
+    for shift, told in ((0.0, False), (2.0, True)):
+        moved = draws.clone()
+        moved[:200] += shift
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loo(pb.Posterior.from_draws(model, {"weight": moved}, chains=2), x, y)
+        assert any("the chains do not agree" in str(w.message) for w in caught) == told
+
+
 def test_k_hat_is_that_of_the_tempered_posterior() -> None:
     """Under a likelihood of temperature T the posterior is the one of the noise variance T NOISE^2."""
     model, x, y, _, _ = regression()
