@@ -370,7 +370,8 @@ class Posterior:
     def _foreign(self, x: Any, n: int, seed: int | None, site: str | None) -> Tensor:
         if site is None:
             raise ValueError(
-                "predict() of a model that is not of this package needs return_site=, the name of the site wanted"
+                "predict() of a model that is not of this package needs return_site=, the name of the site wanted; "
+                "diagnostics of predictions are for models of this package, which say what their outputs mean"
             )
         draws = {k: v[:, 0] for k, v in self.draws(n, seed, example=x).items()}
         with seeded(device_of(self.model), seed), self._programs():

@@ -350,7 +350,7 @@ def test_errors() -> None:
         to_arviz(posterior, x[:0], y[:0])
     with pytest.raises(ValueError, match="label 7, but the network has 3 outputs"):
         to_arviz(posterior, x, torch.full((N,), 7))
-    with pytest.raises(ValueError, match="need a model with a likelihood of pyro_bnn"):
+    with pytest.raises(ValueError, match="need a likelihood of pyro_bnn"):
         to_arviz(FakePosterior(posterior.table, None, sites=sites()), x, y)
     posterior.table[0, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="predicts NaN"):
