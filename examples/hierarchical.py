@@ -67,7 +67,7 @@ class Hierarchical(PyroModule):
         offset = effect - effect.mean(-1, keepdim=True)
         mean = offset[..., x["group"]] + f + x["t"] * h
         size = len(x["group"])
-        with self.curve.members(), self.slope.members(), pyro.plate("data", self.n, subsample_size=size):
+        with self.curve.members_plate(), self.slope.members_plate(), pyro.plate("data", self.n, subsample_size=size):
             return pyro.sample("obs", dist.Normal(mean, noise), obs=y)
 
 

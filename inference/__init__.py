@@ -1,19 +1,19 @@
 """Engines: each takes a Pyro model and returns a :class:`pyro_bnn.Posterior`."""
 
-from pyro_bnn.inference import pruning
-from pyro_bnn.inference.autoparticles import AutoParticles
-from pyro_bnn.inference.dropout import MCDropout
-from pyro_bnn.inference.elbo import MixtureELBO, ScaleLatents
-from pyro_bnn.inference.em import SGHMCEM
-from pyro_bnn.inference.ensemble import DeepEnsemble
-from pyro_bnn.inference.kernels import IMQ, RBF, Linear, Mixture, ScaledMedian
-from pyro_bnn.inference.laplace import LastLayerLaplace
-from pyro_bnn.inference.sampling import sample
+from pyro_bnn.inference.baselines.dropout import MCDropout
+from pyro_bnn.inference.baselines.ensemble import DeepEnsemble
+from pyro_bnn.inference.baselines.laplace import LastLayerLaplace
+from pyro_bnn.inference.baselines.swag import SWAG
 from pyro_bnn.inference.schedules import cosine, warmup_steps
-from pyro_bnn.inference.sghmc import SGHMC, SGLD
-from pyro_bnn.inference.svgd import SVGD, cyclical_annealing
-from pyro_bnn.inference.svi import FitState, fit
-from pyro_bnn.inference.swag import SWAG
+from pyro_bnn.inference.sgmcmc import pruning
+from pyro_bnn.inference.sgmcmc.em import SGHMCEM
+from pyro_bnn.inference.sgmcmc.sampling import sample
+from pyro_bnn.inference.sgmcmc.sghmc import SGHMC, SGLD
+from pyro_bnn.inference.stein.autoparticles import AutoParticles
+from pyro_bnn.inference.stein.kernels import IMQ, RBF, Linear, Mixture, ScaledMedian
+from pyro_bnn.inference.stein.svgd import SVGD, cyclical_annealing
+from pyro_bnn.inference.svi.elbo import MixtureELBO, ScaleLatents
+from pyro_bnn.inference.svi.fitting import FitState, fit
 
 __all__ = [
     "IMQ",

@@ -15,7 +15,7 @@ from pyro_bnn.inputs import require_finite, to_device
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import undisturbed
 from pyro_bnn.network import batch_size as count_samples
-from pyro_bnn.probe import batched
+from pyro_bnn.perturb.probe import batched
 
 
 class Minibatches(NamedTuple):

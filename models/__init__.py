@@ -1,13 +1,11 @@
 """The Bayesian networks: each a Pyro model and the guides that go with it."""
 
-from pyro_bnn.models.adapters import load_adapters, save_adapters
 from pyro_bnn.models.bella import Bella, ParticleGuide
-from pyro_bnn.models.codebook import Codebook
 from pyro_bnn.models.dense import Dense, MeanFieldGuide, PointGuide
-from pyro_bnn.models.merge_codes import MergeCodes
+from pyro_bnn.models.peft import load_adapters, save_adapters
 from pyro_bnn.models.rank1 import Rank1, Rank1Guide
 from pyro_bnn.models.spike_slab import SpikeSlab
-from pyro_bnn.models.weight_sharing import CodebookGuide, WeightSharing
+from pyro_bnn.models.weight_sharing import Codebook, CodebookGuide, MergeCodes, WeightSharing
 
 __all__ = [
     "Bella",

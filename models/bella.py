@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from pyro_bnn import priors
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.lowrank import LowRankFactors, Shift
-from pyro_bnn.model import BayesianNetwork, Site, storable
-from pyro_bnn.models.dense import list_sites, sample_weights
+from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import NORMALISATIONS, Network, Output, Select, select_parameters
-from pyro_bnn.perturb import Perturbation, Replacement
+from pyro_bnn.perturb import LowRankFactors, Perturbation, Replacement, Shift
 from pyro_bnn.priors import Normal, Prior, PriorLike
+from pyro_bnn.registry import storable
+from pyro_bnn.sites import Site
 
 Target = str | type[nn.Module] | Callable[[str, Tensor], bool]
 Init = Literal["kaiming", "gaussian", "orthogonal"]
@@ -152,7 +152,7 @@ class Bella(BayesianNetwork):
         for name in self.own_parameters():
             self._likes[name] = parameters[name]
             self.priors[name] = head_prior if name in self.head_parameters else affine_prior
-        self._sites = list_sites(self, self.priors, self._likes | self._centers())
+        self._sites = self.list_weight_sites(self.priors, self._likes | self._centers())
         self.train(self.training)
 
     def _find_head(self) -> list[str]:
@@ -243,7 +243,7 @@ class Bella(BayesianNetwork):
     def sample_latents(self) -> dict[str, Tensor]:
         like, parameters = self.like(), self.core().parameters_by_name()
         likes = {n: like.new_empty(()).expand(v.shape) for n, v in self._likes.items()}
-        return sample_weights(self, self.priors, likes, {n: parameters[n] for n in self.affine_parameters})
+        return self.sample_weights(self.priors, likes, {n: parameters[n] for n in self.affine_parameters})
 
     def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
         lead = self.lead_shape(latents)

@@ -3,75 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
-import pyro
-import torch
 from torch import Tensor, nn
 
 from pyro_bnn import priors
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import (
-    BayesianNetwork,
-    Site,
-    sample_local,
-    sample_noise,
-    sample_scales,
-    sample_share,
-    storable,
-)
+from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import Output, Select, select_parameters
-from pyro_bnn.priors import Normal, Prior, PriorLike
-
-
-def list_sites(model: BayesianNetwork, priors: dict[str, Prior], centers: dict[str, Tensor]) -> list[Site]:
-    """The sites of weights and of what their priors need, in the order in which :func:`sample_weights` samples them."""
-    scales, weights = [], []
-    for name, value in centers.items():
-        prior = priors[name]
-        if prior.has_tau:
-            scales.append(Site(model.site(f"{name}_tau"), torch.Size(), "scale", prior.typical_tau()))
-        if prior.has_inclusion:
-            scales.append(Site(model.site(f"{name}_inclusion"), torch.Size(), "share", prior.typical_share()))
-        if prior.has_lambda:
-            scales.append(Site(model.site(f"{name}_lambda"), value.shape, "scale", 1.0))
-        weights.append(Site(model.site(name), value.shape, "weight", value))
-    if model.likelihood is not None and model.likelihood.learns_noise:
-        scales.append(Site(model.site("noise"), torch.Size(), "scale", 1.0))
-    return scales + weights
-
-
-def sample_weights(
-    model: BayesianNetwork,
-    priors: dict[str, Prior],
-    likes: dict[str, Tensor],
-    centers: Mapping[str, Tensor] = MappingProxyType({}),
-) -> dict[str, Tensor]:
-    """Samples the weights given their scales, all inside the members plate; ``{site: value}``.
-
-    :param likes: ``{name: tensor with the shape of the weight}``.
-    :param centers: what ``loc=None`` means for some of them, where it is not 0.
-    """
-    values: dict[str, Tensor] = {}
-    given: dict[str, tuple[Prior, Tensor | None, Tensor | None]] = {}
-    for name, like in likes.items():
-        site = model.site(name)
-        tau = sample_scales(priors[name], like, site)
-        prior, share = sample_share(priors[name], like, site)
-        local = sample_local(prior, like, site)
-        given[name] = prior, tau, local
-        for suffix, value in (("tau", tau), ("inclusion", share), ("lambda", local)):
-            if value is not None:
-                values[f"{site}_{suffix}"] = value
-    values |= sample_noise(model)
-    for name, like in likes.items():
-        prior, tau, local = given[name]
-        site = model.site(name)
-        values[site] = pyro.sample(site, model.prior_of(site, prior, centers.get(name, 0.0), like, tau, local))
-    return values
+from pyro_bnn.priors import Normal, PriorLike
+from pyro_bnn.registry import storable
+from pyro_bnn.sites import Site
 
 
 @storable
@@ -118,7 +61,7 @@ class Dense(BayesianNetwork):
         self.priors = {n: priors.resolve(prior, (n,), parameters[n].detach()) for n in self.random}
         for name in self.random:
             parameters[name].requires_grad_(False)  # kept as the starting value and for its shape
-        self._sites = list_sites(self, self.priors, {name: parameters[name].detach() for name in self.random})
+        self._sites = self.list_weight_sites(self.priors, {name: parameters[name].detach() for name in self.random})
 
     def arguments(self) -> dict[str, Any]:
         return super().arguments() | {"select": [re.escape(n) for n in self.random], "chunk_size": self.chunk_size}
@@ -128,7 +71,7 @@ class Dense(BayesianNetwork):
 
     def sample_latents(self) -> dict[str, Tensor]:
         parameters = self.core().parameters_by_name()
-        return sample_weights(self, self.priors, {name: parameters[name].detach() for name in self.random})
+        return self.sample_weights(self.priors, {name: parameters[name].detach() for name in self.random})
 
     def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
         lead = self.lead_shape(latents)

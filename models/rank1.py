@@ -21,18 +21,12 @@ from torch import Tensor, nn
 from pyro_bnn import priors
 from pyro_bnn.guide import Family, MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import (
-    BayesianNetwork,
-    Site,
-    sample_local,
-    sample_noise,
-    sample_scales,
-    sample_share,
-    storable,
-)
+from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import Output, Select, batch_size, select_parameters
 from pyro_bnn.perturb import Perturbation, Rank1Factors, Replacement
 from pyro_bnn.priors import HierarchicalCauchy, Normal, Prior, PriorLike
+from pyro_bnn.registry import storable
+from pyro_bnn.sites import Site, sample_local, sample_scales, sample_share
 
 
 @storable
@@ -196,8 +190,8 @@ class Rank1(BayesianNetwork):
                     values[self.site(f"{name}_lambda")] = local[name]  # type: ignore[assignment]
         for bias in self.biases:
             values[self.site(bias)] = pyro.sample(self.site(bias), self._bias_prior(parameters[bias].detach()))
-        values |= sample_noise(self)
-        with self.rows():
+        values |= self.sample_noise()
+        with self.rows_plate():
             for name, one in like.items():
                 site = self.site(name)
                 d = self.prior_of(site, given[name], 1.0, one, tau.get(name), local.get(name))

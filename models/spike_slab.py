@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import storable
 from pyro_bnn.models.dense import Dense
 from pyro_bnn.network import Select
 from pyro_bnn.priors import Normal, PriorLike, SpikeAndSlab
+from pyro_bnn.registry import storable
 
 
 @storable

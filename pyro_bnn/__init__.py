@@ -1,9 +1,7 @@
 """Bayesian neural networks in Pyro: any ``torch.nn.Module`` becomes a Pyro model with a guide and a posterior."""
 
 from pyro_bnn import diagnostics, inference, likelihoods, models, perturb, priors
-from pyro_bnn.posterior import Posterior
-from pyro_bnn.prediction import Prediction
-from pyro_bnn.storage import load
+from pyro_bnn.posterior import Posterior, Prediction, load
 
 __version__ = "0.1.0"
 

@@ -18,9 +18,10 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_bnn.factorised import NormalBlock, split
-from pyro_bnn.model import BayesianNetwork, Site, picklable_state, register_parameters
+from pyro_bnn.model import BayesianNetwork, picklable_state, register_parameters
 from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import batch_size
+from pyro_bnn.sites import Site
 
 Family = Literal["normal", "cauchy", "point"]
 SMALLEST_SCALE = 1e-7
@@ -87,7 +88,7 @@ class MixtureGuide(PyroModule):
         self.num_members = components
         self.family = family
         #: whether every draw of a member is the same
-        self.deterministic = family == "point" and own is None
+        self.is_deterministic = family == "point" and own is None
         self.per_row = rows
         self.prefix, self.members_dim = model.prefix, model.members_dim
         self._every = False

@@ -10,16 +10,13 @@ the same model has one member and one row.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Self
 
 import pyro
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from pyro import poutine
 from pyro.nn import PyroModule
 from torch import Tensor, nn
@@ -28,24 +25,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from pyro_bnn.likelihoods import Gaussian, Likelihood
 from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import Network, Output, batch_size
-from pyro_bnn.priors import Prior
-
-
-@dataclass(frozen=True)
-class Site:
-    """A latent site: what a guide must know of it.
-
-    :param name: as in a trace.
-    :param shape: event shape.
-    :param role: ``weight`` and ``factor`` are the random weights, ``bias`` what belongs to a member without being
-        random in a rank-1 guide, ``scale`` a positive hyper-parameter or the noise, ``share`` a probability.
-    :param center: value at which the network is as the user gave it (for ``scale`` and ``share``: a typical value).
-    """
-
-    name: str
-    shape: torch.Size
-    role: Literal["weight", "factor", "bias", "scale", "share"]
-    center: Tensor | float
+from pyro_bnn.priors import Prior, PriorLike
+from pyro_bnn.sites import ConstantPrior, Site, sample_local, sample_scales, sample_share, site_distribution
 
 
 def register_parameters(owner: PyroModule, named: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -73,23 +54,11 @@ def picklable_state(module: nn.Module) -> dict[str, Any]:
     return {k: v if k != "_constants" else {} for k, v in module.__dict__.items() if k != "_members"}
 
 
-#: classes that ``pb.load`` can build again, by name
-STORABLE: dict[str, Any] = {}
-
-_Class = TypeVar("_Class", bound=type)
-
-
-def storable(cls: _Class) -> _Class:
-    """Class decorator: ``pb.load`` finds the class under its name."""
-    STORABLE[cls.__name__] = cls
-    return cls
-
-
 class BayesianNetwork(PyroModule):
     """A network with latent weights as an ordinary Pyro model ``model(x, y=None)``.
 
     With ``likelihood=None`` it is the function alone, ``f = model(x)``, for use inside a larger Pyro model, which then
-    writes its own observation inside ``with model.members(), pyro.plate("data", ...)``.
+    writes its own observation inside ``with model.members_plate(), pyro.plate("data", ...)``.
 
     :param net: any ``torch.nn.Module``; it is copied, never changed.
     :param likelihood: one of :mod:`pyro_bnn.likelihoods`, or ``None``.
@@ -99,6 +68,10 @@ class BayesianNetwork(PyroModule):
     :param output: which output to take when the network returns several (key, index or function).
     :param share: see :class:`~pyro_bnn.network.Network`.
     """
+
+    #: as it was given, and resolved for each site that has one
+    prior: PriorLike
+    priors: dict[str, Prior]
 
     def __init__(
         self,
@@ -141,12 +114,16 @@ class BayesianNetwork(PyroModule):
         }
 
     @classmethod
-    def from_arguments(cls, net: nn.Module, arguments: dict[str, Any]) -> BayesianNetwork:
+    def from_arguments(cls, net: nn.Module, arguments: dict[str, Any]) -> Self:
         """A model from :meth:`arguments`, with ``prior`` added and ``likelihood`` turned back into an object.
 
         Where :meth:`tensors` gives any, they are there as ``tensors``.
         """
         return cls(net, **arguments)
+
+    def on(self, net: nn.Module) -> Self:
+        """The same model of another network: likelihood, priors and options as they are here."""
+        return self.from_arguments(net, self.arguments() | {"likelihood": self.likelihood, "prior": self.prior})
 
     def tensors(self) -> dict[str, Tensor]:
         """What is stored of the model beside its arguments and its network."""
@@ -225,6 +202,61 @@ class BayesianNetwork(PyroModule):
         """``[draws, members, *event] -> [draws, members, 1 ..., *event]``: with the axes of the plates of a program."""
         return value.reshape(value.shape[:2] + (1,) * (-self.members_dim - 1) + value.shape[2:])
 
+    # -------------------------------------------------------------------------- weights under their priors
+
+    def list_weight_sites(self, priors: dict[str, Prior], centers: dict[str, Tensor]) -> list[Site]:
+        """The sites of weights and of what their priors need, in the order in which :meth:`sample_weights` has them."""
+        scales, weights = [], []
+        for name, value in centers.items():
+            prior = priors[name]
+            if prior.has_tau:
+                scales.append(Site(self.site(f"{name}_tau"), torch.Size(), "scale", prior.typical_tau()))
+            if prior.has_inclusion:
+                scales.append(Site(self.site(f"{name}_inclusion"), torch.Size(), "share", prior.typical_share()))
+            if prior.has_lambda:
+                scales.append(Site(self.site(f"{name}_lambda"), value.shape, "scale", 1.0))
+            weights.append(Site(self.site(name), value.shape, "weight", value))
+        if self.likelihood is not None and self.likelihood.learns_noise:
+            scales.append(Site(self.site("noise"), torch.Size(), "scale", 1.0))
+        return scales + weights
+
+    def sample_weights(
+        self,
+        priors: dict[str, Prior],
+        likes: dict[str, Tensor],
+        centers: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> dict[str, Tensor]:
+        """Samples the weights given their scales, all inside the members plate; ``{site: value}``.
+
+        :param likes: ``{name: tensor with the shape of the weight}``.
+        :param centers: what ``loc=None`` means for some of them, where it is not 0.
+        """
+        values: dict[str, Tensor] = {}
+        given: dict[str, tuple[Prior, Tensor | None, Tensor | None]] = {}
+        for name, like in likes.items():
+            site = self.site(name)
+            tau = sample_scales(priors[name], like, site)
+            prior, share = sample_share(priors[name], like, site)
+            local = sample_local(prior, like, site)
+            given[name] = prior, tau, local
+            for suffix, value in (("tau", tau), ("inclusion", share), ("lambda", local)):
+                if value is not None:
+                    values[f"{site}_{suffix}"] = value
+        values |= self.sample_noise()
+        for name, like in likes.items():
+            prior, tau, local = given[name]
+            site = self.site(name)
+            values[site] = pyro.sample(site, self.prior_of(site, prior, centers.get(name, 0.0), like, tau, local))
+        return values
+
+    def sample_noise(self) -> dict[str, Tensor]:
+        """The latent noise scale of a :class:`~pyro_bnn.likelihoods.Gaussian` that learns it."""
+        likelihood = self.likelihood
+        if not isinstance(likelihood, Gaussian) or not likelihood.learns_noise:
+            return {}
+        name = self.site("noise")
+        return {name: pyro.sample(name, likelihood.noise_prior(self.like()))}
+
     # ------------------------------------------------------------------------------------------- the program
 
     def prior_of(
@@ -241,19 +273,22 @@ class BayesianNetwork(PyroModule):
         known = self.__dict__["_constants"].get(name)
         if known is None or known[0] != key:
             elements = prior.elements(center, like, None).expand(like.shape)
-            known = self.__dict__["_constants"][name] = key, _Constant(elements, like.dim())
+            known = self.__dict__["_constants"][name] = key, ConstantPrior(elements, like.dim())
         built: dist.TorchDistribution = known[1]
         return built
 
-    def members(self) -> pyro.plate:
+    def members_plate(self) -> pyro.plate:
         """The members plate of the last call, to be entered around an own observation."""
         try:
             plate: pyro.plate = self.__dict__["_members"]
         except KeyError:
-            raise RuntimeError("members() belongs to a call: run f = model(x) before `with model.members()`") from None
+            raise RuntimeError(
+                "members_plate() belongs to a call: run f = model(x) before `with model.members_plate()`"
+            ) from None
         return plate
 
-    def rows(self) -> pyro.plate:
+    def rows_plate(self) -> pyro.plate:
+        """The plate of latents that a guide may draw anew for every row of a batch."""
         return pyro.plate(self.site("rows"), 1, dim=-1, device=str(self.like().device))
 
     def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
@@ -295,91 +330,6 @@ class BayesianNetwork(PyroModule):
             return pyro.sample(self.site("obs"), likelihood.given(f, y, noise, lead), obs=y)
 
 
-class _Constant(dist.Independent):
-    """A distribution that never changes, and remembers how it was last expanded: plates do so at every call.
-
-    Of Normals with one mean and standard deviation it adds up the squares before it does anything else, which takes
-    half the passes over memory that the sum of log densities takes.
-    """
-
-    _expanded: _Constant | None = None
-
-    @cached_property
-    def _same_normal(self) -> tuple[Tensor, Tensor, Tensor] | None:
-        """``m, -1 / (2 s^2), -n log(s sqrt(2 pi))`` if all elements are N(m, s^2)."""
-        base, zeros = self.base_dist, (0,) * (len(self.batch_shape) + len(self.event_shape))
-        if not isinstance(base, torch.distributions.Normal) or any((*base.loc.stride(), *base.scale.stride())):
-            return None
-        m, s = base.loc[zeros], base.scale[zeros]
-        n = self.event_shape.numel()
-        return m, -0.5 / (s * s), -n * (s.log() + 0.5 * math.log(2 * math.pi))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._same_normal is None:
-            general: Tensor = super().log_prob(value)
-            return general
-        if self._validate_args:
-            self._validate_sample(value)
-        m, factor, constant = self._same_normal
-        squares = F.mse_loss(value, m.expand_as(value), reduction="none")  # keeps no difference for its gradient
-        if self.event_shape:
-            squares = squares.sum(tuple(range(-len(self.event_shape), 0)))
-        result = torch.addcmul(constant, factor, squares)
-        return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> _Constant:
-        batch = torch.Size(batch_shape)
-        if batch == self.batch_shape:
-            return self
-        if self._expanded is None or self._expanded.batch_shape != batch:
-            elements = self.base_dist.expand(batch + self.event_shape)
-            self._expanded = _Constant(elements, self.reinterpreted_batch_ndims)
-        return self._expanded
-
-
 def _plates(value: Tensor, event_dim: int, members_dim: int) -> torch.Size:
     """The plate axes of a value from the members plate to the left."""
     return value.shape[: max(0, value.dim() - event_dim + members_dim + 1)]
-
-
-def sample_noise(model: BayesianNetwork) -> dict[str, Tensor]:
-    """The latent noise scale of a :class:`~pyro_bnn.likelihoods.Gaussian` that learns it."""
-    likelihood = model.likelihood
-    if not isinstance(likelihood, Gaussian) or not likelihood.learns_noise:
-        return {}
-    name = model.site("noise")
-    return {name: pyro.sample(name, likelihood.noise_prior(model.like()))}
-
-
-def sample_scales(prior: Prior, like: Tensor, name: str) -> Tensor | None:
-    """The layer's ``<name>_tau``."""
-    return pyro.sample(f"{name}_tau", prior.tau(like)) if prior.has_tau else None
-
-
-def sample_local(prior: Prior, like: Tensor, name: str) -> Tensor | None:
-    """The element-wise ``<name>_lambda``, with the shape of the site."""
-    if not prior.has_lambda:
-        return None
-    return pyro.sample(f"{name}_lambda", prior.local(like).expand(like.shape).to_event(like.dim()))
-
-
-def sample_share(prior: Prior, like: Tensor, name: str) -> tuple[Prior, Tensor | None]:
-    """The layer's ``<name>_inclusion``, and the prior given it."""
-    if not prior.has_inclusion:
-        return prior, None
-    share = pyro.sample(f"{name}_inclusion", prior.share(like))
-    return prior.with_share(share), share
-
-
-def site_distribution(
-    prior: Prior, center: float | Tensor, like: Tensor, tau: Tensor | None, local: Tensor | None
-) -> dist.TorchDistribution:
-    """The prior of a site of the shape of ``like`` given its scales (which carry the plates on their left)."""
-    scale = local
-    if tau is not None:
-        tau = tau.reshape(tau.shape + (1,) * like.dim())
-        scale = tau if local is None else tau * local
-    d = prior.elements(center, like, scale)
-    batch = d.batch_shape[: max(0, len(d.batch_shape) + len(d.event_shape) - like.dim())]
-    inner = like.dim() - len(d.event_shape)
-    return d.expand(batch + like.shape[:inner]).to_event(inner)

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
-from pyro_bnn import attention, normalisation, recurrent, rules  # noqa: F401  (their rules register themselves)
 from pyro_bnn.modes import undisturbed
 from pyro_bnn.perturb import Layout, Perturb, Perturbation, Rank1Factors, Replacement, Use
-from pyro_bnn.probe import (
+from pyro_bnn.perturb.probe import (
     batched,
     check_fold,
     find_consumed,
@@ -193,7 +192,7 @@ class Network(nn.Module):
         return y.unflatten(0, (members, size))
 
     def layouts(self, x: Any, size: int, perturbed: Iterable[str]) -> dict[Use, Layout]:
-        """The layouts for inputs of this shape, probed on first sight. See :mod:`pyro_bnn.probe`."""
+        """The layouts for inputs of this shape, probed on first sight. See :mod:`pyro_bnn.perturb.probe`."""
         # A network that sorts its samples looks regular as long as nothing differs by which it could sort them.
         shapes, chosen_names = _shapes(x, size), tuple(perturbed)
         layouts = self._layouts.get((shapes, chosen_names, True))

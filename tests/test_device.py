@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 
 import pyro_bnn as pb
 from pyro_bnn.diagnostics import disagreement, ood_scores
-from pyro_bnn.diagnostics.densities import log_densities
+from pyro_bnn.diagnostics.arviz.densities import log_densities
 from pyro_bnn.inference import IMQ, RBF, Linear, Mixture
-from pyro_bnn.inference.kernels import Kernel, Points
-from pyro_bnn.inference.noise import Noise
+from pyro_bnn.inference.sgmcmc.noise import Noise
+from pyro_bnn.inference.stein.kernels import Kernel, Points
 from pyro_bnn.models import (
     Bella,
     Codebook,

@@ -60,4 +60,4 @@ def test_nuts_on_the_same_model_recovers_the_group_effects(example: ModuleType) 
     effect = effect - effect.mean(-1, keepdim=True)
     assert (effect.mean(0) - data.effects).abs().max() < 0.35
     posterior = pb.Posterior.from_mcmc(mcmc, model)
-    assert posterior.predict(data.x, num_samples=10, return_site="obs").members.shape[:2] == torch.Size([10, 1])
+    assert posterior.predict(data.x, num_samples=10, return_site="obs").per_member.shape[:2] == torch.Size([10, 1])

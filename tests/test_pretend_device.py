@@ -103,7 +103,7 @@ def nuts(net: nn.Module, xy: Data) -> pb.Posterior:
 
 
 def ensemble(net: nn.Module, xy: Data) -> pb.Posterior:
-    return DeepEnsemble(net, pb.likelihoods.Categorical(), N, members=2).fit(xy, **RUN)
+    return DeepEnsemble(net, pb.likelihoods.Categorical(), N, num_networks=2).fit(xy, **RUN)
 
 
 def dropout(net: nn.Module, xy: Data) -> pb.Posterior:
@@ -150,7 +150,7 @@ def test_an_engine_and_all_diagnostics_give_the_numbers_of_the_processor(engine:
         assert dg.check(posterior, (x, y), x_train=x, y_train=y, ood=ood)
         assert {"posterior", "log_likelihood"} <= set(dg.to_arviz(posterior, x, y, probes=x[:2]).groups())
         assert set(dg.diversity(posterior, (x, y))) >= {"disagreement"}
-        if posterior.chains > 1:
+        if posterior.num_chains > 1:
             assert dg.convergence(posterior, x[:2])["rhat"].shape == (2, CLASSES)
         assert dg.compare_to_reference(posterior, posterior, (x, y))["agreement"] == 1
         if engine == "ensemble":

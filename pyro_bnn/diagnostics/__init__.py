@@ -7,51 +7,91 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyro_bnn.diagnostics import plots
-    from pyro_bnn.diagnostics.arviz import to_arviz
-    from pyro_bnn.diagnostics.calibration import calibration_error, classwise_calibration_error, reliability
-    from pyro_bnn.diagnostics.chains import convergence
-    from pyro_bnn.diagnostics.checks import check
-    from pyro_bnn.diagnostics.conformal import ConformalIntervals, ConformalSets
-    from pyro_bnn.diagnostics.findings import Finding
-    from pyro_bnn.diagnostics.importance import compare, loo, pareto_k
-    from pyro_bnn.diagnostics.metrics import evaluate
-    from pyro_bnn.diagnostics.ood import aupr, auroc, fpr95, ood_scores
-    from pyro_bnn.diagnostics.prior_checks import check_prior, prior_predictive
-    from pyro_bnn.diagnostics.recalibration import ScaledPosterior, scale_temperature
-    from pyro_bnn.diagnostics.report_page import report
-    from pyro_bnn.diagnostics.scores import crps, interval_coverage, interval_width
-    from pyro_bnn.diagnostics.selective import augrc, aurc, risk_at_coverage, risk_coverage
-    from pyro_bnn.diagnostics.shrinkage import contraction
-    from pyro_bnn.diagnostics.similarity import (
+    from pyro_bnn.diagnostics.arviz.conversion import to_arviz
+    from pyro_bnn.diagnostics.checking.chains import convergence
+    from pyro_bnn.diagnostics.checking.checks import check
+    from pyro_bnn.diagnostics.checking.findings import Finding
+    from pyro_bnn.diagnostics.checking.importance import compare, loo, pareto_k
+    from pyro_bnn.diagnostics.checking.prior_checks import check_prior, prior_predictive
+    from pyro_bnn.diagnostics.checking.shrinkage import contraction
+    from pyro_bnn.diagnostics.checking.simulation import SBCResult, sbc
+    from pyro_bnn.diagnostics.checking.training import loss_verdict
+    from pyro_bnn.diagnostics.pages.report import report
+    from pyro_bnn.diagnostics.recalibration.conformal import ConformalIntervals, ConformalSets
+    from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior, scale_temperature
+    from pyro_bnn.diagnostics.scoring.calibration import calibration_error, classwise_calibration_error, reliability
+    from pyro_bnn.diagnostics.scoring.metrics import evaluate
+    from pyro_bnn.diagnostics.scoring.ood import aupr, auroc, fpr95, ood_scores
+    from pyro_bnn.diagnostics.scoring.scores import crps, interval_coverage, interval_width
+    from pyro_bnn.diagnostics.scoring.selective import augrc, aurc, risk_at_coverage, risk_coverage
+    from pyro_bnn.diagnostics.scoring.similarity import (
         agreement,
         compare_to_reference,
         disagreement,
         diversity,
         total_variation,
     )
-    from pyro_bnn.diagnostics.simulation import SBCResult, sbc
-    from pyro_bnn.diagnostics.training import loss_verdict
 
 #: where each name lives. No module has the name of a function: importing it would hide that function.
 _MODULES = {
-    "arviz": ("to_arviz",),
-    "calibration": ("calibration_error", "classwise_calibration_error", "reliability"),
-    "chains": ("convergence",),
-    "checks": ("check",),
-    "conformal": ("ConformalIntervals", "ConformalSets"),
-    "findings": ("Finding",),
-    "importance": ("compare", "loo", "pareto_k"),
-    "metrics": ("evaluate",),
-    "ood": ("aupr", "auroc", "fpr95", "ood_scores"),
-    "prior_checks": ("check_prior", "prior_predictive"),
-    "recalibration": ("ScaledPosterior", "scale_temperature"),
-    "report_page": ("report",),
-    "scores": ("crps", "interval_coverage", "interval_width"),
-    "selective": ("augrc", "aurc", "risk_at_coverage", "risk_coverage"),
-    "shrinkage": ("contraction",),
-    "similarity": ("agreement", "compare_to_reference", "disagreement", "diversity", "total_variation"),
-    "simulation": ("SBCResult", "sbc"),
-    "training": ("loss_verdict",),
+    "arviz.conversion": ("to_arviz",),
+    "scoring.calibration": (
+        "calibration_error",
+        "classwise_calibration_error",
+        "reliability",
+    ),
+    "checking.chains": ("convergence",),
+    "checking.checks": ("check",),
+    "recalibration.conformal": (
+        "ConformalIntervals",
+        "ConformalSets",
+    ),
+    "checking.findings": ("Finding",),
+    "checking.importance": (
+        "compare",
+        "loo",
+        "pareto_k",
+    ),
+    "scoring.metrics": ("evaluate",),
+    "scoring.ood": (
+        "aupr",
+        "auroc",
+        "fpr95",
+        "ood_scores",
+    ),
+    "checking.prior_checks": (
+        "check_prior",
+        "prior_predictive",
+    ),
+    "recalibration.temperature": (
+        "ScaledPosterior",
+        "scale_temperature",
+    ),
+    "pages.report": ("report",),
+    "scoring.scores": (
+        "crps",
+        "interval_coverage",
+        "interval_width",
+    ),
+    "scoring.selective": (
+        "augrc",
+        "aurc",
+        "risk_at_coverage",
+        "risk_coverage",
+    ),
+    "checking.shrinkage": ("contraction",),
+    "scoring.similarity": (
+        "agreement",
+        "compare_to_reference",
+        "disagreement",
+        "diversity",
+        "total_variation",
+    ),
+    "checking.simulation": (
+        "SBCResult",
+        "sbc",
+    ),
+    "checking.training": ("loss_verdict",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

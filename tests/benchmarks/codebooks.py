@@ -124,7 +124,7 @@ def expanded(path: Path) -> Step:
     x, _ = images(64)
 
     def run() -> Tensor:
-        every = list(posterior.draw_groups(DRAWS))
+        every = list(posterior.draw_source.groups(DRAWS))
         draws = {name: torch.cat([group[name] for group in every]) for name in every[0]}
         return pb.Posterior.from_draws(posterior.model, draws).predict(x, DRAWS).probs
 

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 import pyro_bnn as pb
+from pyro_bnn.command.recipes import trained_network
 from pyro_bnn.inference import cosine, fit
-from pyro_bnn.inference.elbo import MixtureELBO
+from pyro_bnn.inference.svi.elbo import MixtureELBO
 from pyro_bnn.models import CodebookGuide, Dense, MeanFieldGuide, MergeCodes, PointGuide, WeightSharing
-from pyro_bnn.models.codebook_plots import PUBLISHED, plot_frontier
+from pyro_bnn.models.weight_sharing.plots import PUBLISHED, plot_frontier
 from pyro_bnn.priors import GaussianMixture
-from pyro_bnn.recipes import trained_network
 from tests.benchmarks.datasets import CLASSES, images
 from tests.benchmarks.measure import RESULTS, machine
 from tests.benchmarks.sparse_images import HELD_OUT

@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 import pyro_bnn as pb
+from pyro_bnn.command.recipes import trained_network
 from pyro_bnn.inference import SVGD, cosine
 from pyro_bnn.models import Bella, Dense, ParticleGuide, PointGuide
-from pyro_bnn.recipes import trained_network
 from tests.benchmarks.datasets import cifar10, images, minilm, reviews
 from tests.benchmarks.measure import RESULTS, machine
 

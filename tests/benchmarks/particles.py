@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import pyro_bnn as pb
 from pyro_bnn.inference import RBF, SVGD
-from pyro_bnn.inference.kernels import Points
+from pyro_bnn.inference.stein.kernels import Points
 from pyro_bnn.models import Bella, ParticleGuide
 from pyro_bnn.models.architectures import resnet18
 from tests.benchmarks.measure import interleaved, peak_memory, report

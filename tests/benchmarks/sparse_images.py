@@ -27,13 +27,12 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 import pyro_bnn as pb
-from pyro_bnn.diagnostics.metrics import BINS
+from pyro_bnn.diagnostics.scoring.metrics import BINS, log_predictive_density
 from pyro_bnn.inference import SGHMCEM, sample
-from pyro_bnn.inference.pruning import MagnitudeRule
+from pyro_bnn.inference.sgmcmc.pruning import MagnitudeRule
 from pyro_bnn.models import Dense, SpikeSlab
 from pyro_bnn.models.architectures import LeNet5, LeNet300100
-from pyro_bnn.posterior import Posterior
-from pyro_bnn.prediction import Prediction
+from pyro_bnn.posterior import Posterior, Prediction
 from pyro_bnn.priors import SpikeAndSlab
 from tests.benchmarks.datasets import CLASSES, images
 from tests.benchmarks.measure import RESULTS, machine
@@ -195,7 +194,7 @@ def quality(outputs: Tensor, y: Tensor) -> dict[str, float]:
     probs = prediction.probs
     return {
         "accuracy": float((probs.argmax(-1) == y).double().mean()),
-        "nll": -float(pb.diagnostics.metrics.log_predictive_density(prediction, y).double().mean()),
+        "nll": -float(log_predictive_density(prediction, y).double().mean()),
         "ece": float(multiclass_calibration_error(probs.clamp(0, 1 - 2**-24), y, probs.shape[-1], BINS)),
     }
 

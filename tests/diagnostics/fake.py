@@ -17,7 +17,7 @@ class FakePrediction:
     """The interface of ``Prediction`` over a distribution of y with batch shape ``[draws, members, N]``."""
 
     def __init__(self, members: Tensor, y: dist.TorchDistribution, likelihood: Any) -> None:
-        self.members = members
+        self.per_member = members
         self.outputs = _outputs(members, likelihood)
         self.mean = members.mean((0, 1))
         self.likelihood = likelihood
@@ -38,16 +38,16 @@ class FakePrediction:
     @property
     def aleatoric(self) -> Tensor:
         if isinstance(self.likelihood, likelihoods.Bernoulli):
-            return (torch.special.entr(self.members) + torch.special.entr(1 - self.members)).mean((0, 1))
+            return (torch.special.entr(self.per_member) + torch.special.entr(1 - self.per_member)).mean((0, 1))
         if isinstance(self.likelihood, likelihoods.Categorical):
-            return torch.special.entr(self.members).sum(-1).mean((0, 1))
+            return torch.special.entr(self.per_member).sum(-1).mean((0, 1))
         return self._y.variance.mean((0, 1))
 
     @property
     def epistemic(self) -> Tensor:
         if isinstance(self.likelihood, (likelihoods.Bernoulli, likelihoods.Categorical)):
             return (self.entropy - self.aleatoric).clamp_min(0)
-        return self.members.var((0, 1), correction=0)
+        return self.per_member.var((0, 1), correction=0)
 
     @property
     def mutual_information(self) -> Tensor:
@@ -102,15 +102,16 @@ class FakePosterior:
     ) -> None:
         self.table, self.scale = table, scale
         self.model = SimpleNamespace(likelihood=likelihood)
-        self.members = table.shape[1]
+        self.num_members = table.shape[1]
         self.losses = losses or []
         self.sampler: dict[str, float] = {}
         self.guide = None
-        self.stored, self.chains, self.points, self.sampled = None, 1, False, False
+        self.num_stored, self.num_chains, self.is_deterministic, self.is_sampled = None, 1, False, False
+        self.draw_source = self  # a real posterior has an object of its own for draws in groups
         self._sites = sites or {}
         self.calls: list[dict[str, Any]] = []
 
-    def number_of_draws(self, asked: int | None = None) -> int:
+    def count(self, asked: int | None = None) -> int:
         return asked or 16
 
     def predict(
@@ -118,7 +119,7 @@ class FakePosterior:
     ) -> Any:
         index = x["rows"] if isinstance(x, dict) else x[0] if isinstance(x, (tuple, list)) else x
         self.calls.append({"rows": len(index), "num_samples": num_samples, "batch_size": batch_size, "seed": seed})
-        members = self.table[: self.number_of_draws(num_samples), :, index.long().flatten()]
+        members = self.table[: self.count(num_samples), :, index.long().flatten()]
         likelihood = self.model.likelihood
         match likelihood:
             case likelihoods.Categorical():
@@ -134,7 +135,7 @@ class FakePosterior:
     def draws(self, n: int, seed: int | None = None, *, example: Any = None) -> dict[str, Tensor]:
         return {site: values[:n] for site, values in self._sites.items()}
 
-    def draw_groups(self, n: int, seed: int | None = None, *, example: Any = None) -> Iterator[dict[str, Tensor]]:
+    def groups(self, n: int, seed: int | None = None, *, example: Any = None) -> Iterator[dict[str, Tensor]]:
         whole = self.draws(n, seed, example=example)
         for draw in range(min(len(values) for values in whole.values()) if whole else 0):
             yield {site: values[draw : draw + 1] for site, values in whole.items()}

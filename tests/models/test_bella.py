@@ -79,7 +79,7 @@ def test_particles_start_as_the_given_network(init: Any) -> None:
 
 def test_small_b_makes_particles_differ() -> None:
     _, model = small()
-    members = pb.Posterior(model, ParticleGuide(model, particles=3)).predict(rows()[0], num_samples=1).members[0]
+    members = pb.Posterior(model, ParticleGuide(model, particles=3)).predict(rows()[0], num_samples=1).per_member[0]
     assert float((members[0] - members[1]).abs().max()) > 1e-4
 
 
@@ -277,7 +277,7 @@ def test_inside_a_larger_program() -> None:
     def model(x: Tensor, y: Tensor | None = None) -> None:
         shift = pyro.sample("shift", pyro.distributions.Normal(x.new_zeros(4), 1.0).to_event(1))
         f = function(x) + shift
-        with function.members(), pyro.plate("data", len(x)):
+        with function.members_plate(), pyro.plate("data", len(x)):
             pyro.sample("obs", pyro.distributions.Categorical(logits=f), obs=y)
 
     trace = poutine.trace(model).get_trace(*rows())
@@ -601,7 +601,7 @@ def test_latents_without_particles_are_refused() -> None:
     def model(x: Tensor, y: Tensor) -> None:
         noise = pyro.sample("noise", pyro.distributions.LogNormal(x.new_zeros(()), 1.0))
         f = function(x)[..., 0]
-        with function.members(), pyro.plate("data", len(x)):
+        with function.members_plate(), pyro.plate("data", len(x)):
             pyro.sample("obs", pyro.distributions.Normal(f, noise), obs=y)
 
     x, y = rows()

@@ -265,7 +265,7 @@ def test_nuts_on_a_small_network() -> None:
     mcmc = MCMC(NUTS(model, max_tree_depth=4), num_samples=12, warmup_steps=8, disable_progbar=True)
     mcmc.run(x, y)
     posterior = pb.Posterior.from_mcmc(mcmc, model)
-    assert posterior.predict(x, 12).members.shape == (12, 1, N)
+    assert posterior.predict(x, 12).per_member.shape == (12, 1, N)
     for parallel in (False, True):
         draws = Predictive(model, guide=posterior.guide, num_samples=5, parallel=parallel)(x)["obs"]
         assert draws.reshape(5, -1).shape == (5, N)
@@ -339,11 +339,11 @@ def test_statistics_recomputed_for_every_draw() -> None:
     x, y = data(torch.float64)
     model = Dense(normalised(torch.float64), Gaussian(0.2), N)
     posterior = fit(model, MeanFieldGuide(model, init_scale=0.3), (x, y), epochs=2, progress=False, seed=0)
-    plain = posterior.predict(x, 4, seed=1).members
+    plain = posterior.predict(x, 4, seed=1).per_member
     before = statistics(model)
     loader = [(x[:12], y[:12]), (x[12:], y[12:])]
     posterior.recompute_statistics(loader)
-    refreshed = posterior.predict(x, 4, seed=1).members
+    refreshed = posterior.predict(x, 4, seed=1).per_member
     assert not torch.allclose(refreshed, plain)
     draws = posterior.draws(4, seed=1)
     for d in range(4):
@@ -355,11 +355,11 @@ def test_statistics_recomputed_for_every_draw() -> None:
         for batch, _ in loader:
             net(batch)
         torch.testing.assert_close(refreshed[d, 0], net.eval()(x).squeeze(-1).detach())
-    torch.testing.assert_close(posterior.predict(x, 4, batch_size=3, seed=1).members, refreshed)
+    torch.testing.assert_close(posterior.predict(x, 4, batch_size=3, seed=1).per_member, refreshed)
     assert all(torch.equal(b, before[n]) for n, b in statistics(model).items())
     assert model.core().net[1].momentum == 0.1
     posterior.recompute_statistics(None)
-    assert torch.equal(posterior.predict(x, 4, seed=1).members, plain)
+    assert torch.equal(posterior.predict(x, 4, seed=1).per_member, plain)
 
 
 @pytest.mark.parametrize("loc", [0.0, 0.7])

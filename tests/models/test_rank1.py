@@ -115,7 +115,7 @@ def test_paper_settings_train() -> None:
         model, Rank1Guide(model, **s["guide"]), (x, labels), **options, schedule=schedule, elbo=elbo, progress=False
     )
     assert len(posterior.losses) == 6 and np.isfinite(posterior.losses).all()
-    assert posterior.predict(x, **s["predict"]).members.shape == (1, 4, N, 3)
+    assert posterior.predict(x, **s["predict"]).per_member.shape == (1, 4, N, 3)
     with pytest.raises(ValueError, match=r"paper_settings\('mnist', family='normal'\): expected cifar10, cifar100"):
         Rank1.paper_settings("mnist")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="family='student'"):
@@ -376,7 +376,7 @@ def test_bad_guides(make: Any, error: Any, message: str) -> None:
             ValueError,
             r"the prior of '0.weight.s' has shape \(3,\), the site has \(2,\)",
         ),
-        (lambda: Rank1(network(), None).members(), RuntimeError, r"members\(\) belongs to a call"),
+        (lambda: Rank1(network(), None).members_plate(), RuntimeError, r"members\(\) belongs to a call"),
     ],
 )  # fmt: skip
 def test_bad_models(make: Any, error: Any, message: str) -> None:
@@ -492,9 +492,9 @@ def test_fit_with_any_guide(model: Rank1, kind: Any) -> None:
     assert np.mean(posterior.losses[-9:]) < np.mean(posterior.losses[:9])
     draws = posterior.draws(5, seed=1)
     assert {n: tuple(v.shape) for n, v in draws.items()} == {
-        s.name: (5, posterior.members, *s.shape) for s in model.sites()
+        s.name: (5, posterior.num_members, *s.shape) for s in model.sites()
     }
-    assert posterior.predict(x[:3], 5, seed=1).members.shape == (5, posterior.members, 3)
+    assert posterior.predict(x[:3], 5, seed=1).per_member.shape == (5, posterior.num_members, 3)
 
 
 def test_nuts_on_a_small_network(model: Rank1) -> None:
@@ -504,7 +504,7 @@ def test_nuts_on_a_small_network(model: Rank1) -> None:
     mcmc = MCMC(NUTS(model, max_tree_depth=4), num_samples=12, warmup_steps=8, disable_progbar=True)
     mcmc.run(x, y)
     posterior = pb.Posterior.from_mcmc(mcmc, model)
-    assert posterior.predict(x, 12).members.shape == (12, 1, N)
+    assert posterior.predict(x, 12).per_member.shape == (12, 1, N)
     assert all(len(v.flatten(1).unique(dim=0)) > 1 for v in mcmc.get_samples().values()), "every site moves"
     with pytest.raises(NotImplementedError, match="subsample"):
         MCMC(NUTS(model), num_samples=1, warmup_steps=1, disable_progbar=True).run(x[:7], y[:7])
@@ -539,7 +539,7 @@ def test_predictive_agrees_with_the_posterior(model: Rank1) -> None:
     with torch.no_grad():
         guide.scale_loc[0][:, -1] = -3.0  # little noise
     posterior = pb.Posterior(model, guide)
-    ours = posterior.predict(x, 500, seed=0).members.flatten(0, 1)
+    ours = posterior.predict(x, 500, seed=0).per_member.flatten(0, 1)
     theirs = Predictive(model, guide=posterior.guide, num_samples=1000, parallel=True)(x)["obs"].reshape(1000, N)
     error = (ours.var(0) / 500 + theirs.var(0) / 1000).sqrt()  # components are strata: at least this accurate
     assert ((ours.mean(0) - theirs.mean(0)).abs() < 4 * error).all()
@@ -605,7 +605,7 @@ def test_copies_before_and_after_training(prior: Any) -> None:
     posterior = fit(model, guide, (x, y), epochs=1, progress=False)
     check()
     again = pickle.loads(pickle.dumps(posterior))
-    assert torch.equal(again.predict(x, 3, seed=0).members, posterior.predict(x, 3, seed=0).members)
+    assert torch.equal(again.predict(x, 3, seed=0).per_member, posterior.predict(x, 3, seed=0).per_member)
 
 
 def test_models_inside_a_module_with_pyros_own_parameters() -> None:

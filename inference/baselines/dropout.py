@@ -1,0 +1,355 @@
+"""Monte Carlo dropout (Gal and Ghahramani 2016, arXiv 1506.02142)."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import vmap
+from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
+
+from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inference.baselines.point import Baseline, network_at
+from pyro_bnn.inference.batches import minibatches
+from pyro_bnn.likelihoods import Likelihood
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import undisturbed
+from pyro_bnn.network import NORMALISATIONS, Network, Output, batch_size, no_fused_attention
+from pyro_bnn.perturb.probe import select_samples
+from pyro_bnn.posterior import Posterior
+from pyro_bnn.priors import Normal, PriorLike
+from pyro_bnn.priors.choice import resolve
+from pyro_bnn.randomness import device_of, forked
+from pyro_bnn.registry import storable
+from pyro_bnn.sites import Site
+
+#: what an alpha dropout puts in the place of a unit: the value of SELU far to the left
+SELU_LIMIT = -1.7580993408473766
+_BY_CHANNEL = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
+#: rows of the probe: a length that an axis other than that of the rows will hardly have
+_ROWS = 7
+_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
+
+
+class MCDropout(Baseline):
+    r"""A network that is trained with dropout, and predicts with dropout: its masks are what is random.
+
+    ::
+
+        W = argmax_W  log p(W) + sum_n E_m log p(y_n | net_W(x_n, m)),      m ~ Bernoulli(1 - p) for every unit
+        p(y | x) = E_m p(y | net_W(x, m))
+
+    Every ``nn.Dropout`` of the network (also 1d, 2d, 3d, alpha and feature-alpha) that has p > 0 takes part. In
+    training the masks are drawn anew for every row, as always. **A draw of the posterior is one mask for each unit, the
+    same for all rows**: a function, as in every posterior here, where common practice draws anew for each row. At one
+    row the two have the same law; the joint law of several rows differs, and only that of functions has one. The
+    dropout inside attention and recurrent layers stays off in prediction, and calls of ``F.dropout`` are an error.
+
+    The posterior is not one: its width is p, whatever the data are.
+
+    Source: equations 4 to 8 of the paper.
+
+    :param net, likelihood, num_data, output: see :class:`~pyro_bnn.inference.baselines.point.Baseline`.
+    :param prior: of all trained parameters, those of normalisation layers too.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        likelihood: Likelihood,
+        num_data: int,
+        *,
+        prior: PriorLike = Normal(0.0, 1.0),
+        output: Output = None,
+    ) -> None:
+        super().__init__(net, likelihood, num_data, prior=prior, output=output)
+        if not dropout_modules(net):
+            raise ValueError(
+                "the network has no dropout to draw from: put nn.Dropout(p) with p > 0 before the layers whose weights "
+                "are to be uncertain, and train with it. Calls of torch.nn.functional.dropout have no name and do not "
+                "count"
+            )
+        everything = next((name for name, module in dropout_modules(net).items() if module.p >= 1), None)
+        if everything is not None:
+            raise ValueError(f"the dropout {everything!r} has p=1 and drops everything: choose p below 1")
+
+    def fit(
+        self, data: Any, *, epochs: int = 0, batch_size: int = 128, seed: int | None = None, **options: Any
+    ) -> Posterior:
+        """Trains the network if need be, and looks where it drops what.
+
+        :param data: a loader of (x, y), a dataset, or the pair (x, y) itself.
+        :param epochs: of training; 0 takes the network as it is, trained.
+        :param batch_size: for a dataset or a pair.
+        :param seed: of training, the only part that is random.
+        :param options: of :func:`~pyro_bnn.inference.fit`, for training.
+        :return: the posterior of a :class:`DropoutNetwork`.
+        :raises ValueError: when the network calls ``F.dropout`` itself, or reaches none of its dropout modules.
+        """
+        point = self._mode(data, epochs, batch_size=batch_size, seed=seed, **options)
+        net, noise = network_at(point), point.draws(1).get("noise")
+        noise = None if noise is None else noise[0, 0]
+        with forked(device_of(point.model)):
+            first = minibatches(point.model, data, batch_size).first
+        masks = find_masks(Network(net, self.output, share=True), first[0])
+        model = DropoutNetwork(net, self.likelihood, self.num_data, masks=masks, prior=self.prior, output=self.output)
+        return Posterior(model, DropoutGuide(model, noise), losses=point.losses)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks of one dropout module.
+
+    :param rate: p, the probability that a unit is dropped.
+    :param shapes: of the mask of one row, for every call of the module in a pass.
+    """
+
+    rate: float
+    shapes: list[list[int]]
+
+
+def dropout_modules(net: nn.Module) -> dict[str, _DropoutNd]:
+    """The modules that drop something, by name."""
+    return {name: m for name, m in net.named_modules() if isinstance(m, _DropoutNd) and m.p > 0}
+
+
+class _DropoutFunctions(TorchFunctionMode):
+    """Notes whether one of the functions is called that drop something."""
+
+    found: str | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FUNCTIONS:
+            call = inspect.signature(func).bind(*args, **(kwargs or {}))
+            call.apply_defaults()
+            if call.arguments["p"] > 0 and call.arguments["training"]:
+                self.found = func.__name__
+        return func(*args, **(kwargs or {}))
+
+
+def find_masks(core: Network, x: Any) -> dict[str, Masks]:
+    """Where a network drops what: the masks of all dropout modules that it reaches, by their names.
+
+    :raises ValueError: when it drops by functions, reaches no dropout module, or has no samples on axis 0 there.
+    """
+    modules = dropout_modules(core.net)
+    row = select_samples(x, batch_size(x), [0] * _ROWS)
+    seen: dict[str, list[torch.Size]] = {name: [] for name in modules}
+
+    def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda module, args, result: seen[name].append(result.shape)
+
+    handles = [module.register_forward_hook(note(name)) for name, module in modules.items()]
+    try:
+        with no_fused_attention(), undisturbed(core.net), _DropoutFunctions() as functions:
+            core.net.train()  # functions of torch drop in training alone
+            for module in core.net.modules():
+                if isinstance(module, (*NORMALISATIONS, _DropoutNd)):
+                    module.eval()
+            core(row)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if functions.found is not None:
+        raise ValueError(
+            f"the network calls torch.nn.functional.{functions.found}, whose masks cannot be held: make it a module, "
+            "self.drop = nn.Dropout(p), or set its p to 0"
+        )
+    wrong = next(((n, s) for n, shapes in seen.items() for s in shapes if s[:1] != (_ROWS,)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"the dropout {wrong[0]!r} gets a tensor of shape {tuple(wrong[1])} from {_ROWS} rows of x: its axis 0 "
+            "must run over the rows, as every draw has one mask for all of them"
+        )
+    if not any(seen.values()):
+        raise ValueError(f"the network's forward pass reaches none of its dropout modules: {', '.join(modules)}")
+    return {
+        name: Masks(float(modules[name].p), [_mask_shape(modules[name], shape) for shape in shapes])
+        for name, shapes in seen.items()
+        if shapes
+    }
+
+
+def _mask_shape(module: nn.Module, shape: torch.Size) -> list[int]:
+    """Of one row: every unit for itself, or whole channels."""
+    if isinstance(module, _BY_CHANNEL):
+        return [n if axis == 0 else 1 for axis, n in enumerate(shape[1:])]
+    return list(shape[1:])
+
+
+@storable
+class DropoutNetwork(BayesianNetwork):
+    """Pyro model ``m ~ Bernoulli(1 - p), y ~ likelihood(net_W(x, m))`` with point estimates W.
+
+    A dropout module has the site ``<module>.mask``, or ``<module>.mask_0``, ``<module>.mask_1`` ... when the network
+    calls it several times. The module gives ``x m / (1 - p)``. An alpha dropout gives ``a (x m + c (1 - m - p))`` with
+    c the limit of SELU and a = ((1 - p) (1 + p c^2))^-1/2, by which units keep their mean of 0 and variance of 1
+    (Klambauer et al. 2017, arXiv 1706.02515).
+
+    :param net: a network with dropout modules; the model works on a copy.
+    :param likelihood: what the output means.
+    :param num_data: size N of the training set.
+    :param masks: of every module, as :func:`find_masks` finds them.
+    :param prior: of the weights W, whose log density enters the model as one factor.
+    :param prefix, members_dim, output: see :class:`~pyro_bnn.model.BayesianNetwork`.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        likelihood: Likelihood | None,
+        num_data: int | None = None,
+        *,
+        masks: dict[str, Masks],
+        prior: PriorLike = Normal(0.0, 1.0),
+        prefix: str = "",
+        members_dim: int = -2,
+        output: Output = None,
+    ) -> None:
+        super().__init__(net, likelihood, num_data, prefix=prefix, members_dim=members_dim, output=output)
+        self.masks, self.prior = masks, prior
+        self.rates: dict[str, float] = {}
+        self._calls: dict[str, list[str]] = {}
+        self._sites: list[Site] = []
+        if likelihood is not None and likelihood.learns_noise:
+            self._sites.append(Site(self.site("noise"), torch.Size(), "scale", 1.0))
+        for module, own in masks.items():
+            names = (
+                [f"{module}.mask_{i}" for i in range(len(own.shapes))] if len(own.shapes) > 1 else [f"{module}.mask"]
+            )
+            self._calls[module] = [self.site(name) for name in names]
+            for name, shape in zip(self._calls[module], own.shapes, strict=True):
+                self.rates[name] = own.rate
+                self._sites.append(Site(name, torch.Size(shape), "factor", 1 - own.rate))
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> DropoutNetwork:
+        """The dropout modules themselves never drop: their masks are latent."""
+        super().train(mode)
+        for module in dropout_modules(self.core().net).values():
+            module.eval()
+        return self
+
+    def arguments(self) -> dict[str, Any]:
+        return super().arguments() | {"masks": {name: asdict(own) for name, own in self.masks.items()}}
+
+    @classmethod
+    def from_arguments(cls, net: nn.Module, arguments: dict[str, Any]) -> DropoutNetwork:
+        masks = {name: Masks(**own) for name, own in arguments.pop("masks").items()}
+        return cls(net, masks=masks, **arguments)
+
+    def sites(self) -> list[Site]:
+        return self._sites
+
+    def sample_latents(self) -> dict[str, Tensor]:
+        values = self.sample_noise()
+        like = self.like()
+        for site in self._sites:
+            if site.name in self.rates:
+                values[site.name] = pyro.sample(site.name, mask_distribution(site, self.rates[site.name], like))
+        return values
+
+    def log_prior(self) -> Tensor | None:
+        total = self.like().new_zeros(())
+        for name, parameter in self.core().parameters_by_name().items():
+            if parameter.requires_grad:
+                prior = resolve(self.prior, (name,), parameter.detach())
+                if prior.has_tau or prior.has_lambda or prior.has_inclusion:
+                    raise ValueError(f"the prior of {name!r} has scales of its own, which are no latents of this model")
+                total = total + prior.elements(0.0, parameter, None).log_prob(parameter).sum()
+        return total
+
+    def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
+        lead, core = self.lead_shape(latents), self.core()
+        plates = lead + (1,) * (-self.members_dim - 1)
+        masks = {
+            site.name: latents[site.name].expand(plates + site.shape).reshape((-1,) + site.shape)
+            for site in self._sites
+            if site.name in self.rates
+        }
+
+        def run(own: dict[str, Tensor]) -> Tensor:
+            with self._applied(own):
+                return core(x)
+
+        with no_fused_attention():
+            if lead.numel() == 1 or any(m.training or isinstance(m, nn.RNNBase) for m in core.net.modules()):
+                # neither statistics that move nor the fused recurrent kernels can be vectorised
+                f = torch.stack([run({n: m[i] for n, m in masks.items()}) for i in range(lead.numel())])
+            else:
+                f = vmap(run, randomness="different")(masks)
+        return self.unfold(f, lead)
+
+    @contextlib.contextmanager
+    def _applied(self, masks: dict[str, Tensor]) -> Iterator[None]:
+        """Inside, every dropout module applies the mask of its next call."""
+        handles = []
+        for name, sites in self._calls.items():
+            module = self.core().net.get_submodule(name)
+            calls = iter([masks[site] for site in sites])
+            handles.append(module.register_forward_hook(_hook(name, calls, self.masks[name].rate)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _hook(name: str, masks: Iterator[Tensor], rate: float) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    def apply(module: nn.Module, args: Any, x: Tensor) -> Tensor:
+        mask = next(masks, None)
+        if mask is None:
+            raise ValueError(f"the dropout {name!r} is called more often than in the pass that its masks were made for")
+        if _mask_shape(module, x.shape) != list(mask.shape):
+            raise ValueError(
+                f"the dropout {name!r} has masks for rows of shape {tuple(mask.shape)}, and got {tuple(x.shape[1:])}: "
+                "a draw is one mask for each unit, so that all inputs must have the shape of those of training"
+            )
+        if isinstance(module, (nn.AlphaDropout, nn.FeatureAlphaDropout)):
+            a = ((1 - rate) * (1 + rate * SELU_LIMIT**2)) ** -0.5
+            return a * (x * mask + SELU_LIMIT * (1 - mask - rate))
+        return x * (mask / (1 - rate))
+
+    return apply
+
+
+def mask_distribution(site: Site, rate: float, like: Tensor) -> dist.TorchDistribution:
+    """``Bernoulli(1 - p)`` for every element of a mask."""
+    return dist.Bernoulli(like.new_full((), 1 - rate)).expand(site.shape).to_event(len(site.shape))
+
+
+@storable
+class DropoutGuide(MixtureGuide):
+    """The masks as the model has them, ``Bernoulli(1 - p)``, and a point for its noise.
+
+    :param model: a :class:`DropoutNetwork`.
+    :param noise: the noise, where the model learns it.
+    """
+
+    def __init__(self, model: DropoutNetwork, noise: Tensor | None = None) -> None:
+        super().__init__(model, own=lambda site: False)
+        self._noise_site = model.site("noise")
+        self._masks = [(site, model.rates[site.name]) for site in model.sites() if site.name in model.rates]
+        self.register_buffer("_like", model.like().new_zeros(()), persistent=False)
+        self.register_buffer("noise", None if noise is None else noise.detach().to(model.like().device))
+
+    @classmethod
+    def from_tensors(cls, model: Any, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> DropoutGuide:
+        return cls(model, tensors.get("noise"))
+
+    def like(self) -> Tensor:
+        return self.get_buffer("_like")
+
+    def _weights(self, take: Any) -> dict[str, dist.TorchDistribution]:
+        noise = self._buffers["noise"]
+        found = {} if noise is None else {self._noise_site: dist.Delta(noise)}
+        return found | {site.name: mask_distribution(site, rate, self.like()) for site, rate in self._masks}

@@ -1,0 +1,167 @@
+"""Deep ensembles (Lakshminarayanan, Pritzel and Blundell 2017, arXiv 1612.01474)."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pyro_bnn.inference.baselines.point import Baseline
+from pyro_bnn.likelihoods import Likelihood
+from pyro_bnn.network import Output
+from pyro_bnn.posterior import Posterior
+from pyro_bnn.priors import Normal, PriorLike
+from pyro_bnn.randomness import derive_seeds, device_of, seeded
+
+
+class DeepEnsemble(Baseline):
+    r"""K networks trained apart, from starting values of their own.
+
+    ::
+
+        w_k = argmax_w  log p(w) + sum_n log p(y_n | net_w(x_n)),   started at w_k^0 ~ initialisation
+        p(y | x) = (1/K) sum_k p(y | net_{w_k}(x))
+
+    The networks are K stored draws of one :class:`~pyro_bnn.models.Dense`: ``predict(x, num_samples=K)``. They are
+    draws and not members of a mixture because each has statistics of its own for normalisation layers, which belong to
+    draws here. Adversarial training, which the paper leaves to choice, is not done.
+
+    Source: section 2.4 of the paper; maximum a posteriori in place of maximum likelihood.
+
+    :param net, likelihood, num_data, output: see :class:`~pyro_bnn.inference.baselines.point.Baseline`.
+    :param num_networks: K.
+    :param prior: of all trained parameters, those of normalisation layers too.
+    :param build: makes a new network of the same architecture, with new starting values, for every member. By default
+        a copy of ``net`` whose modules are reset by their own ``reset_parameters``, as all layers of ``torch.nn`` are.
+    :raises ValueError: for fewer than one member.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        likelihood: Likelihood,
+        num_data: int,
+        *,
+        num_networks: int = 5,
+        prior: PriorLike = Normal(0.0, 1.0),
+        build: Callable[[], nn.Module] | None = None,
+        output: Output = None,
+    ) -> None:
+        super().__init__(net, likelihood, num_data, prior=prior, output=output)
+        if not isinstance(num_networks, int) or num_networks < 1:
+            raise ValueError(f"num_networks={num_networks!r}: expected a number of networks, at least 1")
+        self.num_networks, self.build = num_networks, build
+
+    def fit(
+        self,
+        data: Any,
+        *,
+        epochs: int,
+        checkpoint: str | os.PathLike[str] | None = None,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Posterior:
+        """Trains one network after the other.
+
+        :param data: a loader of (x, y), a dataset, or the pair (x, y) itself.
+        :param epochs: passes over the data, for each network.
+        :param checkpoint: file whose name is given the number of the network, ``run.pt`` to ``run-0.pt`` and so on;
+            training resumes from those that exist.
+        :param seed: makes the run reproducible, and leaves the global random state alone.
+        :param options: ``optim``, ``lr``, ``batch_size``, ``schedule``, ``progress`` and the others of
+            :func:`~pyro_bnn.inference.fit`.
+        :return: a posterior of K stored draws. Its ``losses`` are the averages over the networks.
+        :raises TypeError: when ``optim`` is an optimiser, which holds the parameters of one network.
+        :raises ValueError: when a parameter cannot be given a new value; see ``build``.
+        """
+        if isinstance(options.get("optim"), Optimizer):
+            raise TypeError(
+                "optim= is an optimiser, and every network needs one of its own: give its name, or a function such as "
+                "lambda groups: torch.optim.Adam(groups, lr=1e-3)"
+            )
+        if not isinstance(epochs, int) or epochs < 1:
+            raise ValueError(f"epochs={epochs!r}: expected at least 1, as every network starts untrained")
+        seeds = derive_seeds(seed, 2 * self.num_networks)
+        points = []
+        for member in range(self.num_networks):
+            own = None if checkpoint is None else _numbered(Path(checkpoint), member)
+            net = self._new_network(seeds[2 * member])
+            run = {"checkpoint": own, "seed": seeds[2 * member + 1], **options}
+            points.append(self._mode(data, epochs, net, **run))
+        draws = [point.draws(1) for point in points]
+        stacked = {name: torch.cat([draw[name][:, 0] for draw in draws]) for name in draws[0]}
+        posterior = Posterior.from_draws(points[0].model, stacked, statistics=_own_buffers(points), is_sampled=False)
+        posterior.losses = [sum(step) / self.num_networks for step in zip(*(p.losses for p in points), strict=False)]
+        return posterior
+
+    def _new_network(self, seed: int | None) -> nn.Module:
+        device = device_of(self.net)
+        with seeded(device, seed):
+            if self.build is None:
+                return _reset(self.net)
+            net = self.build()
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"build= must return a torch.nn.Module, got {type(net).__name__}")
+        if net is self.net:
+            raise ValueError("build= returned the network itself: it must make a new one at every call")
+        try:
+            copy.deepcopy(self.net).load_state_dict(net.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"build= makes a network that is not of the architecture of net: {error}") from None
+        made = dict(net.named_parameters())
+        with torch.no_grad():
+            for name, given in self.net.named_parameters():
+                if not given.requires_grad:  # it stays as it is, in all networks
+                    made[name].copy_(given).requires_grad_(False)
+        return net.to(device)
+
+
+def _reset(net: nn.Module) -> nn.Module:
+    """A copy of a network whose modules have reset their parameters; those that take no gradient stay.
+
+    :raises ValueError: when a parameter still has its old value, and that may not be the value that it starts with.
+    """
+    net = copy.deepcopy(net)
+    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
+    owned: set[int] = set()
+    for module in net.modules():
+        # attention and nn.Transformer have the underscore
+        reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
+        if callable(reset):
+            reset()
+            owned.update(id(p) for p in module.parameters(recurse=False))
+    stuck = []
+    for name, parameter in net.named_parameters():
+        if not parameter.requires_grad:
+            parameter.data.copy_(before[name])
+        elif torch.equal(parameter, before[name]) and (id(parameter) not in owned or _varies(parameter)):
+            stuck.append(name)
+    if stuck:
+        raise ValueError(
+            f"the modules of the network cannot give {stuck[0]!r} a new starting value"
+            + (f" (nor {len(stuck) - 1} others: {', '.join(stuck[1:4])} ...)" if len(stuck) > 1 else "")
+            + ", and an ensemble needs different ones: give build=, a function that makes a new network"
+        )
+    return net
+
+
+def _varies(value: Tensor) -> bool:
+    """Whether the elements differ: a constant is what biases and gains start with."""
+    return value.numel() > 0 and bool((value != value.flatten()[0]).any())
+
+
+def _own_buffers(points: list[Posterior]) -> dict[str, Tensor]:
+    """``{buffer: [K, *shape]}`` of those in which the networks differ, such as statistics of normalisation layers."""
+    buffers = [dict(point.model.core().net.named_buffers()) for point in points]  # type: ignore[attr-defined]
+    stacked = {name: torch.stack([own[name] for own in buffers]).detach() for name in buffers[0]}
+    return {name: value for name, value in stacked.items() if not torch.equal(value, value[:1].expand_as(value))}
+
+
+def _numbered(path: Path, member: int) -> Path:
+    return path.with_name(f"{path.stem}-{member}{path.suffix}")

@@ -1,0 +1,82 @@
+"""Point estimates: all parameters of a network at the mode of their posterior, where every baseline starts."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from pyro_bnn.inference.svi.fitting import fit
+from pyro_bnn.likelihoods import Likelihood
+from pyro_bnn.models.dense import Dense, PointGuide
+from pyro_bnn.network import Output
+from pyro_bnn.posterior import Posterior
+from pyro_bnn.priors import PriorLike
+
+
+class Baseline:
+    """What the baselines are made of: a network, what its output means, and the prior of its weights.
+
+    Parameters that do not require a gradient are left as they are.
+
+    :param net: any module; it is copied, never changed.
+    :param likelihood: one of :mod:`pyro_bnn.likelihoods`.
+    :param num_data: size N of the training set.
+    :param prior: of all trained parameters, those of normalisation layers too; its log density is the weight penalty.
+    :param output: which output to take when the network returns several (key, index or function).
+    """
+
+    def __init__(
+        self, net: nn.Module, likelihood: Likelihood, num_data: int, *, prior: PriorLike, output: Output = None
+    ) -> None:
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+        if not isinstance(likelihood, Likelihood):
+            raise TypeError(
+                f"{type(self).__name__} needs one of pyro_bnn.likelihoods, which says what it is trained for; got "
+                f"{likelihood!r}"
+            )
+        if not any(is_trainable(name, p) for name, p in net.named_parameters()):
+            raise ValueError("the network has no parameter that requires a gradient: there is nothing to train")
+        self.net, self.likelihood, self.num_data, self.prior, self.output = net, likelihood, num_data, prior, output
+        self._model()  # a prior or size that does not fit is an error here, and not after hours
+
+    def _model(self, net: nn.Module | None = None) -> Dense:
+        """All trainable parameters as sites, so that each has its prior and each draw has them all."""
+        net = self.net if net is None else net
+        return Dense(net, self.likelihood, self.num_data, prior=self.prior, select=is_trainable, output=self.output)
+
+    def _mode(self, data: Any, epochs: int, net: nn.Module | None = None, **options: Any) -> Posterior:
+        """One point: the mode of the posterior after so many epochs, or the network as it is after none.
+
+        :raises ValueError: without training, when the noise is to be learned.
+        """
+        if not isinstance(epochs, int) or epochs < 0:
+            raise ValueError(f"epochs={epochs!r}: expected a number of passes over the data, 0 for a trained network")
+        model = self._model(net)
+        guide = PointGuide(model)
+        if epochs:
+            return fit(model, guide, data, epochs=epochs, **options)
+        if self.likelihood.learns_noise:
+            raise ValueError(
+                f"{self.likelihood!r} learns its noise, and nothing is trained with epochs=0: give epochs=, or the "
+                "standard deviation of the noise as scale="
+            )
+        return Posterior(model, guide)
+
+
+def is_trainable(name: str, parameter: Tensor) -> bool:
+    return parameter.is_floating_point() and parameter.requires_grad
+
+
+def network_at(point: Posterior) -> nn.Module:
+    """A copy of the network of a posterior that is one point, with the values of that point; it takes no gradient."""
+    model = point.model
+    assert isinstance(model, Dense)
+    values = point.draws(1)
+    net = copy.deepcopy(model.core().net)
+    for name, parameter in net.named_parameters():
+        if model.site(name) in values:
+            parameter.data.copy_(values[model.site(name)][0, 0])
+    return net.requires_grad_(False)

@@ -1,0 +1,220 @@
+"""SWAG: a Gaussian around the path of stochastic gradient descent (Maddox et al. 2019, arXiv 1902.02476)."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyro_bnn.inference.baselines.point import Baseline
+from pyro_bnn.inference.batches import minibatches
+from pyro_bnn.inference.svi.fitting import FitState, fit
+from pyro_bnn.likelihoods import Likelihood
+from pyro_bnn.models.dense import Dense, PointGuide
+from pyro_bnn.modes import evaluating
+from pyro_bnn.network import Output
+from pyro_bnn.posterior import Posterior
+from pyro_bnn.posterior.statistics import gather_statistics
+from pyro_bnn.priors import Normal, PriorLike
+from pyro_bnn.randomness import derive_seeds, device_of, seeded
+from pyro_bnn.sites import Site
+
+
+class Moments:
+    r"""Mean, variance and last deviations of the iterates theta_1 ... theta_T.
+
+    ::
+
+        mean = (1/T) sum_t theta_t,      variance = (1/T) sum_t theta_t^2 - mean^2   (element-wise)
+        D = [theta_t - mean_t], t = T - K + 1 ... T,   with mean_t that of the first t iterates
+
+    Source: sections 3.2 and 3.3 of the paper. The variance is gathered by Welford's recurrence, which is the same but
+    for rounding: the difference of squares loses what is small against the mean.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.count = rank, 0
+        self.mean = self._squares = torch.empty(0)
+        self._deviations: list[Tensor] = []
+
+    def update(self, theta: Tensor) -> None:
+        if not self.count:
+            self.mean, self._squares = torch.zeros_like(theta), torch.zeros_like(theta)
+        self.count += 1
+        before = theta - self.mean
+        self.mean = self.mean + before / self.count
+        deviation = theta - self.mean
+        self._squares = self._squares + before * deviation
+        self._deviations = [*self._deviations, deviation][-self.rank :]
+
+    @property
+    def variance(self) -> Tensor:
+        return self._squares / self.count
+
+    @property
+    def columns(self) -> int:
+        """K, or the number of iterates when there are fewer."""
+        return len(self._deviations)
+
+    @property
+    def deviations(self) -> Tensor:
+        """D, ``[P, K]``."""
+        return torch.stack(self._deviations, -1)
+
+    def draw(self, z1: Tensor, z2: Tensor) -> Tensor:
+        r"""A draw from ``N(mean, (diag(variance) + D D^T / (K - 1)) / 2)``, from standard normals.
+
+        ::
+
+            theta = mean + sqrt(variance / 2) z_1 + D z_2 / sqrt(2 (K - 1))
+
+        Source: equation 1 of the paper.
+
+        :param z1: ``[..., P]``.
+        :param z2: ``[..., K]``.
+        """
+        spread = z2 @ self.deviations.mT / math.sqrt(2 * (self.columns - 1))
+        return self.mean + (self.variance / 2).sqrt() * z1 + spread
+
+
+class SWAG(Baseline):
+    r"""The Gaussian of the iterates of SGD with a constant learning rate, as stored draws.
+
+    The loss is the negative log posterior per datum, and one iterate is taken at the end of every epoch::
+
+        theta <- theta - lr grad [ -(1/B) sum_b log p(y_b | x_b, theta) - (1/N) log p(theta) ]
+
+    :class:`Moments` says what is made of them. Scales that the model learns, as the noise of a Gaussian, take part with
+    their logarithm. Each draw has statistics of its own for normalisation layers, gathered over the training data, and
+    so takes a pass over them.
+
+    How wide the Gaussian is depends on ``lr``: with gradient noise of covariance V for one datum and curvature A of the
+    loss it is about ``(lr / 2 B) A^-1 V`` without momentum, and by no means the posterior's.
+
+    :param net: a network that is trained, or ``warmup_epochs`` must train it; it is copied, never changed.
+    :param likelihood, num_data, output: see :class:`~pyro_bnn.inference.baselines.point.Baseline`.
+    :param rank: K, the number of deviations that are kept, each of the size of the network.
+    :param prior: of all trained parameters, those of normalisation layers too.
+    :raises ValueError: for a rank below 2.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        likelihood: Likelihood,
+        num_data: int,
+        *,
+        rank: int = 20,
+        prior: PriorLike = Normal(0.0, 1.0),
+        output: Output = None,
+    ) -> None:
+        super().__init__(net, likelihood, num_data, prior=prior, output=output)
+        if not isinstance(rank, int) or rank < 2:
+            raise ValueError(f"rank={rank!r}: expected a number of deviations, at least 2")
+        self.rank = rank
+        self.moments = Moments(rank)
+
+    def fit(
+        self,
+        data: Any,
+        *,
+        epochs: int,
+        warmup_epochs: int = 0,
+        lr: float = 1e-2,
+        momentum: float = 0.9,
+        num_samples: int = 30,
+        batch_size: int = 128,
+        clip_norm: float | None = None,
+        callbacks: Sequence[Callable[[FitState], bool | None]] = (),
+        progress: bool = True,
+        seed: int | None = None,
+    ) -> Posterior:
+        """Runs SGD, and draws from the Gaussian of its iterates, which ``moments`` of this object then holds.
+
+        :param data: a loader of (x, y), a dataset, or the pair (x, y) itself.
+        :param epochs: number of iterates that count, at least 2.
+        :param warmup_epochs: epochs before, with the same learning rate, that do not count.
+        :param lr: constant learning rate; large enough that SGD moves about, small enough that it stays.
+        :param momentum: of Nesterov; 0 for plain SGD.
+        :param num_samples: stored draws.
+        :param batch_size: for a dataset or a pair.
+        :param clip_norm, callbacks, progress: see :func:`~pyro_bnn.inference.fit`.
+        :param seed: makes the run and the draws reproducible, and leaves the global random state alone.
+        :return: a posterior of ``num_samples`` stored draws.
+        :raises ValueError: for counts out of range, or when callbacks end the run before its second iterate.
+        :raises FloatingPointError: when SGD diverges.
+        """
+        for name, count, least in (("epochs", epochs, 2), ("warmup_epochs", warmup_epochs, 0)):
+            if not isinstance(count, int) or count < least:
+                raise ValueError(f"{name}={count!r}: expected a whole number, at least {least}")
+        if not isinstance(num_samples, int) or num_samples < 1:
+            raise ValueError(f"num_samples={num_samples!r}: expected a number of draws, at least 1")
+        if not (0 < lr < math.inf and 0 <= momentum < 1):
+            raise ValueError(f"lr={lr!r}, momentum={momentum!r}: expected a positive number, and one in [0, 1)")
+        model = self._model()
+        guide = PointGuide(model)
+        moments = self.moments = Moments(self.rank)
+
+        def collect(state: FitState) -> None:
+            if state.epoch > warmup_epochs:
+                moments.update(torch.cat([value.flatten() for value in guide.coordinates().values()]))
+
+        def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+            return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=momentum > 0)
+
+        training_seed, drawing_seed = derive_seeds(seed, 2)
+        run = fit(
+            *(model, guide, data),
+            epochs=warmup_epochs + epochs,
+            batch_size=batch_size,
+            optim=sgd,
+            clip_norm=clip_norm,
+            callbacks=[*callbacks, collect],
+            progress=progress,
+            seed=training_seed,
+        )
+        if moments.count < 2:
+            raise ValueError(f"the callbacks ended the run after {moments.count} iterates that count: two are needed")
+        posterior = self._draw(model, guide, data, batch_size, num_samples, drawing_seed)
+        posterior.losses = run.losses
+        return posterior
+
+    def _draw(self, model: Dense, guide: PointGuide, data: Any, batch_size: int, n: int, seed: int | None) -> Posterior:
+        moments, sites = self.moments, {site.name: site for site in model.sites()}
+        order = [sites[name] for name in guide.coordinates()]
+        with seeded(device_of(model), seed):
+            z1 = torch.randn(n, len(moments.mean), dtype=moments.mean.dtype, device=moments.mean.device)
+            z2 = torch.randn(n, moments.columns, dtype=z1.dtype, device=z1.device)
+            parts = moments.draw(z1, z2).split([site.shape.numel() for site in order], -1)
+            draws = {s.name: _constrained(s, part.reshape(n, *s.shape)) for s, part in zip(order, parts, strict=True)}
+            return _with_statistics(Posterior.from_draws(model, draws, is_sampled=False), data, batch_size)
+
+
+def _with_statistics(posterior: Posterior, data: Any, batch_size: int) -> Posterior:
+    """The same stored draws, each with the statistics of normalisation layers that it has on the data."""
+    model, draws = posterior.model, posterior.draws(posterior.num_stored or 0)
+    assert isinstance(model, Dense)
+    if not model.moving_layers():
+        return posterior
+    batches = minibatches(model, data, batch_size)
+    gathered: dict[str, list[Tensor]] = defaultdict(list)
+    with torch.no_grad(), evaluating(model):
+        for i in range(posterior.num_stored or 0):
+            gather_statistics(model, {name: value[i : i + 1] for name, value in draws.items()}, batches.epoch())
+            for name, layer in model.moving_layers().items():
+                for buffer, value in layer.named_buffers():
+                    gathered[f"{name}.{buffer}"].append(value.clone())
+    statistics = {name: torch.stack(values) for name, values in gathered.items()}
+    own = {name: value[:, 0] for name, value in draws.items()}
+    return Posterior.from_draws(model, own, statistics=statistics, is_sampled=False)
+
+
+def _constrained(site: Site, value: Tensor) -> Tensor:
+    """From the coordinates in which a guide holds a point."""
+    if site.role == "scale":
+        return value.exp()
+    return value.sigmoid() if site.role == "share" else value

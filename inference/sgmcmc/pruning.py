@@ -1,0 +1,135 @@
+"""Rules by which groups of weights are removed for good while a chain warms up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.priors import SpikeAndSlabDistribution
+from pyro_bnn.sparsity.inclusion import keep_highest
+
+
+@dataclass
+class Groups:
+    """The groups of one spike-and-slab site in the state of a kernel; ``lead`` is ``(chains,)`` or ``()``.
+
+    :param weights: ``[*lead, *event]``, a view of the state.
+    :param included: probability of the slab for every group by the E-step, ``[*lead, *groups]``.
+    :param kept: False for groups that were removed, ``[*lead, *groups]``.
+    :param probability: mean of ``P(slab | weights)`` over the steps of the pruning phase so far, ``[*lead, *groups]``.
+    """
+
+    density: SpikeAndSlabDistribution
+    weights: Tensor
+    included: Tensor
+    kept: Tensor
+    probability: Tensor
+
+
+class Rule:
+    """Says which groups are to stay. What a rule removes never comes back."""
+
+    def __call__(self, sites: Sequence[Groups], progress: float) -> list[Tensor]:
+        """True for groups that stay, ``[*lead, *groups]`` for each site.
+
+        :param progress: how much of the pruning phase has passed, in [0, 1].
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define __call__()")
+
+
+def _require_share(owner: Rule, name: str, value: float) -> None:
+    if not (isinstance(value, (int, float)) and 0 < value < 1):
+        raise ValueError(f"{type(owner).__name__}({name}={value!r}): expected a number between 0 and 1")
+
+
+@dataclass(frozen=True)
+class InclusionRule(Rule):
+    """At the end of warm-up those groups stay whose posterior inclusion probability is at least ``threshold``.
+
+    The probability is the mean over the pruning phase: that of a single draw would remove every group that visits the
+    spike once. A threshold of 1/2 is the median probability model (Barbieri and Berger 2004).
+    """
+
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require_share(self, "threshold", self.threshold)
+
+    def __call__(self, sites: Sequence[Groups], progress: float) -> list[Tensor]:
+        return [site.kept if progress < 1 else site.probability >= self.threshold for site in sites]
+
+
+@dataclass(frozen=True)
+class MagnitudeRule(Rule):
+    """Groups of the smallest mean square go, over all sites together, until a share s of all weights is gone.
+
+    ``s = sparsity (1 - decay^(500 progress))``, and ``sparsity`` itself at the end (Deng et al. 2019, algorithm 1, with
+    their k / f counted so that the phase has 500 of it).
+    """
+
+    sparsity: float = 0.9
+    decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        _require_share(self, "sparsity", self.sparsity)
+        _require_share(self, "decay", self.decay)
+
+    def share(self, progress: float) -> float:
+        """s, the share of all weights that is to be gone."""
+        return self.sparsity * (1.0 if progress >= 1 else 1 - self.decay ** (500 * progress))
+
+    def __call__(self, sites: Sequence[Groups], progress: float) -> list[Tensor]:
+        scores = [site.density.mean_square(site.weights) for site in sites]
+        return keep_highest(scores, [site.density for site in sites], self.share(progress))
+
+
+@dataclass(frozen=True)
+class PaperRule(Rule):
+    """The rule of Ke and Fan's released code: a group of a matrix stays if its mean square is at least the threshold.
+
+    Of a convolution, every input channel and every output channel stays whose weights have a range (largest minus
+    smallest) of at least the threshold.
+    """
+
+    hard_threshold: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not self.hard_threshold > 0:
+            raise ValueError(f"PaperRule(hard_threshold={self.hard_threshold!r}): expected a positive number")
+
+    def __call__(self, sites: Sequence[Groups], progress: float) -> list[Tensor]:
+        return [self._of_channels(s) if len(s.density.event_shape) > 2 else self._of_groups(s) for s in sites]
+
+    def _of_groups(self, site: Groups) -> Tensor:
+        return site.density.mean_square(site.weights) >= self.hard_threshold
+
+    def _of_channels(self, site: Groups) -> Tensor:
+        axes = tuple(range(-len(site.density.event_shape), 0))
+        stays = torch.ones_like(site.weights, dtype=torch.bool)
+        for channel in axes[:2]:
+            others = tuple(axis for axis in axes if axis != channel)
+            spread = site.weights.amax(others, keepdim=True) - site.weights.amin(others, keepdim=True)
+            stays &= spread >= self.hard_threshold
+        within = site.density.axes
+        return stays.amax(within) if within else stays  # a group goes when all its weights do
+
+
+#: the rules under the names that ``prune=`` takes
+RULES = {"inclusion": InclusionRule, "magnitude schedule": MagnitudeRule, "paper": PaperRule}
+RuleName = Literal["inclusion", "magnitude schedule", "paper"]
+
+
+def rule(prune: Rule | str | None) -> Rule | None:
+    """The rule that ``prune=`` names.
+
+    :raises ValueError: for an unknown name.
+    """
+    if prune is None or isinstance(prune, Rule):
+        return prune
+    if prune not in RULES:
+        raise ValueError(f"prune={prune!r}: expected None, a Rule, or one of {', '.join(map(repr, RULES))}")
+    return RULES[prune]()

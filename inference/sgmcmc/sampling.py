@@ -1,0 +1,139 @@
+"""Markov chains as a posterior: vectorised chains, a progress bar, and draws that go to disk as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from pyro.infer import MCMC
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from pyro_bnn.inference.sgmcmc.sghmc import SGHMC
+from pyro_bnn.posterior import Posterior
+from pyro_bnn.randomness import device_of, seeded
+
+
+def sample(
+    kernel: MCMCKernel,
+    num_samples: int,
+    warmup_steps: int = 0,
+    num_chains: int = 1,
+    *,
+    args: tuple[Any, ...] = (),
+    stream: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    seed: int | None = None,
+) -> Posterior:
+    """Runs a kernel and returns the posterior.
+
+    Chains of :class:`~pyro_bnn.inference.SGHMC` are vectorised: one batched gradient a step for all of them, each with
+    minibatches of its own. Other kernels run in ``pyro.infer.MCMC``.
+
+    :param kernel: an :class:`~pyro_bnn.inference.SGHMC`, or any kernel of Pyro.
+    :param num_samples: draws that are kept, of each chain.
+    :param warmup_steps: draws that are not, of each chain, in which the kernel adapts.
+    :param args: what the model is called with, for kernels that hold no data.
+    :param stream: a folder, to which each draw is written as it comes (one ``.npy`` file a site), and from which the
+        posterior reads: memory stays at one draw. By default draws are kept in memory, on the device.
+    :param seed: makes the run reproducible, and leaves the global random state alone.
+    :return: a posterior whose stored draws are those of all chains, chain after chain.
+    :raises ValueError: for counts out of range, or a folder that holds draws of these sites.
+    :raises FloatingPointError: when a chain diverges; draws that were streamed stay on disk.
+    """
+    for name, count, least in (
+        ("num_samples", num_samples, 1),
+        ("warmup_steps", warmup_steps, 0),
+        ("num_chains", num_chains, 1),
+    ):
+        if not isinstance(count, int) or count < least:
+            raise ValueError(f"{name}={count!r}: expected a whole number, at least {least}")
+    model: Callable[..., Any] = kernel.model  # type: ignore[attr-defined]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(seeded(device_of(model), seed))
+        if isinstance(kernel, SGHMC):
+            draws, statistics = _run(kernel, num_samples, warmup_steps, num_chains, args, stream, progress)
+            posterior = Posterior.from_draws(model, draws, num_chains, statistics)
+            posterior.sampler = _temperatures(kernel)
+            return posterior
+        if stream is not None:
+            raise ValueError(f"stream= goes with SGHMC; {type(kernel).__name__} keeps its draws in memory")
+        mcmc = MCMC(kernel, num_samples, warmup_steps, num_chains=num_chains, disable_progbar=not progress)
+        mcmc.run(*args)
+    return Posterior.from_mcmc(mcmc, model)
+
+
+def _run(
+    kernel: SGHMC,
+    num_samples: int,
+    warmup_steps: int,
+    num_chains: int,
+    args: tuple[Any, ...],
+    stream: str | os.PathLike[str] | None,
+    progress: bool,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """``{site: [num_chains * num_samples, *event]}``, chain after chain, and statistics of normalisation likewise."""
+    statistics: dict[str, list[Tensor]] = {}
+    bar = Progress(
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}")),
+        *(TimeElapsedColumn(), TimeRemainingColumn()),
+        disable=not progress,
+    )
+    kernel.chains = num_chains if num_chains > 1 else None
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, kernel, "chains", None)
+        stack.callback(kernel.cleanup)
+        kernel.setup(warmup_steps, *args)
+        params = kernel.initial_params
+        kept = {
+            name: _storage(num_chains, num_samples, value if num_chains > 1 else value.unsqueeze(0), name, stream)
+            for name, value in kernel.potential.constrain(params).items()
+        }
+        stack.enter_context(bar)
+        task = bar.add_task(type(kernel).__name__, total=warmup_steps + num_samples, state="warm-up")
+        shown = time.monotonic()
+        for i in range(-warmup_steps, num_samples):
+            params = kernel.sample(params)
+            if progress and time.monotonic() > shown + 0.5:
+                shown = time.monotonic()
+                bar.update(task, state=" ".join(" ".join(pair) for pair in kernel.logging().items()))
+            bar.advance(task)
+            if i < 0:
+                continue
+            for name, value in kernel.potential.constrain(params).items():
+                kept[name][:, i] = value
+            for name, value in kernel.statistics().items():
+                statistics.setdefault(name, []).append(value)
+        kernel.check()
+    draws = {name: value.flatten(0, 1) for name, value in kept.items()}
+    return draws, {name: torch.stack(values) for name, values in statistics.items()}
+
+
+def _temperatures(kernel: SGHMC) -> dict[str, float]:
+    """The temperatures that were measured, those that they should be, and T; nothing for a kernel that has none."""
+    measured = {name: value for name, value in kernel.diagnostics().items() if name.endswith(" temperature")}
+    if not measured:
+        return {}
+    expected = 2 * kernel.temperature / (2 - kernel.friction)
+    return measured | {"expected kinetic temperature": expected, "temperature": kernel.temperature}
+
+
+def _storage(chains: int, draws: int, like: Tensor, name: str, stream: str | os.PathLike[str] | None) -> Tensor:
+    shape = (chains, draws, *like.shape[1:])
+    if stream is None:
+        return torch.empty(shape, dtype=like.dtype, device=like.device)
+    folder = Path(stream)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{quote(name, safe='')}.npy"
+    if path.exists():
+        raise ValueError(f"{str(path)!r} exists: stream= takes a folder without draws of an earlier run")
+    dtype = torch.empty((), dtype=like.dtype).numpy().dtype
+    return torch.from_numpy(np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape))

@@ -1,0 +1,406 @@
+"""Stein variational gradient descent, repulsive ensembles, and the plain ensemble as their control."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset
+
+from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inference.batches import minibatches
+from pyro_bnn.inference.schedules import Schedule
+from pyro_bnn.inference.stein.autoparticles import AutoParticles
+from pyro_bnn.inference.stein.kernels import RBF, Kernel, Points
+from pyro_bnn.inference.stein.particles import AnyParticles, MemberParticles, Segment
+from pyro_bnn.inference.svi.fitting import FitState, TrainingRun
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.network import batch_size
+from pyro_bnn.posterior import Posterior
+from pyro_bnn.randomness import device_of, seeded
+
+OfStep = float | Callable[[int], float]
+
+#: glibc gives tensors from this size on back to the system, and gets fresh pages for the next
+FRESH_PAGES = 2**25
+
+_SPACES = ("factor", "product", "function")
+_SCOPES = ("joint", "layer", "tensor")
+_METHODS = ("svgd", "wgd", "ensemble")
+
+
+def cyclical_annealing(total_steps: int, cycles: int = 10, power: float = 10.0) -> Callable[[int], float]:
+    """gamma for ``annealing=``: ``((t mod L + 1) / L)^power`` with ``L = total_steps / cycles``, and 1 ever after.
+
+    Repulsion alone spreads the particles at the start of a cycle, and the target gathers them at its end (D'Angelo &
+    Fortuin, "Annealed Stein variational gradient descent", 2021).
+
+    :param total_steps: length of all cycles together; at least one step each.
+    """
+    if not isinstance(cycles, int) or cycles < 1:
+        raise ValueError(f"cycles={cycles!r}: expected a whole number, at least 1")
+    if total_steps < cycles:
+        raise ValueError(f"total_steps={total_steps!r}: expected at least one step for each of the {cycles} cycles")
+    if not power > 0:
+        raise ValueError(f"power={power!r}: expected a positive number")
+    length = total_steps / cycles
+
+    def gamma(step: int) -> float:
+        return 1.0 if step >= total_steps else min(1.0, (step % length + 1) / length) ** power
+
+    return gamma
+
+
+class _Group(NamedTuple):
+    """The coordinates of one kernel: columns of blocks that lie side by side, and pairs of segments."""
+
+    columns: list[tuple[int, int, int]]
+    pairs: list[tuple[Segment, Segment, float]]
+
+
+class SVGD:
+    """Particles that move along the gradient of ``log p`` and repel each other.
+
+    With the energies ``U_i = -log p(data, z_i) - log |dz_i / dtheta_i|`` of the whole data set, in unconstrained
+    coordinates theta, and a kernel k, particle i moves along ::
+
+        "svgd"      phi_i = (1/n) sum_j [-gamma k_ij grad U_j + lambda grad_{theta_j} k(theta_j, theta_i)]
+        "wgd"       phi_i = -gamma grad U_i - lambda (sum_j grad_{theta_i} k_ij) / (sum_j k_ij)
+        "ensemble"  phi_i = -gamma grad U_i
+
+    (Liu & Wang 2016; D'Angelo & Fortuin 2021, kernel density estimate; the control). The optimiser is handed
+    ``-phi / num_data``, so that learning rates are those of a mean loss; fixed points do not change. A weight decay of
+    the optimiser acts outside of phi: the prior is in U already.
+
+    Memory is O(n dim + n^2). Weights of a network that its particles share are trained on the mean of U, without any
+    kernel; other parameters of a model stay as they are.
+
+    :param model: a model of this package, or any Pyro model with continuous latents.
+    :param guide: a :class:`~pyro_bnn.guide.MixtureGuide` of points, or :class:`AutoParticles`; its particles move in
+        place.
+    :param optim: Adam by default; a class of ``torch.optim``, which is given ``lr``, or a function from parameters to
+        an optimiser. A step has particles in one tensor: what an optimiser adapts must not mix rows.
+    :param kernel: see :mod:`pyro_bnn.inference.stein.kernels`; by default ``RBF("median")``.
+    :param space: where distances are taken: ``"factor"``, in the coordinates theta; ``"product"``, between the low-rank
+        products of the guide's ``pairs() -> [(site of A, site of B, scale)]`` and the coordinates in no pair;
+        ``"function"``, between the network's outputs on the batch, for "wgd". By default products where there are any.
+    :param scope: ``"joint"`` for one kernel over everything, ``"layer"`` for one each (a site's name without its last
+        dotted part), ``"tensor"`` for one for each site or pair. By default ``"tensor"`` for networks and ``"joint"``
+        for other models: in thousands of dimensions one kernel loses the variance (docs/bella.md has the figures),
+        while several lose dependence between their coordinates.
+    :param repulsion: lambda, 1 for the posterior; a number or a function of the step.
+    :param annealing: gamma, in (0, 1], a function of the step such as :func:`cyclical_annealing`; 1 by default.
+    :param num_data: size N of the data set; a network knows its own, and ``fit`` that of its data.
+    :param sequential: run the model for one particle after the other: the same result but for the noise of dropout, in
+        the memory of one. ``"auto"`` does so for networks on the CPU whose activations for all particles together
+        exceed 32 MB: the allocator fetches fresh pages for such tensors, which costs more than folding saves.
+    :param lr: learning rate, where ``optim`` is no function.
+    :raises ValueError: for numbers out of range, or options that do not go together.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: MixtureGuide | AutoParticles,
+        optim: Callable[..., Optimizer] | None = None,
+        *,
+        kernel: Kernel | None = None,
+        space: Literal["factor", "product", "function"] | None = None,
+        scope: Literal["joint", "layer", "tensor"] | None = None,
+        method: Literal["svgd", "wgd", "ensemble"] = "svgd",
+        repulsion: OfStep = 1.0,
+        annealing: Callable[[int], float] | None = None,
+        num_data: int | None = None,
+        sequential: bool | Literal["auto"] = "auto",
+        lr: float = 1e-3,
+    ) -> None:
+        pairs = getattr(guide, "pairs", None)
+        if space is None:
+            space = "factor" if pairs is None else "product"
+        if scope is None:
+            scope = "tensor" if isinstance(guide, MixtureGuide) and space != "function" else "joint"
+        for name, value, known in (("space", space, _SPACES), ("scope", scope, _SCOPES), ("method", method, _METHODS)):
+            if value not in known:
+                raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, known))}")
+        if not isinstance(guide, (MixtureGuide, AutoParticles)):
+            raise TypeError(f"guide must be a MixtureGuide of points or AutoParticles, got {type(guide).__name__}")
+        if isinstance(guide, MixtureGuide) and guide.family != "point":
+            raise ValueError(f"particles are points: build the guide with family='point', not {guide.family!r}")
+        if not callable(repulsion):
+            _check_repulsion(repulsion)
+        if num_data is None and isinstance(model, BayesianNetwork):
+            num_data = model.num_data
+        if num_data is not None and (not isinstance(num_data, int) or num_data < 1):
+            raise ValueError(f"num_data={num_data!r}: expected the number of training samples, at least 1")
+        self.kernel = RBF() if kernel is None else kernel
+        if method == "wgd" and not self.kernel.positive:
+            raise ValueError(f"method='wgd' divides by a density: {self.kernel} is not positive everywhere")
+        self._pairs: Any = pairs
+        if space == "product" and pairs is None:
+            raise ValueError(f"space='product' needs a guide with pairs(), which {type(guide).__name__} has not")
+        if space == "function":
+            if method == "svgd":
+                raise ValueError("space='function' goes with method='wgd': gradients of others cannot be pulled back")
+            if not (isinstance(model, BayesianNetwork) and isinstance(guide, MixtureGuide)) or scope != "joint":
+                raise ValueError("space='function' needs a network and guide of this package, and scope='joint'")
+        self.model, self.guide, self.optim, self.lr = model, guide, optim, lr
+        self.space, self.scope, self.method = space, scope, method
+        self.repulsion, self.annealing = repulsion, annealing
+        self.num_data, self.sequential = num_data, sequential
+        self._size = num_data
+        self.steps = 0
+        self.optimizer: Optimizer | None = None
+        self._particles: AnyParticles | MemberParticles | None = None
+        self._groups: list[_Group] = []
+
+    def step(self, *args: Any) -> float:
+        """One update on what the model is called with; the mean of U over the particles, before it, per datum.
+
+        :raises FloatingPointError: when U is not finite; nothing has moved then.
+        """
+        particles, optimizer = self._setup(args)
+        gamma = 1.0 if self.annealing is None else self.annealing(self.steps)
+        if not 0 < gamma <= 1:
+            raise ValueError(f"annealing gave {gamma!r} at step {self.steps}: expected a number in (0, 1]")
+        strength = self.repulsion(self.steps) if callable(self.repulsion) else self.repulsion
+        _check_repulsion(strength)
+        force = None
+        if self.space == "function" and self.method == "wgd":
+            force = _function_force(self.kernel, strength)
+        energies = particles.backward(args, gamma, force)
+        wrong = (~torch.isfinite(energies)).nonzero()
+        if len(wrong):
+            i = int(wrong[0])
+            optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(
+                f"the energy of particle {i} became {float(energies[i])} at step {self.steps + 1}, the first site that "
+                f"is not finite: {particles.offending_site(i, args)!r}. A smaller lr usually helps"
+            )
+        size = self._size or 1
+        with torch.no_grad(), torch.autocast(energies.device.type, enabled=False):
+            if self.space != "function" and self.method != "ensemble":
+                for group in self._groups:
+                    self._interact(particles.blocks, group, strength)
+            for parameter in (*particles.blocks, *particles.shared):
+                if parameter.grad is not None:
+                    parameter.grad /= size
+            finite = [torch.isfinite(p.grad).all() for p in particles.blocks if p.grad is not None]
+        if not bool(torch.stack(finite).all()):
+            optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError(
+                f"the gradient of the energies is not finite at step {self.steps + 1}, although the energies are; "
+                "nothing has moved. A function of the model has no derivative at a particle, such as a root at 0"
+            )
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return float(energies.mean()) / size
+
+    def fit(
+        self,
+        data: DataLoader[Any] | Dataset[Any] | tuple[Any, Tensor],
+        epochs: int,
+        *,
+        batch_size: int = 128,
+        schedule: Schedule | None = None,
+        callbacks: Sequence[Callable[[FitState], bool | None]] = (),
+        progress: bool = True,
+        checkpoint: str | os.PathLike[str] | None = None,
+        seed: int | None = None,
+    ) -> Posterior:
+        """Goes through the data ``epochs`` times, from where the particles are, and returns the posterior.
+
+        All particles see the same minibatch. Of a network the posterior has one member for each particle; of any other
+        model, one stored draw.
+
+        :param data: a loader of (x, y), a dataset, or the pair (x, y) itself.
+        :param batch_size: for a dataset or a pair; a loader has its own.
+        :param schedule: of the learning rate, see :mod:`pyro_bnn.inference.schedules`; constant by default.
+        :param callbacks: called with a :class:`FitState` after each epoch; one that returns True ends the training.
+        :param checkpoint: file that is written after each epoch, and resumed from when it exists.
+        :param seed: makes the run reproducible, and leaves the global random state alone.
+        :raises ValueError: for empty or inconsistent data.
+        :raises FloatingPointError: when an energy is not finite; the particles are as they were at the end of the last
+            good epoch.
+        """
+        if epochs < 1:
+            raise ValueError(f"epochs={epochs!r}: expected at least 1")
+        batches = minibatches(self.model, data, batch_size)
+        self._size = self.num_data or batches.size
+        bar = Progress(
+            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[energy]}")),
+            *(TimeElapsedColumn(), TimeRemainingColumn()),
+            disable=not progress,
+        )
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(seeded(device_of(self.model), seed))
+            particles, optimizer = self._setup(batches.first)
+            parameters: list[Tensor] = [*particles.blocks, *particles.shared]
+            scheduler = None
+            if schedule is not None:
+                scheduler = schedule(optimizer, batches.steps, epochs)
+                stack.callback(_restart_rates, optimizer)
+            run = TrainingRun(self.model, self.guide, parameters, optimizer, scheduler)
+            run.step = self.steps
+            if checkpoint is not None:
+                run.resume(checkpoint)
+                self.steps = run.step
+            run.remember()
+            stack.enter_context(bar)
+            task = bar.add_task(self.method.upper(), total=epochs, completed=run.epoch, energy="")
+            while run.epoch < epochs:
+                self._train()
+                before = len(run.losses)
+                for batch in batches.epoch():
+                    try:
+                        run.losses.append(self.step(*batch))
+                    except FloatingPointError as error:
+                        run.restore()
+                        self.optimizer = self._particles = None  # what it remembers of the steps that went wrong
+                        self.steps = run.step
+                        raise FloatingPointError(
+                            f"{error}. The particles are back at the end of epoch {run.remembered_epoch}"
+                        ) from error
+                    if scheduler is not None:
+                        scheduler.step()
+                run.epoch, run.step = run.epoch + 1, self.steps
+                run.remember()
+                mean = sum(run.losses[before:]) / (len(run.losses) - before)
+                bar.update(task, completed=run.epoch, energy=f"U {mean:.4f} nats/datum")
+                if checkpoint is not None:
+                    run.write(checkpoint)
+                state = FitState(run.epoch, run.step, mean, self.model, self.guide, optimizer, run.losses)
+                stop = [callback(state) for callback in callbacks]
+                if any(stop):
+                    break
+        if isinstance(self.guide, AutoParticles):
+            posterior = Posterior.from_draws(self.model, self.guide.particles(), is_sampled=False)
+            posterior.losses = list(run.losses)
+            return posterior
+        example = pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() else t, batches.first[0])
+        return Posterior(self.model, self.guide, losses=run.losses, example=example)
+
+    # --------------------------------------------------------------------------------------------------- parts
+
+    def _train(self) -> None:
+        for program in (self.model, self.guide):
+            if isinstance(program, nn.Module):
+                program.train()
+
+    def _setup(self, args: tuple[Any, ...]) -> tuple[AnyParticles | MemberParticles, Optimizer]:
+        if self._particles is None or self.optimizer is None:
+            if isinstance(self.guide, AutoParticles):
+                self._particles = AnyParticles(self.guide, self.sequential is True, args)
+            else:
+                self._particles = MemberParticles(self.model, self.guide, self._in_turn(args))
+            pairs = self._pairs() if self.space == "product" else []
+            self._groups = list(_groups(self._particles.segments, pairs, self.scope))
+            parameters = [*self._particles.blocks, *self._particles.shared]
+            if self.optim is None:
+                self.optimizer = torch.optim.Adam(parameters, lr=self.lr)
+            elif isinstance(self.optim, type):
+                self.optimizer = self.optim(parameters, lr=self.lr)
+            else:
+                self.optimizer = self.optim(parameters)
+        return self._particles, self.optimizer
+
+    def _in_turn(self, args: tuple[Any, ...]) -> bool:
+        """What ``sequential`` says."""
+        if self.sequential != "auto":
+            return self.sequential
+        model = self.model
+        if not isinstance(model, BayesianNetwork) or model.like().device.type != "cpu":
+            return False
+        size = batch_size(*args[:2])
+        largest = model.core().activation_elements(args[0], size) * size * self.guide.num_members
+        return largest * model.like().element_size() > FRESH_PAGES
+
+    def _interact(self, blocks: list[nn.Parameter], group: _Group, strength: float) -> None:
+        """Turns ``gamma grad U`` into ``-phi`` in the coordinates of one kernel."""
+        flat = [blocks[b][:, start:stop] for b, start, stop in group.columns]
+        gradients = [_gradient(blocks[b])[:, start:stop] for b, start, stop in group.columns]
+        factors = []
+        for a, b, scale in group.pairs:
+            for segment in (a, b):
+                gradients.append(_gradient(blocks[segment.block])[:, segment.start : segment.stop])
+            factors.append((_factor(blocks, a).flatten(2), _factor(blocks, b).flatten(2), scale))
+        points = Points(flat, factors)
+        values = points.evaluate(self.kernel)
+        own, pulled = points.gradients(values, own=self.method == "wgd")
+        forces = [*own, *(half.flatten(1) for pair in pulled for half in pair)]
+        n = len(values.value)
+        for gradient, force in zip(gradients, forces, strict=True):
+            if self.method == "wgd":
+                gradient += force * (strength / values.value.sum(1, keepdim=True)).to(force)
+            else:
+                gradient.copy_(torch.addmm(force, values.value.to(gradient), gradient, beta=-strength / n, alpha=1 / n))
+
+
+def _check_repulsion(value: Any) -> None:
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"repulsion={value!r}: expected a number of at least 0, or a function of the step")
+
+
+def _restart_rates(optimizer: Optimizer) -> None:
+    """A schedule ends with its training: later steps have the rates from which it started."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"]
+
+
+def _gradient(block: nn.Parameter) -> Tensor:
+    assert block.grad is not None
+    return block.grad
+
+
+def _factor(blocks: list[nn.Parameter], segment: Segment) -> Tensor:
+    block = blocks[segment.block]
+    return block[:, segment.start : segment.stop].reshape(-1, *segment.shape)
+
+
+def _function_force(kernel: Kernel, strength: float) -> Callable[[Tensor], Tensor]:
+    """Repulsion in the space of function values, ``-lambda (sum_j grad_{f_i} k_ij) / (sum_j k_ij)``."""
+
+    def force(f: Tensor) -> Tensor:
+        with torch.autocast(f.device.type, enabled=False):
+            points = Points([f])
+            values = points.evaluate(kernel)
+            (gradient,), _ = points.gradients(values, own=True)
+            return -gradient * (strength / values.value.sum(1, keepdim=True)).to(gradient)
+
+    return force
+
+
+def _groups(segments: list[Segment], pairs: list[tuple[str, str, float]], scope: str) -> Iterator[_Group]:
+    """The coordinates of each kernel; pairs stay together."""
+    by_name = {segment.name: segment for segment in segments}
+    of_pair = {name: a for a, b, _ in pairs for name in (a, b)}
+    missing = next((name for name in of_pair if name not in by_name), None)
+    if missing is not None:
+        raise ValueError(f"pairs() of the guide names {missing!r}, which is none of its sites")
+
+    def key(name: str) -> str:
+        if scope == "joint":
+            return ""
+        return of_pair.get(name, name) if scope == "tensor" else name.rpartition(".")[0] or name
+
+    keys = dict.fromkeys(key(of_pair.get(segment.name, segment.name)) for segment in segments)
+    groups = {k: _Group([], []) for k in keys}
+    for segment in segments:
+        if segment.name in of_pair:
+            continue
+        columns = groups[key(segment.name)].columns
+        if columns and columns[-1][0] == segment.block and columns[-1][2] == segment.start:
+            columns[-1] = (segment.block, columns[-1][1], segment.stop)
+        else:
+            columns.append((segment.block, segment.start, segment.stop))
+    for a, b, scale in pairs:
+        groups[key(a)].pairs.append((by_name[a], by_name[b], scale))
+    yield from groups.values()

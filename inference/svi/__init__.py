@@ -1,0 +1,6 @@
+"""Stochastic variational inference: the ELBO for mixtures of members, and ``fit``."""
+
+from pyro_bnn.inference.svi.elbo import MixtureELBO, ScaleLatents
+from pyro_bnn.inference.svi.fitting import fit
+
+__all__ = ["MixtureELBO", "ScaleLatents", "fit"]

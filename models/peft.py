@@ -1,0 +1,255 @@
+"""Particles as LoRA checkpoints of the PEFT library, both ways: ``adapter_config.json`` and safetensors.
+
+PEFT has A where the input comes in and B where the output goes out; here A and B stand at the last and at the first
+dimension of the stored weight. The two agree but for tables and for layers that store ``[in, out]``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from pyro_bnn.files import replace_folder
+from pyro_bnn.models.bella import Bella, ParticleGuide, draw_factor, is_linear
+
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+#: kinds of layers whose stored weight has its input at dimension 0
+_INPUT_FIRST = ("embedding", "linear, [in, out]")
+
+
+def save_adapters(model: Bella, guide: ParticleGuide, path: str | os.PathLike[str]) -> list[Path]:
+    """Writes particle i to the folder ``path/particle_i``, which ``peft.PeftModel.from_pretrained(net, ...)`` opens.
+
+    A head, and normalisation layers of a particle's own, go along as PEFT's ``modules_to_save``.
+
+    :return: the folders.
+    :raises ValueError: for weights of a kind that PEFT has no adapter for.
+    :raises FileExistsError: when ``path`` exists and holds anything but such folders.
+    """
+    path = Path(path)
+    count = guide.num_members
+    names = [f"particle_{i}" for i in range(count)]
+    kinds = {weight: _kind(model, weight) for weight in model.weights}
+    for parameter in model.own_parameters():
+        _require_own_layer(model, parameter)
+    _require_distinct_ends(model, [weight.rpartition(".")[0] for weight in kinds])
+    if path.exists() and not all(re.fullmatch(r"particle_\d+", child.name) for child in path.iterdir()):
+        raise FileExistsError(f"{path} exists and holds other files; choose another path or remove it")
+    values = {name: value.cpu() for name, value in guide.coordinates().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        for i, name in enumerate(names):
+            tensors: dict[str, Tensor] = {}
+            for weight, kind in kinds.items():
+                a, b = (values[model.site(f"{weight}.{factor}")][i] for factor in "AB")
+                keys = _keys(weight.rpartition(".")[0], kind)
+                tensors |= {k: t.contiguous() for k, t in zip(keys, _to_peft(a, b, kind), strict=True)}
+            own = {parameter: values[model.site(parameter)][i] for parameter in model.own_parameters()}
+            for parameter, value in (_given(model) | own).items():
+                tensors[_PREFIX + parameter] = value.cpu().clone(memory_format=torch.contiguous_format)
+            (temporary / name).mkdir()
+            safetensors.torch.save_file(tensors, temporary / name / _TENSORS, metadata={"format": "pt"})
+            (temporary / name / _CONFIG).write_text(json.dumps(_config(model, kinds), indent=1) + "\n")
+        temporary.chmod(0o755)
+        replace_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return [path / name for name in names]
+
+
+def load_adapters(model: Bella, guide: ParticleGuide, paths: list[str | os.PathLike[str]] | list[Path]) -> None:
+    """Starts particles at LoRA checkpoints: particle i at ``paths[i]``.
+
+    The rank may be lower than the model's, and alpha may be another: B takes the difference.
+
+    :raises ValueError: for more checkpoints than particles, one that is damaged or of another kind, or one whose
+        layers are not those of the model.
+    :raises FileNotFoundError: where there is none.
+    """
+    if len(paths) > guide.num_members:
+        raise ValueError(f"{len(paths)} checkpoints for {guide.num_members} particles")
+    found = [_read(model, Path(path)) for path in paths]  # all of them, before any particle moves
+    values = guide.coordinates()
+    for i, particle in enumerate(found):
+        for name, value in particle.items():
+            values[model.site(name)][i].copy_(value)
+
+
+def _kind(model: Bella, weight: str) -> str:
+    """How PEFT lays the factors of this weight out."""
+    owner = model.core().owner(weight)
+    _require_own_layer(model, weight)
+    if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and owner.groups == 1:
+        return "convolution"
+    if isinstance(owner, nn.Embedding):
+        return "embedding"
+    inside_attention = isinstance(owner, NonDynamicallyQuantizableLinear)  # whose forward is never called
+    if is_linear(owner) and not inside_attention:
+        return "linear" if isinstance(owner, nn.Linear) else "linear, [in, out]"
+    raise ValueError(
+        f"PEFT has no adapter for {weight!r} of a {type(owner).__name__}: leave it out with select=, or save the "
+        "posterior with posterior.save()"
+    )
+
+
+def _require_own_layer(model: Bella, name: str) -> None:
+    """PEFT goes by layers, each with parameters of its own."""
+    parameter = model.core().parameters_by_name()[name]
+    tied = sum(p is parameter for _, p in model.core().net.named_parameters(remove_duplicate=False)) > 1
+    if tied or "." not in name:
+        what = "is tied to another" if tied else "belongs to the network itself and to no layer of it"
+        raise ValueError(
+            f"PEFT has no adapter for {name!r}, which {what}: leave it out with select= or affine=, or save the "
+            "posterior with posterior.save()"
+        )
+
+
+def _saved_modules(model: Bella) -> list[str]:
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in model.own_parameters()))
+
+
+def _given(model: Bella) -> dict[str, Tensor]:
+    """All that the layers have which PEFT saves in full, as the network was given: statistics too."""
+    layers = {module: model.core().net.get_submodule(module) for module in _saved_modules(model)}
+    return {f"{module}.{name}": v for module, layer in layers.items() for name, v in layer.state_dict().items()}
+
+
+def _require_distinct_ends(model: Bella, adapted: list[str]) -> None:
+    """PEFT finds ``modules_to_save`` by the ends of names, and would replace an adapted layer along with them."""
+    ends = tuple(_saved_modules(model))
+    for name in adapted:
+        parts = name.split(".")
+        if any(".".join(parts[: i + 1]).endswith(ends) for i in range(len(parts))):
+            raise ValueError(
+                f"PEFT goes by the ends of names and would take {name!r} for one of its modules_to_save "
+                f"({', '.join(ends)}): leave one of them out with select= or affine=, or save the posterior with "
+                "posterior.save()"
+            )
+
+
+def _keys(module: str, kind: str) -> list[str]:
+    """The names of A and B in PEFT's file."""
+    names = ("lora_embedding_A", "lora_embedding_B") if kind == "embedding" else ("lora_A.weight", "lora_B.weight")
+    return [f"{_PREFIX}{module}.{name}" for name in names]
+
+
+def _to_peft(a: Tensor, b: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    if kind == "convolution":
+        return a, b.reshape(b.shape + (1,) * (a.dim() - 2))
+    return (b.t(), a.t()) if kind in _INPUT_FIRST else (a, b)
+
+
+def _from_peft(a: Tensor, b: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    if kind == "convolution":
+        return a, b.flatten(1)
+    return (b.t(), a.t()) if kind in _INPUT_FIRST else (a, b)
+
+
+def _config(model: Bella, kinds: dict[str, str]) -> dict[str, Any]:
+    alpha = int(model.alpha) if model.alpha == int(model.alpha) else model.alpha
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": model.rank,
+        "lora_alpha": alpha,
+        "use_rslora": model.rank_stabilised,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": "linear, [in, out]" in kinds.values(),
+        "target_modules": _targets(model, [weight.rpartition(".")[0] for weight in kinds]),
+        "modules_to_save": _saved_modules(model) or None,
+    }
+
+
+def _targets(model: Bella, modules: list[str]) -> list[str] | str:
+    """The names; as one pattern where a name is also the end of another module's name, which PEFT would adapt too."""
+    others = [name for name, _ in model.core().net.named_modules() if name not in modules]
+    if any(name.endswith(f".{module}") for name in others for module in modules):
+        return "|".join(map(re.escape, sorted(modules)))
+    return sorted(modules)
+
+
+def _read(model: Bella, path: Path) -> dict[str, Tensor]:
+    """``{weight.A: ..., weight.B: ..., own parameter: ...}`` of one checkpoint."""
+    if not (path / _CONFIG).is_file():
+        raise FileNotFoundError(f"{path} is no adapter: it has no {_CONFIG}")
+    try:
+        config = json.loads((path / _CONFIG).read_text())
+        tensors = safetensors.torch.load_file(path / _TENSORS)
+    except (ValueError, SafetensorError, OSError) as error:
+        raise ValueError(f"the adapter in {path} is damaged or has no {_TENSORS} ({error})") from None
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path} holds an adapter of type {config.get('peft_type')!r}; expected 'LORA'")
+    for option in ("use_dora", "rank_pattern", "alpha_pattern"):
+        if config.get(option):
+            raise ValueError(f"{path} was made with {option}={config[option]!r}, which particles do not have")
+    if not {"r", "lora_alpha"} <= set(config):
+        raise ValueError(f"{path / _CONFIG} has no r or no lora_alpha")
+    if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda")):
+        raise ValueError(f"{path} belongs to a base network that {config['init_lora_weights']} has changed")
+    rank = int(config["r"])
+    if rank > model.rank:
+        raise ValueError(f"{path} has rank {rank}: Bella(rank={rank}) or more takes it, and not rank={model.rank}")
+    scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    found: dict[str, Tensor] = {}
+    left = dict(tensors)
+    for weight in model.weights:
+        module, kind = weight.rpartition(".")[0], _kind(model, weight)
+        keys = _keys(module, kind)
+        if any(key not in left for key in keys):
+            raise ValueError(f"{path} has no adapter for {module!r}: leave the layer out with select=")
+        first, second = (left.pop(key) for key in keys)
+        if first.shape[0] != rank:
+            raise ValueError(f"{path} says rank {rank}, but the factors of {module!r} have rank {first.shape[0]}")
+        a, b = _from_peft(first, second * (scale / model.scale), kind)
+        for factor, value in (("A", a), ("B", b)):
+            found[f"{weight}.{factor}"] = _padded(value, model._likes[f"{weight}.{factor}"], factor, path)
+    for parameter in model.own_parameters():
+        if _PREFIX + parameter not in left:
+            option = "head=" if parameter in model.head_parameters else "affine="
+            raise ValueError(f"{path} has no {parameter!r} among its modules_to_save: leave {option} out")
+        found[parameter] = left.pop(_PREFIX + parameter)
+        _require_shape(found[parameter], model._likes[parameter], path)
+    _require_as_given(model, left, path)
+    if left:
+        raise ValueError(f"{path} has an adapter for {next(iter(left))!r}, which the model has not: see select=")
+    return found
+
+
+def _require_as_given(model: Bella, left: dict[str, Tensor], path: Path) -> None:
+    """Takes out what PEFT saves beside a particle's own parameters: the rest of their layers, which all share."""
+    for name, value in _given(model).items():
+        theirs = left.pop(_PREFIX + name, None)
+        if theirs is not None and not torch.equal(theirs.to(value.dtype), value.cpu()):
+            raise ValueError(f"{path} has a {name!r} other than the network's, which all particles share")
+
+
+def _padded(value: Tensor, like: Tensor, factor: str, path: Path) -> Tensor:
+    """Up to the rank of the model, with rows of A as in a new layer and columns of B that are zero."""
+    axis = {"A": 0, "B": 1}[factor]
+    shape = list(value.shape)
+    shape[axis] = like.shape[axis] - shape[axis]
+    value = torch.cat([value, draw_factor(f".{factor}", value.new_empty(shape))], axis)
+    _require_shape(value, like, path)
+    return value
+
+
+def _require_shape(value: Tensor, like: Tensor, path: Path) -> None:
+    if value.shape != like.shape:
+        raise ValueError(f"{path} is for another network: a tensor has shape {tuple(value.shape)}, not {like.shape}")

@@ -1,0 +1,223 @@
+"""Guides in which all weights share K Gaussians, and outliers have their own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyro_bnn.guide import SMALLEST_SCALE, MixtureGuide
+from pyro_bnn.models.dense import Dense, MeanFieldGuide
+from pyro_bnn.models.weight_sharing import format as codebook_format
+from pyro_bnn.models.weight_sharing.codebook import Codebook
+from pyro_bnn.models.weight_sharing.model import WeightSharing, names_of
+from pyro_bnn.models.weight_sharing.shared_normal import SharedNormal
+from pyro_bnn.network import Select
+from pyro_bnn.registry import storable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Sampling = Literal["codebook", "mixture"]
+
+
+@storable
+class CodebookGuide(MixtureGuide):
+    """K Gaussians for all weights, private ones for outliers, and a label for every weight.
+
+    A weight with code a(i) is ``w_i = m_a(i) + s_a(i) eps_i`` with a noise of its own, so that the KL divergence is
+    ``sum_k n_k KL(N(m_k, s_k^2) || p)`` and O(K) numbers are trained. A weight between two codes is, with
+    ``sampling="codebook"``, ``alpha z_1 + (1 - alpha) z_2`` of draws z of both (alpha blending), and with
+    ``sampling="mixture"`` one of the two, the first with probability alpha. Biases, other parameters that are no
+    weights of products, and scales of the prior are factorised as in :class:`MeanFieldGuide`.
+
+    :param model: a :class:`WeightSharing` (or any :class:`Dense`).
+    :param codes: K; or a :class:`Codebook` for the sites of the coded weights.
+    :param sampling: see above.
+    :param blend: share of the weights that two codes hold together.
+    :param outliers: largest share of the weights that have Gaussians of their own.
+    :param init_scale: starting standard deviation of every weight, whose mean is the network's value.
+    :param coded: which random parameters share codes, as for ``select``; by default the weights of products,
+        convolutions and tables.
+    :param options: further ones of :meth:`Codebook.fit`: ``magnitude``, ``gradient``, ``snr``, ``smallest``, ``zero``,
+        ``rate``, ``distance``, ``iterations``, ``seed``.
+    :raises ValueError: for NaN in the weights, more codes than distinct weights, or numbers out of range.
+    """
+
+    def __init__(
+        self,
+        model: Dense,
+        codes: int | Codebook = 256,
+        *,
+        sampling: Sampling = "codebook",
+        blend: float = 0.01,
+        outliers: float = 0.005,
+        init_scale: float = 1e-2,
+        coded: Select | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(model, Dense):
+            raise TypeError(f"{type(self).__name__} takes a pyro_bnn.models.WeightSharing, got {type(model).__name__}")
+        if isinstance(model, WeightSharing) and "shared" in model._modules:
+            raise ValueError("the weights of this model are shared already: its guide is model.shared_guide()")
+        if sampling == "shared":
+            raise ValueError(
+                "sampling='shared' is a property of the model: WeightSharing(..., shared=guide.book) of a guide with "
+                "sampling='codebook', and its shared_guide()"
+            )
+        if sampling not in get_args(Sampling):
+            raise ValueError(f"sampling={sampling!r}: expected one of {', '.join(map(repr, get_args(Sampling)))}")
+        if not init_scale > SMALLEST_SCALE:
+            raise ValueError(f"init_scale={init_scale!r}: expected a positive standard deviation")
+        parameters = model.core().parameters_by_name()
+        if isinstance(codes, Codebook):
+            book = codes
+            names = names_of(model, book)
+        else:
+            names = _coded(model, coded)
+            _require_finite({name: parameters[name] for name in names})
+            loc = torch.cat([parameters[name].detach().flatten() for name in names])
+            sites = [(model.site(name), parameters[name].shape) for name in names]
+            fit = {"between": blend, "outliers": outliers, **options}
+            book = Codebook.fit(sites, loc, torch.full_like(loc, init_scale), codes, **fit)
+        held = {model.site(name) for name in names}
+        super().__init__(model, own=lambda site: site.name not in held)
+        self.start_scales(init_scale)
+        self.sampling = sampling
+        self._names = names
+        self._order = [site.name for site in model.sites() if site.role == "weight"]  # as the model samples them
+        self.codebook = book
+        if isinstance(model, WeightSharing):
+            model.take_codebook(book, sampling == "mixture")
+
+    @classmethod
+    def from_network(cls, model: Dense, codes: int = 256, **options: Any) -> CodebookGuide:
+        """From the weights of the network that the model was given, trained without uncertainty."""
+        return cls(model, codes, **options)
+
+    @classmethod
+    def from_mean_field(cls, model: Dense, guide: MeanFieldGuide, codes: int = 256, **options: Any) -> CodebookGuide:
+        """From a trained :class:`MeanFieldGuide` of the same model (or one with the same sites).
+
+        :param options: as of the guide; ``init_scale`` is not used, as every weight has its own deviation.
+        :raises ValueError: when the guide is a mixture of several components, or for other sites.
+        """
+        if not isinstance(guide, MeanFieldGuide):
+            raise TypeError(f"guide must be a MeanFieldGuide, got {type(guide).__name__}")
+        if guide.num_members != 1:
+            raise ValueError(f"the guide is a mixture of {guide.num_members} components: a codebook is made from one")
+        loc, rho = guide.coordinates(), guide.widths()
+        shapes = {site.name: site.shape for site in model.sites()}
+        wrong = next((n for n, s in shapes.items() if n not in loc or loc[n].shape[1:] != s), None)
+        if wrong is not None:
+            raise ValueError(
+                f"the guide is for another model: it has no site {wrong!r} of shape {tuple(shapes[wrong])}. A "
+                "hierarchical prior has sites of its own, and needs a mean field trained under it"
+            )
+        names = _coded(model, options.pop("coded", None))
+        sites = [(model.site(n), shapes[model.site(n)]) for n in names]
+        _require_finite({site: loc[site] for site, _ in sites} | {f"rho of {site}": rho[site] for site, _ in sites})
+        means = torch.cat([loc[site].flatten() for site, _ in sites])
+        scales = F.softplus(torch.cat([rho[site].flatten() for site, _ in sites])) + SMALLEST_SCALE
+        own = {name: options.pop(name) for name in ("sampling", "init_scale") if name in options}
+        if "blend" in options:
+            options["between"] = options.pop("blend")
+        made = cls(model, Codebook.fit(sites, means, scales, codes, **options), **own)
+        with torch.no_grad():
+            for mine, theirs in ((made.coordinates(), loc), (made.widths(), rho)):
+                for name, value in mine.items():
+                    value.copy_(theirs[name])
+        return made
+
+    @property
+    def book(self) -> Codebook:
+        """The codebook, read past Pyro's attribute hooks."""
+        book = self._modules["codebook"]
+        assert isinstance(book, Codebook)
+        return book
+
+    def like(self) -> Tensor:
+        return self.book.loc
+
+    def _named(self) -> list[tuple[str, nn.Parameter]]:
+        return super()._named() + [(f"codebook.{name}", p) for name, p in self.book.named()]
+
+    def _weights(self, take: Any) -> dict[str, dist.TorchDistribution]:
+        found = dict.fromkeys(self._order) | super()._weights(take)
+        book = self.book
+        for (name, shape), table in zip(book.sites, book.tables(self.sampling == "mixture"), strict=True):
+            found[name] = SharedNormal(table, shape)
+        return {name: d for name, d in found.items() if d is not None}
+
+    def means_of_network(self) -> dict[str, Tensor]:
+        """Posterior means of the coded weights, by the name of the parameter of the network."""
+        with torch.no_grad():
+            tables = self.book.tables(self.sampling == "mixture")
+            return {
+                name: SharedNormal(table, shape).mean.contiguous()
+                for name, (_, shape), table in zip(self._names, self.book.sites, tables, strict=True)
+            }
+
+    # --------------------------------------------------------------------------------------------- storage
+
+    def arguments(self) -> dict[str, Any]:
+        return {"sampling": self.sampling, "codebook": codebook_format.describe(self.book.compact())}
+
+    def tensors(self) -> dict[str, Tensor]:
+        own = {n: v.detach() for n, v in self.named_parameters() if not n.startswith("codebook.")}
+        return own | {f"codebook.{n}": v for n, v in codebook_format.encode(self.book.compact()).items()}
+
+    @classmethod
+    def from_tensors(cls, model: Any, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> CodebookGuide:
+        packed = {n.removeprefix("codebook."): v for n, v in tensors.items() if n.startswith("codebook.")}
+        device = model.like().device
+        book = codebook_format.decode(arguments["codebook"], {n: v.to(device) for n, v in packed.items()})
+        guide = cls(model, book, sampling=arguments["sampling"])
+        own = {n: v for n, v in tensors.items() if not n.startswith("codebook.")}
+        for name, parameter in guide.named_parameters():
+            if name.startswith("codebook."):
+                own[name] = parameter.detach()
+        guide._take_parameters(own)
+        return guide
+
+    def summaries(self) -> dict[str, tuple[tuple[str, ...], Tensor]]:
+        """The codes: their means, their standard deviations and the number of weights of each."""
+        columns = (self.book.means(), self.book.scales(), self.book.usage()[0])
+        return {
+            name: (("code",), values.detach())
+            for name, values in zip(("code_mean", "code_sd", "code_weights"), columns, strict=True)
+        }
+
+    def figures(self) -> dict[str, Figure]:
+        """Pictures of the codes, under words that say what is to be seen."""
+        from pyro_bnn.models.weight_sharing.plots import plot_plane, plot_usage  # matplotlib takes time to import
+
+        held = self.book.usage(soft=True)[0]
+        alive, most = int((held > 0).sum()), float(held.max() / held.sum())
+        return {
+            f"Plane of {alive} codes, by mean and standard deviation": plot_plane(self.book),
+            f"Weights of each code; the most frequent one has {most:.1%} of them": plot_usage(self.book),
+        }
+
+    def compression_report(self) -> dict[str, Any]:
+        """What the codebook saves: see :func:`~pyro_bnn.models.weight_sharing.format.report`."""
+        rest = sum(p.numel() for n, p in self.named_parameters() if not n.startswith("codebook."))
+        return codebook_format.report(self.book.compact()) | {"other_trainable": rest}
+
+
+def _coded(model: Dense, coded: Select | None) -> list[str]:
+    if isinstance(model, WeightSharing):
+        return model.weights(coded)
+    return WeightSharing.weights(model, coded)  # type: ignore[arg-type]
+
+
+def _require_finite(values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        bad = int((~torch.isfinite(value)).sum())
+        if bad:
+            raise ValueError(
+                f"{name!r} holds {bad} NaN or infinite values: a codebook needs the weights of a network that trained"
+            )

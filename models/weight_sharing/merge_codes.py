@@ -1,0 +1,137 @@
+"""Codes that merge while they are trained: a schedule for :func:`pyro_bnn.inference.fit`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
+from torch.optim import Optimizer
+
+from pyro_bnn.models.weight_sharing.clustering import least_divergence
+from pyro_bnn.models.weight_sharing.codebook import Codebook
+from pyro_bnn.models.weight_sharing.guide import CodebookGuide
+from pyro_bnn.models.weight_sharing.merging import Merge
+from pyro_bnn.models.weight_sharing.plane import PlaneMixture
+
+#: entries of an optimiser's state that average squares of gradients, or their largest
+_SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
+
+
+class MergeCodes:
+    """A callback of ``fit``: after some epochs, merges codes that have come close and takes outliers back.
+
+    ``fit(model, guide, data, epochs=30, callbacks=[MergeCodes(start=5, stop=20)])``
+
+    Shapes stay as they are (see :class:`~pyro_bnn.models.Codebook`), and the optimiser's state follows, as of
+    :func:`follow`. Training ends with the codes that are left; ``guide.compression_report()`` and storage leave out the
+    others.
+
+    :param start, stop, every: epochs, counted from 1: at ``start``, then every so many, up to ``stop``.
+    :param tightness, variance_limit, how: as of :meth:`~pyro_bnn.models.Codebook.merge`.
+    :param gradient_limit: in nats, of the whole data set: a code stays whose spread changes the objective by more, by
+        the gradient of the last minibatch.
+    :param absorb: nats: an outlier returns to a code where that costs less, see :func:`absorb_outliers`; 0 for never.
+    :raises ValueError: for a schedule that never merges.
+    """
+
+    def __init__(
+        self,
+        *,
+        start: int = 1,
+        stop: int | None = None,
+        every: int = 1,
+        tightness: float = 0.25,
+        gradient_limit: float = math.inf,
+        variance_limit: float = math.inf,
+        how: Merge = "moment",
+        absorb: float = 0.5,
+    ) -> None:
+        if start < 1 or every < 1 or stop is not None and stop < start:
+            raise ValueError(
+                f"start={start}, stop={stop}, every={every}: expected epochs from 1 on, stop at or after start, and "
+                "a step of at least 1"
+            )
+        self.start, self.stop, self.every = start, stop, every
+        self.gradient_limit, self.absorb = gradient_limit, absorb
+        self.options: dict[str, Any] = {"tightness": tightness, "variance_limit": variance_limit, "how": how}
+        #: ``(epoch, codes that are left, outliers that are left)`` after every merger
+        self.history: list[tuple[int, int, int]] = []
+
+    def __call__(self, state: Any) -> None:
+        """Merges, when the schedule says so.
+
+        :param state: a :class:`~pyro_bnn.inference.FitState`.
+        :raises TypeError: when the guide is no :class:`~pyro_bnn.models.CodebookGuide`.
+        """
+        guide = state.guide
+        if not isinstance(guide, CodebookGuide):
+            raise TypeError(f"MergeCodes is for a CodebookGuide, the guide is a {type(guide).__name__}")
+        late = self.stop is not None and state.epoch > self.stop
+        if state.epoch < self.start or late or (state.epoch - self.start) % self.every:
+            return
+        book = guide.book
+        gradient = None
+        if math.isfinite(self.gradient_limit):
+            gradient = self._gradient(guide, getattr(state.model, "num_data", None))
+        into = book.merge(gradient=gradient, gradient_limit=self.gradient_limit, **self.options)
+        for parameter in (book.loc, book.rho):
+            follow(state.optimizer, parameter, into)
+        if self.absorb > 0:
+            absorb_outliers(book, self.absorb)
+        left = int((book.labels[book.outliers] >= len(book)).sum())
+        self.history.append((state.epoch, int((book.usage(soft=True)[0] > 0).sum()), left))
+
+    def _gradient(self, guide: CodebookGuide, num_data: int | None) -> Tensor:
+        """Of the negative ELBO with respect to (m, s), ``[K, 2]``; fit divides its loss by the size of the data."""
+        book = guide.book
+        if book.loc.grad is None or book.rho.grad is None:
+            raise RuntimeError(
+                "gradient_limit needs the gradient of the last step, which is gone: clear gradients before the "
+                "backward pass and not after the step, or leave gradient_limit out"
+            )
+        by_scale = book.rho.grad / torch.sigmoid(book.rho.detach())  # ds / d rho is the sigmoid
+        return torch.stack([book.loc.grad, by_scale], 1).detach() * (num_data or 1)
+
+
+def absorb_outliers(book: Codebook, limit: float = 0.5) -> int:
+    """Gives outliers back to the code with the least ``KL(N(m_k, s_k^2) || N(mu_i, sigma_i^2))``; says how many.
+
+    That is what the ELBO loses where the outlier's own Gaussian is the posterior.
+
+    :param limit: of that divergence, in nats; 0.5 is a mean one deviation away from the code's, and equal deviations.
+    """
+    alive = (book.usage(soft=True)[0] > 0).nonzero().flatten()
+    if not len(book.outliers) or not len(alive):
+        return 0
+    now = book.mixture()
+    living = PlaneMixture(*(v[alive] for v in (now.weights, now.means, now.covariances)))
+    with torch.no_grad():
+        x = torch.stack([book.outlier_loc, book.outlier_scales()], 1).double()
+        label = least_divergence(x, living, 0.0).long()
+        code, own = (Normal(v[:, 0], v[:, 1], validate_args=False) for v in (living.means[label], x))
+        near = (kl_divergence(code, own) < limit) & (book.labels[book.outliers] >= len(book))
+        book.labels[book.outliers[near]] = alive[label[near]].to(torch.int32)
+    return int(near.sum())
+
+
+def follow(optimizer: Optimizer, parameter: nn.Parameter, into: Tensor) -> None:
+    """Moves the state of an optimiser along with rows of a parameter that have merged.
+
+    The gradient of a merged code is the sum of those of its parts, and so is its momentum. Averages of squares become
+    ``(sum sqrt(v))^2``, which the average square of that sum never exceeds (Minkowski). Rows that went have no state.
+
+    :param into: for each row the one that it is now part of, ``[K]``.
+    """
+    state = optimizer.state.get(parameter, {})
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+            continue
+        if name in _SQUARES:
+            total = torch.zeros_like(value).index_add_(0, into, value.sqrt()).square_()
+        else:
+            total = torch.zeros_like(value).index_add_(0, into, value)
+        moved = torch.bincount(into, minlength=len(into)) != 1  # others are not rounded by a root
+        value[moved] = total[moved]

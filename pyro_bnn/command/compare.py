@@ -1,0 +1,207 @@
+"""What `pyro-bnn compare` does: several methods with the same budget, on the same data, in one folder.
+
+The folder holds one run folder for each method that was trained, ``comparison.json`` and ``comparison.html``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import pyro_bnn as pb
+from pyro_bnn.command import runs
+from pyro_bnn.command.data import Task
+from pyro_bnn.command.options import Method, Options, check, complete
+from pyro_bnn.command.recipes import Trained, fit, new_network
+from pyro_bnn.command.runs import Run
+from pyro_bnn.diagnostics.pages.comparison import Candidate, Difference, best_of, comparison
+from pyro_bnn.diagnostics.pages.glossary import measured
+from pyro_bnn.files import write_json
+
+FORMAT = 1
+#: metrics on the console; the others are on the page
+PRINTED = {"accuracy", "rmse", "nll", "crps", "ece", "coverage", "ood_auroc", "seconds"}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that is finished, or is to be trained."""
+
+    folder: Path
+    options: Options
+    finished: Run | None
+
+
+def parse_methods(given: Sequence[str] | None, default_all: bool) -> list[Method]:
+    """Methods from names with commas between them, each once and in their order.
+
+    :raises ValueError: for an unknown name.
+    """
+    known: tuple[Method, ...] = get_args(Method)
+    if given is None:
+        return list(known) if default_all else []
+    names = [name.strip() for piece in given for name in piece.split(",") if name.strip()]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--methods: there is no {unknown[0]!r}; the methods are {', '.join(known)}")
+    if not names:
+        raise ValueError(f"--methods names none; the methods are {', '.join(known)}")
+    return [method for name in dict.fromkeys(names) for method in known if method == name]
+
+
+def plan(
+    folder: Path, methods: Sequence[Method], asked: Mapping[str, Any], task: Task, overwrite: bool
+) -> list[Planned]:
+    """What there is to train, and what is there already.
+
+    :raises ValueError: when an option is out of range, or a run on other data is there.
+    :raises FileExistsError: when a run of other options is there that is not to be replaced.
+    """
+    planned = []
+    for method in methods:
+        check(method, asked)
+        options, place = complete(method, asked, task), folder / method
+        finished = runs.read(place) if runs.is_run(place) else None
+        if finished is not None and overwrite and (finished.options, finished.encoding) != (options, task.encoding):
+            finished = None
+        if finished is not None:
+            _require_same_options(finished, options)
+            require_same_data([finished], task)
+        planned.append(Planned(place, options, finished))
+    return planned
+
+
+def _require_same_options(run: Run, options: Options) -> None:
+    theirs = asdict(run.options)
+    other = [f"{name} {theirs[name]}, not {value}" for name, value in asdict(options).items() if theirs[name] != value]
+    if other:
+        raise FileExistsError(
+            f"{str(run.folder)!r} holds a run of other options ({'; '.join(other)}); give another --out, or --overwrite"
+        )
+
+
+def require_same_data(found: Sequence[Run], task: Task) -> None:
+    """
+    :raises ValueError: when a run's test data, or the unit of its target, differ from those of the task.
+    """
+    for run in found:
+        theirs = run.task()
+        same_unit = (theirs.encoding.y_mean, theirs.encoding.y_scale) == (task.encoding.y_mean, task.encoding.y_scale)
+        if not (
+            same_unit
+            and theirs.encoding.classes == task.encoding.classes
+            and torch.equal(theirs.x_test, task.x_test)
+            and torch.equal(theirs.y_test, task.y_test)
+        ):
+            raise ValueError(
+                f"the test data of {str(run.folder)!r} ({run.options.data}) are not those of the others; a comparison "
+                "takes the same test data for all"
+            )
+
+
+def train_all(planned: Sequence[Planned], task: Task, console: Console) -> list[Run]:
+    """Trains what is not finished; the deterministic network is trained once, or is that of a finished run.
+
+    :raises ArithmeticError, ValueError: when training diverges, or the network does not take the data.
+    """
+    twin: Trained | None = None
+    for one in planned:
+        if one.finished is not None and twin is None:
+            twin = one.finished.twin(new_network(one.options, task, console))
+    found = []
+    for one in planned:
+        if one.finished is not None:
+            console.print(f"{one.options.method}: finished already", highlight=False)
+            found.append(one.finished)
+            continue
+        console.print(f"{one.options.method}:", highlight=False)
+        fitted = fit(new_network(one.options, task, console), task, one.options, console, twin)
+        twin = fitted.twin
+        runs.save(one.folder, task, one.options, fitted)
+        found.append(runs.read(one.folder))
+    return found
+
+
+def write(folder: Path, found: Sequence[Run], task: Task, device: torch.device) -> Table:
+    """Writes ``comparison.html`` and ``comparison.json``.
+
+    :returns: the main metrics as a table for the console.
+    """
+    candidates = _candidates(found, device)
+    shared = found[0].options.used()
+    for run in found[1:]:
+        theirs = run.options.used()
+        shared = {name: value for name, value in shared.items() if theirs.get(name) == value}
+    folder.mkdir(parents=True, exist_ok=True)
+    gaps = comparison(
+        candidates,
+        (task.x_test, task.y_test),
+        path=folder / "comparison.html",
+        ood=task.x_ood if task.kind == "classification" else None,
+        title=f"Comparison: {task.name}",
+        settings=shared,
+        seed=found[0].options.seed,
+    )
+    content = {
+        "format": FORMAT,
+        "settings": shared,
+        "runs": {name: str(run.folder.resolve()) for name, run in _labels(found).items()},
+        "metrics": {name: one.metrics for name, one in candidates.items()},
+        "nll_difference": {name: asdict(gap) for name, gap in gaps.items()},
+    }
+    write_json(folder / "comparison.json", content)
+    return _table(candidates, gaps, task.name)
+
+
+def _labels(found: Sequence[Run]) -> dict[str, Run]:
+    """Runs by the names of their folders, or by the whole paths when names repeat."""
+    names = [run.folder.resolve().name for run in found]
+    if len(set(names)) < len(names):
+        names = [str(run.folder) for run in found]
+    return dict(zip(names, found, strict=True))
+
+
+def _candidates(found: Sequence[Run], device: torch.device) -> dict[str, Candidate]:
+    """Every run, and after them their deterministic networks, each once."""
+    candidates: dict[str, Candidate] = {}
+    twins: list[tuple[str, Candidate]] = []
+    for label, run in _labels(found).items():
+        net = run.network().to(device)
+        metrics = run.metrics()
+        own = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
+        about = f"{run.options.describe()}, {run.options.epochs} epochs"
+        candidates[label] = Candidate(run.posterior(net), own, run.options.samples, about)
+        twin = run.posterior(net, "deterministic")
+        if not any(_same_weights(twin, known.posterior) for _, known in twins):
+            about = f"{run.options.network}, {run.options.epochs} epochs"
+            twins.append((label, Candidate(twin, metrics["deterministic"], run.options.samples, about)))
+    for label, known in twins:
+        candidates["deterministic" if len(twins) == 1 else f"deterministic of {label}"] = known
+    return candidates
+
+
+def _same_weights(one: pb.Posterior, other: pb.Posterior) -> bool:
+    ours, theirs = one.draws(1), other.draws(1)
+    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def _table(candidates: Mapping[str, Candidate], gaps: Mapping[str, Difference], name: str) -> Table:
+    shown = {key: one for key, one in measured(*(c.metrics for c in candidates.values())) if key in PRINTED}
+    table = Table(title=f"{name}, on test data", caption="* best", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for one in shown.values():
+        table.add_column(one.label, justify="right")
+    table.add_column("NLL − best", justify="right", no_wrap=True)
+    best = {key: best_of(one, [c.metrics.get(key) for c in candidates.values()]) for key, one in shown.items()}
+    for label, candidate in candidates.items():
+        cells = []
+        for key, one in shown.items():
+            value = candidate.metrics.get(key)
+            cells.append(one.text(value) + ("*" if value is not None and value == best[key] else ""))
+        table.add_row(label, *cells, str(gaps[label]))
+    return table

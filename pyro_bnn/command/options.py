@@ -1,0 +1,144 @@
+"""What a run of the command line is asked for, and what it chooses where nothing was asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pyro_bnn.command.data import Task
+
+Method = Literal["rank1", "dense", "spike-slab", "bella", "weight-sharing"]
+Network = Literal["auto", "cnn", "mlp", "resnet18"]
+Family = Literal["normal", "cauchy"]
+Prior = Literal[
+    "hierarchical-cauchy",
+    "hierarchical-normal",
+    "horseshoe",
+    "normal",
+    "cauchy",
+    "laplace",
+    "student-t",
+    "spike-and-slab",
+    "gaussian-mixture",
+]
+Group = Literal["weight", "kernel", "input", "output"]
+Update = Literal["svgd", "wgd", "ensemble"]
+Sampling = Literal["codebook", "mixture", "shared"]
+
+DEFAULT_PRIORS: dict[Method, Prior] = {
+    "rank1": "hierarchical-cauchy",
+    "dense": "normal",
+    "spike-slab": "spike-and-slab",
+    "bella": "normal",
+    "weight-sharing": "gaussian-mixture",
+}
+
+#: methods that have an option; all have the others
+METHODS_WITH: dict[str, tuple[Method, ...]] = {
+    "components": ("rank1", "dense"),
+    "family": ("rank1",),
+    "sparsity": ("spike-slab",),
+    "temperature": ("spike-slab",),
+    "samples": ("rank1", "dense", "spike-slab", "weight-sharing"),
+    "particles": ("bella",),
+    "rank": ("bella",),
+    "update": ("bella",),
+    "pretrained": ("bella", "weight-sharing"),
+    "codes": ("weight-sharing",),
+    "sampling": ("weight-sharing",),
+}
+#: the prior that the option ``group`` is of
+GROUPED: Prior = "spike-and-slab"
+#: what is the same as not to ask for an option
+NEUTRAL: dict[str, Any] = {"family": "normal", "temperature": 1}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a run was asked for, with everything that was left to choose filled in."""
+
+    data: str
+    target: str | None
+    method: Method
+    network: str
+    epochs: int
+    components: int
+    prior: Prior
+    family: Family
+    group: Group
+    sparsity: float
+    temperature: float
+    batch_size: int
+    lr: float
+    samples: int
+    seed: int
+    device: str
+    particles: int = 5
+    rank: int = 4
+    update: Update = "svgd"
+    pretrained: str | None = None
+    codes: int = 256
+    sampling: Sampling = "codebook"
+
+    def used(self) -> dict[str, Any]:
+        """The options that the method has, without those that stand for nothing, for pages."""
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value is not None and _has(self.method, name) and (name != "group" or self.prior == GROUPED)
+        }
+
+    def describe(self) -> str:
+        """The method in a few words, for headings."""
+        match self.method:
+            case "spike-slab":
+                return f"spike-slab, {self.samples} draws"
+            case "bella":
+                return f"bella, {self.particles} particles by {self.update}"
+            case "weight-sharing":
+                return f"weight sharing, at most {self.codes} codes"
+        return f"{self.method}, {self.components} component{'s' if self.components > 1 else ''}"
+
+
+def check(method: Method, asked: Mapping[str, Any]) -> None:
+    """Refuses options that do not go with each other or with the method.
+
+    :param asked: options by their names in :class:`Options`; ``None`` for what was not asked for.
+    :raises ValueError: when one would have no effect, or ``lr`` is not a positive number.
+    """
+    if not (asked["lr"] > 0 and math.isfinite(asked["lr"])):
+        raise ValueError(f"--lr must be a positive number, got {asked['lr']}")
+    for name, value in asked.items():
+        if value not in (None, NEUTRAL.get(name)) and not _has(method, name):
+            raise ValueError(f"--{name} goes with --method {' or '.join(METHODS_WITH[name])}, and not with {method}")
+    if method == "spike-slab" and asked.get("prior") not in (None, GROUPED):
+        raise ValueError(f"--method spike-slab has a prior of its own: no --prior {asked['prior']}")
+    if asked.get("group") not in (None, "weight") and (asked.get("prior") or DEFAULT_PRIORS[method]) != GROUPED:
+        raise ValueError(f"--group {asked['group']} goes with --prior {GROUPED}, which includes weights or not")
+
+
+def _has(method: Method, option: str) -> bool:
+    return method in METHODS_WITH.get(option, (method,))
+
+
+def complete(method: Method, asked: Mapping[str, Any], task: Task) -> Options:
+    """Fills in what was left to choose.
+
+    :param asked: options by their names in :class:`Options`; ``None`` for what was not asked for.
+    """
+    chosen = {
+        "target": None,
+        "network": "cnn" if task.x_train.dim() == 4 else "mlp",
+        "components": 4 if method == "rank1" else 1,
+        "prior": DEFAULT_PRIORS[method],
+        "family": "normal",
+        "group": "weight",
+        "sparsity": 0.8 if method == "spike-slab" else 0.0,
+        "temperature": 1.0,
+        "samples": 1 if method == "bella" else 16,
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    given["batch_size"] = min(given["batch_size"], len(task.x_train))
+    return Options(method=method, **(chosen | given))

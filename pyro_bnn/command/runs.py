@@ -1,0 +1,138 @@
+"""Run folders: what `pyro-bnn fit` leaves and the other commands read.
+
+A run folder holds
+
+- ``config.json``: every option as it was used, the shape of the inputs and how raw data became tensors;
+- ``metrics.json``: the metrics of the Bayesian network, and under ``deterministic`` those of its twin;
+- ``posterior/`` and ``deterministic/``: the two fitted posteriors, for `pyro_bnn.load`;
+- ``posterior.nc``: the posterior and its predictions on test data, for ArviZ;
+- ``report.html``: what `pyro-bnn report` makes of them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import nn
+
+import pyro_bnn as pb
+from pyro_bnn.command.data import Encoding, Task, load
+from pyro_bnn.command.options import Options
+from pyro_bnn.command.recipes import Fitted, Metrics, Trained, build_network
+from pyro_bnn.files import read_json, replacing, write_json
+
+FORMAT = 1
+ARVIZ_DRAWS = 100
+ARVIZ_ROWS = 1000
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    :param in_shape: of one row of its inputs.
+    :param encoding: how raw data became its tensors.
+    """
+
+    folder: Path
+    options: Options
+    in_shape: tuple[int, ...]
+    encoding: Encoding
+
+    def task(self, data: str | None = None, target: str | None = None) -> Task:
+        """The data of the run, or others of the same form, read as its own were.
+
+        :raises ValueError: when they are of another form.
+        :raises OSError: when they are not to be had.
+        """
+        if target is None and (data is None or Path(data).suffix.lower() == ".csv"):
+            target = self.options.target
+        task = load(data or self.options.data, target, self.encoding, self.in_shape[-1])
+        if tuple(task.x_test.shape[1:]) != self.in_shape:
+            raise ValueError(
+                f"a row of {data or self.options.data!r} has shape {tuple(task.x_test.shape[1:])}, "
+                f"the network of {str(self.folder)!r} takes {self.in_shape}"
+            )
+        return task
+
+    def network(self) -> nn.Module:
+        """A new network of the kind that the run has."""
+        return build_network(self.options.network, self.in_shape, len(self.encoding.classes) or 1)
+
+    def posterior(self, net: nn.Module, name: str = "posterior") -> pb.Posterior:
+        """The Bayesian network, or with the name ``"deterministic"`` its twin."""
+        return pb.load(self.folder / name, net)
+
+    def twin(self, net: nn.Module) -> Trained:
+        known = self.metrics().get("deterministic", {})
+        cost = {key: known.get(key) for key in ("seconds", "trainable_parameters")}
+        return Trained(self.posterior(net, "deterministic"), cost)
+
+    @property
+    def is_measured(self) -> bool:
+        return (self.folder / "metrics.json").is_file()
+
+    def metrics(self) -> Metrics:
+        """
+        :raises FileNotFoundError: when the run has none.
+        """
+        if not self.is_measured:
+            raise FileNotFoundError(
+                f"the run in {str(self.folder)!r} has no metrics.json; `pyro-bnn evaluate {self.folder}` makes one"
+            )
+        return read_json(self.folder / "metrics.json")
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def read(folder: Path) -> Run:
+    """The run in a folder.
+
+    :raises FileNotFoundError: when there is none.
+    :raises ValueError: when its configuration is not one that this version reads.
+    """
+    path = folder / "config.json"
+    if not is_run(folder):
+        raise FileNotFoundError(f"{str(folder)!r} is not the folder of a run: it has no config.json")
+    config = read_json(path)
+    if config.get("format") != FORMAT:
+        raise ValueError(f"{str(path)!r} has format {config.get('format')!r}, this version reads format {FORMAT}")
+    try:
+        encoding = Encoding.from_json(config["encoding"])
+        return Run(folder, Options(**config["options"]), tuple(config["in_shape"]), encoding)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} is not the configuration of a run: {error}") from error
+
+
+def save(folder: Path, task: Task, options: Options, fitted: Fitted) -> None:
+    """Writes ``config.json`` last: a folder without it is no run, whatever else a killed process left in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in ("config.json", "report.html"):
+        (folder / stale).unlink(missing_ok=True)
+    fitted.posterior.save(folder / "posterior")
+    fitted.twin.posterior.save(folder / "deterministic")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # ArviZ announces its next release on import
+        draws = pb.diagnostics.to_arviz(
+            fitted.posterior,
+            task.x_test[:ARVIZ_ROWS],
+            task.y_test[:ARVIZ_ROWS],
+            num_samples=fitted.posterior.num_stored
+            or (1 if options.method == "bella" else math.ceil(ARVIZ_DRAWS / fitted.posterior.num_members)),
+            seed=options.seed,
+        )
+        with replacing(folder / "posterior.nc") as path:
+            draws.to_netcdf(str(path))
+    write_json(folder / "metrics.json", fitted.metrics)
+    config = {
+        "format": FORMAT,
+        "options": asdict(options),
+        "in_shape": list(task.x_train.shape[1:]),
+        "encoding": asdict(task.encoding),
+    }
+    write_json(folder / "config.json", config)

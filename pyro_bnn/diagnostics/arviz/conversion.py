@@ -1,0 +1,328 @@
+"""A posterior as an ArviZ object: ``InferenceData`` with ArviZ 0.x, ``xarray.DataTree`` with ArviZ 1.x."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import arviz
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pyro_bnn.diagnostics.arviz.arrays import Budget, Group, array, enumerated, outputs, plain, safe, sampled
+from pyro_bnn.diagnostics.arviz.densities import log_densities
+from pyro_bnn.diagnostics.arviz.sites import posterior_group
+from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
+from pyro_bnn.diagnostics.scoring.stream import log_density, predictions, predictions_of_inputs, require_posterior
+from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.likelihoods import Categorical
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.network import batch_size as count_rows
+from pyro_bnn.sparsity.inclusion import has_inclusion
+
+if TYPE_CHECKING:
+    from pyro_bnn.posterior import Posterior
+    from pyro_bnn.posterior.posterior import Prediction
+
+#: what to_arviz makes unless told otherwise
+GROUPS = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "observed_data", "constant_data")
+#: groups that come with others
+COMPANIONS = ("inclusion", "guide", "function", "training")
+#: draws of each member, from a posterior that can make any number
+DRAWS = 100
+
+
+def to_arviz(
+    posterior: Posterior,
+    x: Any = None,
+    y: Tensor | None = None,
+    *,
+    sites: str | Sequence[str] | None = None,
+    groups: str | Sequence[str] = GROUPS,
+    probes: Any = None,
+    num_samples: int | None = None,
+    batch_size: int | None = None,
+    max_values: int = 10_000_000,
+    seed: int = 0,
+) -> Any:
+    """The posterior, its predictions for x and how likely they make y, for ArviZ.
+
+    ``chain`` has the chains of a sampler when all its draws are taken, and length 1 otherwise. With S draws from each
+    of K members (the components of a mixture, or particles), N rows of x and C classes:
+
+    ========================  =======================================================================================
+    ``posterior``             the latent sites, ``(chain, draw[, member], ...)``; the dimension ``member`` where K > 1;
+                              with ``probes`` the function there, ``(chain, draw[, member], probe[, class])``
+    ``inclusion``             the posterior inclusion probability of every group of a spike-and-slab prior, by
+                              parameter ``(<parameter>_dim_0, ...)``; comes with ``posterior``
+    ``posterior_predictive``  ``obs``, draws of y, ``(chain, draw, obs_id[, output])``
+    ``function``              what y is drawn from: ``probs`` ``(chain, draw, obs_id, class)`` of a classification,
+                              ``mean`` of a regression or count; comes with ``posterior_predictive``
+    ``log_likelihood``        ``obs``, log p(y_n | draw), ``(chain, draw, obs_id)``, in nats
+    ``sample_stats``          of each draw ``(chain, draw[, member])``, in nats: ``log_prior``; ``lp``, the joint
+                              density log p(y, draw), when x and y have ``num_data`` rows, which are taken for the
+                              training data; and of a
+                              posterior with a density, as variational ones have, ``log_q``, the density of the whole
+                              guide, with ``log_p``, which is ``lp`` by the name that goes with it
+    ``training``              ``loss`` ``(step)``, the negative ELBO in nats per datum; comes with ``sample_stats``
+    ``guide``                 what the guide's parameters stand for, of guides that say so: the codes of a codebook
+                              ``(code)``; comes with ``posterior``
+    ``observed_data``         ``obs``, which is y
+    ``constant_data``         ``x``, or ``x_<key>`` for each tensor in it
+    ========================  =======================================================================================
+
+    Where rows of x are involved, the S K functions are one long ``draw`` with the member of each as a coordinate: all
+    are draws from the posterior, and ``arviz.loo`` would take a dimension of members for more observations.
+
+    Networks have millions of weights, so sites come in short form: hyper-parameters (``..._tau``, ``..._inclusion``,
+    ``noise``, and any other site of one element) whole, every other site as its ``_mean`` and ``_sd`` over its
+    elements. What layers have in common lies along a dimension ``layer``: ``fc.weight_tau`` is ``weight_tau`` at the
+    layer ``fc``, and ``fc.weight.s`` gives ``weight.s_mean`` and ``weight.s_sd`` there. A quantity of other layers than
+    those of the first one is along ``<quantity>_layer``.
+
+    :param x: inputs of the network, any nesting of dicts and tuples of tensors. Not needed for the groups
+        ``posterior`` and ``sample_stats``.
+    :param y: the targets of x, ``[N, ...]``. Needed for ``log_likelihood`` and ``observed_data``.
+    :param sites: names of sites to store whole, under their own names, or regular expressions that match whole names.
+    :param groups: which groups to make; ``function`` and ``training`` come with others, as said above.
+    :param probes: a few inputs of the network. The function at these is the part of the posterior that has no
+        symmetries: class probabilities, or the mean of y, to be looked at with R-hat, ESS and trace plots.
+    :param num_samples: draws from every member, S; by default all draws that the posterior stores (as after MCMC), and
+        100 of one that draws anew. Always 1 of particles and points. PSIS-LOO needs S K of this order.
+    :param batch_size: the most rows of x in one forward pass.
+    :param max_values: most numbers to store, over all groups. ``function``, ``inclusion`` and ``constant_data`` are
+        left out, with a warning, when they do not fit; anything else that does not fit is an error.
+    :param seed: of the draws, here and in the predictions.
+    :returns: ``arviz.InferenceData``, or with ArviZ 1.x ``xarray.DataTree``; ``.to_netcdf(path)`` writes either.
+    :raises TypeError: when x holds no tensor, y is none, or the posterior is none.
+    :raises ValueError: when a group or site is unknown, x or y is missing for a group, they differ in length, a
+        prediction or log-likelihood is NaN, or the result has more than ``max_values`` numbers.
+
+    Source: the InferenceData schema of ArviZ, https://python.arviz.org.
+    """
+    require_posterior(posterior)
+    wanted = _checked_groups(groups, x, y)
+    num_samples = posterior.draw_source.count(posterior.num_stored or DRAWS if num_samples is None else num_samples)
+    chains = posterior.num_chains if num_samples == posterior.num_stored else 1
+    budget = Budget(max_values)
+    tree: dict[str, Group] = {}
+    if "posterior" in wanted:
+        tree["posterior"] = posterior_group(posterior, sites, num_samples, seed, x, chains, budget)
+        if probes is not None:
+            prediction = posterior.predict(probes, num_samples=num_samples, batch_size=batch_size, seed=seed)
+            tree["posterior"]["function"] = _at_probes(prediction, chains, budget)
+        tree["inclusion"] = _inclusion(posterior, num_samples, seed, budget)
+        tree["guide"] = _guide(posterior.guide, budget)
+    if "sample_stats" in wanted:
+        tree["training"] = _training(posterior.losses, budget)
+    if "observed_data" in wanted and y is not None:
+        budget.take("observed_data/obs", y.numel())
+        tree["observed_data"] = {"obs": array(plain(y, 1), "obs_id", *outputs(plain(y, 1).dim() - 1))}
+    settings = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
+    tree |= _predictive(posterior, x, y, wanted, settings, chains, budget)
+    if "sample_stats" in wanted:
+        joint = tree.get("log_likelihood") if y is not None and y.shape[0] == _num_data(posterior) else None
+        tree["sample_stats"] = _sample_stats(posterior, num_samples, seed, x, chains, joint, budget)
+    if "constant_data" in wanted:
+        tree["constant_data"] = _constant_data(x, budget)
+
+    attrs = {"inference_library": "pyro_bnn", "members": posterior.num_members, "seed": seed}
+    if budget.left_out:
+        names = ", ".join(f"{name} ({size:,})" for name, size in budget.left_out.items())
+        warnings.warn(
+            f"left out, to stay within max_values={max_values:,} numbers: {names}. Raise max_values, or give fewer "
+            "rows of x or a smaller num_samples, to have them.",
+            stacklevel=2,
+        )
+        attrs["left_out"] = ", ".join(budget.left_out)
+    return _container(
+        {name: xr.Dataset(tree[name]) for name in (*GROUPS, *COMPANIONS) if tree.get(name)},
+        attrs,
+    )
+
+
+def _checked_groups(groups: str | Sequence[str], x: Any, y: Tensor | None) -> tuple[str, ...]:
+    wanted = (groups,) if isinstance(groups, str) else tuple(groups)
+    if unknown := [group for group in wanted if group not in GROUPS]:
+        raise ValueError(f"unknown group {unknown[0]!r}; groups= takes any of {', '.join(GROUPS)}")
+    if y is not None and not isinstance(y, Tensor):
+        raise TypeError(f"y is a tensor, got {type(y).__name__}: torch.as_tensor(y) makes one of an array")
+    for missing, argument, needed_by in (
+        (x is None, "x", ("posterior_predictive", "log_likelihood", "constant_data")),
+        (y is None, "y", ("log_likelihood", "observed_data")),
+    ):
+        if missing and (needy := [group for group in wanted if group in needed_by]):
+            raise ValueError(
+                f"{argument} is missing, which {' and '.join(needy)} cannot do without: give {argument}, or choose "
+                "other groups="
+            )
+    return wanted
+
+
+def _at_probes(prediction: Prediction, chains: int, budget: Budget) -> xr.DataArray:
+    values = plain(prediction.per_member, 3)
+    if values.isnan().any():
+        raise ValueError("the posterior predicts NaN at the probes: look for parameters that diverged in training")
+    budget.take("posterior/function", values.numel())
+    classes = ("class",) if isinstance(prediction.likelihood, Categorical) else ()
+    return sampled(values, chains, "probe", *outputs(values.dim() - 3 - len(classes)), *classes)
+
+
+def _guide(guide: Any, budget: Budget) -> Group:
+    if not isinstance(guide, MixtureGuide):
+        return {}
+    group: Group = {}
+    for name, (dims, values) in guide.summaries().items():
+        budget.take(f"guide/{name}", values.numel())
+        group[name] = array(values, *dims)
+    return group
+
+
+def _inclusion(posterior: Posterior, num_samples: int, seed: int, budget: Budget) -> Group:
+    if not has_inclusion(posterior.model):
+        return {}
+    group: Group = {}
+    for parameter, values in posterior.inclusion_probabilities(num_samples, seed).items():
+        name = safe(parameter)
+        if budget.offer(f"inclusion/{name}", values.numel()):
+            group[name] = array(values, *(f"{name}_dim_{axis}" for axis in range(values.dim())))
+    return group
+
+
+def _num_data(posterior: Posterior) -> int | None:
+    return getattr(posterior.model, "num_data", None)
+
+
+def _sample_stats(
+    posterior: Posterior, num_samples: int, seed: int, x: Any, chains: int, joint: Group | None, budget: Budget
+) -> Group:
+    """:param joint: the log-likelihood of all training data, if that is known."""
+    model = posterior.model
+    if not isinstance(model, BayesianNetwork):
+        return {}
+    log_prior, log_q = log_densities(posterior, num_samples, seed, example=x)
+    stats = {"log_prior": log_prior}
+    if joint is not None and model.likelihood is not None and not isinstance(posterior, ScaledPosterior):
+        likelihood = torch.as_tensor(joint["obs"].values).sum(-1).reshape(log_prior.shape)
+        stats["lp"] = log_prior.cpu() + likelihood / model.likelihood.temperature
+    if log_q is not None:
+        stats |= {"log_p": stats["lp"], "log_q": log_q} if "lp" in stats else {"log_q": log_q}
+    for name, values in stats.items():
+        budget.take(f"sample_stats/{name}", values.numel())
+    return {name: sampled(values, chains) for name, values in stats.items()}
+
+
+def _training(losses: Sequence[float], budget: Budget) -> Group:
+    if not losses:
+        return {}
+    budget.take("training/loss", len(losses))
+    return {"loss": array(torch.tensor(losses, dtype=torch.float64), "step")}
+
+
+def _predictive(
+    posterior: Posterior,
+    x: Any,
+    y: Tensor | None,
+    wanted: Sequence[str],
+    settings: dict[str, Any],
+    chains: int,
+    budget: Budget,
+) -> dict[str, Group]:
+    """The groups ``posterior_predictive``, ``function`` and ``log_likelihood``, in one pass over x."""
+    with_y, with_log_likelihood = "posterior_predictive" in wanted, "log_likelihood" in wanted
+    if not (with_y or with_log_likelihood):
+        return {}
+    likelihood = getattr(posterior.model, "likelihood", None)
+    if likelihood is None and not isinstance(posterior.model, BayesianNetwork) and not with_y and y is not None:
+        return {"log_likelihood": _log_likelihood_of_ones_own(posterior, x, y, settings, chains, budget)}
+    if likelihood is None:
+        raise ValueError(
+            "posterior_predictive, and log_likelihood of a model of this package, need a likelihood of "
+            "pyro_bnn.likelihoods, and this one has none: choose other groups=, such as ('posterior', "
+            "'log_likelihood') for a Pyro model of your own"
+        )
+    functions = settings["num_samples"] * posterior.num_members
+    rows = count_rows(x, y)
+    if rows == 0:
+        raise ValueError("x has no rows: give at least one, or choose groups= that need no x")
+    if with_log_likelihood:
+        budget.take("log_likelihood/obs", functions * rows)
+    if with_y:
+        budget.take("posterior_predictive/obs", functions * (rows if y is None else y.numel()))
+
+    stream: Iterable[tuple[Prediction, Any]]
+    if y is None:
+        stream = ((prediction, None) for prediction in predictions_of_inputs(posterior, x, like=x, **settings))
+    else:
+        stream = ((prediction, target) for _, prediction, target in predictions(posterior, (x, y), **settings))
+
+    parts: dict[str, list[Tensor]] = {"log_likelihood": [], "obs": [], "function": []}
+    function, keep_function = "probs" if likelihood.kind == "classification" else "mean", False
+    for index, (prediction, target) in enumerate(stream):
+        if with_log_likelihood:
+            parts["log_likelihood"].append(log_density(prediction, target).flatten(0, 1).cpu().double())
+        if with_y:
+            # Noise of its own for every batch, and none that the latent sites have used under the same seed.
+            obs = prediction.sample(seed=settings["seed"] + 1 + index)
+            if not index:
+                budget.take("posterior_predictive/obs", functions * rows * obs[0, 0, 0].numel())
+                size = functions * rows * prediction.per_member[0, 0, 0].numel()
+                keep_function = budget.offer(f"function/{function}", size)
+            parts["obs"].append(obs.flatten(0, 1).cpu())
+            if keep_function:
+                parts["function"].append(prediction.per_member.flatten(0, 1).cpu())
+
+    whole = {name: torch.cat(part, 1) for name, part in parts.items() if part}
+    tree: dict[str, Group] = {}
+    if with_log_likelihood:
+        tree["log_likelihood"] = {"obs": enumerated(whole["log_likelihood"], posterior.num_members, chains)}
+    if with_y:
+        obs = plain(whole["obs"], 2)
+        tree["posterior_predictive"] = {"obs": enumerated(obs, posterior.num_members, chains, *outputs(obs.dim() - 2))}
+        if "function" in whole:
+            values = plain(whole["function"], 2)
+            classes = ("class",) if values.dim() > obs.dim() else ()
+            dims = (*outputs(values.dim() - 2 - len(classes)), *classes)
+            tree["function"] = {function: enumerated(values, posterior.num_members, chains, *dims)}
+    return tree
+
+
+def _log_likelihood_of_ones_own(
+    posterior: Posterior, x: Any, y: Tensor, settings: dict[str, Any], chains: int, budget: Budget
+) -> Group:
+    """Of a Pyro model that is not of this package, at its one site that observes y."""
+    values = posterior.log_likelihood(x, y, settings["num_samples"], seed=settings["seed"]).flatten(0, 1)
+    if values.isnan().any():
+        raise ValueError("the log-density of y under the posterior is NaN: look at the scales of the model")
+    budget.take("log_likelihood/obs", values.numel())
+    return {"obs": enumerated(values.cpu().double(), 1, chains)}
+
+
+def _constant_data(x: Any, budget: Budget) -> Group:
+    rows = count_rows(x)
+    group: Group = {}
+    for name, values in _named_tensors("x", x):
+        if budget.offer(f"constant_data/{name}", values.numel()):
+            dims = [f"{name}_dim_{axis}" for axis in range(values.dim())]
+            if values.dim() and values.shape[0] == rows:
+                dims[0] = "obs_id"
+            group[name] = array(values, *dims)
+    return group
+
+
+def _named_tensors(name: str, x: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(x, Tensor):
+        yield name, x
+    elif isinstance(x, (dict, tuple, list)):
+        for key, value in x.items() if isinstance(x, dict) else enumerate(x):
+            yield from _named_tensors(f"{name}_{safe(str(key))}", value)
+
+
+def _container(groups: dict[str, xr.Dataset], attrs: dict[str, Any]) -> Any:
+    # ArviZ 1.x still answers to `arviz.InferenceData`, with a warning and another class.
+    if arviz.__version__.partition(".")[0] == "0":
+        container: Any = arviz.InferenceData
+        return container(attrs=attrs, **groups)
+    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs), **groups})

@@ -1,0 +1,139 @@
+"""How probable draws are: under the prior, log p(theta), and under the guide that made them, log q(theta)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import Delta
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor
+
+from pyro_bnn.diagnostics.scoring.precision import wide
+from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import training_mode
+
+if TYPE_CHECKING:
+    from pyro_bnn.posterior import Posterior
+
+
+def log_prior(model: BayesianNetwork, draws: dict[str, Tensor]) -> Tensor:
+    """``log p(theta)`` of each draw of each member, ``[n, members]``, in nats.
+
+    :param draws: ``{site: [n, members, *event]}``.
+    """
+    n = len(next(iter(draws.values())))
+    members = max(value.shape[1] for value in draws.values())
+    values = {name: model.plated(value) for name, value in draws.items()}
+    device = model.like().device
+    plate = pyro.plate(
+        model.site("members"),
+        1,
+        subsample=torch.arange(members, device=device),
+        dim=model.members_dim,
+        device=str(device),
+    )
+    lead = pyro.plate("_draws", n, dim=model.members_dim - 1, device=str(device))
+    with torch.no_grad(), training_mode(False), poutine.block(), lead, plate:
+        trace = poutine.trace(poutine.condition(model.sample_latents, values)).get_trace()
+    nodes: dict[str, Any] = trace.nodes
+    total = wide(torch.zeros(n, members, device=device))
+    for name, value in values.items():
+        total += wide(nodes[name]["fn"].log_prob(value)).reshape(n, -1)
+    return total
+
+
+def log_densities(
+    posterior: Posterior, n: int, seed: int | None = None, *, example: Any = None
+) -> tuple[Tensor, Tensor | None]:
+    r"""``log p(theta)`` and ``log q(theta)`` of the draws of ``posterior.draws(n, seed)``, each ``[n, members]``.
+
+    q is the whole guide: of a mixture with K members ``q(theta) = (1/K) sum_k q_k(theta)``, whichever member the draw
+    is of. Sites that the guide gives as points count with the density that the prior has there, and nothing in q.
+
+    :returns: in nats; ``None`` for q of a posterior without a density: of stored draws, particles and points, and of a
+        guide that is a function with auxiliary sites.
+    :raises TypeError: when the model is not of this package.
+    """
+    model = posterior.model
+    if not isinstance(model, BayesianNetwork):
+        raise TypeError(
+            f"the densities of draws are those of a model of pyro_bnn.models, got {type(model).__name__}: trace your "
+            "own model with pyro.poutine"
+        )
+    prior, guide = [], []
+    for draws, traces in _groups(posterior, n, seed, example):
+        prior.append(log_prior(model, draws))
+        if traces and all(_has_density(posterior.guide, trace) for trace in traces):
+            with torch.no_grad():
+                guide.append(_log_guide(posterior, draws, traces))
+    return torch.cat(prior), torch.cat(guide) if guide else None
+
+
+def has_density(posterior: Posterior) -> bool:
+    """Whether draws come from a guide with a density, and the model is of this package."""
+    if posterior.num_stored is not None or not isinstance(posterior.model, BayesianNetwork):
+        return False
+    return log_densities(posterior, 1, seed=0)[1] is not None
+
+
+def _groups(
+    posterior: Posterior, n: int, seed: int | None, example: Any
+) -> Iterator[tuple[dict[str, Tensor], list[poutine.Trace]]]:
+    if posterior.num_stored is None:
+        yield from posterior.draw_source.traces(n, seed, example=example)
+    else:
+        yield from ((draws, []) for draws in posterior.draw_source.groups(n, seed))
+
+
+def _sampled(trace: poutine.Trace) -> Iterator[tuple[str, Any]]:
+    nodes: dict[str, Any] = trace.nodes
+    for name, site in nodes.items():
+        if site["type"] == "sample" and not site["is_observed"] and not poutine.util.site_is_subsample(site):
+            yield name, site
+
+
+def _has_density(guide: Any, trace: poutine.Trace) -> bool:
+    if isinstance(guide, (MixtureGuide, AutoGuide)):
+        return any(not _is_point(site["fn"]) for _, site in _sampled(trace))
+    # With auxiliary sites of its own, a guide's trace has the density of both together.
+    sites = dict(_sampled(trace))
+    return any(not _is_point(site["fn"]) for site in sites.values()) and not any(
+        site["infer"].get("is_auxiliary") for site in sites.values()
+    )
+
+
+def _is_point(fn: Any) -> bool:
+    while not isinstance(fn, Delta) and hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
+
+
+def _log_guide(posterior: Posterior, draws: dict[str, Tensor], traces: list[poutine.Trace]) -> Tensor:
+    guide, model = posterior.guide, posterior.model
+    if isinstance(guide, MixtureGuide) and isinstance(model, BayesianNetwork):
+        return _log_mixture(model, dict(_sampled(traces[0])), draws)
+    n = len(next(iter(draws.values()))) if len(traces) == 1 else 1  # one trace has all draws in a plate
+    rows = [
+        sum(wide(site["fn"].log_prob(site["value"])).reshape(n, -1).sum(1) for _, site in _sampled(trace))
+        for trace in traces
+    ]
+    return torch.cat([torch.as_tensor(row) for row in rows]).unsqueeze(1)
+
+
+def _log_mixture(model: BayesianNetwork, sites: dict[str, Any], draws: dict[str, Tensor]) -> Tensor:
+    """Each draw under every member, whose sites do not depend on one another: ``log (1/K) sum_k q_k``."""
+    columns = []
+    for j in range(max(value.shape[1] for value in draws.values())):
+        under = wide(torch.zeros((), device=model.like().device))
+        for name, value in draws.items():
+            own = model.plated(value[:, j : j + 1] if value.shape[1] > 1 else value)
+            fn = sites[name]["fn"]
+            under = under + wide(fn.log_prob(own)).reshape(len(value), -1)
+        columns.append(under.logsumexp(1) - math.log(under.shape[1]))
+    return torch.stack(columns, 1)

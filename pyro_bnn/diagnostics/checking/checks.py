@@ -1,0 +1,280 @@
+"""Whether a posterior can be trusted, in plain words: one finding for each thing that was looked at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import scipy.stats
+import torch
+from torch import Tensor
+
+from pyro_bnn.diagnostics.arviz.densities import has_density
+from pyro_bnn.diagnostics.checking.chains import FEWEST, comparable, convergence, effective_size
+from pyro_bnn.diagnostics.checking.findings import SEVERITIES, Finding
+from pyro_bnn.diagnostics.checking.importance import fixed_weights, pareto_k
+from pyro_bnn.diagnostics.checking.predictive_checks import ERRORS, Predicted, out_of_domain
+from pyro_bnn.diagnostics.checking.training import loss_verdict
+from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
+from pyro_bnn.diagnostics.scoring.metrics import evaluate
+from pyro_bnn.diagnostics.scoring.stream import (
+    batches,
+    first_rows,
+    predictions,
+    require_posterior,
+    require_repeatable,
+)
+from pyro_bnn.network import batch_size as count_rows
+from pyro_bnn.posterior import Posterior
+from pyro_bnn.posterior.stored_draws import DrawsGuide
+
+#: rows at which the functions of chains are compared
+PROBES = 20
+#: R-hat up to which chains agree (Vehtari et al. 2021), and from which they do not agree at all
+RHAT, RHAT_BAD = 1.01, 1.1
+#: effective draws that are wanted of each chain (Vehtari et al. 2021, section 4.1)
+ESS = 100
+#: coordinates whose effective sample size stands for that of all
+COORDINATES = 20
+#: share of the predictive uncertainty below which functions hardly differ, and below which they are the same
+HARDLY, SAME = 1e-3, 1e-6
+#: relative error of a temperature that step size and gradient noise may leave
+HEAT = 0.1
+
+
+def check(
+    posterior: Posterior,
+    data: Any = None,
+    *,
+    x_train: Any = None,
+    y_train: Tensor | None = None,
+    ood: Any = None,
+    num_samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    metrics: Mapping[str, float] | None = None,
+) -> list[Finding]:
+    """Looks at all that can be looked at, and says what was found and what to do.
+
+    ===============  ==============================================================================================
+    training         whether the loss has come to rest (:func:`loss_verdict`)
+    sampler          divergences of NUTS; temperatures of SGHMC within 10 % of what they should be
+    convergence      R-hat and effective sample size of the function at 20 data, of a posterior of several chains
+    fit              Pareto k-hat of a guide with a density; needs the training data
+    spread           whether the draws are different functions
+    accuracy         better than always the most frequent class, or than the mean of y, by three standard errors of
+                     the difference
+    calibration      mean confidence against accuracy, or coverage of 95 % intervals, within three standard errors, to
+                     which the labels and the functions that explain them together contribute
+    out of domain    AUROC of the predictive entropy between ``data`` and ``ood``
+    ===============  ==============================================================================================
+
+    :param data: held-out data, as for :func:`evaluate`; without them training, sampler and fit are looked at alone.
+    :param x_train, y_train: all training data.
+    :param ood: inputs from elsewhere.
+    :param num_samples: draws from every member, for predictions.
+    :param metrics: what :func:`evaluate` found with these settings, where that is known already.
+    :returns: findings, the worst first.
+    :raises TypeError: for an iterator as data or ood, as they are passed over more than once.
+    :raises ValueError: when data is empty or a prediction holds NaN, only one of x_train and y_train is given, these
+        are not all ``num_data`` rows, or ood is given for a regression.
+    """
+    require_posterior(posterior)
+    require_repeatable(data, "data")
+    require_repeatable(ood, "ood")
+    if (x_train is None) != (y_train is None):
+        raise ValueError("x_train and y_train go together: give both, or neither")
+    count = posterior.draw_source.count(num_samples)
+    settings: dict[str, Any] = {"num_samples": count, "batch_size": batch_size, "seed": seed}
+    findings = [*_training(posterior), *_sampler(posterior), *_fit(posterior, x_train, y_train, batch_size, seed)]
+    if data is not None:
+        predicted: Predicted | None = None
+        for x, prediction, y in predictions(posterior, data, **settings):
+            if predicted is None:
+                predicted, probes = Predicted(str(getattr(prediction.likelihood, "kind", ""))), first_rows(x, PROBES)
+            predicted.add(prediction, y)
+        if predicted is None:
+            raise ValueError("data is empty: check needs at least one row; look at the filter or split that made it")
+        found = dict(metrics or evaluate(posterior, data, ood, **settings))
+        findings += _chains(posterior, probes, batch_size, seed)
+        findings += [*_spread(found, count * posterior.num_members), *predicted.findings()]
+        if "ood_auroc" in found:
+            foreign = predicted.rows if ood is None else sum(count_rows(x) for x, _ in batches(ood, batch_size))
+            findings += out_of_domain(found, predicted.rows, foreign)
+    return sorted(findings, key=lambda finding: -SEVERITIES.index(finding.severity))
+
+
+def _training(posterior: Posterior) -> Iterator[Finding]:
+    if not posterior.losses:
+        return
+    verdict = loss_verdict(posterior.losses)
+    topic = "training"
+    moved = f"the loss changed by {verdict.change:+.3g} nats a datum over the second half of training"
+    match verdict.state:
+        case "converged":
+            yield Finding("good", topic, f"The loss has come to rest at {verdict.level:.4g} nats a datum.")
+        case "falling":
+            yield Finding(
+                "warning",
+                topic,
+                f"It has not come to rest: {moved}, to {verdict.level:.4g}.",
+                "Train for more epochs, or with a larger learning rate that falls to zero.",
+            )
+        case "rising":
+            yield Finding(
+                "warning",
+                topic,
+                f"The loss rises: {moved}, to {verdict.level:.4g}.",
+                "Lower the learning rate; with kl_annealing a rise while the weight of the prior grows is expected.",
+            )
+        case "diverged":
+            yield Finding(
+                "problem",
+                topic,
+                "The last loss is not finite.",
+                "Lower the learning rate, and look at the data for NaN.",
+            )
+        case "unknown":
+            steps = len(posterior.losses)
+            yield Finding("note", topic, f"{steps} steps are too few to tell whether the loss has come to rest.")
+
+
+def _sampler(posterior: Posterior) -> Iterator[Finding]:
+    run, topic = posterior.sampler, "sampler"
+    if "divergences" in run:
+        yield (
+            Finding(
+                "warning",
+                topic,
+                f"{run['divergences']:.0f} transitions of NUTS diverged: parts of the posterior were not reached.",
+                "Raise target_accept_prob, or reparametrise the model.",
+            )
+            if run["divergences"]
+            else Finding("good", topic, "No transition diverged.")
+        )
+    if "kinetic temperature" in run and run["temperature"] > 0:
+        ratios = {
+            "kinetic": run["kinetic temperature"] / run["expected kinetic temperature"],
+            "configurational": run["configurational temperature"] / run["temperature"],
+        }
+        text = " and ".join(f"the {name} temperature is {ratio:.2f}" for name, ratio in ratios.items())
+        noise = _noise_of_heat(posterior)
+        if noise > 1:
+            yield Finding("note", topic, f"In units of what they should be, {text}; the draws are too few to judge it.")
+        elif all(abs(ratio - 1) <= HEAT + noise for ratio in ratios.values()):
+            yield Finding("good", topic, f"In units of what they should be, {text}.")
+        else:
+            yield Finding(
+                "warning",
+                topic,
+                f"The chain samples another temperature: in units of what they should be, {text}.",
+                "Too hot: a smaller step_size or larger batches (gradient noise heats). Configurational too cold: more "
+                "warm-up, as the chain has not yet left its start.",
+            )
+
+
+def _noise_of_heat(posterior: Posterior) -> float:
+    """Three standard errors of the mean of ``(theta - theta_0) * grad U``, whose variance is 3 T^2 a coordinate.
+
+    Draws count with the effective sample size of some coordinates.
+    """
+    if not isinstance(posterior.guide, DrawsGuide) or (posterior.num_stored or 0) < 2 * FEWEST * posterior.num_chains:
+        return math.inf
+    draws = posterior.guide.draws()
+    coordinates = sum(value[0].numel() for value in draws.values())
+    some = torch.cat([value.flatten(1)[:, :COORDINATES] for value in draws.values()], 1)[:, :COORDINATES]
+    return ERRORS * math.sqrt(3 / (coordinates * max(1.0, effective_size(some, posterior.num_chains))))
+
+
+def _fit(posterior: Posterior, x: Any, y: Tensor | None, batch_size: int | None, seed: int) -> Iterator[Finding]:
+    inside = posterior.posterior if isinstance(posterior, ScaledPosterior) else posterior
+    if x is None or y is None or not has_density(inside):
+        return
+    found = pareto_k(inside, x, y, batch_size=batch_size, seed=seed)
+    if found.k < found.good:
+        fixed = fixed_weights(inside)
+        given = f", given the {fixed:,} numbers of the network that are not random" if fixed else ""
+        yield Finding("good", "fit", f"k-hat is {found.k:.2f}: the guide is close to the posterior{given}.")
+    else:
+        yield Finding(
+            "note",
+            "fit",
+            f"k-hat is {found.k:.2f}, above {found.good:.2f}: in the space of weights the guide is far from the "
+            "posterior, as it is with nearly every network.",
+            "Do not reweigh draws, nor trust the evidence bound to compare models; judge predictions by held-out data.",
+        )
+
+
+def _chains(posterior: Posterior, probes: Any, batch_size: int | None, seed: int) -> Iterator[Finding]:
+    topic = "convergence"
+    if not posterior.is_sampled:
+        return
+    if posterior.num_chains < 2:
+        yield Finding(
+            "note",
+            topic,
+            "All draws are of one chain, so nothing shows whether another would agree.",
+            "Sample with num_chains=4, or give several runs to convergence().",
+        )
+        return
+    if not comparable(posterior):
+        yield Finding(
+            "warning",
+            topic,
+            f"{posterior.num_stored} draws of {posterior.num_chains} chains are too few to compare them.",
+            "Draw more: 500 or more from each chain.",
+        )
+        return
+    found = convergence(posterior, probes, batch_size=batch_size, seed=seed)
+    rhat, ess = float(found["rhat"].max()), float(found["ess_bulk"].min())
+    limit, wanted = _largest_rhat(posterior, found["rhat"].size), ESS * posterior.num_chains
+    text = f"R-hat of the functions is at most {rhat:.3f}, the effective sample size at least {ess:.0f}"
+    if rhat <= limit and ess >= wanted:
+        yield Finding("good", topic, f"{text}, over {posterior.num_chains} chains.")
+    else:
+        yield Finding(
+            "problem" if rhat > RHAT_BAD else "warning",
+            topic,
+            f"{text}; up to {limit:.3f} and at least {wanted} are wanted.",
+            "Sample longer; if R-hat stays, chains are in different modes, and more of them are needed.",
+        )
+
+
+def _largest_rhat(posterior: Posterior, quantities: int) -> float:
+    """1.01, or what the largest of so many R-hats stays below with 99 % when all draws are independent.
+
+    With n draws in each of 2 M half chains ``R-hat^2 = (n - 1) / n + F / n``, in which ``(2 M - 1) F`` is chi-square
+    with 2 M - 1 degrees of freedom; there are two R-hats for each quantity, of ranks and of folded ranks.
+    """
+    freedom = 2 * posterior.num_chains - 1
+    n = (posterior.num_stored or 0) / (2 * posterior.num_chains)
+    largest = float(scipy.stats.chi2.isf(0.01 / (2 * quantities), freedom)) / freedom
+    return max(RHAT, math.sqrt((n - 1 + largest) / n))
+
+
+def _spread(metrics: Mapping[str, float], functions: int) -> Iterator[Finding]:
+    topic = "spread"
+    if functions == 1:
+        yield Finding("note", topic, "One function makes all predictions: there is no epistemic uncertainty.")
+        return
+    share = metrics["epistemic"] / max(metrics["epistemic"] + metrics["aleatoric"], 1e-30)
+    if share < SAME:
+        yield Finding(
+            "warning",
+            topic,
+            f"All {functions} draws are the same function: the posterior has collapsed to a point.",
+            "A point guide is meant to; else look at the guide's scales, the repulsion of particles or the step size.",
+        )
+        return
+    disagree = f", and disagree on {metrics['disagreement']:.1%} of labels" if "disagreement" in metrics else ""
+    if share < HARDLY:
+        yield Finding(
+            "note",
+            topic,
+            f"{functions} functions hold {share:.1g} of the predictive uncertainty{disagree}: hardly more than one "
+            "function.",
+            "With many data that may be all there is; inputs from elsewhere (ood=) should show more of it.",
+        )
+    else:
+        yield Finding("good", topic, f"{functions} functions hold {share:.1%} of the predictive uncertainty{disagree}.")

@@ -1,0 +1,319 @@
+"""Pareto-smoothed importance sampling: how far a variational posterior is from the exact one, and leave-one-out."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import arviz
+import numpy as np
+import pandas as pd
+import torch
+import xarray as xr
+from torch import Tensor
+
+from pyro_bnn.diagnostics.arviz.conversion import to_arviz
+from pyro_bnn.diagnostics.arviz.densities import has_density, log_densities
+from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
+from pyro_bnn.diagnostics.scoring.precision import wide
+from pyro_bnn.diagnostics.scoring.stream import log_density, predictions, require_posterior
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.network import batch_size as count_rows
+
+if TYPE_CHECKING:
+    from pyro_bnn.posterior import Posterior
+
+#: draws over all members, from a posterior that draws anew
+DRAWS = 1000
+#: R-hat of log densities from which chains do not agree
+APART = 1.1
+#: fewest draws from whose tail a Pareto shape can be read
+FEWEST = 100
+
+
+@dataclass(frozen=True)
+class ParetoK:
+    """How far the guide is from the posterior.
+
+    :param k: shape of the generalised Pareto tail of the importance ratios p / q. Below ``good`` importance sampling
+        from the guide works, and the guide is close to the posterior; above 0.7 it does not, and above 1 the ratios
+        have no mean.
+    :param good: ``min(1 - 1 / log10 S, 0.7)`` for S draws (Vehtari et al. 2024, eq. 13).
+    :param ess: ``1 / sum_s w_s^2`` of the smoothed weights, which sum to one: how many draws from the posterior these
+        draws are worth.
+    :param draws: S.
+    """
+
+    k: float
+    good: float
+    ess: float
+    draws: int
+
+
+def pareto_k(
+    posterior: Posterior,
+    x: Any,
+    y: Tensor,
+    *,
+    num_samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> ParetoK:
+    r"""k-hat of a variational posterior: the tail of ``p(y, theta) / q(theta)`` over draws of q.
+
+    In the space of weights it grows with their number, and a mean field on a network of any size fails: it says that
+    weights of draws would not correct the guide, and nothing of the predictions. Members of a mixture count as one
+    guide with the density ``(1/K) sum_k q_k``.
+
+    :param x: the training inputs, all ``num_data`` of them.
+    :param y: their targets.
+    :param num_samples: draws of each member; by default 1,000 over all members.
+    :raises ValueError: when these are not all training data, the posterior has no density (stored draws, particles,
+        points), or there are fewer than 100 draws.
+
+    Source: Yao, Vehtari, Simpson and Gelman (2018), algorithm 1; Vehtari et al. (2024).
+    """
+    require_posterior(posterior)
+    if not has_density(posterior):
+        raise ValueError(
+            "k-hat compares the density of a guide with that of the posterior, and this posterior has none: it is of "
+            "stored draws, particles or points, or of a model that is not of this package. Look at R-hat and ESS "
+            "(convergence) or at the diversity of members"
+        )
+    _require_training_data(posterior, x, y)
+    count = _enough_draws(posterior, num_samples)
+    log_p, log_q = log_densities(posterior, count, seed, example=x)
+    assert log_q is not None
+    temperature = posterior.model.likelihood.temperature  # type: ignore[attr-defined]
+    for _, prediction, target in predictions(posterior, (x, y), num_samples=count, batch_size=batch_size, seed=seed):
+        log_p += wide(log_density(prediction, target)).sum(-1) / temperature
+    log_weights, k = _smooth((log_p - log_q).cpu().reshape(1, -1).numpy())
+    draws = log_weights.shape[-1]
+    ess = float(np.exp(-_log_sum(2 * log_weights))[0])
+    return ParetoK(float(k[0]), _good_k(draws), ess, draws)
+
+
+def loo(
+    posterior: Posterior,
+    x: Any,
+    y: Tensor,
+    *,
+    num_samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> Any:
+    r"""PSIS-LOO: the expected log predictive density of a datum that was left out, in nats over all data.
+
+    For draws of the exact posterior, as after MCMC, this is ``arviz.loo``. Draws of a variational posterior q get the
+    weights ``w_is ~ p(y, theta_s) / (q(theta_s) p(y_i | theta_s))``, smoothed for each datum i, and
+
+    ``elpd_i = log sum_s w_is p(y_i | theta_s)``.
+
+    Without the factor p / q a guide that is too narrow looks reliable, because its draws agree with one another.
+
+    What is not random stays as it is when a datum is left out. Weights that were trained on these very data as a point,
+    as the W of a rank-1 network, the layers before a last-layer Laplace approximation or all weights under dropout,
+    make the result too high, which a warning says: compare such models on held-out data.
+
+    :param x: the training inputs; for a variational posterior all ``num_data`` of them.
+    :param y: their targets.
+    :param num_samples: draws of each member; by default all stored ones, or 1,000 over all members.
+    :returns: ArviZ's ``ELPDData`` with ``pareto_k`` of each datum, for ``arviz.compare``.
+    :raises ValueError: when a variational posterior is not given all its training data, draws are neither of a sampler
+        nor of a guide with a density (particles, networks of an ensemble), the predictions, the likelihood or the
+        sampler have a temperature, or there are fewer than 100 draws over all members.
+
+    Source: Vehtari, Gelman and Gabry (2017); Magnusson, Andersen, Jonasson and Vehtari (2019), eq. 5.
+    """
+    require_posterior(posterior)
+    _require_untempered(posterior)
+    variational = has_density(posterior)
+    if variational:
+        _require_training_data(posterior, x, y)
+    elif not posterior.is_sampled:
+        raise ValueError(
+            "these draws are neither of a sampler nor of a guide with a density for a model of this package, as "
+            "particles, networks of an ensemble and stored draws of a guide: they may agree with one another whatever "
+            "the posterior is, so that leave-one-out would call them reliable. Compare scores on held-out data "
+            "(evaluate)"
+        )
+    if fixed := fixed_weights(posterior):
+        warnings.warn(
+            f"{fixed:,} numbers of the network are not random. If they were trained on these data, leaving one out "
+            "leaves what they learned from it: the result is too high. Compare on held-out data (evaluate)",
+            stacklevel=2,
+        )
+    count = _enough_draws(posterior, num_samples)
+    data = _in_arviz(posterior, x, y, count, batch_size, seed)
+    if not variational:
+        _warn_of_chains_apart(data)
+        return arviz.loo(_for_arviz(data), pointwise=True)
+    stats: Any = data["sample_stats"]
+    log_p, log_q = _flat(stats["log_p"]), _flat(stats["log_q"])
+    if _old_arviz():
+        return _approximate_loo(data, log_p - log_q)
+    newer: Any = arviz
+    return newer.loo_approximate_posterior(data, log_p[0], log_q[0], pointwise=True)
+
+
+def compare(posteriors: Mapping[str, Posterior], x: Any, y: Tensor, **settings: Any) -> pd.DataFrame:
+    """Posteriors of several models of the same data, ranked by PSIS-LOO: ``arviz.compare`` of :func:`loo` of each.
+
+    :param posteriors: at least two, by name.
+    :param settings: of :func:`loo`.
+    :returns: ArviZ's table: elpd, its difference from the best with the standard error of that, stacking weights.
+    :raises TypeError: when they have no names.
+    :raises ValueError: with fewer than two posteriors.
+
+    Source: Yao, Vehtari, Simpson and Gelman (2018) for the stacking weights.
+    """
+    if not isinstance(posteriors, Mapping):
+        raise TypeError(f"compare ranks posteriors by name: give {{name: posterior}}, got {type(posteriors).__name__}")
+    if len(posteriors) < 2:
+        raise ValueError(f"compare ranks posteriors: give at least two, got {len(posteriors)}")
+    return arviz.compare({name: loo(posterior, x, y, **settings) for name, posterior in posteriors.items()})
+
+
+def fixed_weights(posterior: Posterior) -> int:
+    """How many numbers of the network are no latent site, so that no draw changes them."""
+    model = posterior.model
+    if not isinstance(model, BayesianNetwork):
+        return 0
+    random = {site.name for site in model.sites()} | {model.site(name) for name in model.implied_parameters()}
+    return sum(p.numel() for name, p in model.core().net.named_parameters() if model.site(name) not in random)
+
+
+def _require_training_data(posterior: Posterior, x: Any, y: Tensor) -> None:
+    if isinstance(posterior, ScaledPosterior):
+        raise ValueError("scaled predictions are of no density that was inferred: give the posterior inside")
+    rows, expected = count_rows(x, y), getattr(posterior.model, "num_data", None)
+    if rows != expected:
+        raise ValueError(
+            f"x and y hold {rows} data, the model was trained on num_data={expected}: the density that a variational "
+            "posterior approximates is that of all training data, so give these"
+        )
+
+
+def _require_untempered(posterior: Posterior) -> None:
+    likelihood = getattr(posterior.model, "likelihood", None)
+    tempered = getattr(likelihood, "temperature", 1.0) != 1 or posterior.sampler.get("temperature", 1.0) != 1
+    if isinstance(posterior, ScaledPosterior) or tempered:
+        raise ValueError(
+            "leaving a datum out divides the posterior by its likelihood, which is another one when predictions are "
+            "scaled, or the likelihood or the sampler has a temperature: give the posterior inside (scaled.posterior), "
+            "sample at temperature=1, or compare scores on held-out data (evaluate)"
+        )
+
+
+def _enough_draws(posterior: Posterior, num_samples: int | None) -> int:
+    if num_samples is None:
+        num_samples = posterior.num_stored or (
+            1 if posterior.is_deterministic else math.ceil(DRAWS / posterior.num_members)
+        )
+    if num_samples * posterior.num_members < FEWEST:
+        raise ValueError(
+            f"{num_samples} draws of {posterior.num_members} members are {num_samples * posterior.num_members}: "
+            f"smoothing takes at least {FEWEST}. Give a larger num_samples; particles and points are too few by nature, so "
+            "compare their scores on held-out data (evaluate)"
+        )
+    return num_samples
+
+
+def _in_arviz(
+    posterior: Posterior, x: Any, y: Tensor, num_samples: int, batch_size: int | None, seed: int
+) -> xr.DataTree:
+    groups = ("posterior", "log_likelihood", "sample_stats")
+    data = to_arviz(
+        posterior,
+        x,
+        y,
+        groups=groups,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=seed,
+        max_values=10**9,
+    )
+    return data if isinstance(data, xr.DataTree) else data.to_datatree()
+
+
+def _warn_of_chains_apart(data: xr.DataTree) -> None:
+    """Smoothing sees the tails of the draws, and not whether they are of the posterior."""
+    each: Any = data["log_likelihood"].to_dataset()
+    if each.sizes["chain"] > 1 and (rhat := float(arviz.rhat(each)["obs"].max())) > APART:
+        warnings.warn(
+            f"the chains do not agree on how likely the data are (R-hat up to {rhat:.2f}): leave-one-out of draws that "
+            "are not of the posterior says nothing. Sample longer, and look at convergence()",
+            stacklevel=3,
+        )
+
+
+def _for_arviz(data: xr.DataTree) -> Any:
+    return arviz.InferenceData.from_datatree(data) if _old_arviz() else data
+
+
+def _old_arviz() -> bool:
+    return bool(arviz.__version__.partition(".")[0] == "0")
+
+
+def _flat(values: Any) -> np.ndarray:
+    """``[1, S]``: over chains, draws and members, in the order of the draws of the functions."""
+    return np.asarray(values).reshape(1, -1)
+
+
+def _smooth(log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pareto-smoothed log weights, ``[N, S]``, which sum to one over S, and k-hat, ``[N]``."""
+    if _old_arviz():
+        log_weights, k = arviz.psislw(log_ratios)
+    else:
+        from arviz_stats.base import array_stats
+
+        log_weights, k = array_stats.psislw(-log_ratios)  # it takes what the ratios are the inverse of
+    log_weights = np.asarray(log_weights)
+    return log_weights - _log_sum(log_weights)[:, None], np.asarray(k)
+
+
+def _log_sum(values: np.ndarray) -> np.ndarray:
+    return torch.as_tensor(values).logsumexp(-1).numpy()
+
+
+def _good_k(draws: int) -> float:
+    return min(1 - 1 / math.log10(draws), 0.7)
+
+
+def _approximate_loo(data: xr.DataTree, log_ratio: np.ndarray) -> Any:
+    """``loo_approximate_posterior`` of ArviZ 1.x, which 0.x lacks."""
+    from arviz.stats.stats_utils import ELPDData
+
+    likelihood = data["log_likelihood"]["obs"]
+    pointwise = likelihood.stack(__sample__=("chain", "draw")).transpose("obs_id", "__sample__")
+    log_weights, k = _smooth(log_ratio - pointwise.values)
+    elpd = _log_sum(log_weights + pointwise.values)
+    n, draws = pointwise.shape
+    lppd = _log_sum(pointwise.values) - math.log(draws)
+    good = _good_k(draws)
+    if unreliable := int((k > good).sum()):
+        warnings.warn(
+            f"k-hat is above {good:.2f} for {unreliable} of {n} data: the guide is too far from the posterior, or "
+            "these data weigh too much, for their leave-one-out densities to be trusted; compare nll on held-out data "
+            "(evaluate)",
+            stacklevel=3,
+        )
+    rows = likelihood.coords["obs_id"]
+    each, shapes = (xr.DataArray(values, {"obs_id": rows}, "obs_id") for values in (elpd, k))
+    total, se, p = float(elpd.sum()), float(math.sqrt(n * elpd.var())), float((lppd - elpd).sum())
+    content = {
+        "elpd_loo": total,
+        "se": se,
+        "p_loo": p,
+        "n_samples": draws,
+        "n_data_points": n,
+        "warning": bool(unreliable),
+        "loo_i": each.rename("loo_i"),
+        "pareto_k": shapes,
+        "scale": "log",
+        "good_k": good,
+    }
+    return ELPDData(data=list(content.values()), index=list(content))

@@ -1,0 +1,308 @@
+"""What a prior says before any data: the functions that it implies, and whether one can believe in them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_bnn.diagnostics.checking.findings import Finding
+from pyro_bnn.likelihoods import Bernoulli
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import frozen
+from pyro_bnn.network import batch_size as count_rows
+from pyro_bnn.posterior import Posterior, Prediction
+from pyro_bnn.posterior.draw_source import MAX_ELEMENTS, in_groups
+from pyro_bnn.randomness import device_of, seeded
+
+#: probability between the quantiles whose distance is the scale of a distribution
+CENTRAL = 0.9
+#: the same distance for a standard Normal, by which that of any distribution becomes a standard deviation
+NORMAL_WIDTH = 2 * math.sqrt(2) * float(torch.erfinv(torch.tensor(CENTRAL, dtype=torch.float64)))
+#: prior standard deviations from the centre of the prior beyond which data surprise it, and below which it is vague
+FAR, NEAR = 3.0, 0.1
+
+
+def prior_predictive(
+    model: BayesianNetwork, x: Any, *, num_samples: int = 200, batch_size: int | None = None, seed: int = 0
+) -> Prediction:
+    """What the prior predicts at x: the functions ``f = net(x; w)``, ``w ~ prior``, as a posterior's prediction.
+
+    What is no latent site is as the network has it: the W of a rank-1 network, normalisation layers, W_0 of a Bella.
+
+    :param model: a model of this package.
+    :param x: tensor, dict or tuple with N rows on axis 0, any number of them.
+    :param num_samples: number S of functions; ``.outputs`` is ``[S, 1, N, *output]``.
+    :param batch_size: the most rows of x in one forward pass; by default what fits a fixed memory budget.
+    :param seed: of the draws; the global random state is left alone.
+    :raises TypeError: for a model that is not of this package.
+    :raises ValueError: for NaN in x, or a prior that has no draws since it is improper.
+    """
+    if not isinstance(model, BayesianNetwork):
+        raise TypeError(
+            f"prior_predictive takes one of pyro_bnn.models, got {type(model).__name__}: for another Pyro program use "
+            "pyro.infer.Predictive(model, num_samples=...)(x)"
+        )
+    parts = []
+    with frozen(model):
+        for draws in prior_draws(model, num_samples, seed):
+            group = Posterior.from_draws(model, draws)
+            parts.append(group.predict(x, len(next(iter(draws.values()))), batch_size))
+    noise = [part.noise for part in parts if part.noise is not None]
+    return Prediction(
+        torch.cat([part.outputs for part in parts]), model.likelihood, torch.cat(noise) if noise else None
+    )
+
+
+def prior_summary(
+    model: BayesianNetwork,
+    x: Any,
+    y: Tensor | None = None,
+    *,
+    num_samples: int = 200,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """Numbers about the functions that a prior implies at x; those that overflow enter ``finite`` alone.
+
+    =====================  ==========================================================================================
+    ``finite``             share of functions with finite outputs at all of x
+    ``classes``            classification: their number C
+    ``max_probability``    classification: mean over functions and rows of the largest class probability
+    ``one_class``          classification: share of functions that put all rows in one class
+    ``entropy``            classification: entropy of the averaged probabilities in nats, mean over rows
+    ``expected_entropy``   classification: entropy of a function's probabilities in nats, mean over functions and rows
+    ``scale``              regression, counts: standard deviation of the mean of y, in units of y, median over rows
+    ``distance``           regression, counts, with y: root mean square of ``(y - m) / s``, with the centre m and the
+                           standard deviation s of the prior predictive distribution of each row, noise included
+    =====================  ==========================================================================================
+
+    Priors may have no variance, so that standard deviations are robust ones: the distance between the 5 % and 95 %
+    quantiles, divided by its value for a standard Normal (3.29); m is the median, whose own variance (of a Normal,
+    ``pi s^2 / 2`` over the number of functions) is taken off the square. s of counts is at least 1, their resolution.
+
+    :param x: N rows, at least 2.
+    :param y: targets of x; used by regressions and counts.
+    :raises TypeError: for a model that is not of this package.
+    :raises ValueError: for a model without a likelihood, fewer than 2 rows, or y that does not fit.
+    """
+    likelihood = getattr(model, "likelihood", None)
+    if isinstance(model, BayesianNetwork) and likelihood is None:
+        raise ValueError(
+            "the model has no likelihood, so that nothing says what its functions mean: look at prior_predictive(...)"
+        )
+    if (rows := count_rows(x, y)) < 2:
+        raise ValueError(f"x has {rows} rows: how a function differs from row to row takes at least 2")
+    everything = prior_predictive(model, x, num_samples=num_samples, batch_size=batch_size, seed=seed)
+    finite = everything.per_member.isfinite().flatten(1).all(1) & everything.outputs.isfinite().flatten(1).all(1)
+    numbers = {"finite": float(finite.double().mean())}
+    if not finite.any():
+        return numbers
+    noise = None if everything.noise is None else everything.noise[finite]
+    prediction = Prediction(everything.outputs[finite], likelihood, noise)
+    if likelihood is not None and likelihood.kind == "classification":
+        return numbers | _classes(prediction)
+    mean = prediction.per_member[:, 0]
+    numbers["scale"] = float(_scale(mean).median())
+    if y is not None:
+        likelihood.check(y, prediction.outputs[0, 0])
+        drawn = prediction.sample(seed + 1)[:, 0].flatten(1)
+        target = y.to(drawn).flatten()
+        if target.shape != drawn.shape[1:]:
+            raise ValueError(f"y has shape {tuple(y.shape)}; for this network it should have {tuple(mean.shape[1:])}")
+        s = _scale(drawn).clamp_min(1.0 if likelihood.kind == "count" else 0.0)
+        squares = float(((target - drawn.median(0).values) / s).square().mean())
+        numbers["distance"] = math.sqrt(max(0.0, squares - math.pi / (2 * len(drawn))))
+    return numbers
+
+
+def check_prior(
+    model: BayesianNetwork,
+    x: Any,
+    y: Tensor | None = None,
+    *,
+    num_samples: int = 200,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> list[Finding]:
+    """Whether the functions that a prior implies at x are such as one can believe in before any data.
+
+    The numbers are those of :func:`prior_summary`, and the bounds:
+
+    * any function that overflows;
+    * **saturation**: mean largest probability beyond ``(1 + u) / 2``, half-way between certainty and ``u = H_C / C``
+      (``H_C = 1 + 1/2 + ... + 1/C``), its value when class probabilities are uniform on the simplex;
+    * more than half of the functions put all of x in one class;
+    * a **preferred class**: ``exp(entropy)``, the effective number of classes, below 0.9 C (less for few functions);
+    * data more than 3 prior standard deviations from the centre of the prior, or less than a tenth of one. Even when
+      all rows rise and fall together, the first has a probability of 0.003 under a Normal prior predictive
+      distribution, and the second of 0.08; both less when rows differ.
+
+    :param model, x, y, num_samples, batch_size, seed: see :func:`prior_summary`, which names the errors too.
+    """
+    settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
+    numbers = prior_summary(model, x, y, **settings)
+    found = []
+    if (infinite := 1 - numbers["finite"]) > 0:
+        found.append(
+            Finding(
+                "problem" if infinite == 1 else "warning",
+                "overflow",
+                f"{infinite:.1%} of the prior's functions are infinite or NaN somewhere at x.",
+                "Give the prior lighter tails or smaller scales (see prior=), or use double precision.",
+            )
+        )
+    if "max_probability" in numbers:
+        found += _check_classes(numbers, round(numbers["finite"] * num_samples))
+    elif "scale" in numbers:
+        found += [_check_scale(numbers)]
+    return found
+
+
+def prior_draws(
+    model: Callable[..., Any], n: int, seed: int = 0, *, example: Any = None
+) -> Iterator[dict[str, Tensor]]:
+    """``{site: [group, 1, *event]}``: n draws of all latent sites from the prior, in groups of bounded size.
+
+    :param example: what a model that is not of this package is called with, if with anything.
+    :raises ValueError: when n is not at least 1, or the prior is improper and has no draws.
+    """
+    elements = MAX_ELEMENTS  # a trace has one draw
+    if isinstance(model, BayesianNetwork):
+        elements = sum(site.shape.numel() for site in model.sites())
+    for _, size, own_seed in in_groups(n, elements, seed):
+        with frozen(model), seeded(device_of(model), own_seed), torch.no_grad(), proper_priors():
+            draws = _vectorised(model, size) if isinstance(model, BayesianNetwork) else _traced(model, example)
+        yield draws
+
+
+@contextlib.contextmanager
+def proper_priors() -> Iterator[None]:
+    """Inside, a prior without draws is a ValueError that says what to do."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise ValueError(
+            "the prior is improper (as with weight_prior=None) and has no draws: give all sites a proper one"
+        ) from error
+
+
+def _vectorised(model: BayesianNetwork, n: int) -> dict[str, Tensor]:
+    device = str(model.like().device)
+    draws = pyro.plate("_draws", n, dim=model.members_dim - 1, device=device)
+    with poutine.block(), draws, pyro.plate(model.site("members"), 1, dim=model.members_dim, device=device):
+        values = model.sample_latents()
+    return {site.name: values[site.name].reshape((n, 1) + site.shape) for site in model.sites()}
+
+
+def _traced(model: Callable[..., Any], example: Any) -> dict[str, Tensor]:
+    nodes: dict[str, Any] = poutine.trace(model).get_trace(*(() if example is None else (example,))).nodes
+    return {
+        name: site["value"][None, None]
+        for name, site in nodes.items()
+        if site["type"] == "sample" and not site["is_observed"] and not poutine.util.site_is_subsample(site)
+    }
+
+
+def _scale(values: Tensor) -> Tensor:
+    """Robust standard deviation along axis 0."""
+    return central_width(values.flatten(1)) / NORMAL_WIDTH
+
+
+def central_width(values: Tensor) -> Tensor:
+    """``[draws, M] -> [M]``: distance between the quantiles that enclose ``CENTRAL``."""
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    q = torch.tensor([(1 - CENTRAL) / 2, (1 + CENTRAL) / 2], dtype=values.dtype, device=values.device)
+    # torch.quantile takes at most 2^24 numbers at a time
+    columns = values.split(max(1, 2**24 // len(values)), 1)
+    low, high = torch.cat([part.quantile(q, 0) for part in columns], 1)
+    return high - low
+
+
+def _classes(prediction: Prediction) -> dict[str, float]:
+    probs = prediction.per_member[:, 0]
+    if isinstance(prediction.likelihood, Bernoulli):
+        probs = torch.stack((1 - probs, probs), -1)
+    probs = probs.flatten(1, -2)
+    decided = probs.argmax(-1)
+    mean = probs.mean(0)
+    return {
+        "classes": float(probs.shape[-1]),
+        "max_probability": float(probs.amax(-1).mean()),
+        "one_class": float((decided == decided[:, :1]).all(1).double().mean()),
+        "entropy": float(torch.special.entr(mean).sum(-1).mean()),
+        "expected_entropy": float(torch.special.entr(probs).sum(-1).mean()),
+    }
+
+
+def _check_classes(numbers: dict[str, float], functions: int) -> list[Finding]:
+    classes, certainty, one_class = int(numbers["classes"]), numbers["max_probability"], numbers["one_class"]
+    uniform = sum(1 / k for k in range(1, classes + 1)) / classes
+    bound, effective = (1 + uniform) / 2, math.exp(numbers["entropy"])
+    found = [
+        Finding(
+            "warning",
+            "saturation",
+            f"before any data, a function of the prior gives its class a probability of {certainty:.2f} on average; "
+            f"beyond {bound:.2f} the prior is sure of what it cannot know.",
+            "Scale the prior of weights by 1 / sqrt(fan in), or choose a smaller scale.",
+        )
+        if certainty > bound
+        else Finding(
+            "good",
+            "saturation",
+            f"a function of the prior gives its class a probability of {certainty:.2f} on average, at most {bound:.2f} "
+            "as it should be.",
+        )
+    ]
+    if one_class > 0.5:
+        found.append(
+            Finding(
+                "warning",
+                "one class",
+                f"{one_class:.0%} of the prior's functions put all of x in one class, and so hardly depend on x.",
+                "Give biases and the weights of the last layer a narrower prior, or standardise x.",
+            )
+        )
+    # of few one-hot functions the average has by chance less entropy, by this much (Miller 1955)
+    if effective < 0.9 * classes * math.exp(-(classes - 1) / (2 * functions)):
+        found.append(
+            Finding(
+                "note",
+                "preferred class",
+                f"averaged over its functions, the prior leaves {effective:.1f} of {classes} classes open: it has a "
+                "class that it prefers at these x, as a prior around a trained network should, and no other.",
+            )
+        )
+    return found
+
+
+def _check_scale(numbers: dict[str, float]) -> Finding:
+    scale, distance = numbers["scale"], numbers.get("distance")
+    functions = f"functions of the prior have the standard deviation {scale:.3g} at x"
+    if distance is None:
+        return Finding("note", "scale", f"{functions}; give y, to compare it with the data.")
+    if distance > FAR:
+        return Finding(
+            "warning",
+            "scale",
+            f"{functions}, and the data lie {distance:.3g} prior standard deviations from the centre of the prior.",
+            "Standardise y, or widen the prior.",
+        )
+    if distance < NEAR:
+        return Finding(
+            "warning",
+            "scale",
+            f"{functions}: the data lie within {distance:.2g} prior standard deviations of the centre of the prior, "
+            "which takes far larger values for as probable as them.",
+            "Scale the prior of weights by 1 / sqrt(fan in), or choose a smaller scale.",
+        )
+    return Finding(
+        "good", "scale", f"{functions}, and the data lie {distance:.2g} prior standard deviations from its centre."
+    )

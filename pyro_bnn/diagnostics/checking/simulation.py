@@ -1,0 +1,432 @@
+"""Simulation-based calibration: whether an inference algorithm finds the posterior of a model, on data from its prior.
+
+With theta ~ p(theta), y ~ p(y | theta) and L independent draws from the exact posterior p(theta | y), the rank of
+theta among the draws is uniform on 0 ... L, for every scalar function of theta and y (Talts et al. 2018, theorem 1;
+Modrak et al. 2023 for functions of y).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import MCMC, SVI, Trace_ELBO
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from pyro.optim import LambdaLR  # type: ignore[attr-defined]
+from rich.progress import track
+from torch import Tensor, nn
+
+from pyro_bnn.diagnostics.checking.findings import Finding
+from pyro_bnn.diagnostics.checking.prior_checks import proper_priors
+from pyro_bnn.diagnostics.checking.training import loss_verdict
+from pyro_bnn.diagnostics.checking.uniformity import EcdfDifference, RankBand, chi_square, where_ranks_pile_up
+from pyro_bnn.inputs import to_device
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import frozen
+from pyro_bnn.network import batch_size as count_rows
+from pyro_bnn.posterior import Posterior
+from pyro_bnn.randomness import derive_seeds, device_of, seeded
+
+#: rows of x at which the outputs of a network are ranked
+PROBES = 5
+#: last learning rate of a guide's training as a share of the first
+LAST_LR = 0.01
+#: share of guides whose loss still falls at the end of training from which their posteriors are not what is judged
+UNTRAINED = 0.1
+#: how far the coverage of a posterior's one-sided intervals may be off before it is a problem, not a warning
+OFF = 0.1
+
+LOG_LIKELIHOOD, FUNCTION = "log_likelihood", "function"
+
+_LONGER = (
+    "Give the guide more freedom (several components, a full covariance) or more steps; give a chain a longer warm-up, "
+    "or thin it more."
+)
+#: what ranks that pile up somewhere say, and what to do
+_SHAPES = {
+    "ends": ("the truth lies in the tails too often, so the posterior is too narrow", _LONGER),
+    "middle": (
+        "the truth lies in the middle of the posterior too often, so the posterior is too wide",
+        "Train the guide for more steps; look whether all the data reach the inference.",
+    ),
+    "high": ("the truth lies above the draws too often, so the posterior is biased towards low values", _LONGER),
+    "low": ("the truth lies below the draws too often, so the posterior is biased towards high values", _LONGER),
+    "other": ("the shape is neither a U, a hump nor a slope", "Look at ecdf_difference(...)."),
+}
+#: of the log-likelihood, which is no parameter
+_SHAPES_OF_LOG_LIKELIHOOD = _SHAPES | {
+    "high": (
+        "the data are more probable under the truth than under the draws too often, so the posterior lies too far from "
+        "the data: too wide, in the wrong place, or without having seen them",
+        "Train the guide for more steps; look whether all the data reach the inference.",
+    ),
+    "low": (
+        "the data are more probable under the draws than under the truth too often, so the posterior lies too close "
+        "around the best fit",
+        _LONGER,
+    ),
+}
+
+Latents = dict[str, Tensor]
+Factory = Callable[[Callable[..., Any]], Any]
+Function = Callable[[Latents, Any, Tensor], Tensor]
+
+
+def sbc(
+    model: Callable[..., Any],
+    guide_or_kernel: Factory,
+    x: Any,
+    *,
+    simulations: int = 100,
+    draws: int = 63,
+    sites: str | Sequence[str] | None = None,
+    functions: Mapping[str, Function] | None = None,
+    steps: int = 1000,
+    lr: float = 5e-2,
+    warmup: int = 200,
+    thinning: int = 1,
+    seed: int = 0,
+    progress: bool = True,
+) -> SBCResult:
+    """Draws theta and y from the model, infers theta from y, and ranks theta among the draws; again and again.
+
+    ``guide_or_kernel(model)`` is called anew for every simulation. What it returns says how the inference is done::
+
+        AutoNormal, partial(pb.models.Rank1Guide, components=2)     a guide, any torch module: SVI with Trace_ELBO
+        NUTS                                                        an MCMCKernel: pyro.infer.MCMC, one chain
+        lambda model: lambda x, y: ...                              any other callable: a function of x and y that
+                                                                    returns a Posterior, or draws {site: [n, *event]}
+
+    A guide that is a plain function goes into a module, or is trained by a function of the third kind.
+
+    Ranked are every element of the latent sites; of a model of this package the outputs of the network at up to 5 rows
+    of x (``function``), since its weights have symmetries; and ``log_likelihood``, log p(y | theta), which alone shows
+    a posterior that has not looked at the data. The parameters of the model stay as they are: what is calibrated is the
+    posterior of this one model, with its W of a rank-1 network or its normalisation statistics.
+
+    :param model: any Pyro model ``model(x, y=None)`` that samples ``obs``, with continuous latent sites.
+    :param x: its input; for a model of this package all its ``num_data`` rows.
+    :param simulations: number S of simulated data sets. 100 find a posterior scale that is off by a factor of 2.
+    :param draws: L, (nearly) independent draws of each posterior.
+    :param sites: the latent sites to rank, all by default. Large networks are better judged by ``sites=()``.
+    :param functions: further quantities ``{name: f(latents, x, y) -> tensor}``, called with one draw of all sites.
+    :param steps, lr: for a guide. Adam's learning rate is ``lr`` for half of the steps and falls exponentially to a
+        hundredth of it in the other half.
+    :param warmup: steps in which a kernel adapts.
+    :param thinning: every thinning-th state of a chain is a draw. Ranks among correlated draws pile up at both ends
+        although the sampler is right: thin until the draws are nearly independent.
+    :param seed: each simulation has a seed of its own that follows from it; the global random state is left alone.
+    :raises TypeError: when what the factory returns is none of the above.
+    :raises ValueError: for counts out of range, x without its ``num_data`` rows, a model without ``obs``, with an
+        improper prior or with discrete latent sites, a site that does not exist, or a name that is taken.
+    :raises FloatingPointError: when a simulation gives values that are not finite; the message has its number and seed.
+
+    Source: Talts, Betancourt, Simpson, Vehtari and Gelman (2018), arXiv 1804.06788; Modrak, Moon, Kim, Buerkner,
+    Huurre, Faltejskova, Gelman and Vehtari (2023), Bayesian Analysis.
+    """
+    for name, count, least in (
+        *(("simulations", simulations, 2), ("draws", draws, 1), ("steps", steps, 1)),
+        *(("warmup", warmup, 0), ("thinning", thinning, 1)),
+    ):
+        if not isinstance(count, int) or count < least:
+            raise ValueError(f"{name}={count!r}: expected a whole number, at least {least}")
+    if not lr > 0:
+        raise ValueError(f"lr={lr!r}: expected a positive learning rate")
+    ranks: dict[str, list[Tensor]] = {}
+    with seeded(device_of(model), seed):
+        experiment = _Experiment(model, x, sites, functions or {})
+        for i, own in enumerate(track(derive_seeds(seed, simulations), "SBC", disable=not progress)):
+            try:
+                with seeded(device_of(model), own), experiment.one():
+                    truth, y = experiment.simulate()
+                    posterior = experiment.infer(guide_or_kernel(model), y, draws, steps, lr, warmup, thinning)
+                    found = experiment.ranks(truth, posterior, draws, y)
+            except FloatingPointError as error:
+                raise FloatingPointError(f"simulation {i} of {simulations} (seed {own}): {error}") from error
+            except Exception as error:
+                error.add_note(f"in simulation {i} of {simulations} (seed {own})")
+                raise
+            for name, rank in found.items():
+                ranks.setdefault(name, []).append(rank)
+    return SBCResult({name: torch.stack(rank) for name, rank in ranks.items()}, draws, experiment.falling)
+
+
+@dataclass(frozen=True)
+class SBCResult:
+    """Ranks of what the data were made from, among draws of the posteriors that were inferred from the data.
+
+    :param ranks: ``{quantity: [simulations, ...]}``, in 0 ... draws.
+    :param draws: number L of draws of each posterior.
+    :param falling: number of guides whose loss was still falling when the learning rate began to fall
+        (:func:`loss_verdict`).
+    """
+
+    ranks: dict[str, Tensor]
+    draws: int
+    falling: int = 0
+
+    @property
+    def simulations(self) -> int:
+        """Number S of simulated data sets."""
+        return len(next(iter(self.ranks.values())))
+
+    def p_values(self) -> dict[str, Tensor]:
+        """``{quantity: [...]}``: the p-value of uniformity of each element, by simultaneous bands of the ECDF.
+
+        This is the verdict, rather than :meth:`chi_square`: it knows the order of the ranks, without which slopes and
+        U-shapes are hard to see in 100 simulations; there are no bins to choose; it is exact however few simulations
+        there are; and it can be drawn, see :meth:`ecdf_difference`.
+
+        Source: Saeilynoja, Buerkner and Vehtari (2022); see
+        :class:`~pyro_bnn.diagnostics.checking.uniformity.RankBand`.
+        """
+        return {name: self._band.p_value(ranks) for name, ranks in self.ranks.items()}
+
+    def chi_square(self) -> dict[str, Tensor]:
+        """``{quantity: [...]}``: the p-value of each element by Pearson's chi-square, for comparison."""
+        return {name: chi_square(ranks, self.draws) for name, ranks in self.ranks.items()}
+
+    def ecdf_difference(self, name: str, level: float = 0.95) -> EcdfDifference:
+        """The curves of a quantity and the band that goes with :meth:`p_values`, to be drawn.
+
+        :raises ValueError: for an unknown quantity, or unless ``0 < level < 1``.
+        """
+        if name not in self.ranks:
+            raise ValueError(f"no quantity {name!r}; there are {', '.join(self.ranks)}")
+        return self._band.ecdf_difference(self.ranks[name], level)
+
+    def findings(self, level: float = 0.05) -> list[Finding]:
+        """What is wrong with the posteriors, in words.
+
+        The chance that an exact posterior has anything wrong with it is at most ``level``: p-values are multiplied by
+        the number of a quantity's elements (Bonferroni), the least of them counts, and over quantities they are
+        corrected after Holm. Ranks of a posterior that is too narrow pile up at both ends (a U), of one that is too
+        wide in the middle (a hump), of a biased one at one end (a slope). A warning becomes a problem where one-sided
+        intervals of the posterior hold the truth in more than 10 percentage points too many or too few simulations.
+        """
+        p = {name: min(1.0, float(values.min()) * values.numel()) for name, values in self.p_values().items()}
+        found, fine, corrected = [], [], 0.0
+        if self.falling > UNTRAINED * self.simulations:
+            found.append(
+                Finding(
+                    "warning",
+                    "training",
+                    f"the loss of {self.falling} of {self.simulations} guides was still falling when the learning rate "
+                    "began to: what is judged may be the training, not the guide.",
+                    "Give more steps=, or a larger lr=.",
+                )
+            )
+        for i, name in enumerate(sorted(p, key=lambda name: p[name])):
+            corrected = max(corrected, min(1.0, (len(p) - i) * p[name]))
+            if corrected > level:
+                fine.append(name)
+            else:
+                found.append(self._finding(name, corrected))
+        if fine:
+            which = ", ".join(name for name in self.ranks if name in fine)
+            message = f"the ranks of {which} look uniform in {self.simulations} simulations, as under exact posteriors."
+            found.append(Finding("good", "calibration", message))
+        return found
+
+    def _finding(self, name: str, p: float) -> Finding:
+        values = self.p_values()[name].flatten()
+        worst = int(values.argmin())
+        rank = self.ranks[name].reshape(self.simulations, -1)[:, worst]
+        off = float(self._band.ecdf_difference(rank).difference.abs().max())
+        element = f" (worst: element {worst} of {len(values)})" if len(values) > 1 else ""
+        shapes = _SHAPES_OF_LOG_LIKELIHOOD if name == LOG_LIKELIHOOD else _SHAPES
+        shape, remedy = shapes[where_ranks_pile_up(rank, self.draws)]
+        return Finding(
+            "problem" if off > OFF else "warning",
+            f"calibration of {name}",
+            f"the ranks{element} are not uniform in {self.simulations} simulations (corrected p = {p:.2g}): {shape}. "
+            f"One-sided intervals are up to {100 * off:.0f} percentage points off.",
+            remedy,
+        )
+
+    @cached_property
+    def _band(self) -> RankBand:
+        return RankBand(self.simulations, self.draws)
+
+
+class _Experiment:
+    """One model at one input: simulates, infers and ranks."""
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        x: Any,
+        sites: str | Sequence[str] | None,
+        functions: Mapping[str, Function],
+    ) -> None:
+        self.model, self.functions = model, functions
+        self.falling = 0
+        self.network = model if isinstance(model, BayesianNetwork) else None
+        self.obs = self.network.site("obs") if self.network is not None else "obs"
+        if self.network is not None and self.network.num_data is not None and count_rows(x) != self.network.num_data:
+            raise ValueError(
+                f"x has {count_rows(x)} rows, but num_data={self.network.num_data}: data are simulated at all of "
+                "its rows, and all of them are in the posterior"
+            )
+        likelihood = getattr(self.network, "likelihood", None)
+        if likelihood is not None and likelihood.temperature != 1:
+            raise ValueError(
+                f"the likelihood has the temperature {likelihood.temperature}: data are simulated from the model "
+                "without it, and the tempered posterior is another one than theirs. Leave temperature= out"
+            )
+        self.x = to_device(x, self.network.like()) if self.network is not None else x
+        store = pyro.get_param_store()
+        with frozen(model), store.scope(store.get_state()), torch.no_grad():
+            nodes = self._trace()
+            parameters = {name for name, site in nodes.items() if site["type"] == "param"}
+            self._store: dict[str, dict[str, Any]] = {
+                "params": {n: p.detach().clone() for n, p in store._params.items() if n in parameters},
+                "constraints": {n: c for n, c in store._constraints.items() if n in parameters},
+            }
+        self.latents = self._latent_sites(nodes)
+        wanted = self.latents if sites is None else [sites] if isinstance(sites, str) else list(sites)
+        if unknown := [name for name in wanted if name not in self.latents]:
+            raise ValueError(
+                f"sites: {unknown[0]!r} is no latent site of the model; there are {', '.join(self.latents)}"
+            )
+        names = [*wanted, *functions, LOG_LIKELIHOOD, *([FUNCTION] if self.network is not None else [])]
+        if taken := [name for name in names if names.count(name) > 1]:
+            raise ValueError(
+                f"two quantities are named {taken[0]!r}: rename the one in functions=, or leave it out of sites="
+            )
+        self.sites = wanted
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[None]:
+        """Where one simulation runs: whatever it trains or moves, the next one has the model as it was given."""
+        with frozen(self.model), pyro.get_param_store().scope(self._parameters()):
+            yield
+
+    def _parameters(self) -> Any:
+        """A copy of what the parameter store holds of the model, with no gradients: nothing trains it."""
+        params, constraints = self._store["params"], self._store["constraints"]
+        return {"params": {name: p.clone() for name, p in params.items()}, "constraints": dict(constraints)}
+
+    def _trace(self) -> dict[str, Any]:
+        with torch.no_grad(), proper_priors():
+            nodes: dict[str, Any] = poutine.trace(self.model).get_trace(self.x).nodes
+        return nodes
+
+    def _latent_sites(self, nodes: dict[str, Any]) -> list[str]:
+        if self.obs not in nodes or nodes[self.obs]["type"] != "sample" or nodes[self.obs]["is_observed"]:
+            raise ValueError(
+                f"called without y, the model draws no site {self.obs!r}: there are no data to simulate. A model of "
+                "this package needs a likelihood, another one pyro.sample('obs', ..., obs=y)"
+            )
+        latents = [
+            name
+            for name, site in nodes.items()
+            if site["type"] == "sample"
+            and not site["is_observed"]
+            and name != self.obs
+            and not poutine.util.site_is_subsample(site)
+        ]
+        for name in latents:
+            if nodes[name]["fn"].support.is_discrete:
+                raise ValueError(
+                    f"the latent site {name!r} is discrete: sum it out (a mixture distribution), as guides and kernels "
+                    "need it too"
+                )
+        return latents
+
+    def simulate(self) -> tuple[Latents, Tensor]:
+        """``{site: [*event]}`` and y, drawn from the model."""
+        nodes = self._trace()
+        truth, y = {name: nodes[name]["value"] for name in self.latents}, nodes[self.obs]["value"]
+        for name, value in (*truth.items(), (self.obs, y)):
+            if not bool(value.isfinite().all()):
+                raise FloatingPointError(f"the model drew values of {name!r} that are not finite")
+        if self.network is not None:
+            truth = {site.name: truth[site.name].reshape(site.shape) for site in self.network.sites()}
+            y = y.reshape(y.shape[-self.network.members_dim - 1 :])
+        return truth, y
+
+    def infer(self, method: Any, y: Tensor, draws: int, steps: int, lr: float, warmup: int, thinning: int) -> Posterior:
+        if isinstance(method, MCMCKernel):
+            mcmc = MCMC(method, num_samples=draws * thinning, warmup_steps=warmup, disable_progbar=True)
+            mcmc.run(self.x, y)
+            return Posterior.from_mcmc(mcmc, self.model)
+        if isinstance(method, nn.Module):
+            self._train(method, y, steps, lr)
+            return Posterior(self.model, method, example=self.x)
+        result = method(self.x, y) if callable(method) else method
+        if isinstance(result, Mapping):
+            return Posterior.from_draws(self.model, dict(result))
+        if not isinstance(result, Posterior):
+            raise TypeError(
+                "guide_or_kernel(model) returns a guide that is a torch module, an MCMCKernel, or a function of x and "
+                f"y that returns a Posterior or draws {{site: [n, *event]}}; got {type(method).__name__}"
+                + (f", which returned {type(result).__name__}" if callable(method) else "")
+            )
+        return result
+
+    def _train(self, guide: nn.Module, y: Tensor, steps: int, lr: float) -> None:
+        half = steps // 2
+        adam = LambdaLR(
+            {
+                "optimizer": torch.optim.Adam,
+                "optim_args": {"lr": lr},
+                "lr_lambda": lambda step: LAST_LR ** (max(0, step - half) / (steps - half)),
+            }
+        )
+        svi = SVI(self.model, guide, adam, Trace_ELBO())  # parameters of the model have no gradients here
+        guide.train()
+        losses = []
+        for step in range(steps):
+            # Distributions validate their arguments on the first step; later ones have the same shapes.
+            with pyro.validation_enabled(step == 0):
+                loss = svi.step(self.x, y)
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"the loss became {loss} at step {step + 1} of SVI; try a smaller lr")
+            losses.append(loss)
+            adam.step()
+        # with a small learning rate every loss is at rest
+        self.falling += half > 0 and loss_verdict(losses[:half]).state == "falling"
+
+    def ranks(self, truth: Latents, posterior: Posterior, draws: int, y: Tensor) -> dict[str, Tensor]:
+        drawn = posterior.sample(draws)
+        for name, value in truth.items():
+            if name not in drawn or drawn[name].shape[1:] != value.shape:
+                got = f"has the shape {tuple(drawn[name].shape[1:])} there" if name in drawn else "is missing there"
+                raise ValueError(
+                    f"the draws of the posterior do not fit the model: {name!r} {got}, expected {tuple(value.shape)}"
+                )
+            if not bool(drawn[name].isfinite().all()):
+                raise FloatingPointError(f"the posterior gave values of {name!r} that are not finite")
+        both = {name: torch.cat((value[None], drawn[name].to(value))) for name, value in truth.items()}
+        together = Posterior.from_draws(self.model, both, store=self._parameters())
+        quantities = {name: both[name] for name in self.sites}
+        if self.network is not None:
+            prediction = together.predict(self.x, draws + 1)
+            rows = prediction.outputs.shape[2]
+            probes = torch.linspace(0, rows - 1, min(rows, PROBES)).round().long()
+            quantities[FUNCTION] = prediction.outputs[:, 0, probes.to(prediction.outputs.device)]
+            log_likelihood = prediction.log_prob(y)
+        else:
+            log_likelihood = together.log_likelihood(self.x, y, draws + 1)
+        quantities[LOG_LIKELIHOOD] = log_likelihood[:, 0].cpu().double().sum(-1)
+        for name, f in self.functions.items():
+            each = [f({site: value[i] for site, value in both.items()}, self.x, y) for i in range(draws + 1)]
+            quantities[name] = torch.stack(each)
+        return {name: _rank(name, values) for name, values in quantities.items()}
+
+
+def _rank(name: str, values: Tensor) -> Tensor:
+    """``[1 + L, ...] -> [...]``: how many of the last L are below the first; among equal ones a place at random."""
+    if values.isnan().any():
+        raise FloatingPointError(f"{name!r} is NaN under the posterior")
+    values = values.cpu()
+    below, equal = (values[1:] < values[:1]).sum(0), (values[1:] == values[:1]).sum(0)
+    return below + (torch.rand(below.shape, dtype=torch.float64) * (equal + 1)).long()

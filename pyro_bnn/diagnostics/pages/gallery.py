@@ -1,0 +1,163 @@
+"""Pictures for a page, each with its main numbers in words."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+from xml.etree.ElementTree import Element
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.diagnostics import plots
+from pyro_bnn.diagnostics.arviz.conversion import to_arviz
+from pyro_bnn.diagnostics.checking.chains import comparable, convergence
+from pyro_bnn.diagnostics.checking.checks import PROBES
+from pyro_bnn.diagnostics.checking.training import loss_verdict
+from pyro_bnn.diagnostics.pages.page import picture
+from pyro_bnn.diagnostics.plots.canvas import WIDTH
+from pyro_bnn.diagnostics.scoring.calibration import reliability
+from pyro_bnn.diagnostics.scoring.ood import auroc
+from pyro_bnn.diagnostics.scoring.scored import Scored
+from pyro_bnn.diagnostics.scoring.selective import aurc
+from pyro_bnn.diagnostics.scoring.stream import first_rows
+from pyro_bnn.sparsity.inclusion import has_inclusion
+
+if TYPE_CHECKING:
+    from pyro_bnn.posterior import Posterior, Prediction
+
+#: level of the intervals that words name
+_NAMED_LEVEL = 0.9
+
+
+def calibration(scored: Scored, of: str = "") -> Element:
+    """Whether confidence, or the level of intervals, is what comes true."""
+    if scored.probs is not None:
+        bins = reliability(scored.probs, scored.y)
+        accuracy, confidence = 1 - float(scored.loss.mean()), float(scored.confidence.mean())
+        return picture(
+            f"Reliability{of}",
+            plots.plot_reliability(bins),
+            f"Accuracy against confidence in {len(bins.count)} bins: accuracy {accuracy:.3f}, mean confidence "
+            f"{confidence:.3f}, calibration error {bins.error:.3f}.",
+            "On the dashed line predictions are right as often as they say.",
+        )
+    if scored.pit is None:
+        raise ValueError("there are neither class probabilities nor a predictive distribution function to draw")
+    inside = float(((2 * scored.pit - 1).abs() <= _NAMED_LEVEL).double().mean())
+    return picture(
+        f"Coverage of intervals{of}",
+        plots.plot_calibration_curve(scored.pit.clamp(0, 1)),
+        f"Share of data inside central intervals against their level: {inside:.1%} are inside the "
+        f"{_NAMED_LEVEL:.0%} intervals.",
+        "On the dashed line intervals hold as many data as they say; above it they are too wide.",
+    )
+
+
+def selection(scored: Mapping[str, Scored]) -> Element:
+    """How the loss falls when only the most confident predictions are kept."""
+    areas = ", ".join(f"{name} {aurc(one.confidence, one.loss):.4g}" for name, one in scored.items())
+    loss = "squared error" if next(iter(scored.values())).probs is None else "error"
+    return picture(
+        "Risk and coverage",
+        plots.plot_risk_coverage({name: (one.confidence, one.loss) for name, one in scored.items()}),
+        f"Mean {loss} of the most confident predictions against the share that is kept. Area under the curve: {areas}.",
+        "A posterior that knows what it does not know is low on the left.",
+    )
+
+
+def elsewhere(scored: Scored, of: str = "") -> Element:
+    """Whether inputs from elsewhere are less certain.
+
+    :raises ValueError: when none were scored.
+    """
+    if scored.inside is None or scored.outside is None:
+        raise ValueError("no inputs from elsewhere were scored: give ood=")
+    return picture(
+        f"Inputs from elsewhere{of}",
+        plots.plot_ood(scored.inside, scored.outside),
+        f"Predictive entropy of {len(scored.inside):,} test inputs, mean {float(scored.inside.mean()):.3f} nats, "
+        f"and of {len(scored.outside):,} others, mean {float(scored.outside.mean()):.3f} nats. AUROC "
+        f"{auroc(scored.inside, scored.outside):.3f}.",
+        "Inputs that are unlike all training data should lie on the right.",
+    )
+
+
+def posterior_pictures(posterior: Posterior, x: Any, prediction: Prediction, y: Tensor, seed: int) -> Iterator[Element]:
+    """What there is to see of the posterior itself and of the run that found it.
+
+    :param x: some test inputs, for a band where they are one number each, and for how far members are apart.
+    """
+    if _is_line(x, prediction):
+        yield picture(
+            "Regression band",
+            plots.plot_band(x, prediction, y),
+            f"Mean and intervals of the prediction over the only input, with {len(y):,} test data.",
+            "Intervals of y in blue; hatched: what is uncertain of the mean.",
+        )
+    if posterior.num_members > 1:
+        distances = plots.member_distances(prediction)
+        apart = distances[~torch.eye(len(distances), dtype=torch.bool, device=distances.device)]
+        yield picture(
+            "Members apart",
+            plots.plot_particles(prediction),
+            f"How far apart the predictions of each two of {posterior.num_members} members are: between "
+            f"{float(apart.min()):.3g} and {float(apart.max()):.3g}, on average {float(apart.mean()):.3g}.",
+            "Members that lie on one another are one member.",
+        )
+    if comparable(posterior):
+        found = convergence(posterior, first_rows(x, PROBES), seed=seed)
+        rhat, ess = (torch.as_tensor(found[name].values).flatten() for name in ("rhat", "ess_bulk"))
+        moving = ess.isfinite() & rhat.isfinite()  # some classes may have the same probability in all draws
+        if bool(moving.any()):
+            yield picture(
+                "Convergence",
+                plots.plot_rhat(rhat[moving], ess[moving]),
+                f"R-hat of the function at {PROBES} inputs, at most {float(rhat[moving].max()):.3f}, and its effective "
+                f"sample size, at least {float(ess[moving].min()):.0f}, over {posterior.num_chains} chains.",
+                "Chains agree where R-hat is below 1.01.",
+            )
+    if posterior.losses:
+        losses = posterior.losses
+        tail = losses[-max(1, len(losses) // 20) :]
+        yield picture(
+            "Training",
+            plots.plot_losses(losses, loss_verdict(losses)),
+            f"Negative ELBO per datum over {len(losses):,} steps: {losses[0]:.4g} nats at the first, "
+            f"{sum(tail) / len(tail):.4g} on average over the last {len(tail)}.",
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # ArviZ announces its next release on import
+        draws = to_arviz(posterior, x, groups="posterior", seed=seed)
+    yield picture(
+        "Forest of sites",
+        plots.plot_forest(draws),
+        "Medians with central 50 % and 94 % intervals of scales, and of the mean and spread of the weights of each "
+        f"layer, over the draws of {posterior.num_members} member{'s' if posterior.num_members > 1 else ''}.",
+    )
+    if has_inclusion(posterior.model):
+        inclusion = posterior.inclusion_probabilities()
+        every = torch.cat([values.flatten() for values in inclusion.values()])
+        yield picture(
+            "Inclusion",
+            plots.plot_inclusion(inclusion),
+            f"Posterior inclusion probabilities of {len(every):,} groups of weights: "
+            f"{float((every > 0.5).float().mean()):.1%} are above one half.",
+        )
+    # A guide of a method may have pictures of its own, whose names are what they show.
+    for name, figure in getattr(posterior.guide, "figures", dict)().items():
+        width, height = figure.get_size_inches()
+        if width > WIDTH:  # smaller on the page its text would be smaller too
+            figure.set_size_inches(WIDTH, height * WIDTH / width)
+        yield picture(name, figure, name)
+
+
+def _is_line(x: Any, prediction: Prediction) -> bool:
+    """Whether the prediction is of one number, over one number."""
+    one_input = isinstance(x, Tensor) and x[0].numel() == 1 and x.dim() <= 2
+    return (
+        one_input
+        and prediction.likelihood is not None
+        and (prediction.likelihood.kind != "classification" and prediction.mean[0].numel() == 1)
+    )

@@ -1,0 +1,33 @@
+"""Pictures of a posterior, its predictions and the run that found it.
+
+Every function returns a ``matplotlib.figure.Figure``, the caller's own: ``plot_losses(losses).savefig("elbo.svg")``.
+Figures are white, 5 inches wide and free of ``pyplot``; what colours tell apart, styles or markers do too.
+"""
+
+from __future__ import annotations
+
+from pyro_bnn.diagnostics.plots.posteriors import member_distances, plot_forest, plot_inclusion, plot_particles
+from pyro_bnn.diagnostics.plots.predictions import (
+    plot_band,
+    plot_calibration_curve,
+    plot_ood,
+    plot_reliability,
+    plot_risk_coverage,
+)
+from pyro_bnn.diagnostics.plots.runs import plot_losses, plot_pareto_k, plot_ranks, plot_rhat
+
+__all__ = [
+    "member_distances",
+    "plot_band",
+    "plot_calibration_curve",
+    "plot_forest",
+    "plot_inclusion",
+    "plot_losses",
+    "plot_ood",
+    "plot_pareto_k",
+    "plot_particles",
+    "plot_ranks",
+    "plot_reliability",
+    "plot_rhat",
+    "plot_risk_coverage",
+]

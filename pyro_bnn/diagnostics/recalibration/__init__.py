@@ -1,0 +1,1 @@
+"""Making predictions as confident as they are right, on held-out data: temperature scaling and conformal prediction."""

@@ -1,0 +1,287 @@
+"""Split conformal prediction: sets and intervals that cover as often as they say, however wrong the posterior is.
+
+Held-out data get a score each, which is large where y surprises the posterior. A candidate belongs to the prediction
+when its score is at most the k-th smallest of the n of them, k = ceil((n + 1) level). Then, if these data and the new
+one are exchangeable,
+
+level <= P(y in prediction) <= level + 1 / (n + 1),
+
+the right side for scores without ties; over the held-out data, coverage follows Beta(k, n + 1 - k). The probability
+is over all x together: in a region of x it may be less. The held-out data must not have trained the posterior.
+
+The threshold is itself the score of a held-out row, and an equal row in a batch of another size may score more by
+rounding. So scores count as at most the threshold up to eps^(3/4), 6e-6 in float32 and 2e-12 in float64, in units of
+probability or times the size of the bounds. This can only raise coverage. Bounds of counts are whole numbers, which
+need none of it.
+
+Source: Vovk, Gammerman and Shafer (2005); Angelopoulos and Bates (2021).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.diagnostics.scoring.stream import log_density, predictions, predictions_of_inputs, require_posterior
+from pyro_bnn.likelihoods import Bernoulli
+
+if TYPE_CHECKING:
+    from pyro_bnn.posterior import Posterior, Prediction
+
+SetScore = Literal["aps", "lac"]
+
+
+class _SplitConformal:
+    """What sets and intervals share: the same functions for held-out and new data, and the threshold."""
+
+    kinds: tuple[str, ...]
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        data: Any,
+        level: float = 0.9,
+        *,
+        num_samples: int | None = None,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not 0 < level < 1:
+            raise ValueError(f"level={level!r}: expected a probability strictly between 0 and 1")
+        require_posterior(posterior)
+        likelihood = getattr(posterior.model, "likelihood", None)
+        if getattr(likelihood, "kind", None) not in self.kinds:
+            raise TypeError(
+                f"{type(self).__name__} is for {' and '.join(self.kinds)}, and this posterior has {likelihood!r}; "
+                "ConformalSets is for classification, ConformalIntervals for regression and count"
+            )
+        self.posterior, self.level = posterior, level
+        self._settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
+        scores = []
+        for x, prediction, y in predictions(posterior, data, **self._settings):
+            self._example = x
+            scores.append(self._score(prediction, y))
+        self.threshold = _threshold(_joined(scores, "data"), level)
+
+    def _score(self, prediction: Prediction, y: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must define _score()")
+
+    def _predictions(self, x: Any) -> Iterable[Prediction]:
+        return predictions_of_inputs(self.posterior, x, like=self._example, **self._settings)
+
+
+class ConformalSets(_SplitConformal):
+    r"""Sets of classes that hold the right one with probability ``level``.
+
+    With class probabilities p, and u uniform on (0, 1) for each row (``randomised``) or 0, the score of class c is
+
+    ``"aps"``   sum_{c'} p_c' [c' more probable than c] + u p_c
+    ``"lac"``   1 - p_c
+
+    APS adapts to each x: it takes classes from the most probable down until their probabilities sum to the threshold.
+    Without u a set always has the most probable class, and may cover more than ``level``, as it must where the accuracy
+    is higher than that; with u coverage is exact, some sets are empty, and each call of ``predict`` draws anew. LAC has
+    the smallest sets on average; they can be empty where the posterior is unsure, and are too small for hard x.
+
+    :param posterior: any posterior with a Categorical likelihood, or a Bernoulli of one output (classes 0 and 1).
+    :param data: held-out data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair of tensors;
+        one label for each row.
+    :param level: the probability to cover y.
+    :param score: ``"aps"`` or ``"lac"``.
+    :param randomised: whether APS draws u; LAC has none.
+    :param num_samples: draws from every member.
+    :param batch_size: the most rows in one forward pass.
+    :param seed: of the draws, the same for held-out and new data, and of u.
+    :raises TypeError: when the likelihood is no classification, or data or y has the wrong type.
+    :raises ValueError: when data has too few rows for the level (ceil(level / (1 - level)) are needed), y does not fit
+        the likelihood or has several labels a row, a prediction holds NaN, or level or score is out of range.
+
+    ``threshold`` is the k-th smallest score, a scalar.
+
+    Source: Romano, Sesia and Candes (2020) for APS; Sadinle, Lei and Wasserman (2019) for LAC.
+    """
+
+    kinds = ("classification",)
+
+    def __init__(
+        self,
+        posterior: Posterior,
+        data: Any,
+        level: float = 0.9,
+        *,
+        score: SetScore = "aps",
+        randomised: bool = False,
+        num_samples: int | None = None,
+        batch_size: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        if score not in get_args(SetScore):
+            raise ValueError(f"score={score!r}: expected one of {', '.join(get_args(SetScore))}")
+        if randomised and score != "aps":
+            raise ValueError(f"randomised=True goes with score='aps'; {score!r} has nothing to randomise")
+        self.score, self.randomised = score, randomised
+        # One stream for held-out and new data, whose u must be independent, and not that of the draws.
+        self._uniforms = torch.Generator().manual_seed(seed + 1)
+        super().__init__(posterior, data, level, num_samples=num_samples, batch_size=batch_size, seed=seed)
+
+    def predict(self, x: Any) -> Tensor:
+        """``[N, C]`` booleans: which classes are in the set of each row.
+
+        :param x: inputs of the network, or a ``DataLoader`` or ``Dataset`` of them, beside which labels are left out.
+        :raises ValueError: when x has no rows, or a prediction holds NaN.
+        """
+        return _joined([self._sets(prediction) for prediction in self._predictions(x)], "x")
+
+    def evaluate(self, data: Any) -> dict[str, float]:
+        """``coverage``, the share of rows whose set holds y, and ``size``, the mean number of classes in a set.
+
+        :param data: ``(x, y)`` that neither trained nor calibrated, in any form that calibration takes.
+        """
+        covered, sizes = [], []
+        for _, prediction, y in predictions(self.posterior, data, **self._settings):
+            sets = self._sets(prediction)
+            covered.append(sets.gather(1, _labels(prediction, y)))
+            sizes.append(sets.sum(1))
+        return {"coverage": _mean(_joined(covered, "data")), "size": _mean(_joined(sizes, "data"))}
+
+    def _score(self, prediction: Prediction, y: Tensor) -> Tensor:
+        return self._scores(prediction).gather(1, _labels(prediction, y)).squeeze(1)
+
+    def _sets(self, prediction: Prediction) -> Tensor:
+        scores = self._scores(prediction)
+        return scores <= self.threshold + _rounding(scores.dtype)
+
+    def _scores(self, prediction: Prediction) -> Tensor:
+        """``[N, C]``: the score that each class would have."""
+        probs = _class_probabilities(prediction)
+        if self.score == "lac":
+            return 1 - probs
+        ordered, order = probs.sort(dim=1, descending=True, stable=True)
+        above = ordered.cumsum(1) - ordered
+        if self.randomised:
+            above = above + torch.rand(len(probs), 1, generator=self._uniforms).to(probs) * ordered
+        return torch.empty_like(above).scatter(1, order, above)
+
+
+class ConformalIntervals(_SplitConformal):
+    """Intervals that hold y with probability ``level``, of a regression or of counts.
+
+    The posterior's own central interval [low, high] of this level has the score max(low - y, y - high), and becomes
+    [low - q, high + q] with the threshold q. So q is what the posterior's intervals lack on each side, in units of y;
+    it is negative where they are too wide, and an interval that is then left with low > high is empty. Of a y of
+    several numbers each has a threshold of its own, and is covered by itself.
+
+    :param posterior: any posterior with a likelihood of regression or counts.
+    :param data: held-out data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair of tensors.
+    :param level: the probability to cover y.
+    :param num_samples: draws from every member.
+    :param batch_size: the most rows in one forward pass.
+    :param seed: of the draws, the same for held-out and new data.
+    :raises TypeError: when the likelihood is a classification, or data or y has the wrong type.
+    :raises ValueError: when data has too few rows for the level (ceil(level / (1 - level)) are needed), y does not fit
+        the likelihood, a prediction holds NaN, or level is out of range.
+
+    ``threshold`` is q, shaped as the y of one row.
+
+    Source: Romano, Patterson and Candes (2019), eqs. 6 and 7, with the quantiles of the posterior predictive.
+    """
+
+    kinds = ("regression", "count")
+
+    def predict(self, x: Any) -> tuple[Tensor, Tensor]:
+        """Bounds ``[N, ...]`` in units of y, which belong to the interval.
+
+        :param x: inputs of the network, or a ``DataLoader`` or ``Dataset`` of them, beside which labels are left out.
+        :raises ValueError: when x has no rows, or a prediction holds NaN.
+        """
+        lows, highs = [], []
+        for prediction in self._predictions(x):
+            low, high = self._bounds(prediction)
+            lows.append(low)
+            highs.append(high)
+        return _joined(lows, "x"), _joined(highs, "x")
+
+    def evaluate(self, data: Any) -> dict[str, float]:
+        """``coverage``, the share of y inside, and ``width``, the mean of high - low, where an empty interval has 0.
+
+        :param data: ``(x, y)`` that neither trained nor calibrated, in any form that calibration takes.
+        """
+        covered, widths = [], []
+        for _, prediction, y in predictions(self.posterior, data, **self._settings):
+            low, high = self._bounds(prediction)
+            target = _targets(prediction, y, low)
+            covered.append((low <= target) & (target <= high))
+            widths.append((high - low).clamp_min(0))
+        return {"coverage": _mean(_joined(covered, "data")), "width": _mean(_joined(widths, "data"))}
+
+    def _bounds(self, prediction: Prediction) -> tuple[Tensor, Tensor]:
+        low, high = prediction.interval(self.level)
+        margin = self.threshold
+        if getattr(prediction.likelihood, "kind", None) != "count":
+            size = low.abs().maximum(high.abs()).maximum(self.threshold.abs())
+            margin = margin + _rounding(low.dtype) * size
+        return low - margin, high + margin
+
+    def _score(self, prediction: Prediction, y: Tensor) -> Tensor:
+        low, high = prediction.interval(self.level)
+        target = _targets(prediction, y, low)
+        return torch.maximum(low - target, target - high)
+
+
+def _threshold(scores: Tensor, level: float) -> Tensor:
+    """The k-th smallest score of n, k = ceil((n + 1) level).
+
+    :raises ValueError: when k > n, where the threshold would be infinite.
+    """
+    n, exact = len(scores), Fraction(str(level))  # of decimals: in floating point 0.55 * 100 is above 55
+    k = math.ceil((n + 1) * exact)
+    if k > n:
+        raise ValueError(
+            f"level={level!r} needs at least {math.ceil(exact / (1 - exact))} held-out data, and there are {n}: give "
+            "more, or a lower level"
+        )
+    return scores.sort(0).values[k - 1]
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """How far apart two scores may be that differ by rounding alone, for values of size 1."""
+    return torch.finfo(dtype).eps ** 0.75
+
+
+def _class_probabilities(prediction: Prediction) -> Tensor:
+    """``[N, C]``; the one probability of a Bernoulli becomes those of the classes 0 and 1."""
+    probs = prediction.probs
+    binary = isinstance(prediction.likelihood, Bernoulli)
+    if probs.dim() != (1 if binary else 2):
+        raise ValueError(
+            "conformal sets are for one label a row, and each row has several here (predictions of shape "
+            f"{tuple(probs.shape)}): calibrate a posterior of a network with one label a row, or look at calibration "
+            "with evaluate(), which counts every label"
+        )
+    return torch.stack((1 - probs, probs), 1) if binary else probs
+
+
+def _labels(prediction: Prediction, y: Tensor) -> Tensor:
+    """``[N, 1]``."""
+    log_density(prediction, y)  # refuses labels that do not fit
+    return y.long().reshape(-1, 1)
+
+
+def _targets(prediction: Prediction, y: Tensor, like: Tensor) -> Tensor:
+    log_density(prediction, y)  # refuses y that do not fit
+    return y.reshape(like.shape).to(like.dtype)
+
+
+def _joined(parts: list[Tensor], name: str) -> Tensor:
+    if not parts:
+        raise ValueError(f"{name} is empty: give at least one row; look at the filter or split that made it")
+    return torch.cat(parts)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.cpu().double().mean())

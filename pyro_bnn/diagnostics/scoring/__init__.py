@@ -1,0 +1,1 @@
+"""How good predictions are: scores and metrics, streamed over data of any accepted form."""

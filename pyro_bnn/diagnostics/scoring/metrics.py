@@ -1,0 +1,237 @@
+"""Predictive quality: one number per question, streamed over the data."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+from torchmetrics import MeanSquaredError, Metric
+
+from pyro_bnn.diagnostics.scoring.calibration import BINS, ClasswiseCalibrationError, bin_confidence
+from pyro_bnn.diagnostics.scoring.ood import aupr, auroc, fpr95, ood_scores
+from pyro_bnn.diagnostics.scoring.precision import precision, running_mean, wide
+from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities
+from pyro_bnn.diagnostics.scoring.scores import crps, interval_coverage, interval_width
+from pyro_bnn.diagnostics.scoring.selective import augrc, aurc, risk_at_coverage
+from pyro_bnn.diagnostics.scoring.similarity import disagreement
+from pyro_bnn.diagnostics.scoring.stream import log_density, predictions, predictions_of_inputs
+
+if TYPE_CHECKING:
+    from pyro_bnn.posterior import Posterior
+    from pyro_bnn.posterior.posterior import Prediction
+
+#: what a central interval holds
+LEVEL = 0.95
+#: share of the data that ``risk_at_80`` keeps
+KEPT = 0.8
+
+
+def evaluate(
+    posterior: Posterior,
+    data: Any,
+    ood: Any = None,
+    *,
+    num_samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    r"""How good the predictions of a posterior are on data that it has not seen.
+
+    With p_n the mean over S draws and K members of the predictive density or probability of datum n:
+
+    ===================  ==================================================================================
+    for every kind
+    -------------------  ----------------------------------------------------------------------------------
+    ``nll``              -(1/N) sum_n log p_n(y_n), in nats per datum
+    classification
+    -------------------  ----------------------------------------------------------------------------------
+    ``accuracy``         share of data whose most probable class is y_n, in [0, 1]
+    ``brier``            (1/N) sum_n sum_c (p_n(c) - [y_n = c])^2, in [0, 2]
+    ``ece``              sum_b (N_b / N) abs(accuracy_b - confidence_b) over 15 bins of equal width of the
+                         confidence, the probability of the most probable class, in [0, 1]
+    ``ece_adaptive``     the same over 15 bins of equal numbers of data, in [0, 1]
+    ``ece_classwise``    the same, equal widths, for the probability of every class, mean over classes, in
+                         [0, 2 / C]
+    ``aurc``             area under the risk-coverage curve: the error rate of the k most confident data, mean
+                         over k = 1 ... N, in [0, 1]; the error rate for confidence that knows nothing
+    ``augrc``            the same with the errors divided by N in place of k, in [0, 1/2]; half the error rate
+                         for confidence that knows nothing
+    ``risk_at_80``       error rate among the 80 % most confident data (0.8 N rounded up), in [0, 1]
+    ``aleatoric``        mean expected entropy of one function, in nats, in [0, log C]
+    ``epistemic``        mean mutual information of label and weights, in nats, in [0, log C]; the two add up
+                         to the mean entropy of p_n
+    ``disagreement``     share of data on which two distinct functions (draws or members) have different most
+                         probable classes, over all pairs, in [0, 1]; 0 with a single function
+    with ``ood``
+    -------------------  ----------------------------------------------------------------------------------
+    ``ood_auroc``        probability that a datum of ``ood`` has the larger predictive entropy than one of
+                         ``data``, ties counting half, in [0, 1]
+    ``ood_aupr``         average precision in finding ``ood`` by the entropy, in (0, 1]; the share of ``ood``
+                         among all data for chance
+    ``ood_fpr95``        share of ``data`` at or above the entropy that 95 % of ``ood`` reach, in [0, 1]
+    ``ood_..._<score>``  all three by another score: ``max_probability`` (1 minus it) or
+                         ``mutual_information``, as in ``ood_auroc_mutual_information``
+    regression           (counts alike)
+    -------------------  ----------------------------------------------------------------------------------
+    ``rmse``             sqrt((1/N) sum_n (mean_n - y_n)^2), in the unit of y
+    ``crps``             (1/N) sum_n integral (F_n(z) - [y_n <= z])^2 dz, in the unit of y, at least 0; the
+                         absolute error of a certain prediction
+    ``coverage``         share of data inside the central 95 % interval of the prediction, ends included
+    ``width``            mean width of that interval, in the unit of y
+    ``aleatoric``        mean expected variance of y under one function, in the squared unit of y
+    ``epistemic``        mean variance of the means of the functions, in the squared unit of y
+    ===================  ==================================================================================
+
+    A Bernoulli likelihood counts as a classification with the two classes 0 and 1. A target of several numbers counts
+    each of them in every metric but ``nll``, where a datum is a row, and in the scores of ``ood``, which are their
+    mean. Equal confidence counts by expectation over the order of such data, so no order of the rows matters.
+
+    Every batch sees the same draws. Of a batch that is done, at most two numbers for each label and three for each row
+    stay in memory, whatever the number of draws and classes.
+
+    :param data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair of tensors; x may be any
+        nesting of dicts and tuples of tensors. Everything runs on the device of the model.
+    :param ood: inputs from elsewhere: a loader, a dataset, or x itself; labels beside them are left out.
+    :param num_samples: draws from every member, S; by default 16, fewer where fewer are stored, and 1 of particles and
+        points.
+    :param batch_size: the most rows in one forward pass; a loader keeps its own batches otherwise, and other data are
+        cut into batches of 256.
+    :param seed: of the draws.
+    :raises TypeError: when data or ood is none of the forms above, or y has the wrong dtype.
+    :raises ValueError: when data or ood is empty, y does not fit the likelihood, y or a prediction holds NaN, or ood
+        is given for a regression.
+
+    Source: Gneiting and Raftery (2007) for NLL, Brier score and CRPS; Depeweg et al. (2018) for the split into
+    aleatoric and epistemic. The modules ``calibration``, ``selective``, ``ood``, ``scores`` and ``similarity`` name
+    those of the other metrics, and compute each from tensors.
+    """
+    settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
+    quality: _Classification | _Regression | None = None
+    example: Any = None
+    for x, prediction, y in predictions(posterior, data, **settings):
+        if quality is None:
+            quality, example = _quality(prediction, ood is not None), x
+        quality.update(prediction, y)
+    if quality is None:
+        raise ValueError("data is empty: evaluate needs at least one row; look at the filter or split that made it")
+    if ood is not None and isinstance(quality, _Classification):
+        rows = 0
+        for prediction in predictions_of_inputs(posterior, ood, like=example, **settings):
+            quality.update_ood(prediction)
+            rows += prediction.mean.shape[0]
+        if rows == 0:
+            raise ValueError("ood is empty: give at least one row of inputs, or leave out ood=")
+    return quality.compute()
+
+
+def log_predictive_density(prediction: Prediction, y: Tensor) -> Tensor:
+    """log p(y_n) with the densities of all draws and members averaged: ``[N]``, in nats.
+
+    log (1 / (S K)) sum_sk p_sk(y_n) = logsumexp_sk log p_sk(y_n) - log (S K)
+    """
+    log_prob = log_density(prediction, y)
+    draws, members, _ = log_prob.shape
+    return log_prob.logsumexp((0, 1)) - math.log(draws * members)
+
+
+def _quality(prediction: Prediction, with_ood: bool) -> _Classification | _Regression:
+    kind = getattr(prediction.likelihood, "kind", None)
+    device = prediction.per_member.device
+    if kind == "classification":
+        classes = class_probabilities(prediction.probs, prediction.likelihood).shape[-1]
+        return _Classification(classes, device, with_ood)
+    if kind not in ("regression", "count"):
+        raise ValueError(
+            f"evaluate needs a model with a likelihood of pyro_bnn.likelihoods; this one has {prediction.likelihood!r}"
+        )
+    if with_ood:
+        raise ValueError(
+            "ood= ranks inputs by the entropy of their class probabilities, which a regression does not have: leave "
+            "out ood="
+        )
+    return _Regression(device)
+
+
+class _Classification:
+    def __init__(self, classes: int, device: torch.device, with_ood: bool) -> None:
+        self.classes, self.with_ood = classes, with_ood
+        self.means = {
+            name: running_mean(device)
+            for name in ("accuracy", "nll", "brier", "aleatoric", "epistemic", "disagreement")
+        }
+        self.classwise = ClasswiseCalibrationError(classes, BINS).to(device).set_dtype(precision(device))
+        #: what must be sorted in the end: confidence and correctness of each label, scores of each row
+        self.confidence: list[Tensor] = []
+        self.correct: list[Tensor] = []
+        self.inside: dict[str, list[Tensor]] = defaultdict(list)
+        self.outside: dict[str, list[Tensor]] = defaultdict(list)
+
+    def update(self, prediction: Prediction, y: Tensor) -> None:
+        self.means["nll"].update(-log_predictive_density(prediction, y))
+        labels = y.flatten().long()
+        probs = class_probabilities(prediction.probs, prediction.likelihood).flatten(0, -2)
+        confidence, predicted = probs.max(-1)
+        correct = predicted == labels
+        self.means["accuracy"].update(wide(correct))
+        self.means["brier"].update((probs - one_hot(labels, self.classes)).square().sum(-1))
+        self.means["aleatoric"].update(prediction.aleatoric)
+        self.means["epistemic"].update(prediction.epistemic)
+        self.means["disagreement"].update(disagreement(prediction))
+        self.classwise.update(probs, labels)
+        self.confidence.append(confidence)
+        self.correct.append(correct)
+        if self.with_ood:
+            _append(self.inside, ood_scores(prediction))
+
+    def update_ood(self, prediction: Prediction) -> None:
+        _append(self.outside, ood_scores(prediction))
+
+    def compute(self) -> dict[str, float]:
+        confidence, correct = torch.cat(self.confidence), torch.cat(self.correct)
+        error = wide(~correct)
+        result = {name: float(metric.compute()) for name, metric in self.means.items()}
+        result |= {
+            "ece": bin_confidence(confidence, correct, BINS).error,
+            "ece_adaptive": bin_confidence(confidence, correct, BINS, adaptive=True).error,
+            "ece_classwise": float(self.classwise.compute()),
+            "aurc": aurc(confidence, error),
+            "augrc": augrc(confidence, error),
+            "risk_at_80": risk_at_coverage(confidence, error, KEPT),
+        }
+        for score, parts in self.inside.items():
+            inside, outside = torch.cat(parts), torch.cat(self.outside[score])
+            suffix = "" if score == "entropy" else f"_{score}"
+            for metric in (auroc, aupr, fpr95):
+                result[f"ood_{metric.__name__}{suffix}"] = metric(inside, outside)
+        return result
+
+
+class _Regression:
+    def __init__(self, device: torch.device) -> None:
+        self.metrics: dict[str, Metric] = {
+            "nll": running_mean(device),
+            "rmse": MeanSquaredError(squared=False).to(device).set_dtype(precision(device)),
+            **{name: running_mean(device) for name in ("crps", "coverage", "width", "aleatoric", "epistemic")},
+        }
+
+    def update(self, prediction: Prediction, y: Tensor) -> None:
+        self.metrics["nll"].update(-log_predictive_density(prediction, y))
+        mean, interval = prediction.mean, prediction.interval(LEVEL)
+        self.metrics["rmse"].update(mean.flatten(), y.reshape(mean.shape).to(mean.dtype).flatten())
+        self.metrics["crps"].update(crps(prediction, y))
+        self.metrics["coverage"].update(interval_coverage(interval, y))
+        self.metrics["width"].update(interval_width(interval))
+        self.metrics["aleatoric"].update(prediction.aleatoric)
+        self.metrics["epistemic"].update(prediction.epistemic)
+
+    def compute(self) -> dict[str, float]:
+        return {name: float(metric.compute()) for name, metric in self.metrics.items()}
+
+
+def _append(scores: dict[str, list[Tensor]], batch: dict[str, Tensor]) -> None:
+    for name, values in batch.items():
+        scores[name].append(values)

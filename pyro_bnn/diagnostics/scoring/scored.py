@@ -1,0 +1,113 @@
+"""Every datum with its scores: what pictures and comparisons of posteriors are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.diagnostics.scoring.metrics import log_predictive_density
+from pyro_bnn.diagnostics.scoring.ood import ood_scores
+from pyro_bnn.diagnostics.scoring.precision import wide
+from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities
+from pyro_bnn.diagnostics.scoring.stream import predictions, predictions_of_inputs
+
+if TYPE_CHECKING:
+    from pyro_bnn.posterior import Posterior, Prediction
+
+#: draws of y from which the predictive distribution function is read, or a few more
+_DRAWS_OF_Y = 400
+
+
+@dataclass(frozen=True)
+class Scored:
+    """N data, M of them where each target of a row counts, on the CPU.
+
+    :param y: targets, ``[M]``.
+    :param nll: negative log predictive density or probability of every row, ``[N]``, in nats.
+    :param confidence: probability of the most probable class, or minus the predictive standard deviation, ``[M]``.
+    :param loss: 1 for a wrong class and 0 for the right one, or the squared error, ``[M]``.
+    :param probs: class probabilities ``[M, C]``; ``None`` for regression and counts.
+    :param pit: for regression and counts the predictive distribution function at y, ``[M]``, from draws; its jump at a
+        count is split at random. ``None`` for classification.
+    :param inside: predictive entropy of every row, ``[N]``, in nats; ``None`` unless there are inputs from elsewhere.
+    :param outside: predictive entropy of inputs from elsewhere.
+    """
+
+    y: Tensor
+    nll: Tensor
+    confidence: Tensor
+    loss: Tensor
+    probs: Tensor | None = None
+    pit: Tensor | None = None
+    inside: Tensor | None = None
+    outside: Tensor | None = None
+
+
+def score(
+    posterior: Posterior, data: Any, ood: Any = None, *, num_samples: int, batch_size: int | None, seed: int
+) -> Scored:
+    """Scores every datum under the very draws that ``evaluate`` with the same settings uses.
+
+    :raises ValueError: when data or ood is empty, or there is ``ood`` for a regression.
+    """
+    settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
+    rows: list[dict[str, Tensor]] = []
+    example: Any = None
+    for batch, (x, prediction, y) in enumerate(predictions(posterior, data, **settings)):
+        example = x
+        found = {"nll": -log_predictive_density(prediction, y)}
+        if prediction.likelihood is not None and prediction.likelihood.kind == "classification":
+            found |= _classified(prediction, y)
+            if ood is not None:
+                found["inside"] = ood_scores(prediction)["entropy"]
+        else:
+            found |= _regressed(prediction, y, seed=seed + 1000 * batch)
+        rows.append(
+            {name: wide(values).cpu() if values.is_floating_point() else values.cpu() for name, values in found.items()}
+        )
+    if not rows:
+        raise ValueError("data is empty: a report needs at least one row")
+    if ood is not None and "inside" not in rows[0]:
+        raise ValueError("ood= ranks inputs by the entropy of their classes, which a regression does not have")
+    outside = None
+    if ood is not None:
+        entropies = [
+            wide(ood_scores(prediction)["entropy"]).cpu()
+            for prediction in predictions_of_inputs(posterior, ood, like=example, **settings)
+        ]
+        if not entropies:
+            raise ValueError("ood is empty: give at least one row of inputs, or leave out ood=")
+        outside = torch.cat(entropies)
+    return Scored(**{name: torch.cat([row[name] for row in rows]) for name in rows[0]}, outside=outside)
+
+
+def _classified(prediction: Prediction, y: Tensor) -> dict[str, Tensor]:
+    probs = class_probabilities(prediction.probs, prediction.likelihood).flatten(0, -2)
+    labels = y.flatten().long()
+    confidence, predicted = probs.max(-1)
+    return {"y": labels, "probs": probs, "confidence": confidence, "loss": wide(predicted != labels)}
+
+
+def _regressed(prediction: Prediction, y: Tensor, seed: int) -> dict[str, Tensor]:
+    mean = prediction.mean
+    y = y.reshape(mean.shape).to(mean.dtype)
+    variance = prediction.aleatoric + prediction.epistemic  # the law of total variance
+    times = -(-_DRAWS_OF_Y // prediction.per_member.shape[:2].numel())
+    below, split = torch.zeros_like(mean), _uniform(mean, seed)
+    for i in range(times):
+        drawn = prediction.sample(seed + i)
+        below += ((drawn < y).to(mean.dtype) + split * (drawn == y)).mean((0, 1)) / times
+    return {
+        "y": y.flatten(),
+        "confidence": -variance.sqrt().reshape(mean.shape).flatten(),
+        "loss": (mean - y).square().flatten(),
+        "pit": below.flatten(),
+    }
+
+
+def _uniform(like: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(like.shape, generator=generator).to(like)

@@ -1,0 +1,81 @@
+"""Selective prediction: how much lower the loss is on the data that a model is most confident of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.diagnostics.scoring.precision import wide
+
+
+def risk_coverage(confidence: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
+    r"""The risk-coverage curve: the mean loss of the k most confident data, for k = 1 ... N.
+
+        coverage_k = k / N        risk_k = (1/k) sum_{i <= k} loss_(i)
+
+    with the data in the order of falling confidence. Ties count by expectation over their random order, which the sum
+    over i has when every loss stands for the mean of its tie: no order of the rows changes the curve.
+
+    :param confidence: ``[N]``, larger where the model is surer; only the order matters.
+    :param loss: ``[N]``, any loss: 0 and 1 for errors, a squared error, a negative log-likelihood.
+    :returns: coverage ``[N]`` in (0, 1] and risk ``[N]`` in the unit of the loss.
+    :raises ValueError: when the two are empty, differ in shape, or hold NaN.
+
+    Source: Geifman and El-Yaniv (2017), equation 2; El-Yaniv and Wiener (2010).
+    """
+    if confidence.dim() != 1 or confidence.shape != loss.shape or len(loss) == 0:
+        raise ValueError(
+            f"confidence has shape {tuple(confidence.shape)} and loss {tuple(loss.shape)}; expected [N] for both, with "
+            "at least one datum"
+        )
+    for name, values in (("confidence", confidence), ("loss", loss)):
+        if bool(values.isnan().any()):
+            raise ValueError(f"{name} holds NaN, which has no place in an order: drop these data, or mend the model")
+    ordered = mean_over_ties(confidence, loss)[confidence.argsort(descending=True)]
+    k = wide(torch.arange(1, len(loss) + 1, device=loss.device))
+    return k / len(loss), ordered.cumsum(0) / k
+
+
+def aurc(confidence: Tensor, loss: Tensor) -> float:
+    """Area under the risk-coverage curve, (1/N) sum_k risk_k, in the unit of the loss.
+
+    Confidence that knows nothing of the loss gives the mean loss. The smallest value comes from confidence that falls
+    with the loss, and is above 0 as soon as there is a loss.
+
+    Arguments and errors as for :func:`risk_coverage`. Source: Geifman, Uziel and El-Yaniv (2019), section 2.
+    """
+    return float(risk_coverage(confidence, loss)[1].mean())
+
+
+def augrc(confidence: Tensor, loss: Tensor) -> float:
+    """Area under the generalised risk-coverage curve, in the unit of the loss: 1/2 of the mean loss for no knowledge.
+
+    The generalised risk coverage_k risk_k = (1/N) sum_{i <= k} loss_(i) is the mean over all data of the losses that
+    were not held back. The area is that of the trapezoids from (0, 0) on. For errors of 0 and 1 with accuracy a it is
+    (1 - AUROC) a (1 - a) + (1 - a)^2 / 2, where AUROC is the probability that confidence tells a right prediction from
+    a wrong one. Unlike AURC it does not weigh the few most confident data above all others.
+
+    Arguments and errors as for :func:`risk_coverage`. Source: Traub et al. (2024), equations 4 to 6.
+    """
+    coverage, risk = risk_coverage(confidence, loss)
+    generalised = coverage * risk
+    return float((generalised.sum() - generalised[-1] / 2) / len(loss))
+
+
+def risk_at_coverage(confidence: Tensor, loss: Tensor, coverage: float) -> float:
+    """Mean loss of the k most confident data with the smallest k for which k / N >= coverage, in the unit of the loss.
+
+    :param coverage: share of the data to keep, in (0, 1].
+    :raises ValueError: when coverage lies outside, and as for :func:`risk_coverage`.
+    """
+    if not 0 < coverage <= 1:
+        raise ValueError(f"coverage={coverage!r}: expected the share of data to keep, above 0 and at most 1")
+    kept, risk = risk_coverage(confidence, loss)
+    return float(risk[torch.searchsorted(kept, coverage)])
+
+
+def mean_over_ties(key: Tensor, values: Tensor) -> Tensor:
+    """``[N]``: each value replaced by the mean over all data with the same key."""
+    _, tie, count = key.unique(return_inverse=True, return_counts=True)
+    total = wide(torch.zeros_like(count)).index_add(0, tie, wide(values))
+    return (total / count)[tie]

@@ -1,0 +1,189 @@
+"""How far functions agree: a posterior with a reference, and the members of one posterior among themselves."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from pyro_bnn.diagnostics.scoring.precision import running_mean, wide
+from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities, member_probabilities, require_probabilities
+from pyro_bnn.diagnostics.scoring.stream import batches, predict, require_posterior
+
+if TYPE_CHECKING:
+    from pyro_bnn.posterior import Posterior, Prediction
+
+
+def agreement(prediction: Prediction | Tensor, reference: Prediction | Tensor) -> float:
+    """Share of the inputs on which both have the same most probable class, in [0, 1].
+
+    Of equally probable classes, the first counts.
+
+    :param prediction: a prediction of classes, or averaged class probabilities ``[N, C]``.
+    :param reference: the same for the same inputs, such as what Hamiltonian Monte Carlo predicts.
+    :raises TypeError: for a prediction without classes.
+    :raises ValueError: when the two differ in shape, or are no probabilities.
+
+    Source: Izmailov et al. (2021), section 4 and appendix B.
+    """
+    return float(_same_class(*_both(prediction, reference)).mean())
+
+
+def total_variation(prediction: Prediction | Tensor, reference: Prediction | Tensor) -> float:
+    """Mean over the inputs of (1/2) sum_c abs(p(c) - q(c)), in [0, 1]; 0 for equal probabilities.
+
+    Arguments, errors and source as for :func:`agreement`.
+    """
+    return float(_distance(*_both(prediction, reference)).mean())
+
+
+def disagreement(prediction: Prediction) -> Tensor:
+    """Share of the pairs of distinct functions (draws and members) with different classes, for every label: ``[M]``.
+
+    From the number n_c of the F functions that choose class c: 1 - sum_c n_c (n_c - 1) / (F (F - 1)), in
+    [0, F / (F - 1) (1 - 1/C)]. 0 with a single function.
+
+    :raises TypeError: unless the likelihood is a classification.
+    """
+    probs = member_probabilities(prediction)
+    functions, _, classes = probs.shape
+    choice = probs.argmax(-1).T
+    votes = wide(torch.zeros(len(choice), classes, device=choice.device))
+    votes.scatter_add_(1, choice, torch.ones_like(choice, dtype=votes.dtype))
+    pairs = functions * (functions - 1)
+    return (pairs - (votes * (votes - 1)).sum(-1)) / max(1, pairs)
+
+
+def compare_to_reference(
+    posterior: Posterior,
+    reference: Posterior,
+    data: Any,
+    *,
+    num_samples: int | None = None,
+    reference_samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """:func:`agreement` with and :func:`total_variation` from another posterior of the same task, batch by batch.
+
+    :param data: inputs, with labels or without: a loader, a dataset, one pair ``(x, y)``, or x as a tensor or dict. A
+        pair of tensors is taken for ``(x, y)``.
+    :param num_samples: draws from every member of the posterior.
+    :param reference_samples: draws of the reference; by default all that it stores, as after MCMC, else
+        ``num_samples``.
+    :param batch_size: the most rows in one forward pass.
+    :param seed: of both posteriors' draws.
+    :returns: ``agreement`` and ``total_variation``. A target of several labels counts each of them.
+    :raises TypeError: when data has another form, or the likelihood is no classification.
+    :raises ValueError: when data is empty, the classes differ, or a prediction holds NaN.
+
+    Source: Izmailov et al. (2021), section 4 and appendix B.
+    """
+    require_posterior(reference)
+    reference_samples = reference_samples or reference.num_stored or num_samples
+    means: dict[str, Metric] = {}
+    for x, _ in batches(data, batch_size):
+        first = predict(posterior, x, num_samples, batch_size, seed)
+        second = predict(reference, x, reference_samples, batch_size, seed)
+        _require_classes(first, "compare_to_reference")
+        p, q = _both(first, second)
+        means = means or {name: running_mean(p.device) for name in ("agreement", "total_variation")}
+        means["agreement"].update(_same_class(p, q))
+        means["total_variation"].update(_distance(p, q))
+    return _computed(means)
+
+
+def diversity(
+    posterior: Posterior,
+    data: Any,
+    *,
+    num_samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> dict[str, float]:
+    """How different the functions (draws and members) of a posterior are, batch by batch.
+
+    ===========================  ================================================================================
+    ``kl_to_mean``               mean of KL(p_i || average of all p_j) over functions and data, in nats: the mutual
+                                 information between label and weights
+    ``disagreement``             share of data on which two distinct functions choose different classes, over all
+                                 pairs, in [0, 1]; 0 with a single function
+    ``error_rate``               mean share of wrong classes of a single function, in [0, 1]; only with y
+    ``normalised_disagreement``  disagreement / error_rate: near 0 for copies of one function, near 1 and above for
+                                 functions whose errors are unrelated; 0 without errors; only with y
+    ===========================  ================================================================================
+
+    :param data: as for :func:`compare_to_reference`; with y where all batches are pairs ``(x, y)``.
+    :raises TypeError: when data has another form, or the likelihood is no classification.
+    :raises ValueError: when data is empty or a prediction holds NaN.
+
+    Source: Fort, Hu and Lakshminarayanan (2019), section 4.2; Depeweg et al. (2018) for the information.
+    """
+    means: dict[str, Metric] = {}
+    for x, y in batches(data, batch_size):
+        prediction = predict(posterior, x, num_samples, batch_size, seed)
+        if not means:
+            _require_classes(prediction, "diversity")
+            means = defaultdict(partial(running_mean, prediction.per_member.device))
+        means["kl_to_mean"].update(prediction.mutual_information)
+        means["disagreement"].update(disagreement(prediction))
+        if y is not None:
+            means["error_rate"].update(_errors(prediction, y))
+    result = _computed(means)
+    if "error_rate" in result:
+        # Functions that are always right never disagree.
+        result["normalised_disagreement"] = result["disagreement"] / (result["error_rate"] or 1)
+    return result
+
+
+def _require_classes(prediction: Prediction, what: str) -> None:
+    if getattr(prediction.likelihood, "kind", None) != "classification":
+        raise TypeError(
+            f"{what} compares the classes that functions choose, and this posterior has {prediction.likelihood!r}: "
+            "evaluate(posterior, data)['epistemic'] is the variance between the functions of a regression"
+        )
+
+
+def _both(prediction: Prediction | Tensor, reference: Prediction | Tensor) -> tuple[Tensor, Tensor]:
+    """Both as probabilities ``[M, C]`` on one device."""
+    p, q = (wide(_averaged(one)) for one in (prediction, reference))
+    if p.shape != q.shape:
+        raise ValueError(
+            f"the prediction is for {p.shape[0]} labels of {p.shape[1]} classes and the reference for {q.shape[0]} of "
+            f"{q.shape[1]}; both must be for the same inputs and classes"
+        )
+    return p, q.to(p.device)
+
+
+def _averaged(prediction: Any) -> Tensor:
+    if not isinstance(prediction, Tensor) and hasattr(prediction, "probs"):
+        return class_probabilities(prediction.probs, prediction.likelihood).flatten(0, -2)
+    require_probabilities(prediction)
+    return prediction
+
+
+def _same_class(p: Tensor, q: Tensor) -> Tensor:
+    return wide(p.argmax(-1) == q.argmax(-1))
+
+
+def _distance(p: Tensor, q: Tensor) -> Tensor:
+    return (p - q).abs().sum(-1) / 2
+
+
+def _errors(prediction: Prediction, y: Tensor) -> Tensor:
+    choice = member_probabilities(prediction).argmax(-1)
+    if y.numel() != choice.shape[1]:
+        raise ValueError(
+            f"y has shape {tuple(y.shape)}; the posterior predicts {choice.shape[1]} labels for its inputs"
+        )
+    return wide(choice != y.to(choice.device).flatten())
+
+
+def _computed(means: dict[str, Metric]) -> dict[str, float]:
+    if not means:
+        raise ValueError("data is empty: give at least one row; look at the filter or split that made it")
+    return {name: float(metric.compute()) for name, metric in means.items()}

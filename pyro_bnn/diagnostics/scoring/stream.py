@@ -1,0 +1,199 @@
+"""A posterior's predictions on data of any accepted form, one batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset
+
+from pyro_bnn.network import batch_size as count_rows
+from pyro_bnn.perturb.probe import batched
+
+if TYPE_CHECKING:
+    from pyro_bnn.posterior import Posterior
+    from pyro_bnn.posterior.posterior import Prediction
+
+#: rows in one batch, where neither the caller nor a loader says how many
+ROWS = 256
+
+
+def predictions(
+    posterior: Posterior, data: Any, *, num_samples: int | None, batch_size: int | None, seed: int
+) -> Iterator[tuple[Any, Prediction, Tensor]]:
+    """Yields ``(x, prediction, y)`` for every batch, with y on the device of the prediction.
+
+    Every batch is predicted with the same seed and so with the same draws: the functions that are looked at do not
+    change from batch to batch.
+
+    :param data: a ``DataLoader`` or another iterable of pairs ``(x, y)``, a ``Dataset`` of such pairs, or one pair of
+        tensors, in which x may be any nesting of dicts and tuples of tensors.
+    :raises TypeError: when data is none of these, or the posterior is none.
+    :raises ValueError: when x and y differ in length, a prediction holds NaN, or batch_size is below 1.
+    """
+    for batch in _pairs(data, _rows(batch_size)):
+        if not _is_pair(batch):
+            raise TypeError(_no_pair(batch))
+        x, y = batch
+        count_rows(x, y)
+        prediction = predict(posterior, x, num_samples, batch_size, seed)
+        yield x, prediction, y.to(prediction.per_member.device)
+
+
+def predictions_of_inputs(
+    posterior: Posterior, data: Any, *, like: Any, num_samples: int | None, batch_size: int | None, seed: int
+) -> Iterator[Prediction]:
+    """Yields the prediction for every batch of inputs; labels that stand beside the inputs are left out.
+
+    :param data: a ``DataLoader`` or another iterable of batches, a ``Dataset``, or x itself.
+    :param like: an input of the same network, which tells a pair ``(x, y)`` from a network's tuple of inputs.
+    :raises TypeError: when data is none of these, or the posterior is none.
+    :raises ValueError: when a prediction holds NaN, or batch_size is below 1.
+    """
+    for x in _inputs(data, like, _rows(batch_size)):
+        yield predict(posterior, x, num_samples, batch_size, seed)
+
+
+def batches(data: Any, batch_size: int | None) -> Iterator[tuple[Any, Tensor | None]]:
+    """Yields ``(x, y)`` for every batch of data with labels or without; y is None where there are none.
+
+    :param data: a ``DataLoader`` or another iterable of batches, a ``Dataset``, one pair ``(x, y)``, or x itself as a
+        tensor or dict. A pair whose second part is a tensor is taken for ``(x, y)``.
+    :raises TypeError: when data is none of these.
+    :raises ValueError: when x and y differ in length, or batch_size is below 1.
+    """
+    rows = _rows(batch_size)
+    alone = isinstance(data, (Tensor, dict))
+    for batch in _slices(data, count_rows(data), rows) if alone else _pairs(data, rows):
+        if _is_pair(batch):
+            count_rows(*batch)
+            yield batch[0], batch[1]
+        else:
+            yield _without_label(batch, None), None
+
+
+def predict(posterior: Posterior, x: Any, num_samples: int | None, batch_size: int | None, seed: int) -> Prediction:
+    """The prediction for one batch.
+
+    :raises TypeError: when the posterior is none.
+    :raises ValueError: when it holds NaN.
+    """
+    require_posterior(posterior)
+    prediction = posterior.predict(x, num_samples=num_samples, batch_size=batch_size, seed=seed)
+    if prediction.outputs.isnan().any():
+        raise ValueError(
+            "the posterior predicts NaN: look for parameters that diverged in training (posterior.losses shows when)"
+        )
+    return prediction
+
+
+def require_posterior(posterior: Any) -> None:
+    """Refuses a model, a guide or a network in the place of a posterior.
+
+    :raises TypeError: for whatever cannot predict.
+    """
+    if not callable(getattr(posterior, "predict", None)):
+        raise TypeError(
+            f"expected a posterior, got {type(posterior).__name__}: give what pyro_bnn.inference.fit, "
+            "pyro_bnn.inference.sample or pyro_bnn.load returns"
+        )
+
+
+def require_repeatable(data: Any, name: str) -> None:
+    """Refuses data that can be passed over only once, where they are needed twice.
+
+    :param name: the argument that holds data, for the message.
+    :raises TypeError: when data is an iterator, such as a generator or a ``map``.
+    """
+    if isinstance(data, Iterator):
+        raise TypeError(
+            f"{name} is passed over more than once, and a {type(data).__name__} is empty after the first pass: give a "
+            f"DataLoader, a Dataset, a pair (x, y) of tensors or a list of batches, such as list({name})"
+        )
+
+
+def first_rows(x: Any, rows: int) -> Any:
+    """The first rows of inputs of any nesting."""
+    size = count_rows(x)
+    return pytree.tree_map(lambda t: t[:rows] if batched(t, size) else t, x)
+
+
+def log_density(prediction: Prediction, y: Tensor) -> Tensor:
+    """log p(y_n) under each draw of each member: ``[draws, members, N]``, in nats.
+
+    :raises TypeError: when y has the wrong dtype.
+    :raises ValueError: when y does not fit the likelihood, or a density is NaN.
+    """
+    if prediction.likelihood is not None:
+        prediction.likelihood.check(y, prediction.outputs[0, 0])
+    log_prob = prediction.log_prob(y)
+    if log_prob.isnan().any():
+        raise ValueError("the log-density of y under the posterior is NaN: look for infinite outputs of the network")
+    return log_prob
+
+
+def _pairs(data: Any, rows: int) -> Iterable[Any]:
+    if _is_pair(data):
+        return _slices(data, count_rows(*data), rows)
+    return _loader(data, rows)
+
+
+def _inputs(data: Any, like: Any, rows: int) -> Iterable[Any]:
+    if isinstance(data, (Tensor, dict, tuple)):
+        x = _without_label(data, like)
+        return _slices(x, count_rows(x), rows)
+    return (_without_label(batch, like) for batch in _loader(data, rows))
+
+
+def _loader(data: Any, rows: int) -> Iterable[Any]:
+    if isinstance(data, Dataset):
+        # A loader takes a seed for its workers, from the global generator unless it has one of its own.
+        return DataLoader(data, batch_size=rows, generator=torch.Generator())
+    is_array = hasattr(data, "__array__")  # as tensors, arrays of numpy and tables of pandas have
+    if isinstance(data, Iterable) and not is_array and not isinstance(data, (dict, tuple, str)):
+        return data
+    raise TypeError(
+        f"data is a DataLoader, a Dataset or a pair (x, y) of tensors, got {_describe(data)}. torch.as_tensor(array) "
+        "makes a tensor of an array"
+    )
+
+
+def _rows(batch_size: int | None) -> int:
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r}: expected a number of rows, at least 1")
+    return batch_size or ROWS
+
+
+def _slices(tree: Any, size: int, rows: int) -> Iterator[Any]:
+    def cut(start: int) -> Any:
+        return pytree.tree_map(lambda t: t[start : start + rows] if batched(t, size) else t, tree)
+
+    return (cut(start) for start in range(0, size, rows))
+
+
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor) and batch[1].dim() > 0
+
+
+def _no_pair(batch: Any) -> str:
+    got = f"expected pairs (x, y) in which y is a tensor with an axis of rows, got {_describe(batch)}"
+    one_row = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], (Tensor, int, float))
+    if one_row:
+        return f"{got}, which is one row: give a Dataset, or DataLoader(data, batch_size={ROWS}), which makes batches"
+    return f"{got}. Let the dataset return (x, y), with all inputs of the network in x"
+
+
+def _without_label(batch: Any, like: Any) -> Any:
+    if not isinstance(batch, (tuple, list)):
+        return batch
+    takes_several = isinstance(like, (tuple, list))
+    return batch if takes_several and not isinstance(batch[0], (tuple, list)) else batch[0]
+
+
+def _describe(data: Any) -> str:
+    if isinstance(data, (tuple, list)):
+        return f"a {type(data).__name__} of {len(data)} ({', '.join(type(item).__name__ for item in data[:4])})"
+    return type(data).__name__

@@ -1,0 +1,190 @@
+"""Where draws come from: a guide that makes them, or those that a sampler or an ensemble left."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor, nn
+
+from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inputs import to_device
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import training_mode
+from pyro_bnn.posterior.stored_draws import DrawsGuide
+from pyro_bnn.randomness import derive_seeds, device_of, seeded
+
+#: numbers held at once by one pass of prediction: weights of a group of draws, or the largest activation
+MAX_ELEMENTS = 2**24
+#: draws of each member where a guide makes them and nobody says how many
+DEFAULT_DRAWS = 16
+
+
+class DrawSource:
+    """Draws of all latent sites of a model, ``{site: [n, members, *event]}``, in groups that fit a memory budget.
+
+    :param model: a model of this package, or any Pyro model.
+    :param guide: a Pyro guide for it.
+    :param example: an input for guides that need one when they draw.
+    :param store: the state of Pyro's parameter store in which programs that are functions were trained.
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], guide: Callable[..., Any], example: Any = None, store: Any = None
+    ) -> None:
+        self.model, self.guide, self.example, self.store = model, guide, example, store
+        for program in (model, guide):
+            if isinstance(program, nn.Module):
+                program.eval()
+
+    @property
+    def stored(self) -> DrawsGuide | None:
+        """The stored draws; ``None`` when a guide makes them."""
+        return self.guide if isinstance(self.guide, DrawsGuide) else None
+
+    @property
+    def num_members(self) -> int:
+        """Number of mixture components or particles; 1 for a plain guide."""
+        if self.stored is not None:
+            return self.stored.num_members
+        return self.guide.num_members if isinstance(self.guide, MixtureGuide) else 1
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether every draw of a member is the same, as of particles and of a deterministic network."""
+        return isinstance(self.guide, MixtureGuide) and self.guide.is_deterministic
+
+    def count(self, asked: int | None = None, default: int = DEFAULT_DRAWS) -> int:
+        """How many draws of each member: as asked, else all stored ones or ``default``, the fewer of the two.
+
+        1 where all draws of a member are the same.
+        """
+        if asked is None:
+            asked = default if self.stored is None else min(default, len(self.stored))
+        return min(asked, 1) if self.is_deterministic else asked
+
+    def groups(self, n: int, seed: int | None = None, *, example: Any = None) -> Iterator[dict[str, Tensor]]:
+        """n draws of each member, evenly spaced ones of stored draws. Groups depend on the model alone.
+
+        :raises ValueError: when fewer than n draws are stored.
+        """
+        return (draws for draws, _ in self.indexed_groups(n, seed, example=example))
+
+    def indexed_groups(
+        self, n: int, seed: int | None = None, *, example: Any = None
+    ) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
+        """The same with the positions ``[size]`` of stored draws; ``None`` when a guide makes them."""
+        for start, size, own_seed in self._plan(n, seed):
+            if self.stored is not None:
+                index = torch.linspace(0, len(self.stored) - 1, n).round().long()[start : start + size]
+                yield {name: value[index.to(value.device)] for name, value in self.stored.draws().items()}, index
+            else:
+                yield self._values(size, self._trace(size, own_seed, example)), None
+
+    def traces(
+        self, n: int, seed: int | None = None, *, example: Any = None
+    ) -> Iterator[tuple[dict[str, Tensor], list[poutine.Trace]]]:
+        """The draws of :meth:`groups`, each group with the traces of the guide that it comes from.
+
+        A group has one trace, with the draws in a plate on the left, or one trace for each draw.
+
+        :raises TypeError: for stored draws, which no guide made.
+        """
+        if self.stored is not None:
+            raise TypeError("the draws are stored: there is no guide to trace")
+        for _, size, own_seed in self._plan(n, seed):
+            found = self._trace(size, own_seed, example)
+            yield self._values(size, found), found
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Where guide and model run: without gradients, in eval mode, with the parameters they were trained with."""
+        with torch.no_grad(), training_mode(False), pyro.get_param_store().scope(self.store):
+            yield
+
+    def _plan(self, n: int, seed: int | None) -> Iterator[tuple[int, int, int | None]]:
+        """Where each group starts, its size, and its seed."""
+        if self.stored is not None and n > len(self.stored):
+            raise ValueError(f"num_samples={n}, but only {len(self.stored)} draws are stored")
+        if not isinstance(self.model, BayesianNetwork):
+            return in_groups(n, 0, seed)
+        return in_groups(n, self.num_members * sum(site.shape.numel() for site in self.model.sites()), seed)
+
+    @property
+    def _vectorises(self) -> bool:
+        return isinstance(self.model, BayesianNetwork) and isinstance(self.guide, (MixtureGuide, AutoGuide))
+
+    def _trace(self, n: int, seed: int | None, example: Any) -> list[poutine.Trace]:
+        guide, model = self.guide, self.model
+        example = self.example if example is None else example
+        if isinstance(model, BayesianNetwork) and example is not None:
+            example = to_device(example, model.like())
+        args = () if example is None else (example,)
+        with seeded(device_of(model), seed), self.running():
+            if not self._vectorises:
+                return [poutine.trace(guide).get_trace(*args) for _ in range(n)]
+            assert isinstance(model, BayesianNetwork)
+            every = guide.every_member() if isinstance(guide, MixtureGuide) else contextlib.nullcontext()
+            if isinstance(guide, MixtureGuide):
+                args = (model.like(),)  # nothing of x is used without rows
+            with every, pyro.plate("_draws", n, dim=model.members_dim - 1, device=str(model.like().device)):
+                return [poutine.trace(guide).get_trace(*args)]
+
+    def _values(self, n: int, traces: list[poutine.Trace]) -> dict[str, Tensor]:
+        """``{site: [n, members, *event]}``."""
+        model, values = self.model, [_latents(trace) for trace in traces]
+        if not self._vectorises:
+            return with_members(model, {name: torch.stack([v[name] for v in values]) for name in values[0]})
+        assert isinstance(model, BayesianNetwork)
+        shapes = {s.name: s.shape for s in model.sites()}
+        plates = (n,) + (1,) * -model.members_dim
+        return {
+            name: v.expand(torch.broadcast_shapes(v.shape, plates + shapes[name])).reshape((n, -1) + shapes[name])
+            for name, v in values[0].items()
+            if name in shapes
+        }
+
+
+def in_groups(n: int, elements: int, seed: int | None = None) -> Iterator[tuple[int, int, int | None]]:
+    """``(start, size, seed)`` of groups of n draws that fit a fixed memory budget, with a seed of its own for each.
+
+    :param elements: how many numbers a draw has.
+    :raises ValueError: when n is not at least 1.
+    """
+    if n < 1:
+        raise ValueError(f"num_samples={n!r}: expected at least one draw")
+    group = max(1, MAX_ELEMENTS // max(1, elements))
+    starts = range(0, n, group)
+    for start, own_seed in zip(starts, derive_seeds(seed, len(starts)), strict=True):
+        yield start, min(group, n - start), own_seed
+
+
+def with_members(model: Callable[..., Any], draws: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``{site: [n, members, *event]}`` from draws that a trace or a sampler gave.
+
+    :raises ValueError: when sites of the model are missing.
+    """
+    if not isinstance(model, BayesianNetwork):
+        return {name: value.unsqueeze(1) for name, value in draws.items()}
+    shapes = {s.name: s.shape for s in model.sites()}
+    missing = [name for name in shapes if name not in draws]
+    if missing:
+        raise ValueError(f"the draws lack {len(missing)} sites of the model, the first is {missing[0]!r}")
+    return {name: draws[name].reshape((draws[name].shape[0], -1) + shape) for name, shape in shapes.items()}
+
+
+def _latents(trace: poutine.Trace) -> dict[str, Tensor]:
+    nodes: dict[str, Any] = trace.nodes
+    return {
+        name: site["value"].detach()
+        for name, site in nodes.items()
+        if site["type"] == "sample"
+        and not site["is_observed"]
+        and not site["infer"].get("is_auxiliary")
+        and type(site["fn"]).__name__ != "_Subsample"
+    }

@@ -1,0 +1,47 @@
+"""Outputs of a network under many draws of its weights, in pieces that fit a memory budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.network import batch_size as count_samples
+from pyro_bnn.perturb.probe import batched
+from pyro_bnn.posterior import draw_source
+
+
+def network_outputs(
+    model: BayesianNetwork, latents: dict[str, Tensor], x: Any, num_members: int, batch_size: int | None = None
+) -> Tensor:
+    """``[n, members, N, *output]``.
+
+    :param latents: ``{site: [n, members, *event]}``.
+    :param x: an input with N samples, on the device of the network.
+    :param num_members: members of each draw, for the budget.
+    :param batch_size: samples in one pass; by default what fits the budget.
+    """
+    size = count_samples(x)
+    count = next(iter(latents.values())).shape[0]
+    row = model.core().activation_elements(x, size)
+    fitting = max(1, draw_source.MAX_ELEMENTS // (row * num_members))  # rows of one draw
+    rows = min(size, batch_size or fitting)
+    step = max(1, fitting // rows)
+    groups = []
+    for i in range(0, count, step):
+        part = {name: model.plated(value[i : i + step]) for name, value in latents.items()}
+        blocks = []
+        for start in range(0, size, rows):
+            stop = min(size, start + rows)
+            piece = x if rows == size else _rows(x, size, start, stop)
+            f = model.function(piece, part, stop - start)
+            blocks.append(f.reshape(f.shape[:2] + f.shape[-model.members_dim :]))
+        groups.append(torch.cat(blocks, 2) if len(blocks) > 1 else blocks[0])
+    return torch.cat(groups) if len(groups) > 1 else groups[0]
+
+
+def _rows(x: Any, size: int, start: int, stop: int) -> Any:
+    return pytree.tree_map(lambda t: t[start:stop] if batched(t, size) else t, x)

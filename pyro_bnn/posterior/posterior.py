@@ -1,0 +1,342 @@
+"""One object for what any engine found: it draws, predicts, is saved, and hands out a Pyro guide."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from pyro.infer import MCMC
+from torch import Tensor, nn
+
+from pyro_bnn.inputs import require_finite, to_device
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import evaluating
+from pyro_bnn.network import batch_size as count_samples
+from pyro_bnn.posterior import foreign, storage
+from pyro_bnn.posterior.draw_source import DrawSource, with_members
+from pyro_bnn.posterior.network_outputs import network_outputs
+from pyro_bnn.posterior.prediction import Prediction
+from pyro_bnn.posterior.statistics import Gathered, OfNetwork, Statistics, Stored
+from pyro_bnn.posterior.stored_draws import DrawsGuide
+from pyro_bnn.priors import PriorLike
+from pyro_bnn.randomness import device_of, seeded
+from pyro_bnn.sparsity.channels import Size
+from pyro_bnn.sparsity.inclusion import inclusion_log_odds
+from pyro_bnn.sparsity.sparsify import network_of_draw, sparsify, with_weight_sites
+
+#: draws for inclusion probabilities, of a guide that can make any number
+INCLUSION_DRAWS = 100
+
+
+class Posterior:
+    """An approximate posterior of a Pyro model, whatever engine it came from.
+
+    :param model: a model of this package, or any Pyro model (``predict`` then needs ``return_site=``).
+    :param guide: a Pyro guide for it: ours, an AutoGuide or a function.
+    :param losses: negative ELBO per datum in nats, one for each training step.
+    :param sampler: what a sampler says of its run, by name: temperatures of SGHMC, divergences of NUTS.
+    :param example: an input for guides that need one when they draw.
+    :param store: the state of Pyro's parameter store in which programs that are functions were trained; they run in it.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        *,
+        losses: Sequence[float] = (),
+        sampler: Mapping[str, float] = MappingProxyType({}),
+        example: Any = None,
+        store: Any = None,
+    ) -> None:
+        self.losses, self.sampler = list(losses), dict(sampler)
+        #: where draws come from: in groups, with the traces of a guide
+        self.draw_source = DrawSource(model, guide, example, store)
+        self._gathered: Gathered | None = None
+
+    @classmethod
+    def from_mcmc(cls, mcmc: MCMC, model: Callable[..., Any]) -> Posterior:
+        """From a finished ``pyro.infer.MCMC`` run, all chains together."""
+        posterior = cls.from_draws(model, mcmc.get_samples(), mcmc.num_chains)
+        # What kernels say of each chain; mcmc.diagnostics() adds statistics of all draws, and refuses few.
+        every: list[Any] = mcmc._diagnostics
+        chains = [chain for chain in every if chain]
+        if chains and all("divergences" in chain for chain in chains):
+            posterior.sampler["divergences"] = sum(len(chain["divergences"]) for chain in chains)
+        if chains and all("acceptance rate" in chain for chain in chains):
+            posterior.sampler["acceptance rate"] = sum(chain["acceptance rate"] for chain in chains) / len(chains)
+        return posterior
+
+    @classmethod
+    def from_draws(
+        cls,
+        model: Callable[..., Any],
+        draws: dict[str, Tensor],
+        num_chains: int = 1,
+        statistics: dict[str, Tensor] | None = None,
+        *,
+        is_sampled: bool = True,
+        losses: Sequence[float] = (),
+        sampler: Mapping[str, float] = MappingProxyType({}),
+        store: Any = None,
+    ) -> Posterior:
+        """From draws ``{site: [n, *event]}``; plate axes of size 1 that a model of ours adds may be there.
+
+        :param num_chains: how many chains they are of, chain after chain, all of one length.
+        :param statistics: ``{buffer of the network: [n, *shape]}`` of normalisation layers, with which each draw
+            predicts; by default all predict with those of the network.
+        :param is_sampled: whether they are of a sampler of the posterior, as after MCMC, so that chains can be compared
+            and leave-one-out needs no other weights; ``False`` for networks of an ensemble, or draws of a guide.
+        :param losses, sampler, store: see above.
+        :raises ValueError: when a site lacks draws, or they do not divide into the chains.
+        """
+        counts = {len(value) for value in draws.values()}
+        if len(counts) != 1 or num_chains < 1 or counts.pop() % num_chains:
+            raise ValueError(
+                f"the sites have {sorted({len(v) for v in draws.values()})} draws, which are not {num_chains} chains "
+                "of one length"
+            )
+        guide = DrawsGuide(with_members(model, draws), model, num_chains, statistics, is_sampled)
+        return cls(model, guide, losses=losses, sampler=sampler, store=store)
+
+    @property
+    def model(self) -> Callable[..., Any]:
+        """The Pyro model."""
+        return self.draw_source.model
+
+    @property
+    def guide(self) -> Callable[..., Any]:
+        """A Pyro guide that gives one draw a call: ``Predictive(model, guide=posterior.guide, num_samples=...)``.
+
+        Statistics of normalisation layers are then those of the network: only ``predict`` has those of each draw.
+        """
+        return self.draw_source.guide
+
+    @property
+    def num_members(self) -> int:
+        """Number of mixture components or particles; 1 for a plain guide."""
+        return self.draw_source.num_members
+
+    @property
+    def num_stored(self) -> int | None:
+        """Number of stored draws of each member; ``None`` when a guide makes them."""
+        return None if self.draw_source.stored is None else len(self.draw_source.stored)
+
+    @property
+    def num_chains(self) -> int:
+        """Number of chains that the stored draws are of, chain after chain; 1 for anything else."""
+        return 1 if self.draw_source.stored is None else self.draw_source.stored.num_chains
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the stored draws are of a sampler, rather than of a guide or an ensemble."""
+        return self.draw_source.stored is not None and self.draw_source.stored.is_sampled
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether every draw of a member is the same, as of particles and of a deterministic network."""
+        return self.draw_source.is_deterministic
+
+    # ------------------------------------------------------------------------------------------------- draws
+
+    def draws(self, n: int, seed: int | None = None, *, example: Any = None) -> dict[str, Tensor]:
+        """``{site: [n, members, *event]}``: n draws of each member. Of stored draws: n evenly spaced ones.
+
+        :param seed: ``predict`` with the same seed uses these very draws.
+        :param example: an input, for guides of other packages that need one.
+        :raises ValueError: when fewer than n draws are stored.
+        """
+        groups = list(self.draw_source.groups(n, seed, example=example))
+        return {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
+
+    def sample(self, n: int, seed: int | None = None) -> dict[str, Tensor]:
+        """``{site: [n, *event]}``: n draws, each of a random member; a draw is a draw."""
+        draws = self.draws(n, seed)
+        with seeded(device_of(self.model), None if seed is None else seed + 1):
+            member = torch.randint(self.num_members, (n,))
+        return {name: value[torch.arange(n), member.to(value.device) % value.shape[1]] for name, value in draws.items()}
+
+    def as_draws(self, n: int, seed: int | None = None) -> Posterior:
+        """The same posterior as n stored draws of every member: the form that any guide can be saved in."""
+        guide = self._stored(n, seed)
+        return Posterior(self.model, guide, losses=self.losses, sampler=self.sampler)
+
+    def _stored(self, n: int, seed: int | None) -> DrawsGuide:
+        groups = list(self.draw_source.indexed_groups(n, seed))
+        draws = {name: torch.cat([group[name] for group, _ in groups]) for name in groups[0][0]}
+        statistics = {}
+        if self.draw_source.stored is not None:
+            index = torch.cat([index for _, index in groups if index is not None])
+            held = self.draw_source.stored.statistics()
+            statistics = {name: value[index.to(value.device)] for name, value in held.items()}
+        num_chains = self.num_chains if n == self.num_stored else 1
+        return DrawsGuide(draws, self.model, num_chains, statistics, self.is_sampled)
+
+    # -------------------------------------------------------------------------------------------- prediction
+
+    def predict(
+        self,
+        x: Any,
+        num_samples: int | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+        *,
+        return_site: str | None = None,
+    ) -> Prediction:
+        """The predictive distribution at x, from draws of every member.
+
+        A draw is a whole function: the same for all rows of x and for every ``batch_size``.
+
+        :param x: tensor, dict or tuple with N samples on axis 0, on any device.
+        :param num_samples: draws of every member, 16 by default, or all stored ones where there are fewer; particles
+            and points have one, as all their draws are the same.
+        :param batch_size: number of samples in one pass; by default what fits a fixed memory budget.
+        :param seed: makes the draws reproducible, and leaves the global random state alone.
+        :param return_site: for a model that is not of this package, the site whose values are wanted.
+        :raises ValueError: for NaN in x, or when draws are asked for that are not stored.
+        """
+        model, source, count = self.model, self.draw_source, self.draw_source.count(num_samples)
+        if not isinstance(model, BayesianNetwork) or model.likelihood is None and return_site is not None:
+            return Prediction(foreign.predict_site(source, x, count, seed, return_site), None)
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size={batch_size!r}: expected a number of samples, at least 1")
+        require_finite(x)
+        x = to_device(x, model.like())
+        outputs, noise = [], []
+        with torch.no_grad(), evaluating(model):
+            for group, index in source.indexed_groups(count, seed, example=x):
+                if model.site("noise") in group:
+                    noise.append(group[model.site("noise")])
+                for part in self._statistics().parts(model, group, index):
+                    outputs.append(network_outputs(model, part, x, self.num_members, batch_size))
+        return Prediction(torch.cat(outputs), model.likelihood, torch.cat(noise) if noise else None)
+
+    def log_likelihood(
+        self, x: Any, y: Tensor, num_samples: int | None = None, batch_size: int | None = None, seed: int | None = None
+    ) -> Tensor:
+        """``[draws, members, N]``: ``log p(y | x, weights)`` under every draw of every member, in nats."""
+        if not isinstance(self.model, BayesianNetwork):
+            return foreign.log_likelihood(self.draw_source, x, y, self.draw_source.count(num_samples), seed)
+        count_samples(x, y)
+        prediction = self.predict(x, num_samples, batch_size, seed)
+        return prediction.log_prob(y.to(prediction.outputs.device))
+
+    def recompute_statistics(self, loader: Iterable[Any] | None) -> None:
+        """From now on every draw predicts with normalisation statistics of its own, gathered over ``loader``.
+
+        Costs one pass over the loader for each draw; ``None`` goes back to the statistics of training, or to those that
+        a sampler stored with each draw.
+        """
+        self._gathered = None if loader is None else Gathered(loader)
+
+    def _statistics(self) -> Statistics:
+        if self._gathered is not None:
+            return self._gathered
+        held = {} if self.draw_source.stored is None else self.draw_source.stored.statistics()
+        return Stored(held) if held else OfNetwork()
+
+    # ----------------------------------------------------------------------------------------------- sparsity
+
+    def inclusion_probabilities(
+        self, num_samples: int | None = None, seed: int | None = None, *, args: tuple[Any, ...] = ()
+    ) -> dict[str, Tensor]:
+        """``{parameter: P(slab | data)}`` for every group of a spike-and-slab prior, shaped as the groups.
+
+        The mean over draws (of all members) of ``P(slab | weights)``, which has less variance than to draw indicators;
+        groups that were removed have 0. A weight ``[out, in, k, k]`` has groups ``[out, in, k, k]``, ``[out, in]``
+        (kernels), ``[in]`` or ``[out]``.
+
+        :param num_samples: draws of each member; by default all stored ones, or 100.
+        :param args: what a model that is not of this package is called with.
+        :raises ValueError: when the model has no spike-and-slab site.
+        """
+        draws = self.draw_source.groups(num_samples or self.num_stored or INCLUSION_DRAWS, seed)
+        return {name: odds.sigmoid() for name, odds in inclusion_log_odds(self.model, draws, args).items()}
+
+    def sparsify(
+        self,
+        sparsity: float | None = None,
+        *,
+        example: Any = None,
+        shrink: bool = True,
+        num_samples: int | None = None,
+        seed: int | None = None,
+    ) -> Sparsified:
+        """The posterior without the groups of weights that are probably spikes, on a smaller network.
+
+        Channels go that no weight makes or none reads, with their biases, their part of normalisation layers, and the
+        inputs of the next layers, in all draws alike. This changes no prediction beyond rounding: what a channel
+        without weights still passes on moves into the biases of its readers, and where it cannot the channel stays.
+
+        :param sparsity: share of the weights with a spike-and-slab prior to remove, those of the least probable groups;
+            by default all groups of a probability below 1/2. Groups that training removed go in any case.
+        :param example: an input of the network (one row is enough), for multiply-adds and for channels without weights.
+        :param shrink: whether to cut channels, which takes a network that ``torch.fx`` can trace; else masks alone.
+        :param num_samples: draws of each member; by default all stored ones, or 100.
+        :raises TypeError: when the model is not one whose weights are sites.
+        :raises ValueError: without a spike-and-slab site, for a sparsity out of range, a network that cannot be traced,
+            or when an example is needed.
+        """
+        model = with_weight_sites(self.model)
+        guide = self._stored(num_samples or self.num_stored or INCLUSION_DRAWS, seed)
+        odds = inclusion_log_odds(self.model, DrawSource(self.model, guide).groups(len(guide)))
+        sparse = sparsify(model, guide.draws(), guide.statistics(), odds, sparsity, example=example, shrink=shrink)
+        kept = DrawsGuide(sparse.draws, sparse.model, guide.num_chains, sparse.statistics, guide.is_sampled)
+        posterior = Posterior(sparse.model, kept, losses=self.losses, sampler=self.sampler)
+        return Sparsified(posterior, sparse.masks, sparse.before, sparse.after)
+
+    # ------------------------------------------------------------------------------------------------ storage
+
+    def save(self, path: str | os.PathLike[str], *, prior: bool = True) -> None:
+        """Writes a folder with safetensors and JSON, whole or not at all; :func:`load` reads it.
+
+        :param path: a folder, which may hold an older posterior.
+        :param prior: ``False`` leaves the prior out, and :func:`load` then needs ``prior=``.
+        :raises TypeError: when model, guide, output or prior cannot be described in JSON; the message names the remedy.
+        :raises FileExistsError: when ``path`` exists and is no posterior.
+        """
+        storage.write(path, self.model, self.guide, losses=self.losses, sampler=self.sampler, prior=prior)
+
+
+@dataclass(frozen=True)
+class Sparsified:
+    """What is left of a posterior.
+
+    :param posterior: draws of the smaller network (of the same one with zeros, if nothing was cut).
+    :param masks: by parameter of the network as it was, True for weights that are kept.
+    :param before, after: sizes of the two networks; a parameter is nonzero if it is in any draw.
+    """
+
+    posterior: Posterior
+    masks: dict[str, Tensor]
+    before: Size
+    after: Size
+
+    def network(self, draw: int | None = None) -> nn.Module:
+        """A plain network in eval mode: with the weights of one draw (of the first member), or with their mean."""
+        stored = self.posterior.draw_source.stored
+        assert stored is not None
+        return network_of_draw(with_weight_sites(self.posterior.model), stored.draws(), stored.statistics(), draw)
+
+
+def load(
+    path: str | os.PathLike[str],
+    net: nn.Module,
+    *,
+    prior: PriorLike | None = None,
+    device: torch.device | str | None = None,
+) -> Posterior:
+    """The posterior that :meth:`Posterior.save` wrote; the same ``seed`` gives the same predictions, bit for bit.
+
+    :param net: a network of the same architecture; it is copied, its own weights do not matter.
+    :param prior: the prior, when it was not saved.
+    :param device: where to put it; by default where ``net`` is.
+    :raises FileNotFoundError: when there is nothing at ``path``.
+    :raises ValueError: when it is no posterior, is damaged, was written by a newer version, or is for another network.
+    """
+    stored = storage.read(path, net, prior=prior, device=device)
+    return Posterior(stored.model, stored.guide, losses=stored.losses, sampler=stored.sampler)

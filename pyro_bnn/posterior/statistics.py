@@ -1,0 +1,109 @@
+"""Statistics of normalisation layers that belong to one draw of the weights."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+
+from pyro_bnn.inputs import to_device
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.network import batch_size
+
+
+class Statistics(Protocol):
+    """Which statistics the layers of a network have while it predicts with some draws."""
+
+    def parts(
+        self, model: BayesianNetwork, draws: dict[str, Tensor], index: Tensor | None
+    ) -> Iterator[dict[str, Tensor]]:
+        """The draws in parts that share their statistics, which lie in the network when a part is given out.
+
+        :param draws: ``{site: [n, members, *event]}``.
+        :param index: their positions among stored draws, ``[n]``.
+        """
+        ...
+
+
+class OfNetwork:
+    """All draws share those of the network, as training left them."""
+
+    def parts(
+        self, model: BayesianNetwork, draws: dict[str, Tensor], index: Tensor | None
+    ) -> Iterator[dict[str, Tensor]]:
+        yield draws
+
+
+class Stored:
+    """Each stored draw has its own.
+
+    :param values: ``{buffer of the network: [number of stored draws, *shape]}``.
+    """
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        self.values = values
+
+    def parts(
+        self, model: BayesianNetwork, draws: dict[str, Tensor], index: Tensor | None
+    ) -> Iterator[dict[str, Tensor]]:
+        assert index is not None
+        buffers = dict(model.core().net.named_buffers())
+        for position, draw in zip(index, _one_by_one(draws), strict=True):
+            for name, value in self.values.items():
+                buffers[name].copy_(value[position])
+            yield draw
+
+
+class Gathered:
+    """Each draw has its own, averaged over the batches of a loader: one pass over it for each draw."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+
+    def parts(
+        self, model: BayesianNetwork, draws: dict[str, Tensor], index: Tensor | None
+    ) -> Iterator[dict[str, Tensor]]:
+        for draw in _one_by_one(draws):
+            gather_statistics(model, draw, self.loader)
+            yield draw
+
+
+def _one_by_one(draws: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    for i in range(len(next(iter(draws.values())))):
+        yield {name: value[i : i + 1] for name, value in draws.items()}
+
+
+@contextlib.contextmanager
+def averaging(layers: Iterable[_NormBase]) -> Iterator[None]:
+    """Inside, the layers start anew and gather plain averages over all batches that they see in train mode."""
+    layers = list(layers)
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # all batches count alike
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+
+
+def gather_statistics(model: BayesianNetwork, draw: dict[str, Tensor], batches: Iterable[Any]) -> None:
+    """Leaves in the network the statistics that its normalisation layers have under a draw: plain averages.
+
+    :param draw: ``{site: [1, members, *event]}``.
+    :param batches: pairs ``(x, y)``, or inputs alone.
+    """
+    layers = list(model.moving_layers().values())
+    latents = {name: model.plated(value) for name, value in draw.items()}
+    with averaging(layers):
+        for layer in layers:
+            layer.train()
+        for batch in batches:
+            x = to_device(batch[0] if isinstance(batch, (tuple, list)) else batch, model.like())
+            model.function(x, latents, batch_size(x))
+        for layer in layers:
+            layer.eval()

@@ -1,0 +1,74 @@
+"""Draws that a sampler or an ensemble left, as a Pyro guide."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor
+
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.registry import storable
+
+
+@storable
+class DrawsGuide(PyroModule):
+    """The empirical distribution of stored draws as a guide: every call gives one of them, at random.
+
+    :param draws: ``{site: [n, members, *event]}``.
+    :param model: the model that they are of; those of this package have a plate for members around their sites.
+    :param num_chains: how many chains they are of, which lie one after the other.
+    :param statistics: ``{buffer of the network: [n, *shape]}``, the statistics of normalisation layers of each draw.
+    :param is_sampled: whether they are of a sampler of the posterior.
+    """
+
+    def __init__(
+        self,
+        draws: dict[str, Tensor],
+        model: Callable[..., Any],
+        num_chains: int = 1,
+        statistics: dict[str, Tensor] | None = None,
+        is_sampled: bool = True,
+    ) -> None:
+        super().__init__("draws_guide")
+        self.num_chains, self.is_sampled = num_chains, is_sampled
+        self.statistics_names = list(statistics or {})
+        for i, value in enumerate((statistics or {}).values()):
+            self.register_buffer(f"statistics_{i}", value)
+        self.names = list(draws)
+        self.plate = (model.site("members"), model.members_dim) if isinstance(model, BayesianNetwork) else None
+        for i, value in enumerate(draws.values()):
+            self.register_buffer(f"draws_{i}", value)
+
+    def __len__(self) -> int:
+        """Number of stored draws of each member."""
+        return int(next(iter(self.draws().values())).shape[0])
+
+    @property
+    def num_members(self) -> int:
+        return int(next(iter(self.draws().values())).shape[1])
+
+    def draws(self) -> dict[str, Tensor]:
+        return {name: self.get_buffer(f"draws_{i}") for i, name in enumerate(self.names)}
+
+    def statistics(self) -> dict[str, Tensor]:
+        return {name: self.get_buffer(f"statistics_{i}") for i, name in enumerate(self.statistics_names)}
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        stored = self.draws()
+        count, members = next(iter(stored.values())).shape[:2]
+        device = next(iter(stored.values())).device
+        uniform = dist.Categorical(logits=torch.zeros(count * members, device=device))
+        with contextlib.ExitStack() as stack:
+            if self.plate is not None:
+                stack.enter_context(pyro.plate(self.plate[0], 1, dim=self.plate[1], device=str(device)))
+            index = pyro.sample("draw", uniform, infer={"is_auxiliary": True})
+            return {
+                name: pyro.sample(name, dist.Delta(value.flatten(0, 1)[index], event_dim=value.dim() - 2))
+                for name, value in stored.items()
+            }
