@@ -164,7 +164,7 @@ class Codebook(nn.Module):
         :param loc, scale: mean and standard deviation of every weight, ``[n]``.
         :param codes: K, at most.
         :param outliers: largest share of the weights that become outliers, by all rules together. Half of it is for
-            those of :func:`~pyro_bnn.models.weight_sharing.clustering.find_outliers`, which has the rules ``magnitude``,
+            those of :func:`~pyro_bnn.models.weight_sharing.clustering.find_outliers`, with the rules ``magnitude``,
             ``gradient`` and ``snr``; then members of codes with at most ``smallest`` weights follow, the smallest codes
             first.
         :param between: share of the others that two codes hold together.

@@ -376,7 +376,7 @@ def test_bad_guides(make: Any, error: Any, message: str) -> None:
             ValueError,
             r"the prior of '0.weight.s' has shape \(3,\), the site has \(2,\)",
         ),
-        (lambda: Rank1(network(), None).members_plate(), RuntimeError, r"members\(\) belongs to a call"),
+        (lambda: Rank1(network(), None).members_plate(), RuntimeError, r"members_plate\(\) belongs to a call"),
     ],
 )  # fmt: skip
 def test_bad_models(make: Any, error: Any, message: str) -> None:

@@ -57,7 +57,7 @@ def test_removed_groups_and_saturated_ones() -> None:
     w = torch.randn(6, 40, 3) * torch.tensor([0.0, 1.0, 2.0])
     posterior = pb.Posterior.from_draws(model, {"weight": w})
     assert posterior.inclusion_probabilities()["weight"].tolist() == [0.0, 1.0, 1.0]
-    odds = inclusion_log_odds(posterior)["weight"]
+    odds = inclusion_log_odds(model, [posterior.draws(6)])["weight"]
     assert odds[0] == -torch.inf and 100 < float(odds[1]) < float(odds[2])
     some = pb.Posterior.from_draws(model, {"weight": torch.cat([w, torch.randn(18, 40, 3)])})
     assert float(some.inclusion_probabilities()["weight"][0]) == pytest.approx(18 / 24)

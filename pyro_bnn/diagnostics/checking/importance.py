@@ -216,7 +216,7 @@ def _enough_draws(posterior: Posterior, num_samples: int | None) -> int:
     if num_samples * posterior.num_members < FEWEST:
         raise ValueError(
             f"{num_samples} draws of {posterior.num_members} members are {num_samples * posterior.num_members}: "
-            f"smoothing takes at least {FEWEST}. Give a larger num_samples; particles and points are too few by nature, so "
+            f"smoothing takes at least {FEWEST}. Give a larger num_samples; particles and points are too few: "
             "compare their scores on held-out data (evaluate)"
         )
     return num_samples

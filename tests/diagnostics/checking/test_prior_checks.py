@@ -78,7 +78,7 @@ def test_functions_are_those_of_the_draws() -> None:
 def test_draws_come_in_groups_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
     model = dense(deep(2), likelihoods.Categorical())
     elements = sum(site.shape.numel() for site in model.sites())
-    monkeypatch.setattr("pyro_bnn.posterior.posterior.MAX_ELEMENTS", 3 * elements + 1)
+    monkeypatch.setattr("pyro_bnn.posterior.draw_source.MAX_ELEMENTS", 3 * elements + 1)
     groups = list(prior_draws(model, 10))
     assert [len(group["0.weight"]) for group in groups] == [3, 3, 3, 1]
     together = torch.cat([group["0.bias"][:, 0] for group in groups])
