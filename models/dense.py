@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from pyro_bnn import priors
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import BayesianNetwork
-from pyro_bnn.network import Output, Select, select_parameters
+from pyro_bnn.model import BayesianNetwork, NetworkOptions
 from pyro_bnn.priors import Normal, PriorLike
 from pyro_bnn.registry import storable
+from pyro_bnn.selection import Select
 from pyro_bnn.sites import Site
+
+
+class DenseOptions(NetworkOptions, total=False):
+    """Keyword arguments of :class:`Dense` that the models built on it have too.
+
+    ``chunk_size: int | None = None`` is how many members are vectorised at a time; ``None`` for all.
+    """
+
+    chunk_size: int | None
 
 
 @storable
@@ -28,9 +36,10 @@ class Dense(BayesianNetwork):
     :param likelihood: what the output means; ``None`` for the function alone, inside a larger Pyro model.
     :param num_data: size N of the training set.
     :param prior: as for :class:`~pyro_bnn.models.Rank1`; ``loc=None`` means 0 here.
-    :param select: which parameters are random; by default all except those of normalisation layers.
+    :param select: which parameters are random, see :func:`~pyro_bnn.selection.select_parameters`; by default all except
+        those of normalisation layers.
     :param chunk_size: how many members are vectorised at a time; ``None`` for all.
-    :param prefix, members_dim, output: see :class:`~pyro_bnn.model.BayesianNetwork`.
+    :param options: see :class:`~pyro_bnn.model.NetworkOptions`.
     :raises ValueError: when ``select`` matches nothing, or a prior does not fit.
     """
 
@@ -43,18 +52,16 @@ class Dense(BayesianNetwork):
         prior: PriorLike = Normal(0.0, 1.0),
         select: Select | None = None,
         chunk_size: int | None = None,
-        prefix: str = "",
-        members_dim: int = -2,
-        output: Output = None,
+        **options: Unpack[NetworkOptions],
     ) -> None:
-        super().__init__(net, likelihood, num_data, prefix=prefix, members_dim=members_dim, output=output)
+        super().__init__(net, likelihood, num_data, **options)
         core = self.core()
         parameters = core.parameters_by_name()
         if select is None:
             norms = core.normalisation_parameters()
             self.random = [n for n, p in parameters.items() if n not in norms and p.is_floating_point()]
         else:
-            self.random = select_parameters(dict(parameters), core.net, select)
+            self.random = self.selected(select, parameters)
         if not self.random:
             raise ValueError("the network has no parameters to make random")
         self.prior, self.chunk_size = prior, chunk_size
@@ -64,7 +71,7 @@ class Dense(BayesianNetwork):
         self._sites = self.list_weight_sites(self.priors, {name: parameters[name].detach() for name in self.random})
 
     def arguments(self) -> dict[str, Any]:
-        return super().arguments() | {"select": [re.escape(n) for n in self.random], "chunk_size": self.chunk_size}
+        return super().arguments() | {"select": self.random, "chunk_size": self.chunk_size}
 
     def sites(self) -> list[Site]:
         return self._sites

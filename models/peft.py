@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pyro_bnn.files import replace_folder
-from pyro_bnn.models.bella import Bella, ParticleGuide, draw_factor, is_linear
+from pyro_bnn.models.bella import Bella, ParticleGuide, draw_factor
+from pyro_bnn.selection import is_linear
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."

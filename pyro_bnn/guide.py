@@ -230,7 +230,7 @@ class MixtureGuide(PyroModule):
         """A tensor on the guide's device and with its dtype."""
         return self._block_parameters("loc")[0]
 
-    def points(self) -> list[nn.Parameter]:
+    def member_biases(self) -> list[nn.Parameter]:
         """The members' own biases, which are points and not random."""
         return [p for name, p in self._named() if name.startswith("point.")]
 

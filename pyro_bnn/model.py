@@ -10,9 +10,10 @@ the same model has one member and one row.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import pyro
 import pyro.distributions as dist
@@ -26,6 +27,7 @@ from pyro_bnn.likelihoods import Gaussian, Likelihood
 from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import Network, Output, batch_size
 from pyro_bnn.priors import Prior, PriorLike
+from pyro_bnn.selection import Select, select_parameters
 from pyro_bnn.sites import ConstantPrior, Site, sample_local, sample_scales, sample_share, site_distribution
 
 
@@ -51,7 +53,21 @@ def picklable_state(module: nn.Module) -> dict[str, Any]:
     """The state of a module without what Pyro's parameter store leaves on parameters, the last plate, and caches."""
     for parameter in module.parameters():
         parameter.__dict__.pop("unconstrained", None)  # a weak reference, which the store makes anew
-    return {k: v if k != "_constants" else {} for k, v in module.__dict__.items() if k != "_members"}
+    left_out = ("_members", "_given")
+    return {k: v if k != "_constants" else {} for k, v in module.__dict__.items() if k not in left_out}
+
+
+class NetworkOptions(TypedDict, total=False):
+    """Keyword arguments that every :class:`BayesianNetwork` has.
+
+    ``prefix: str = ""`` is put before the names of all sites and plates, so that two networks fit into one model;
+    ``members_dim: int = -2`` is the axis of the members plate, to be moved left when own plates need -2;
+    ``output = None`` says which output to take when the network returns several (key, index or function).
+    """
+
+    prefix: str
+    members_dim: int
+    output: Output
 
 
 class BayesianNetwork(PyroModule):
@@ -63,9 +79,7 @@ class BayesianNetwork(PyroModule):
     :param net: any ``torch.nn.Module``; it is copied, never changed.
     :param likelihood: one of :mod:`pyro_bnn.likelihoods`, or ``None``.
     :param num_data: size N of the data set, which scales minibatches by N/B.
-    :param prefix: put before the names of all sites and plates, so that two networks fit into one model.
-    :param members_dim: the axis of the members plate; move it left when own plates need -2.
-    :param output: which output to take when the network returns several (key, index or function).
+    :param prefix, members_dim, output: see :class:`NetworkOptions`.
     :param share: see :class:`~pyro_bnn.network.Network`.
     """
 
@@ -101,6 +115,7 @@ class BayesianNetwork(PyroModule):
         self.prefix = prefix
         self.members_dim = members_dim
         self.output = output
+        self._given = weakref.ref(net)  # whose modules users may name layers by; the model does not keep it alive
         self._constants: dict[str, tuple[Any, dist.TorchDistribution]] = {}
 
     def arguments(self) -> dict[str, Any]:
@@ -149,6 +164,14 @@ class BayesianNetwork(PyroModule):
     def like(self) -> Tensor:
         """A tensor on the device and with the dtype of the network."""
         return next(p for p in self.core().net.parameters() if p.is_floating_point())
+
+    def selected(
+        self, select: Select, candidates: Mapping[str, Tensor], option: str = "select", what: str = "parameters"
+    ) -> list[str]:
+        """The names of the parameters that a user means; see :func:`~pyro_bnn.selection.select_parameters`."""
+        known: weakref.ref[nn.Module] | None = self.__dict__.get("_given")
+        given = None if known is None else known()
+        return select_parameters(select, candidates, self.core().net, given=given, option=option, what=what)
 
     # ---------------------------------------------------------------------------------- what a method defines
 
@@ -266,7 +289,7 @@ class BayesianNetwork(PyroModule):
 
         :param center: see :meth:`~pyro_bnn.priors.Prior.elements`; a tensor is that of frozen parameters.
         """
-        if not prior.constant:
+        if not prior.is_constant:
             return site_distribution(prior, center, like, tau, local)
         validate = torch.distributions.Distribution._validate_args
         key = (like.device, like.dtype, torch.is_inference_mode_enabled(), validate)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,12 +25,6 @@ from pyro_bnn.perturb.probe import (
 )
 
 Output = str | int | Callable[[Any], Tensor] | None
-Select = (
-    str
-    | type[nn.Module]
-    | Callable[[str, Tensor], bool]
-    | Iterable[str | type[nn.Module] | Callable[[str, Tensor], bool]]
-)
 
 #: modules whose weights are neither products nor tables: they get no factors, and stay point estimates by default
 NORMALISATIONS: tuple[type[nn.Module], ...] = (
@@ -59,36 +52,6 @@ def batch_size(x: Any, y: Any = None) -> int:
             "over the samples in both."
         )
     return size
-
-
-def select_parameters(candidates: Mapping[str, Tensor], net: nn.Module, select: Select) -> list[str]:
-    """The names among ``candidates`` that ``select`` picks.
-
-    :param select: a regular expression that matches the whole name, a module type (the parameters that it owns), a
-        function ``(name, tensor) -> bool``, or several of these.
-    :raises ValueError: when one of them picks nothing.
-    """
-    owned: dict[str, nn.Module] = {}
-    for prefix, module in net.named_modules():
-        for name in module._parameters:
-            owned[f"{prefix}.{name}" if prefix else name] = module
-    chosen: list[str] = []
-    several = isinstance(select, Iterable) and not isinstance(select, (str, type))
-    for one in select if several else [select]:  # type: ignore[union-attr]
-        if isinstance(one, str):
-            picked = [n for n in candidates if re.fullmatch(one, n)]
-        elif isinstance(one, type):
-            picked = [n for n in candidates if isinstance(owned.get(n), one)]
-        elif callable(one):
-            picked = [n for n, p in candidates.items() if one(n, p)]
-        else:
-            raise TypeError(f"select takes a pattern, a module type or a function (or several), not {one!r}")
-        if not picked:
-            raise ValueError(f"select={one!r} matches none of the parameters: {', '.join(candidates) or '(none)'}")
-        chosen += [n for n in picked if n not in chosen]
-    if not chosen:
-        raise ValueError(f"select={select!r} is empty: give a pattern, a module type or a function, or leave it out")
-    return [n for n in candidates if n in chosen]
 
 
 def is_product_weight(module: nn.Module, name: str, parameter: Tensor) -> bool:

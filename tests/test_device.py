@@ -95,7 +95,7 @@ def test_every_tensor_of_guide_model_and_prediction_is_on_the_networks_device(ne
             model(x)
         weights = model.weights
     elif method in ("codebook", "mixture", "shared"):
-        own = {".*bias|.*token|.*embedding": pb.priors.Normal(), ".*": pb.priors.GaussianMixture()}
+        own = {".*bias|.*token|.*embedding": pb.priors.Normal(), ".*": pb.priors.CodebookPrior()}
         prior: pb.priors.PriorLike = own if method == "mixture" else pb.priors.HierarchicalNormal()
         model = WeightSharing(net, likelihood, 100, prior=prior)
         guide = CodebookGuide(model, codebook_for(model), sampling="mixture" if method == "mixture" else "codebook")
@@ -204,8 +204,9 @@ def test_training_saving_and_predicting_on_a_gpu(tmp_path, autocast: bool, metho
 def test_every_tensor_of_a_step_of_sghmc_within_em_is_on_the_networks_device(mode_of_kernel: str) -> None:
     """Proves that energy, E- and M-step, removal, force and update need no tensor of another device, nor a value."""
     x, y = torch.randn(8, 3, 8, 8), torch.randint(3, (8,))
+    variance = pyro.distributions.InverseGamma(2.0, 2.0)
     prior = {
-        ".*conv.*": pb.priors.SpikeAndSlab(0.1, 1.0, group="kernel", scale=pb.priors.InverseGamma(2.0, 2.0)),
+        ".*conv.*": pb.priors.SpikeAndSlab(0.1, 1.0, group="kernel", variance_prior=variance),
         "fc.weight": pb.priors.SpikeAndSlab(0.1, 1.0, group="input", inclusion=0.5),
         ".*": pb.priors.Normal(),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import pyro
@@ -98,9 +97,8 @@ class LastLayerLaplace(Baseline):
             layer = find_last_layer(Network(net, self.output, share=True), batches.first[0])
             own = [id(p) for p in net.get_submodule(layer).parameters()]
             names = [name for name, p in net.named_parameters() if id(p) in own]
-            select = [re.escape(name) for name in names]
             model = Dense(
-                net, self.likelihood, self.num_data, prior=self.prior, select=select, output=self.output
+                net, self.likelihood, self.num_data, prior=self.prior, select=names, output=self.output
             ).eval()
             curvature, log_likelihood = self._curvature(model, layer, batches, noise)
         mean = torch.cat([model.core().parameters_by_name()[name].detach().flatten() for name in names])
@@ -110,7 +108,7 @@ class LastLayerLaplace(Baseline):
                 self.likelihood,
                 self.num_data,
                 prior=choose_prior(curvature, mean.to(curvature)),
-                select=select,
+                select=names,
                 output=self.output,
             )
         assert isinstance(model.prior, Normal)

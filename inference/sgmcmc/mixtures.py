@@ -150,7 +150,7 @@ def mixture(name: str, density: SpikeAndSlabDistribution, hyper: dict[str, Any],
         if [type(t) for t in transforms] != [PowerTransform] or float(transforms[0].exponent) != 0.5:
             raise ValueError(
                 f"the prior of '{name}_tau' must be that of the root of an InverseGamma variance, as "
-                "SpikeAndSlab(scale=InverseGamma(...)).tau() is"
+                "SpikeAndSlab(variance_prior=InverseGamma(...)).tau() is"
             )
         scale_prior = _numbers(prior, InverseGamma, "concentration", "rate", name=f"{name}_tau")
         scale.fill_(math.sqrt(scale_prior[1] / scale_prior[0]))

@@ -205,10 +205,10 @@ def _optimizer(
         return optim
     if decay not in ("weights", "all"):
         raise ValueError(f"decay={decay!r}: expected 'weights' or 'all'")
-    points = guide.points() if isinstance(guide, MixtureGuide) else []
+    biases = guide.member_biases() if isinstance(guide, MixtureGuide) else []
     chosen: Iterable[Tensor] = ()
     if isinstance(model, BayesianNetwork):
-        chosen = model.decayed() if decay == "weights" else [*model.parameters(), *points]
+        chosen = model.decayed() if decay == "weights" else [*model.parameters(), *biases]
     ids = {id(p) for p in chosen}
     groups = [
         {"params": [p for p in parameters if id(p) in ids], "weight_decay": weight_decay},

@@ -13,10 +13,10 @@ from pyro_bnn.guide import SMALLEST_SCALE, MixtureGuide
 from pyro_bnn.models.dense import Dense, MeanFieldGuide
 from pyro_bnn.models.weight_sharing import format as codebook_format
 from pyro_bnn.models.weight_sharing.codebook import Codebook
-from pyro_bnn.models.weight_sharing.model import WeightSharing, names_of
+from pyro_bnn.models.weight_sharing.model import WeightSharing, coded_parameters, names_of
 from pyro_bnn.models.weight_sharing.shared_normal import SharedNormal
-from pyro_bnn.network import Select
 from pyro_bnn.registry import storable
+from pyro_bnn.selection import Select
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,8 +40,8 @@ class CodebookGuide(MixtureGuide):
     :param blend: share of the weights that two codes hold together.
     :param outliers: largest share of the weights that have Gaussians of their own.
     :param init_scale: starting standard deviation of every weight, whose mean is the network's value.
-    :param coded: which random parameters share codes, as for ``select``; by default the weights of products,
-        convolutions and tables.
+    :param coded: which random parameters share codes, see :func:`~pyro_bnn.selection.select_parameters`; by default
+        the weights of products, convolutions and tables.
     :param options: further ones of :meth:`Codebook.fit`: ``magnitude``, ``gradient``, ``snr``, ``smallest``, ``zero``,
         ``rate``, ``distance``, ``iterations``, ``seed``.
     :raises ValueError: for NaN in the weights, more codes than distinct weights, or numbers out of range.
@@ -77,7 +77,7 @@ class CodebookGuide(MixtureGuide):
             book = codes
             names = names_of(model, book)
         else:
-            names = _coded(model, coded)
+            names = coded_parameters(model, coded)
             _require_finite({name: parameters[name] for name in names})
             loc = torch.cat([parameters[name].detach().flatten() for name in names])
             sites = [(model.site(name), parameters[name].shape) for name in names]
@@ -117,7 +117,7 @@ class CodebookGuide(MixtureGuide):
                 f"the guide is for another model: it has no site {wrong!r} of shape {tuple(shapes[wrong])}. A "
                 "hierarchical prior has sites of its own, and needs a mean field trained under it"
             )
-        names = _coded(model, options.pop("coded", None))
+        names = coded_parameters(model, options.pop("coded", None))
         sites = [(model.site(n), shapes[model.site(n)]) for n in names]
         _require_finite({site: loc[site] for site, _ in sites} | {f"rho of {site}": rho[site] for site, _ in sites})
         means = torch.cat([loc[site].flatten() for site, _ in sites])
@@ -206,12 +206,6 @@ class CodebookGuide(MixtureGuide):
         """What the codebook saves: see :func:`~pyro_bnn.models.weight_sharing.format.report`."""
         rest = sum(p.numel() for n, p in self.named_parameters() if not n.startswith("codebook."))
         return codebook_format.report(self.book.compact()) | {"other_trainable": rest}
-
-
-def _coded(model: Dense, coded: Select | None) -> list[str]:
-    if isinstance(model, WeightSharing):
-        return model.weights(coded)
-    return WeightSharing.weights(model, coded)  # type: ignore[arg-type]
 
 
 def _require_finite(values: dict[str, Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from pyro_bnn import priors
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.models.dense import Dense, MeanFieldGuide
+from pyro_bnn.models.dense import Dense, DenseOptions, MeanFieldGuide
 from pyro_bnn.models.weight_sharing import format as codebook_format
 from pyro_bnn.models.weight_sharing.codebook import Codebook, inverse_scale
-from pyro_bnn.network import Select, select_parameters
-from pyro_bnn.priors import GaussianMixture, Normal, Prior, PriorLike
+from pyro_bnn.priors import CodebookPrior, Normal, Prior, PriorLike
 from pyro_bnn.registry import storable
+from pyro_bnn.selection import Select
 
 
 @storable
@@ -23,7 +23,7 @@ class WeightSharing(Dense):
     """Pyro model ``w ~ prior, y ~ likelihood(net_w(x))`` over the weights themselves: a :class:`Dense` by its own name.
 
     That weights share Gaussians is a property of the guide; under NUTS or another guide this is the dense network. With
-    the prior :class:`~pyro_bnn.priors.GaussianMixture` without components, the codebook of the guide is the prior too.
+    the prior :class:`~pyro_bnn.priors.CodebookPrior` the codebook of the guide is the prior too.
 
     With ``shared``, weights share their values, as in the network of Lin et al.: the sites are ``codes`` [K] and
     ``outliers`` [o] in place of the coded weights, ``w_i = z_a(i)``, and ``alpha z_1 + (1 - alpha) z_2`` between codes.
@@ -31,8 +31,9 @@ class WeightSharing(Dense):
     codes. Any guide or kernel is for it; :meth:`shared_guide` is that of the paper.
 
     :param shared: a codebook (``guide.book`` of a :class:`CodebookGuide` for the same network), whose labels stay.
-    :param net, likelihood, num_data, prior, select, options: as for :class:`Dense`. In a mapping of priors, patterns
-        match ``codes`` and ``outliers`` where weights are shared.
+    :param net, likelihood, num_data, prior, select: as for :class:`Dense`. In a mapping of priors, patterns match
+        ``codes`` and ``outliers`` where weights are shared.
+    :param options: see :class:`~pyro_bnn.models.dense.DenseOptions`.
     :raises ValueError: as :class:`Dense`, or when the codebook is for another network.
     """
 
@@ -45,7 +46,7 @@ class WeightSharing(Dense):
         prior: PriorLike = Normal(0.0, 1.0),
         select: Select | None = None,
         shared: Codebook | None = None,
-        **options: Any,
+        **options: Unpack[DenseOptions],
     ) -> None:
         # priors of shared weights are those of codes, which are resolved below
         given = prior if shared is None else Normal(0.0, 1.0)
@@ -54,7 +55,7 @@ class WeightSharing(Dense):
         self._coded: list[str] = []
         if shared is not None:
             self._share(shared.compact().to(self.like()))
-        self._of_codes = [n for n, p in self.priors.items() if isinstance(p, GaussianMixture) and p.of_codes]
+        self._under_codebook = [n for n, p in self.priors.items() if isinstance(p, CodebookPrior)]
         self._codebook: list[tuple[Codebook, bool]] = []  # a list, as a module would be a submodule here
 
     def _share(self, book: Codebook) -> None:
@@ -68,10 +69,11 @@ class WeightSharing(Dense):
         likes = self._likes()
         self.priors = {name: priors.resolve(self.prior, (name,), like) for name, like in likes.items()}
         self._sites = self.list_weight_sites(self.priors, likes)
-        own = next((n for n, p in self.priors.items() if isinstance(p, GaussianMixture) and p.of_codes), None)
+        own = next((n for n, p in self.priors.items() if isinstance(p, CodebookPrior)), None)
         if own is not None:
             raise ValueError(
-                f"the prior of {own!r} is GaussianMixture() of the codes themselves: give it locs and scales"
+                f"the prior of {own!r} is a CodebookPrior, whose components are the codes themselves: give it a fixed "
+                "one, such as GaussianMixture(locs, scales)"
             )
 
     def _likes(self) -> dict[str, Tensor]:
@@ -149,43 +151,29 @@ class WeightSharing(Dense):
             return {name: v[0].contiguous() for name, v in zip(self._coded, values, strict=True)}
 
     def weights(self, coded: Select | None = None) -> list[str]:
-        """The random parameters that codes are for: weights of products, convolutions and tables, unless chosen.
-
-        :raises ValueError: when there is none.
-        """
-        parameters = self.core().parameters_by_name()
-        random = {n: parameters[n] for n in self.random}
-        if coded is not None:
-            return select_parameters(dict(random), self.core().net, coded)
-        products = set(self.core().product_weights())
-        found = [n for n in random if n in products]
-        if not found:
-            raise ValueError(
-                "no random parameter is the weight of a linear layer, a convolution or an embedding: say which ones "
-                f"share codes with coded= (random are {', '.join(self.random)})"
-            )
-        return found
+        """See :func:`coded_parameters`."""
+        return coded_parameters(self, coded)
 
     def take_codebook(self, codebook: Codebook, soft: bool) -> None:
-        """Makes a codebook the prior of the weights whose prior is ``GaussianMixture()``."""
+        """Makes a codebook the prior of the weights whose prior is a :class:`~pyro_bnn.priors.CodebookPrior`."""
         coded = {name for name, _ in codebook.sites}
-        other = next((n for n in self._of_codes if self.site(n) not in coded), None)
+        other = next((n for n in self._under_codebook if self.site(n) not in coded), None)
         if other is not None:
             raise ValueError(
-                f"the prior of {other!r} is GaussianMixture(), the codebook of the guide, but the guide has no codes "
+                f"the prior of {other!r} is a CodebookPrior, the codebook of the guide, but the guide has no codes "
                 "for it: give it another prior, in a mapping {pattern: prior}, or code it with coded="
             )
         self._codebook = [(codebook, soft)]
 
     def _priors_now(self) -> dict[str, Prior]:
-        if not self._of_codes or not self._codebook:
+        if not self._under_codebook or not self._codebook:
             return self.priors
         book, soft = self._codebook[0]
         given = (book.log_shares(soft), book.means(), book.scales(), book)
         now = dict(self.priors)
-        for name in self._of_codes:
+        for name in self._under_codebook:
             prior = now[name]
-            assert isinstance(prior, GaussianMixture)
+            assert isinstance(prior, CodebookPrior)
             now[name] = prior.with_codes(*given)
         return now
 
@@ -196,13 +184,34 @@ class WeightSharing(Dense):
         return self.sample_weights(self._priors_now(), {name: parameters[name].detach() for name in self.random})
 
     def log_prior(self) -> Tensor | None:
-        if not self._of_codes or not self._codebook:
+        if not self._under_codebook or not self._codebook:
             return None
         book = self._codebook[0][0]
-        prior = self.priors[self._of_codes[0]]
-        assert isinstance(prior, GaussianMixture)
+        prior = self.priors[self._under_codebook[0]]
+        assert isinstance(prior, CodebookPrior)
         held, _ = book.usage(soft=True)
         return prior.log_density_of_precisions(book.scales()).where(held > 0, 0.0).sum()
+
+
+def coded_parameters(model: Dense, coded: Select | None = None) -> list[str]:
+    """The random parameters that codes are for.
+
+    :param coded: see :func:`~pyro_bnn.selection.select_parameters`; by default the weights of products, convolutions
+        and tables.
+    :raises ValueError: when there is none.
+    """
+    parameters = model.core().parameters_by_name()
+    random = {name: parameters[name] for name in model.random}
+    if coded is not None:
+        return model.selected(coded, random, option="coded", what="random parameters")
+    products = set(model.core().product_weights())
+    found = [name for name in random if name in products]
+    if not found:
+        raise ValueError(
+            "no random parameter is the weight of a linear layer, a convolution or an embedding: say which ones share "
+            f"codes with coded= (random are {', '.join(model.random)})"
+        )
+    return found
 
 
 def names_of(model: Dense, book: Codebook) -> list[str]:

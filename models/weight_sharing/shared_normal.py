@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution, Independent, constraints, kl_divergence, register_kl
 
-from pyro_bnn.priors import CodeMixture
+from pyro_bnn.priors.gaussian_mixture import CodeMixture
 
 
 @dataclass
@@ -264,7 +264,7 @@ def _kl_of_site(q: SharedNormal, p: Distribution) -> Tensor:
         return generic
     if isinstance(base, CodeMixture) and base.codebook is not table.codebook:
         raise ValueError(
-            "the prior GaussianMixture() is the codebook of another guide: a model takes that of the last "
+            "the CodebookPrior is the codebook of another guide: a model takes that of the last "
             "CodebookGuide made for it, so make one model for each guide, and copy both together"
         )
     if isinstance(base, CodeMixture):

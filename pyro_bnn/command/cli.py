@@ -14,7 +14,18 @@ from torch import nn
 import pyro_bnn as pb
 from pyro_bnn.command import runs
 from pyro_bnn.command.data import IMAGE_SIZE, Task, load
-from pyro_bnn.command.options import Family, Group, Method, Network, Options, Prior, Sampling, Update, check, complete
+from pyro_bnn.command.options import (
+    FamilyName,
+    GroupName,
+    MethodName,
+    NetworkName,
+    Options,
+    PriorName,
+    SamplingName,
+    UpdateName,
+    check,
+    complete,
+)
 from pyro_bnn.command.pretrained import find_weights, image_size
 from pyro_bnn.command.recipes import Metrics, Trained, find_device, measure, new_network
 from pyro_bnn.command.recipes import fit as fit_network
@@ -43,30 +54,30 @@ def fit(
     ] = "digits",
     target: Annotated[str | None, typer.Option(help="column of a .csv that is to be predicted")] = None,
     method: Annotated[
-        Method,
+        MethodName,
         typer.Option(
             help="rank-1 factors, mean-field Normals on all weights, SGHMC under spike and slab, low-rank particles, "
             "or a codebook of Normals that all weights share"
         ),
     ] = "rank1",
-    network: Annotated[Network, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
+    network: Annotated[NetworkName, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
     epochs: Annotated[
         int, typer.Option(min=1, help="passes over the training data; spike-slab: of warm-up, then one for each draw")
     ] = 60,
     components: Annotated[int | None, typer.Option(min=1, help="of the guide's mixture; rank1: 4, dense: 1")] = None,
     prior: Annotated[
-        Prior | None,
+        PriorName | None,
         typer.Option(help="rank1: hierarchical-cauchy, dense: normal, weight-sharing: gaussian-mixture of its codes"),
     ] = None,
-    family: Annotated[Family, typer.Option(help="of the guide; cauchy for rank1 alone")] = "normal",
-    group: Annotated[Group, typer.Option(help="what a spike-and-slab prior includes together")] = "weight",
+    family: Annotated[FamilyName, typer.Option(help="of the guide; cauchy for rank1 alone")] = "normal",
+    group: Annotated[GroupName, typer.Option(help="what a spike-and-slab prior includes together")] = "weight",
     sparsity: Annotated[
         float | None, typer.Option(min=0, max=0.999, help="share of weights to remove; spike-slab alone, there 0.8")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="1 is the posterior; spike-slab alone")] = 1.0,
     particles_: Annotated[int | None, typer.Option("--particles", min=1, help="of bella, there 5")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="of what bella adds to each weight, there 4")] = None,
-    update: Annotated[Update | None, typer.Option(help="of bella's particles, there svgd")] = None,
+    update: Annotated[UpdateName | None, typer.Option(help="of bella's particles, there svgd")] = None,
     pretrained: Annotated[
         str | None,
         typer.Option(
@@ -77,7 +88,8 @@ def fit(
     ] = None,
     codes: Annotated[int | None, typer.Option(min=1, help="of weight-sharing, there 256")] = None,
     sampling: Annotated[
-        Sampling | None, typer.Option(help="of weight-sharing: weights share Normals (codebook), or values (shared)")
+        SamplingName | None,
+        typer.Option(help="of weight-sharing: weights share Normals (codebook), or values (shared)"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows of a training step")] = 64,
     lr: Annotated[
@@ -230,7 +242,7 @@ def compare(
     runs_: Annotated[
         list[Path] | None, typer.Option("--runs", help="folder of a run to take in; repeat for several")
     ] = None,
-    network: Annotated[Network, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
+    network: Annotated[NetworkName, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
     epochs: Annotated[int, typer.Option(min=1, help="passes over the training data, the same for every method")] = 60,
     batch_size: Annotated[int, typer.Option(min=1, help="rows of a training step")] = 64,
     lr: Annotated[float, typer.Option(help="as for `fit`")] = 1e-2,

@@ -17,7 +17,7 @@ from rich.table import Table
 import pyro_bnn as pb
 from pyro_bnn.command import runs
 from pyro_bnn.command.data import Task
-from pyro_bnn.command.options import Method, Options, check, complete
+from pyro_bnn.command.options import MethodName, Options, check, complete
 from pyro_bnn.command.recipes import Trained, fit, new_network
 from pyro_bnn.command.runs import Run
 from pyro_bnn.diagnostics.pages.comparison import Candidate, Difference, best_of, comparison
@@ -38,12 +38,12 @@ class Planned:
     finished: Run | None
 
 
-def parse_methods(given: Sequence[str] | None, default_all: bool) -> list[Method]:
+def parse_methods(given: Sequence[str] | None, default_all: bool) -> list[MethodName]:
     """Methods from names with commas between them, each once and in their order.
 
     :raises ValueError: for an unknown name.
     """
-    known: tuple[Method, ...] = get_args(Method)
+    known: tuple[MethodName, ...] = get_args(MethodName)
     if given is None:
         return list(known) if default_all else []
     names = [name.strip() for piece in given for name in piece.split(",") if name.strip()]
@@ -55,7 +55,7 @@ def parse_methods(given: Sequence[str] | None, default_all: bool) -> list[Method
 
 
 def plan(
-    folder: Path, methods: Sequence[Method], asked: Mapping[str, Any], task: Task, overwrite: bool
+    folder: Path, methods: Sequence[MethodName], asked: Mapping[str, Any], task: Task, overwrite: bool
 ) -> list[Planned]:
     """What there is to train, and what is there already.
 

@@ -3,7 +3,6 @@
 import copy
 import io
 import math
-import re
 import time
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import nn
 import pyro_bnn as pb
 from pyro_bnn.command import pretrained
 from pyro_bnn.command.data import Task
-from pyro_bnn.command.options import Network, Options
+from pyro_bnn.command.options import NetworkName, Options
 from pyro_bnn.models import architectures
 
 Metrics = dict[str, Any]
@@ -143,11 +142,11 @@ def _prior(options: Options) -> pb.priors.Prior:
 def build_network(name: str, in_shape: tuple[int, ...], out_features: int, load: bool = False) -> nn.Module:
     """A network by the name in a run's options.
 
-    :param name: a :data:`Network`, or weights of torchvision, which ``load`` gives to their network.
+    :param name: a :data:`NetworkName`, or weights of torchvision, which ``load`` gives to their network.
     :raises ValueError: when it does not take such inputs.
     :raises OSError: when the weights are not to be had.
     """
-    if name not in get_args(Network):
+    if name not in get_args(NetworkName):
         return pretrained.build(name, in_shape, out_features, load)
     if name == "mlp":
         return architectures.mlp(math.prod(in_shape), (128, 128), out_features)
@@ -242,10 +241,10 @@ def sample(net: nn.Module, task: Task, options: Options, console: Console) -> Tr
 
 def particles(net: nn.Module, task: Task, options: Options, console: Console) -> Trained:
     """Low-rank particles around a trained network, whose last layer is the network's own, or each particle's if new."""
-    head = net.head if isinstance(net, pretrained.Pretrained) else ()
-    model = pb.models.Bella(
-        net, _likelihood(task), len(task.x_train), rank=options.rank, prior=_prior(options), head=head
-    )
+    head = net.head if isinstance(net, pretrained.Pretrained) else None
+    # Normals are chosen by what they add to weights, of the scale that the other priors of factors have.
+    prior = None if options.prior == "normal" else _prior(options)
+    model = pb.models.Bella(net, _likelihood(task), len(task.x_train), rank=options.rank, prior=prior, head=head)
     guide = pb.models.ParticleGuide(model, options.particles)
     console.print(f"Bella with {options.particles} particles by {options.update}, {options.network}, {options.device}")
     start = time.perf_counter()
@@ -273,7 +272,7 @@ def codebook(
     prior: pb.priors.PriorLike = _prior(options)
     if options.prior == "gaussian-mixture":  # the codebook is the prior of what it codes
         coded = pb.models.WeightSharing(net, likelihood, size).weights()
-        prior = {re.escape(name): pb.priors.GaussianMixture() for name in coded} | {".*": pb.priors.Normal()}
+        prior = {name: pb.priors.CodebookPrior() for name in coded} | {".*": pb.priors.Normal()}
     model = pb.models.WeightSharing(net, likelihood, size, prior=prior)
     start = time.perf_counter()
     given: dict[str, Any] = {"codes": options.codes}

@@ -23,13 +23,14 @@ from pyro_bnn import likelihoods, priors
 from pyro_bnn.files import replace_folder
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.posterior import older
 from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.priors import PriorLike
 from pyro_bnn.randomness import forked
 from pyro_bnn.registry import find_class, is_storable
 
 FORMAT = "pyro_bnn posterior"
-VERSION = 1
+VERSION = 2
 _JSON, _TENSORS = "posterior.json", "tensors.safetensors"
 
 
@@ -219,7 +220,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} was written in format version {content['version']}; this pyro_bnn reads versions up to {VERSION}. "
             "Install a newer pyro_bnn"
         )
-    return content
+    return content if content["version"] == VERSION else older.from_version_1(content)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

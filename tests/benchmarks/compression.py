@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from pyro_bnn.inference import cosine, fit
 from pyro_bnn.inference.svi.elbo import MixtureELBO
 from pyro_bnn.models import CodebookGuide, Dense, MeanFieldGuide, MergeCodes, PointGuide, WeightSharing
 from pyro_bnn.models.weight_sharing.plots import PUBLISHED, plot_frontier
-from pyro_bnn.priors import GaussianMixture
+from pyro_bnn.priors import CodebookPrior, GaussianMixture
 from tests.benchmarks.datasets import CLASSES, images
 from tests.benchmarks.measure import RESULTS, machine
 from tests.benchmarks.sparse_images import HELD_OUT
@@ -183,7 +182,7 @@ class Study:
         """Codes of the mean field, trained by the ELBO under its prior, or the codebook's own, while they merge."""
         _, model, field = self.start()
         if own_prior:
-            prior = {re.escape(name): GaussianMixture() for name in model.weights()} | {".*": PRIOR}
+            prior = {name: CodebookPrior() for name in model.weights()} | {".*": PRIOR}
             state = model.state_dict()
             model = WeightSharing(model.core().net, LIKELIHOOD, len(self.train[1]), prior=prior)
             model.load_state_dict(state)

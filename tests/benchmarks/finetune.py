@@ -217,8 +217,8 @@ def deterministic(net: nn.Module, rows: Rows, *, epochs: int, lr: float, batch_s
 
 
 def particles(net: nn.Module, head: str, rows: Rows, method: Any, settings: Settings, seed: int) -> pb.Posterior:
-    prior = pb.priors.Normal(0.0, settings.scale)
-    model = Bella(net, LIKELIHOOD, len(rows.y), rank=RANK, prior=prior, head=head, affine=settings.affine)
+    own = settings.affine
+    model = Bella(net, LIKELIHOOD, len(rows.y), rank=RANK, product_scale=settings.scale, head=head, affine=own)
     guide = ParticleGuide(model, PARTICLES)
     engine = SVGD(model, guide, method=method, lr=settings.particle_lr)
     return engine.fit(

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import pyro_bnn as pb
 from pyro_bnn.command import data
 from pyro_bnn.command.cli import app
-from pyro_bnn.command.options import Method, complete
+from pyro_bnn.command.options import MethodName, complete
 from pyro_bnn.models import architectures
 
 MEASURED = {
@@ -435,7 +435,7 @@ def test_a_method_has_its_own_options_alone() -> None:
     task = data.digits()
     asked = {"data": "digits", "epochs": 1, "batch_size": 8, "lr": 0.1, "seed": 0, "device": "cpu"}
     common = {*asked, "method", "network", "prior"}
-    own: dict[Method, set[str]] = {
+    own: dict[MethodName, set[str]] = {
         "rank1": {"components", "family", "samples"},
         "dense": {"components", "samples"},
         "spike-slab": {"sparsity", "temperature", "samples", "group"},

@@ -236,7 +236,7 @@ def test_a_prior_with_one_component_is_the_normal() -> None:
 def test_with_the_codebook_as_prior_the_divergence_is_the_length_of_the_code(sampling: str) -> None:
     """Without outliers and pairs N times the entropy of the labels, in nats; in general ``sum_i KL(r_i || pi)``, which
     no Monte Carlo estimate of the true divergence exceeds."""
-    own = {r".*weight": priors.GaussianMixture(slab=0.8), ".*": priors.Normal()}
+    own = {r".*weight": priors.CodebookPrior(slab=0.8), ".*": priors.Normal()}
     model, guide = sharing(sampling, prior=own, blend=0.0, outliers=0.0)
     shares = torch.bincount(guide.book.codes()).double() / len(guide.book.labels)
     total = sum(kl_divergence(d, prior_site(model, n)).sum() for n, d in distributions(guide).items())
@@ -336,7 +336,7 @@ def test_what_is_coded() -> None:
     assert guide._blocks["loc"][0][0].name == "0.bias"
     every = CodebookGuide(model, 8, coded=".*")
     assert [n for n, _ in every.book.sites] == ["0.weight", "0.bias", "3.weight", "3.bias"]
-    assert len(every.loc) == 0 and every.points() == []
+    assert len(every.loc) == 0 and every.member_biases() == []
     with pytest.raises(ValueError, match="no random parameter is the weight of a linear layer"):
         CodebookGuide(WeightSharing(net, Classes(), 10, select=".*bias"), 2)
 
@@ -365,7 +365,7 @@ def test_training_saving_and_loading(tmp_path: Any, sampling: str, prior: str) -
         "horseshoe": priors.Horseshoe(),
         "student": priors.StudentT(),
         "mixture": PRIORS["mixture"],
-        "own": {r".*weight": priors.GaussianMixture(), ".*": priors.Normal()},
+        "own": {r".*weight": priors.CodebookPrior(), ".*": priors.Normal()},
     }[prior]
     net = chain(2, 16, 8, 1).float()
     model = WeightSharing(net, Gaussian(), N, prior=chosen)
@@ -805,10 +805,10 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="'2.weight' holds 1 NaN or infinite values"):
         CodebookGuide(WeightSharing(net, Gaussian(0.3), N), 3)
     with pytest.raises(RuntimeError, match="make a CodebookGuide for this model first"):
-        WeightSharing(net, Gaussian(0.3), N, prior=priors.GaussianMixture())(data()[0])
-    with pytest.raises(ValueError, match="the prior of '0.bias' is GaussianMixture"):
-        CodebookGuide(WeightSharing(chain(2, 4, 1), Gaussian(0.3), N, prior=priors.GaussianMixture()), 3)
-    own = {r".*weight": priors.GaussianMixture(), ".*": priors.Normal()}
+        WeightSharing(net, Gaussian(0.3), N, prior=priors.CodebookPrior())(data()[0])
+    with pytest.raises(ValueError, match="the prior of '0.bias' is a CodebookPrior"):
+        CodebookGuide(WeightSharing(chain(2, 4, 1), Gaussian(0.3), N, prior=priors.CodebookPrior()), 3)
+    own = {r".*weight": priors.CodebookPrior(), ".*": priors.Normal()}
     model, first = sharing(prior=own)
     CodebookGuide(model, 5)
     with pytest.raises(ValueError, match="is the codebook of another guide"):
