@@ -62,7 +62,7 @@ def find_outliers(
     return best.indices[best.values >= 1].sort().values
 
 
-def in_small_codes(labels: Tensor, codes: int, smallest: int, most: int, zero: bool) -> Tensor:
+def members_of_small_codes(labels: Tensor, codes: int, smallest: int, most: int, zero: bool) -> Tensor:
     """Positions of the members of codes with at most ``smallest`` of them, the smallest codes first, at most ``most``.
 
     They become outliers (Lin et al.): a Gaussian that few weights share saves nothing.
@@ -201,7 +201,7 @@ def _pinned(mixture: PlaneMixture, zero: bool) -> PlaneMixture:
     first = mixture.means[:, 0].abs().argmin()
     order = torch.arange(len(mixture), device=first.device)
     order = torch.where(order == 0, first, torch.where(order == first, 0, order))
-    return _first_at_zero(PlaneMixture(*(v[order] for v in (mixture.weights, mixture.means, mixture.covariances))))
+    return _first_at_zero(mixture[order])
 
 
 def _first_at_zero(mixture: PlaneMixture) -> PlaneMixture:
@@ -285,7 +285,8 @@ def least_divergence(x: Tensor, mixture: PlaneMixture, rate: float) -> Tensor:
     m, s = mixture.means.to(x.dtype).unbind(1)
     own = -s.log() - rate * mixture.weights.clamp_min(1e-30).to(x.dtype).log()
     found = []
-    for mu, sigma in zip(*(v.split(max(1, 2**21 // len(mixture))) for v in x.unbind(1)), strict=True):
+    for part in x.split(max(1, 2**21 // len(mixture))):
+        mu, sigma = part.unbind(1)
         cost = (m - mu[:, None]).square_().add_(s.square())
         found.append(cost.mul_((0.5 / sigma.square())[:, None]).add_(own).argmin(1).to(torch.int32))
     return torch.cat(found)

@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 #: points in one tile, points sorted into tiles at a time, and densities evaluated at a time
-_TILE, _CHUNK, _EVALUATIONS = 512, 2**22, 2**20
+TILE, CHUNK, EVALUATIONS = 512, 2**22, 2**20
 #: responsibilities below exp(-margin) of the largest are left out of a step of EM
 _MARGIN = 16.0
 
@@ -38,6 +39,10 @@ class PlaneMixture:
     def __len__(self) -> int:
         return len(self.weights)
 
+    def __getitem__(self, index: Any) -> PlaneMixture:
+        """Some of the Gaussians: the index goes to each of the three tensors."""
+        return PlaneMixture(self.weights[index], self.means[index], self.covariances[index])
+
     def log_scores(self, rate: float = 0.0) -> tuple[Tensor, Tensor]:
         """``A [K, 2, 2]``, ``b [K]``: ``(1 + rate) log pi_k + log N(x; c_k, Sigma_k) = b_k - |A_k (x - c_k)|^2/2``."""
         root = torch.linalg.cholesky(self.covariances.double())
@@ -49,14 +54,14 @@ class PlaneMixture:
 def _tiles(x: Tensor) -> tuple[Tensor, Tensor]:
     """Indices ``[tiles, points]`` of neighbours in the plane, and which of them count (the others are repeated)."""
     n = len(x)
-    strips = max(1, round(math.sqrt(n / _TILE)))
-    length = _TILE * math.ceil(n / (strips * _TILE))
+    strips = max(1, round(math.sqrt(n / TILE)))
+    length = TILE * math.ceil(n / (strips * TILE))
     order = x[:, 0].argsort()
     place = torch.arange(strips * length, device=x.device)
     order = order[place.clamp_max(n - 1)].view(strips, length)
     inner = x[:, 1][order].argsort(1)
-    index = order.gather(1, inner).view(-1, _TILE)
-    return index, (place < n).view(strips, length).gather(1, inner).view(-1, _TILE)
+    index = order.gather(1, inner).view(-1, TILE)
+    return index, (place < n).view(strips, length).gather(1, inner).view(-1, TILE)
 
 
 def _candidates(points: Tensor, mixture: PlaneMixture, half: Tensor, bias: Tensor, margin: float) -> Tensor:
@@ -101,8 +106,8 @@ def _scored(x: Tensor, mixture: PlaneMixture, rate: float, margin: float) -> Ite
     """Scores of all points under all codes that come within ``margin`` of their best, in parts."""
     half, bias = mixture.log_scores(rate)
     table = torch.cat([mixture.means.double(), half.flatten(1)[:, [0, 2, 3]], bias[:, None]], 1)
-    for start in range(0, len(x), _CHUNK):
-        chunk = x[start : start + _CHUNK]
+    for start in range(0, len(x), CHUNK):
+        chunk = x[start : start + CHUNK]
         index, valid = _tiles(chunk)
         step = max(1, 2**22 // len(mixture))
         parts = [
@@ -115,7 +120,7 @@ def _scored(x: Tensor, mixture: PlaneMixture, rate: float, margin: float) -> Ite
         i = 0
         while i < len(ends):
             stop = i + 1
-            while stop < len(ends) and (stop + 1 - i) * _TILE * ends[stop] <= _EVALUATIONS:
+            while stop < len(ends) and (stop + 1 - i) * TILE * ends[stop] <= EVALUATIONS:
                 stop += 1
             tiles = order[i:stop]
             used, codes = near[tiles].to(torch.uint8).topk(ends[stop - 1], 1)
@@ -182,10 +187,10 @@ def em_step(x: Tensor, mixture: PlaneMixture, floor: Tensor) -> tuple[PlaneMixtu
         to = middle.double() - mixture.means.double()[part.codes]
         s, s0, s1, s00, s01, s11 = local.unbind(-1)
         t0, t1 = to.unbind(-1)
-        moved = (
-            *(s, s0 + t0 * s, s1 + t1 * s, s00 + 2 * t0 * s0 + t0 * t0 * s),
-            *(s01 + t0 * s1 + t1 * s0 + t0 * t1 * s, s11 + 2 * t1 * s1 + t1 * t1 * s),
-        )
+        moved = [s, s0 + t0 * s, s1 + t1 * s]
+        moved.append(s00 + 2 * t0 * s0 + t0 * t0 * s)
+        moved.append(s01 + t0 * s1 + t1 * s0 + t0 * t1 * s)
+        moved.append(s11 + 2 * t1 * s1 + t1 * t1 * s)
         sums.index_add_(0, part.codes.flatten(), torch.stack(moved, -1).flatten(0, 1))
     mass = sums[:, 0]
     alive = mass > 1e-3

@@ -23,6 +23,7 @@ from pyro_bnn import likelihoods, priors
 from pyro_bnn.files import replace_folder
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.posterior.older import upgrade
 from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.priors import PriorLike
 from pyro_bnn.randomness import forked
@@ -135,7 +136,7 @@ def read(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no posterior at {path}")
-    content = _read_json(path)
+    content = upgrade(_read_json(path))
     tensors = _read_tensors(path)
     _require_same_network(content["network"], net, path)
     description = dict(content["model"])
