@@ -195,7 +195,7 @@ class Codebook(nn.Module):
                     labels=self.labels[site.weights],
                     counts=count,
                     pairs=pairs,
-                    codes=len(loc),
+                    num_codes=len(loc),
                     codebook=self,
                 )
             )
@@ -227,7 +227,7 @@ class Codebook(nn.Module):
             for site in self._site_labels:
                 labels = self.labels[site.weights]
                 ones = torch.ones((), dtype=torch.float64, device=labels.device).expand(len(labels))
-                counts = ones.new_zeros(site.entries).index_add_(0, labels, ones)
+                counts = ones.new_zeros(site.num_entries).index_add_(0, labels, ones)
                 if soft:
                     pair, a = self.pair[site.between].long(), self.alpha[site.between].double()
                     used = counts[site.first_between :].clone()  # 0 for a pair that has become one code
@@ -311,7 +311,7 @@ class Codebook(nn.Module):
         return into
 
     def _relabel(self, into: Tensor) -> None:
-        rest = torch.arange(len(self), max(site.entries for site in self._site_labels), device=into.device)
+        rest = torch.arange(len(self), max(site.num_entries for site in self._site_labels), device=into.device)
         table = torch.cat([into, rest]).to(torch.int32)
         for part in self.labels.split(2**22):
             part.copy_(table.index_select(0, part))

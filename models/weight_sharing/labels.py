@@ -22,44 +22,44 @@ from torch import Tensor
 class SiteLabels:
     """The labels of one site.
 
-    :param codes: K.
+    :param num_codes: K.
     :param weights: where the weights of the site are among those of all sites.
     :param outliers: where its outliers are among all outliers.
     :param between: where its weights between codes are among all of these.
     """
 
-    codes: int
+    num_codes: int
     weights: slice
     outliers: slice
     between: slice
 
     @property
     def first_outlier(self) -> int:
-        return self.codes
+        return self.num_codes
 
     @property
     def first_between(self) -> int:
-        return self.codes + self.outliers.stop - self.outliers.start
+        return self.num_codes + self.outliers.stop - self.outliers.start
 
     @property
-    def entries(self) -> int:
+    def num_entries(self) -> int:
         """Length of the table."""
         return self.first_between + self.between.stop - self.between.start
 
 
-def is_code(labels: Tensor, codes: int) -> Tensor:
-    """Which labels are those of codes, of which there are ``codes``."""
-    return labels < codes
+def is_code(labels: Tensor, num_codes: int) -> Tensor:
+    """Which labels are those of codes."""
+    return labels < num_codes
 
 
-def labels_by_site(shapes: Sequence[torch.Size], codes: int, outliers: Tensor, between: Tensor) -> list[SiteLabels]:
+def labels_by_site(shapes: Sequence[torch.Size], num_codes: int, outliers: Tensor, between: Tensor) -> list[SiteLabels]:
     """The labels of each site.
 
     :param outliers, between: sorted positions among the weights of all sites.
     """
     starts = [0, *accumulate(shape.numel() for shape in shapes)]
     parts = zip(pairwise(starts), slices_between(outliers, starts), slices_between(between, starts), strict=True)
-    return [SiteLabels(codes, slice(start, stop), o, e) for (start, stop), o, e in parts]
+    return [SiteLabels(num_codes, slice(start, stop), o, e) for (start, stop), o, e in parts]
 
 
 def slices_between(positions: Tensor, starts: Sequence[int]) -> list[slice]:
@@ -75,7 +75,7 @@ def label_weights(sites: Sequence[SiteLabels], codes: Tensor, outliers: Tensor, 
     """
     labels = codes.to(torch.int32).clone()
     for site in sites:
-        own = torch.arange(site.first_outlier, site.entries, dtype=torch.int32, device=labels.device)
+        own = torch.arange(site.first_outlier, site.num_entries, dtype=torch.int32, device=labels.device)
         split = site.first_between - site.first_outlier
         labels[outliers[site.outliers]] = own[:split]
         labels[between[site.between]] = own[split:]

@@ -36,7 +36,7 @@ def pack_codebook(book: Codebook) -> dict[str, Tensor]:
     labels = {"labels": packing.pack(codes, bits)}
     if int((counts > 0).sum()) <= 2**entropy_coding.BITS:
         freq = entropy_coding.frequencies(counts)
-        size = entropy_coding.code_length(counts, freq) / 8 + 4 * len(freq) + 8 * (len(codes) / entropy_coding.LANE + 1)
+        size = entropy_coding.coded_bits(counts, freq) / 8 + 4 * len(freq) + 8 * (len(codes) / entropy_coding.LANE + 1)
         if size < len(labels["labels"]):
             stream, states = entropy_coding.encode(codes, freq)
             labels = {"labels": stream, "label_states": states, "label_frequencies": freq}

@@ -66,7 +66,7 @@ def test_entropy_coding(count: int, skew: float) -> None:
     assert int(freq.sum()) == 2**16 and torch.equal(freq > 0, counts > 0)
     stream, states = entropy_coding.encode(values, freq)
     assert torch.equal(entropy_coding.decode(stream, states, freq, count), values)
-    length, ideal = entropy_coding.code_length(counts, freq), entropy_in_bits(counts) * count
+    length, ideal = entropy_coding.coded_bits(counts, freq), entropy_in_bits(counts) * count
     assert ideal - 1e-6 <= length <= ideal * 1.001 + 1e-6
     # what the states hold at the end, beyond the 16 bits that they start with, and what the stream does
     bits = 8 * len(stream) + float((states.double() / 2**16).log2().sum())
