@@ -178,7 +178,7 @@ def fit_plane(
         raise ValueError(f"codes={codes}, but there are only {len(x)} weights to share them: ask for fewer codes")
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{int((~torch.isfinite(x)).sum())} means or standard deviations of weights are not finite")
-    mixture = _pinned(start_mixture(x, codes, seed=seed), zero)
+    mixture = pin_first_code(start_mixture(x, codes, seed=seed), zero)
     floor = covariance_floor(x, codes)
     part = x
     sample = max(2**17, 64 * codes) if sample is None else sample
@@ -187,14 +187,14 @@ def fit_plane(
     before = -math.inf
     for _ in range(iterations):
         mixture, likelihood = em_step(part, mixture, floor)
-        mixture = _pinned(mixture, zero)
+        mixture = pin_first_code(mixture, zero)
         if float(likelihood) - before < tolerance:
             break
         before = float(likelihood)
     return mixture
 
 
-def _pinned(mixture: PlaneMixture, zero: bool) -> PlaneMixture:
+def pin_first_code(mixture: PlaneMixture, zero: bool) -> PlaneMixture:
     """The code nearest to mu = 0 comes first and lies there."""
     if not zero:
         return mixture
@@ -265,7 +265,7 @@ def quantise(
     for _ in range(iterations):
         mixture = codes(labels)
         if near:
-            mixture = _pinned(mixture, zero)
+            mixture = pin_first_code(mixture, zero)
         new = _nearest(x, mixture, error, rate) if near else least_divergence(x, mixture, rate)
         if torch.equal(new, labels):
             break

@@ -71,7 +71,7 @@ def merge_pair(first: PlaneMixture, second: PlaneMixture, how: MergeRule = "mome
 
 def neighbour_distance(mixture: PlaneMixture) -> Tensor:
     """The median over codes of the squared 2-Wasserstein distance to the nearest other code."""
-    nearest = [_row(mixture, i, None, math.inf, math.inf).amin(1) for i in _rows(len(mixture))]
+    nearest = [merge_distances(mixture, i, None, math.inf, math.inf).amin(1) for i in _rows(len(mixture))]
     return torch.cat(nearest).median()
 
 
@@ -80,7 +80,9 @@ def _rows(count: int) -> list[slice]:
     return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
 
-def _row(mixture: PlaneMixture, rows: slice, alive: Tensor | None, distance: float, variance: float) -> Tensor:
+def merge_distances(
+    mixture: PlaneMixture, rows: slice, alive: Tensor | None, distance: float, variance: float
+) -> Tensor:
     """Distances ``[rows, K]``, infinite for a code itself and where a test forbids the merger."""
     pick, every = mixture[rows, None], mixture[None]
     cost = wasserstein(pick.means, pick.covariances, every.means, every.covariances)
@@ -129,7 +131,7 @@ def merge_closest(
     into = torch.arange(len(mixture), device=weights.device)
     if int(alive.sum()) < 2:
         return now, into
-    pairs = [_row(now, rows, alive, distance, variance_limit).min(1) for rows in _rows(len(mixture))]
+    pairs = [merge_distances(now, rows, alive, distance, variance_limit).min(1) for rows in _rows(len(mixture))]
     nearest, partner = torch.cat([p.values for p in pairs]), torch.cat([p.indices for p in pairs])
     while True:
         i = int(nearest.argmin())
@@ -145,9 +147,9 @@ def merge_closest(
         # codes whose partner changed look again; the merged one may have become the nearest of any
         changed = ((partner == i) | (partner == j)).nonzero().flatten().tolist()
         for c in [i] + [c for c in changed if c != i and alive[c]]:
-            least = _row(now, slice(c, c + 1), alive, distance, variance_limit)[0].min(0)
+            least = merge_distances(now, slice(c, c + 1), alive, distance, variance_limit)[0].min(0)
             nearest[c], partner[c] = least.values, least.indices
-        row = _row(now, slice(i, i + 1), alive, distance, variance_limit)[0]
+        row = merge_distances(now, slice(i, i + 1), alive, distance, variance_limit)[0]
         closer = row < nearest
         nearest[closer] = row[closer]
         partner[closer] = i
