@@ -55,19 +55,10 @@ class Dense(BayesianNetwork):
         **options: Unpack[NetworkOptions],
     ) -> None:
         super().__init__(net, likelihood, num_data, **options)
-        core = self.core()
-        parameters = core.parameters_by_name()
-        if select is None:
-            norms = core.normalisation_parameters()
-            self.random = [n for n, p in parameters.items() if n not in norms and p.is_floating_point()]
-        else:
-            self.random = self.selected(select, parameters)
-        if not self.random:
-            raise ValueError("the network has no parameters to make random")
+        parameters = self.core().parameters_by_name()
+        self.random = freeze_random(self, select)
         self.prior, self.chunk_size = prior, chunk_size
         self.priors = {n: priors.resolve(prior, (n,), parameters[n].detach()) for n in self.random}
-        for name in self.random:
-            parameters[name].requires_grad_(False)  # kept as the starting value and for its shape
         self._sites = self.list_weight_sites(self.priors, {name: parameters[name].detach() for name in self.random})
 
     def arguments(self) -> dict[str, Any]:
@@ -92,16 +83,36 @@ class Dense(BayesianNetwork):
         return self.unfold(self.core().explicit(x, weights, self.chunk_size), lead)
 
 
+def freeze_random(model: BayesianNetwork, select: Select | None) -> list[str]:
+    """The names of the parameters that are random; they are frozen, and kept as starting values and for their shapes.
+
+    :param select: which ones; by default all except those of normalisation layers.
+    :raises ValueError: when there are none.
+    """
+    core = model.core()
+    parameters = core.parameters_by_name()
+    if select is None:
+        norms = core.normalisation_parameters()
+        random = [n for n, p in parameters.items() if n not in norms and p.is_floating_point()]
+    else:
+        random = model.selected(select, parameters)
+    if not random:
+        raise ValueError("the network has no parameters to make random")
+    for name in random:
+        parameters[name].requires_grad_(False)
+    return random
+
+
 @storable
 class MeanFieldGuide(MixtureGuide):
     """Independent Normals for every element of every parameter (Blundell et al. 2015), or K of them as a mixture.
 
-    :param model: a :class:`Dense`.
+    :param model: a :class:`Dense`, or another model whose sites are weights.
     :param components: number of mixture components; 1 is mean field.
     :param init_scale: starting standard deviation of every weight. Means start at the network's own values.
     """
 
-    def __init__(self, model: Dense, components: int = 1, *, init_scale: float = 1e-2) -> None:
+    def __init__(self, model: BayesianNetwork, components: int = 1, *, init_scale: float = 1e-2) -> None:
         super().__init__(model, components)
         self.start_scales(init_scale)
 

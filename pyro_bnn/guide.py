@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -22,6 +22,9 @@ from pyro_bnn.model import BayesianNetwork, picklable_state, register_parameters
 from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import batch_size
 from pyro_bnn.sites import Site
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Family = Literal["normal", "cauchy", "point"]
 SMALLEST_SCALE = 1e-7
@@ -147,6 +150,13 @@ class MixtureGuide(PyroModule):
 
     def summaries(self) -> dict[str, tuple[tuple[str, ...], Tensor]]:
         """``{name: (dimensions, values)}`` of what parameters stand for, where that is more than a Normal a weight."""
+        return {}
+
+    def figures(self) -> dict[str, Figure]:
+        """``{what is to be seen: matplotlib.figure.Figure}``: pictures of what is special about a guide; here none.
+
+        A page shows each once, under its name; the caller may change the size of a figure.
+        """
         return {}
 
     def __getstate__(self) -> dict[str, Any]:

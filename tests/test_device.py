@@ -31,12 +31,11 @@ from pyro_bnn.models import (
     ParticleGuide,
     Rank1,
     Rank1Guide,
+    SharedWeights,
     WeightSharing,
-    clustering,
-    merging,
-    plane,
 )
 from pyro_bnn.models.architectures import resnet18
+from pyro_bnn.models.weight_sharing import Between, Codes, Outliers, clustering, merging, plane
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "mlp": lambda: (nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 5)),
@@ -66,9 +65,13 @@ def codebook_for(model: WeightSharing) -> Codebook:
     n = sum(shape.numel() for _, shape in sites)
     special = torch.randint(n, (60,), generator=torch.Generator().manual_seed(0)).unique()[:20]
     outliers, between = special[::2], special[1::2]
+    loc, rho, assignment = torch.randn(8), torch.randn(8), torch.randint(8, (n,))
     return Codebook(
-        *(sites, torch.randn(8), torch.randn(8), torch.randint(8, (n,)), outliers, torch.randn(10), torch.randn(10)),
-        *(between, torch.randint(8, (10, 2)), torch.rand(10), torch.eye(2).expand(8, 2, 2).clone()),
+        sites,
+        assignment,
+        Codes(loc, rho, torch.eye(2).expand(8, 2, 2).clone()),
+        Outliers(outliers, torch.randn(10), torch.randn(10)),
+        Between(between, torch.randint(8, (10, 2)), torch.rand(10)),
     )
 
 
@@ -78,7 +81,7 @@ def test_every_tensor_of_guide_model_and_prediction_is_on_the_networks_device(ne
     """Proves that guide trace, replayed model, log densities and prediction need no tensor of another device."""
     net, x = NETWORKS[network]()
     likelihood = pb.likelihoods.Categorical()
-    model: Rank1 | Dense | Bella
+    model: Rank1 | Dense | Bella | SharedWeights
     guide: Rank1Guide | MeanFieldGuide | ParticleGuide | CodebookGuide
     if method == "rank1":
         model = Rank1(net, likelihood, 100)
@@ -101,7 +104,7 @@ def test_every_tensor_of_guide_model_and_prediction_is_on_the_networks_device(ne
         guide = CodebookGuide(model, codebook_for(model), sampling="mixture" if method == "mixture" else "codebook")
         weights = model.weights()
         if method == "shared":
-            model = WeightSharing(net, likelihood, 100, shared=guide.book)
+            model = SharedWeights(net, likelihood, 100, codebook=guide.book)
             guide = model.shared_guide()
     else:
         model = Dense(net, likelihood, 100, prior=pb.priors.HierarchicalNormal())
@@ -323,21 +326,21 @@ def test_clustering_merging_and_packing_stay_on_the_device(zero: bool, monkeypat
         eye = torch.eye(2, device="cuda").expand(5, 2, 2)
         codes = plane.PlaneMixture(torch.empty(5, device="cuda"), torch.empty(5, 2, device="cuda"), eye)
         floor = clustering.covariance_floor(x, 5)
-        index, valid = plane._tiles(x)
+        index, valid = plane.sort_into_tiles(x)
         half, bias = codes.log_scores()
-        near = plane._candidates(x[index], codes, half, bias, 1.0)
+        near = plane.codes_near_tiles(x[index], codes, half, bias, 1.0)
         table = torch.cat([codes.means.double(), half.flatten(1)[:, [0, 2, 3]], bias[:, None]], 1)
         chosen = torch.zeros(len(index), 3, dtype=torch.long, device="cuda")
         used = torch.ones(len(index), 3, dtype=torch.bool, device="cuda")
-        part = plane._part(x, index, valid, 0, chosen, used, table)
-        monkeypatch.setattr(plane, "_scored", lambda *args: [part])
+        part = plane.score_tiles(x, index, valid, 0, chosen, used, table)
+        monkeypatch.setattr(plane, "scored_tiles", lambda *args: [part])
         stepped, likelihood = plane.em_step(x, codes, floor)
-        pinned = clustering._pinned(stepped, zero)
+        pinned = clustering.pin_first_code(stepped, zero)
         moments = clustering.moments(x, labels, codes, floor)
         distances = plane.mahalanobis(x, labels, codes)
         outliers = clustering.find_outliers(x[:, 0], x[:, 1], cap=0.1)
         merged = merging.merge_pair(codes, codes, "w2")
-        cost = merging._row(codes, slice(0, 2), None, 1.0, 1.0)
+        cost = merging.merge_distances(codes, slice(0, 2), None, 1.0, 1.0)
         near_codes = merging.neighbour_distance(codes)
         found = [near, part.scores, likelihood, pinned.means, moments.covariances, distances, outliers]
         for value in (*found, merged.covariances, cost, near_codes):

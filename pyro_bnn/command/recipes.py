@@ -273,23 +273,25 @@ def codebook(
     if options.prior == "gaussian-mixture":  # the codebook is the prior of what it codes
         coded = pb.models.WeightSharing(net, likelihood, size).weights()
         prior = {name: pb.priors.CodebookPrior() for name in coded} | {".*": pb.priors.Normal()}
-    model = pb.models.WeightSharing(net, likelihood, size, prior=prior)
+    model: pb.models.WeightSharing | pb.models.SharedWeights
+    model = sharing = pb.models.WeightSharing(net, likelihood, size, prior=prior)
     start = time.perf_counter()
     given: dict[str, Any] = {"codes": options.codes}
     if options.sampling == "mixture":
         given["sampling"] = "mixture"
     if field is None:
-        guide = pb.models.CodebookGuide.from_network(model, **given)
+        guide = pb.models.CodebookGuide.from_network(sharing, **given)
     else:
-        guide = pb.models.CodebookGuide.from_mean_field(model, field.guide, **given)  # type: ignore[arg-type]
+        guide = pb.models.CodebookGuide.from_mean_field(sharing, field.guide, **given)  # type: ignore[arg-type]
     console.print(
         f"WeightSharing with {len(guide.book)} codes, sampling {options.sampling}, {options.network}, "
         f"{options.device}, from the {'deterministic network' if field is None else 'mean field'}"
     )
-    merge, trained = [pb.models.MergeCodes(stop=max(1, options.epochs // 2))], guide
+    merge = [pb.models.MergeCodes(stop=max(1, options.epochs // 2))]
+    trained: pb.models.CodebookGuide | pb.models.MeanFieldGuide = guide
     if options.sampling == "shared":
-        model = pb.models.WeightSharing(net, likelihood, size, prior=_prior(options), shared=guide.book)
-        merge, trained = [], model.shared_guide(guide)  # type: ignore[assignment]
+        shared = pb.models.SharedWeights(net, likelihood, size, codebook=guide.book, prior=_prior(options))
+        model, merge, trained = shared, [], shared.shared_guide(guide)
     rate = {"lr": options.lr / CODE_SLOWER, "schedule": pb.inference.cosine()}
     posterior = _fit(model, trained, task, options, console, **rate, callbacks=merge)
     report = guide.compression_report()

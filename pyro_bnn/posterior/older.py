@@ -7,6 +7,8 @@ Version 1 (pyro_bnn 0.1.0) differs from version 2 in this:
 - ``SpikeAndSlab(scale=)`` is ``variance_prior=`` now;
 - a ``Normal`` in the prior of a ``Bella`` was that of the elements of ``scale B A``, and is that of A and B now;
 - the head of a ``Bella`` without one was an empty list;
+- weights that share their values were a ``WeightSharing`` with a codebook named ``shared``, and are a
+  ``SharedWeights`` now;
 - the patterns of a prior matched names of parameters and sites alone, and now match names of modules too.
 """
 
@@ -26,6 +28,8 @@ def from_version_1(content: dict[str, Any]) -> dict[str, Any]:
     model = dict(content["model"])
     if model["class"] == "Bella":
         model["head"] = model["head"] or None
+    if model["class"] == "WeightSharing" and "shared" in model:
+        model["class"], model["codebook"] = "SharedWeights", model.pop("shared")
     for name in model.keys() & {"prior", "weight_prior", "head_prior", "affine_prior"}:
         model[name] = _prior(model[name], content, of_factors=model["class"] == "Bella" and name == "prior")
     return content | {"version": 2, "model": model}

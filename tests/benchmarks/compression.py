@@ -24,7 +24,15 @@ import pyro_bnn as pb
 from pyro_bnn.command.recipes import trained_network
 from pyro_bnn.inference import cosine, fit
 from pyro_bnn.inference.svi.elbo import MixtureELBO
-from pyro_bnn.models import CodebookGuide, Dense, MeanFieldGuide, MergeCodes, PointGuide, WeightSharing
+from pyro_bnn.models import (
+    CodebookGuide,
+    Dense,
+    MeanFieldGuide,
+    MergeCodes,
+    PointGuide,
+    SharedWeights,
+    WeightSharing,
+)
 from pyro_bnn.models.weight_sharing.plots import PUBLISHED, plot_frontier
 from pyro_bnn.priors import CodebookPrior, GaussianMixture
 from tests.benchmarks.datasets import CLASSES, images
@@ -198,7 +206,7 @@ class Study:
         posterior, row = self.codebook(merge=False, frozen=True)
         codes: Any = posterior.guide
         net = posterior.model.core().net  # type: ignore[attr-defined]
-        model = WeightSharing(net, LIKELIHOOD, len(self.train[1]), prior=PRIOR, shared=codes.book)
+        model = SharedWeights(net, LIKELIHOOD, len(self.train[1]), codebook=codes.book, prior=PRIOR)
         guide = model.shared_guide(codes)
         s = self.settings
         return self.fit(model, guide, s.code_epochs, s.code_lr), row

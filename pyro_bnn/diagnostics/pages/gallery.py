@@ -22,6 +22,7 @@ from pyro_bnn.diagnostics.scoring.ood import auroc
 from pyro_bnn.diagnostics.scoring.scored import Scored
 from pyro_bnn.diagnostics.scoring.selective import aurc
 from pyro_bnn.diagnostics.scoring.stream import first_rows
+from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.sparsity.inclusion import has_inclusion
 
 if TYPE_CHECKING:
@@ -145,8 +146,8 @@ def posterior_pictures(posterior: Posterior, x: Any, prediction: Prediction, y: 
             f"Posterior inclusion probabilities of {len(every):,} groups of weights: "
             f"{float((every > 0.5).float().mean()):.1%} are above one half.",
         )
-    # A guide of a method may have pictures of its own, whose names are what they show.
-    for name, figure in getattr(posterior.guide, "figures", dict)().items():
+    own = posterior.guide.figures() if isinstance(posterior.guide, MixtureGuide) else {}
+    for name, figure in own.items():
         width, height = figure.get_size_inches()
         if width > WIDTH:  # smaller on the page its text would be smaller too
             figure.set_size_inches(WIDTH, height * WIDTH / width)

@@ -303,11 +303,11 @@ def test_weights_that_are_not_random_are_told() -> None:
     rank1 = models.Rank1(net, pb.likelihoods.Categorical(), N)
     dense = models.Dense(net, pb.likelihoods.Categorical(), N)
     plain = models.Dense(nn.Linear(2, 3), pb.likelihoods.Categorical(), N)
-    shared = models.WeightSharing(
+    shared = models.SharedWeights(
         net,
         pb.likelihoods.Categorical(),
         N,
-        shared=models.CodebookGuide.from_network(
+        codebook=models.CodebookGuide.from_network(
             models.WeightSharing(net, pb.likelihoods.Categorical(), N), codes=4
         ).book,
     )
