@@ -10,9 +10,9 @@ from typing import Any, Literal
 from pyro_bnn.command.data import Task
 
 Method = Literal["rank1", "dense", "spike-slab", "bella", "weight-sharing"]
-Network = Literal["auto", "cnn", "mlp", "resnet18"]
-Family = Literal["normal", "cauchy"]
-Prior = Literal[
+NetworkName = Literal["auto", "cnn", "mlp", "resnet18"]
+FamilyName = Literal["normal", "cauchy"]
+PriorName = Literal[
     "hierarchical-cauchy",
     "hierarchical-normal",
     "horseshoe",
@@ -23,11 +23,11 @@ Prior = Literal[
     "spike-and-slab",
     "gaussian-mixture",
 ]
-Group = Literal["weight", "kernel", "input", "output"]
+GroupName = Literal["weight", "kernel", "input", "output"]
 Update = Literal["svgd", "wgd", "ensemble"]
 Sampling = Literal["codebook", "mixture", "shared"]
 
-DEFAULT_PRIORS: dict[Method, Prior] = {
+DEFAULT_PRIORS: dict[Method, PriorName] = {
     "rank1": "hierarchical-cauchy",
     "dense": "normal",
     "spike-slab": "spike-and-slab",
@@ -50,7 +50,7 @@ METHODS_WITH: dict[str, tuple[Method, ...]] = {
     "sampling": ("weight-sharing",),
 }
 #: the prior that the option ``group`` is of
-GROUPED: Prior = "spike-and-slab"
+GROUPED: PriorName = "spike-and-slab"
 #: what is the same as not to ask for an option
 NEUTRAL: dict[str, Any] = {"family": "normal", "temperature": 1}
 
@@ -65,9 +65,9 @@ class Options:
     network: str
     epochs: int
     components: int
-    prior: Prior
-    family: Family
-    group: Group
+    prior: PriorName
+    family: FamilyName
+    group: GroupName
     sparsity: float
     temperature: float
     batch_size: int
