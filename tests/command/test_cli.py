@@ -6,16 +6,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from click.testing import Result
+from command_runs import metrics_of, run, small_npz, without_seconds
 from html_page import require_self_contained
 from PIL import Image
-from typer.testing import CliRunner
 
 import pyro_bnn as pb
 from pyro_bnn.command import data
@@ -34,31 +32,6 @@ MEASURED = {
 }
 OF_NUMBERS = {"nll", "rmse", "crps", "coverage", "width", "aleatoric", "epistemic"}
 COST = {"seconds", "trainable_parameters"}
-
-
-def run(*arguments: object, expect: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == expect, result.output
-    return result
-
-
-def metrics_of(folder: Path, name: str = "metrics.json") -> dict[str, Any]:
-    return json.loads((folder / name).read_text())
-
-
-def without_seconds(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: without_seconds(value) if isinstance(value, dict) else value
-        for key, value in metrics.items()
-        if key != "seconds"
-    }
-
-
-def small_npz(path: Path, rows: int = 48) -> Path:
-    x = np.random.default_rng(0).normal(size=(rows, 2))
-    y = (x[:, 0] > 0).astype(int)
-    np.savez(path, x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
-    return path
 
 
 @pytest.fixture(scope="module")
