@@ -12,6 +12,8 @@ from torch import Tensor
 from pyro_bnn.priors import SpikeAndSlabDistribution
 from pyro_bnn.sparsity.inclusion import keep_highest
 
+__all__ = ["Groups", "InclusionRule", "MagnitudeRule", "PaperRule", "Rule"]
+
 
 @dataclass
 class Groups:

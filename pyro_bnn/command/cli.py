@@ -13,7 +13,7 @@ from torch import nn
 
 import pyro_bnn as pb
 from pyro_bnn.command import runs
-from pyro_bnn.command.data import IMAGE_SIZE, Task, load
+from pyro_bnn.command.data import IMAGE_SIZE, Task, load_task
 from pyro_bnn.command.options import (
     FamilyName,
     GroupName,
@@ -27,16 +27,15 @@ from pyro_bnn.command.options import (
     complete,
 )
 from pyro_bnn.command.pretrained import find_weights, image_size
-from pyro_bnn.command.recipes import Metrics, Trained, find_device, measure, new_network
-from pyro_bnn.command.recipes import fit as fit_network
+from pyro_bnn.command.recipes import Metrics, Trained, find_device, new_network, score, train_and_score
 from pyro_bnn.diagnostics.pages.glossary import measured
 from pyro_bnn.files import write_json
 
 #: metrics that `fit` and `evaluate` print; the others are in metrics.json and on the page of `report`
-PRINTED = {
-    *("accuracy", "rmse", "nll", "crps", "brier", "ece", "coverage", "width", "aurc", "ood_auroc"),
-    *("seconds", "trainable_parameters", "sparsity", "bits_per_coded_weight"),
-}
+PRINTED = frozenset(
+    "accuracy rmse nll crps brier ece coverage width aurc ood_auroc "
+    "seconds trainable_parameters sparsity bits_per_coded_weight".split()
+)
 
 app = typer.Typer(
     help="Bayesian neural networks as Pyro programs.",
@@ -137,7 +136,7 @@ def fit(
         if weights is not None and network != "auto":
             raise ValueError(f"--pretrained {pretrained} has a network of its own: no --network")
         place = find_device(device)
-        task = load(data, target, size=IMAGE_SIZE if weights is None else image_size(weights))
+        task = load_task(data, target, size=IMAGE_SIZE if weights is None else image_size(weights))
         folder = out or Path("runs") / f"{method}-{task.name}"
         _require_folder(folder)
         _require_free(folder / "config.json", f"{str(folder)!r} holds a run already", overwrite)
@@ -168,10 +167,12 @@ def fit(
             console.print("No --pretrained: first the deterministic network, then particles around it")
         elif method == "weight-sharing":
             console.print("No --pretrained: first the deterministic network, then codes for its weights")
-        fitted = fit_network(net, task, options, console, known, field)
+        fitted = train_and_score(net, task, options, console, known, field)
         runs.save(folder, task, options, fitted)
     console.print(_table(fitted.metrics, options, task.name))
     console.print(f"Saved in {folder}", soft_wrap=True, highlight=False)
+    with _user_errors(runs.ArvizFileError, exit_code=1):
+        runs.save_for_arviz(folder, task, options, fitted.posterior)
 
 
 @app.command()
@@ -190,8 +191,8 @@ def evaluate(
         net = run.network().to(place)
         posterior, twin = run.posterior(net), run.posterior(net, "deterministic")
         known = run.metrics() if run.is_measured else {}
-        metrics = known | measure(posterior, task, run.options)
-        metrics["deterministic"] = known.get("deterministic", {}) | measure(twin, task, run.options)
+        metrics = known | score(posterior, task, run.options)
+        metrics["deterministic"] = known.get("deterministic", {}) | score(twin, task, run.options)
         write_json(folder / ("metrics.json" if data is None else f"metrics-{task.name}.json"), metrics)
     Console(quiet=quiet).print(_table(metrics, run.options, task.name))
 
@@ -268,7 +269,7 @@ def compare(
         given = [runs.read(folder) for folder in runs_ or []]
         if data is None and given:
             data, target = given[0].options.data, target or given[0].options.target
-        task = load(data or "digits", target, given[0].encoding if given else None)
+        task = load_task(data or "digits", target, given[0].encoding if given else None)
         folder = out or Path("runs") / f"compare-{task.name}"
         _require_folder(folder)
         _require_free(folder / "comparison.json", f"{str(folder)!r} holds a comparison already", overwrite)
@@ -321,14 +322,13 @@ def _require_free(path: Path, what: str, overwrite: bool) -> None:
 
 
 @contextmanager
-def _user_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turns what the user can mend into one line and exit code 2."""
+def _user_errors(*kinds: type[Exception], exit_code: int = 2) -> Iterator[None]:
+    """Turns what the user can mend into one line on standard error and an exit code."""
     try:
         yield
     except kinds as error:
-        message = " ".join(str(error).split())
-        typer.echo(f"pyro-bnn: {message}", err=True)
-        raise typer.Exit(2) from error
+        typer.echo(f"pyro-bnn: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(exit_code) from error
 
 
 if __name__ == "__main__":

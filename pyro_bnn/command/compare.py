@@ -18,15 +18,15 @@ import pyro_bnn as pb
 from pyro_bnn.command import runs
 from pyro_bnn.command.data import Task
 from pyro_bnn.command.options import MethodName, Options, check, complete
-from pyro_bnn.command.recipes import Trained, fit, new_network
+from pyro_bnn.command.recipes import Trained, new_network, train_and_score
 from pyro_bnn.command.runs import Run
 from pyro_bnn.diagnostics.pages.comparison import Candidate, Difference, best_of, comparison
 from pyro_bnn.diagnostics.pages.glossary import measured
 from pyro_bnn.files import write_json
 
-FORMAT = 1
+COMPARISON_FORMAT = 1
 #: metrics on the console; the others are on the page
-PRINTED = {"accuracy", "rmse", "nll", "crps", "ece", "coverage", "ood_auroc", "seconds"}
+COLUMNS = {"accuracy", "rmse", "nll", "crps", "ece", "coverage", "ood_auroc", "seconds"}
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,13 @@ def train_all(planned: Sequence[Planned], task: Task, console: Console) -> list[
             found.append(one.finished)
             continue
         console.print(f"{one.options.method}:", highlight=False)
-        fitted = fit(new_network(one.options, task, console), task, one.options, console, twin)
+        fitted = train_and_score(new_network(one.options, task, console), task, one.options, console, twin)
         twin = fitted.twin
         runs.save(one.folder, task, one.options, fitted)
+        try:
+            runs.save_for_arviz(one.folder, task, one.options, fitted.posterior)
+        except runs.ArvizFileError as error:  # which no comparison reads
+            Console(stderr=True).print(f"pyro-bnn: {error}", soft_wrap=True, highlight=False)
         found.append(runs.read(one.folder))
     return found
 
@@ -148,7 +152,7 @@ def write(folder: Path, found: Sequence[Run], task: Task, device: torch.device) 
         seed=found[0].options.seed,
     )
     content = {
-        "format": FORMAT,
+        "format": COMPARISON_FORMAT,
         "settings": shared,
         "runs": {name: str(run.folder.resolve()) for name, run in _labels(found).items()},
         "metrics": {name: one.metrics for name, one in candidates.items()},
@@ -191,7 +195,7 @@ def _same_weights(one: pb.Posterior, other: pb.Posterior) -> bool:
 
 
 def _table(candidates: Mapping[str, Candidate], gaps: Mapping[str, Difference], name: str) -> Table:
-    shown = {key: one for key, one in measured(*(c.metrics for c in candidates.values())) if key in PRINTED}
+    shown = {key: one for key, one in measured(*(c.metrics for c in candidates.values())) if key in COLUMNS}
     table = Table(title=f"{name}, on test data", caption="* best", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("", no_wrap=True)
     for one in shown.values():

@@ -41,7 +41,7 @@ class Fitted:
     metrics: Metrics
 
 
-def fit(
+def train_and_score(
     net: nn.Module,
     task: Task,
     options: Options,
@@ -49,26 +49,26 @@ def fit(
     twin: Trained | None = None,
     field: pb.Posterior | None = None,
 ) -> Fitted:
-    """Trains and measures what the options ask for, and first its twin, unless that is given.
+    """Trains and scores what the options ask for, and first its twin, unless that is given.
 
     :param twin: the deterministic network, with the weights that particles or codes begin at.
     :param field: a mean field for codes to begin at, instead of the twin.
     :raises ArithmeticError, ValueError: when training diverges, or an option does not fit the network.
     """
-    twin = twin or train(deterministic(net, task), task, options, console)
+    twin = twin or train_by_svi(deterministic(net, task), task, options, console)
     compression: Metrics = {}
     match options.method:
         case "spike-slab":
-            found = sample(trained_network(twin.posterior), task, options, console)
+            found = train_spike_slab(trained_network(twin.posterior), task, options, console)
         case "bella":
             start = net if isinstance(net, pretrained.Pretrained) else trained_network(twin.posterior)
-            found = particles(start, task, options, console)
+            found = train_bella(start, task, options, console)
         case "weight-sharing":
-            found, compression = codebook(twin, field, task, options, console)
+            found, compression = train_weight_sharing(twin, field, task, options, console)
         case _:
-            found = train(bayesian(net, task, options), task, options, console)
-    metrics = measure(found.posterior, task, options) | found.cost
-    metrics["deterministic"] = measure(twin.posterior, task, options) | twin.cost
+            found = train_by_svi(bayesian(net, task, options), task, options, console)
+    metrics = score(found.posterior, task, options) | found.cost
+    metrics["deterministic"] = score(twin.posterior, task, options) | twin.cost
     if options.method == "spike-slab":
         metrics["sparsity"], metrics["deterministic"]["sparsity"] = sparsity_of(found.posterior), 0.0
     if options.method == "weight-sharing":
@@ -78,7 +78,7 @@ def fit(
     return Fitted(found.posterior, twin, metrics)
 
 
-def measure(posterior: pb.Posterior, task: Task, options: Options) -> Metrics:
+def score(posterior: pb.Posterior, task: Task, options: Options) -> Metrics:
     """Metrics on the test data, those of a regression in the target's own unit."""
     ood = task.x_ood if task.kind == "classification" else None
     metrics: Metrics = pb.diagnostics.evaluate(
@@ -179,7 +179,9 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def train(model_and_guide: tuple[nn.Module, nn.Module], task: Task, options: Options, console: Console) -> Trained:
+def train_by_svi(
+    model_and_guide: tuple[nn.Module, nn.Module], task: Task, options: Options, console: Console
+) -> Trained:
     model, guide = model_and_guide
     console.print(f"{type(model).__name__} with {type(guide).__name__}, {options.network}, {options.device}")
     start = time.perf_counter()
@@ -216,7 +218,7 @@ def trained_network(posterior: pb.Posterior) -> nn.Module:
     return net.requires_grad_()
 
 
-def sample(net: nn.Module, task: Task, options: Options, console: Console) -> Trained:
+def train_spike_slab(net: nn.Module, task: Task, options: Options, console: Console) -> Trained:
     """Draws by SGHMC within EM, from the network that was trained deterministically on."""
     size = len(task.x_train)
     model = pb.models.SpikeSlab(net, _likelihood(task), size, prior=_prior(options))
@@ -239,7 +241,7 @@ def sample(net: nn.Module, task: Task, options: Options, console: Console) -> Tr
     return Trained(posterior, cost)
 
 
-def particles(net: nn.Module, task: Task, options: Options, console: Console) -> Trained:
+def train_bella(net: nn.Module, task: Task, options: Options, console: Console) -> Trained:
     """Low-rank particles around a trained network, whose last layer is the network's own, or each particle's if new."""
     head = net.head if isinstance(net, pretrained.Pretrained) else None
     # Normals are chosen by what they add to weights, of the scale that the other priors of factors have.
@@ -260,7 +262,7 @@ def particles(net: nn.Module, task: Task, options: Options, console: Console) ->
     return Trained(posterior, {"seconds": time.perf_counter() - start, "trainable_parameters": size})
 
 
-def codebook(
+def train_weight_sharing(
     twin: Trained, field: pb.Posterior | None, task: Task, options: Options, console: Console
 ) -> tuple[Trained, Metrics]:
     """Codes for the weights of a mean field, or of the deterministic network, then trained while they merge.

@@ -10,7 +10,6 @@ training images; ``--validate`` measures on the other 10,000, which is how setti
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -36,7 +35,7 @@ from pyro_bnn.models import (
 from pyro_bnn.models.weight_sharing.plots import PUBLISHED, plot_frontier
 from pyro_bnn.priors import CodebookPrior, GaussianMixture
 from tests.benchmarks.datasets import CLASSES, images
-from tests.benchmarks.measure import RESULTS, machine
+from tests.benchmarks.measure import read_results, write_results
 from tests.benchmarks.sparse_images import HELD_OUT
 from tests.benchmarks.sparse_images import build as lenet
 
@@ -310,13 +309,10 @@ def main() -> None:
         return
     rows = list(with_ratios(list(study.rows.values())))
     table(rows)
-    path = RESULTS / "compression.json"
-    known = json.loads(path.read_text()) if path.exists() else {"rows": []}
     key = (options.data, options.network)
-    rows += [row for row in known["rows"] if (row["data"], row["network"]) != key]
-    found = {"machine": machine(), "settings": asdict(settings), "published": PUBLISHED, "rows": rows}
-    path.with_suffix(".tmp").write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
+    rows += [row for row in read_results("compression").get("rows", []) if (row["data"], row["network"]) != key]
+    found = {"settings": asdict(settings), "published": PUBLISHED, "rows": rows}
+    write_results("compression", found, seeds=[0], part=" ".join(key), keep=True)
     points = [row for row in rows if row["name"].split()[0] == "frontier" and row["data"] == "mnist"]
     if points:
         plot_frontier(points).savefig("docs/compression.png", dpi=90)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from command.test_cli import metrics_of, run, small_npz, without_seconds
+from command_runs import metrics_of, run, small_npz, without_seconds
 from PIL import Image
 from torch import Tensor, nn
 

@@ -139,7 +139,9 @@ def test_what_shared_weights_refuse() -> None:
     assert not hasattr(WeightSharing(net, Gaussian(0.3), N), "shared_guide")
     with pytest.raises(ValueError, match="the codebook is for another network"):
         SharedWeights(chain(2, 5, 1), Gaussian(0.3), N, codebook=source)
-    with pytest.raises(ValueError, match=r"the prior of 'codes' is GaussianMixture\(\) of the codes themselves"):
+    with pytest.raises(
+        ValueError, match=r"the prior of 'codes' is a CodebookPrior, whose components are the codes themselves"
+    ):
         SharedWeights(
             net, Gaussian(0.3), N, codebook=source, prior={"codes": priors.CodebookPrior(), ".*": priors.Normal()}
         )
