@@ -65,7 +65,8 @@ class BayesianNetwork(PyroModule):
     :param num_data: size N of the data set, which scales minibatches by N/B.
     :param prefix: put before the names of all sites and plates, so that two networks fit into one model.
     :param members_dim: the axis of the members plate; move it left when own plates need -2.
-    :param output: which output to take when the network returns several (key, index or function).
+    :param output: which output to take when the network returns several (key, index or function); by default its
+        ``logits``, if it has them.
     :param share: see :class:`~pyro_bnn.network.Network`.
     """
 
@@ -328,6 +329,11 @@ class BayesianNetwork(PyroModule):
         tempered = poutine.scale(scale=1.0 / likelihood.temperature)
         with plate, data, tempered if likelihood.temperature != 1 else contextlib.nullcontext():
             return pyro.sample(self.site("obs"), likelihood.given(f, y, noise, lead), obs=y)
+
+
+def like_of(model: Any) -> Tensor | None:
+    """A tensor on the device and with the dtype of a model of this package; ``None`` for any other."""
+    return model.like() if isinstance(model, BayesianNetwork) else None
 
 
 def _plates(value: Tensor, event_dim: int, members_dim: int) -> torch.Size:
