@@ -142,15 +142,14 @@ def _of_loader(model: Callable[..., Any], loader: DataLoader[Any]) -> Minibatche
 
 def _loaded(model: Callable[..., Any], batch: Any) -> tuple[Any, ...]:
     """``(x, y)`` of one batch; of a model that is not of this package, all that it is to be called with."""
-    pair, like = split(batch), like_of(model)
-    if pair is not None:
-        x, y = inputs(pair[0], like), targets(pair[1], like)
-        if isinstance(model, BayesianNetwork):
-            _check(model, x, y)
-        return x, y
-    if isinstance(model, BayesianNetwork) or not isinstance(batch, (tuple, list)):
+    pair = split(batch)
+    if pair is None and (isinstance(model, BayesianNetwork) or not isinstance(batch, (tuple, list))):
         raise TypeError(f"the loader must give pairs (x, y) or dicts with {LABELS!r}, got {describe(batch)}")
-    return tuple(inputs(part, None, f"part {i} of a batch") for i, part in enumerate(batch))
+    if pair is None or not isinstance(model, BayesianNetwork):
+        return tuple(inputs(part, None, f"part {i} of a batch") for i, part in enumerate(pair or batch))
+    x, y = inputs(pair[0], model.like()), targets(pair[1], model.like())
+    _check(model, x, y)
+    return x, y
 
 
 # ------------------------------------------------------------------------------------------------------- checks

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from pyro_bnn import priors
 from pyro_bnn.guide import Family, MixtureGuide
-from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.inputs import inputs
+from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import Output, Select, batch_size, select_parameters
 from pyro_bnn.perturb import Perturbation, Rank1Factors, Replacement
