@@ -353,6 +353,11 @@ class BayesianNetwork(PyroModule):
             return pyro.sample(self.site("obs"), likelihood.given(f, y, noise, lead), obs=y)
 
 
+def like_of(model: Any) -> Tensor | None:
+    """A tensor on the device and with the dtype of a model of this package; ``None`` for any other."""
+    return model.like() if isinstance(model, BayesianNetwork) else None
+
+
 def _plates(value: Tensor, event_dim: int, members_dim: int) -> torch.Size:
     """The plate axes of a value from the members plate to the left."""
     return value.shape[: max(0, value.dim() - event_dim + members_dim + 1)]

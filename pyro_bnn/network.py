@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
+from pyro_bnn.inputs import EXPECTED, describe
 from pyro_bnn.modes import undisturbed
 from pyro_bnn.perturb import Layout, Perturb, Perturbation, Rank1Factors, Replacement, Use
 from pyro_bnn.perturb.probe import (
@@ -41,7 +42,7 @@ def batch_size(x: Any, y: Any = None) -> int:
     leaves = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor) and leaf.dim()]
     if not leaves:
         raise TypeError(
-            f"x holds no tensor with a batch axis: got {type(x).__name__}; expected a tensor, dict or tuple"
+            f"x holds no tensor with a batch axis: got {describe(x)}; {EXPECTED}, or a dict or tuple of them"
         )
     if y is None:
         return int(leaves[0].shape[0])
@@ -70,7 +71,8 @@ class Network(nn.Module):
     """The model's own copy of a network. Weight ties are kept; the user's module is left alone.
 
     :param net: any module; called as ``net(x)``, ``net(*x)`` for a tuple or list, ``net(**x)`` for a dict.
-    :param output: which tensor to take when the network returns more than one: a key, an index, or a function.
+    :param output: which tensor to take when the network returns more than one: a key, an index, or a function. By
+        default the ``logits`` of an output that has them, as those of transformers.
     :param share: whether the parameters keep the storage of the given ones and take no gradient, instead of being
         copied. Buffers are copied.
     """
@@ -129,6 +131,8 @@ class Network(nn.Module):
             y = self.output(y)
         elif self.output is not None:
             y = y[self.output] if not isinstance(self.output, str) or isinstance(y, dict) else getattr(y, self.output)
+        elif not isinstance(y, Tensor):
+            y = y["logits"] if isinstance(y, Mapping) and "logits" in y else getattr(y, "logits", y)
         if not isinstance(y, Tensor):
             raise TypeError(
                 f"the network returns {type(y).__name__}, not a tensor; say which one is meant with `output=` "

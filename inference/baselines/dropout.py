@@ -87,7 +87,7 @@ class MCDropout(Baseline):
     ) -> Posterior:
         """Trains the network if need be, and looks where it drops what.
 
-        :param data: a loader of (x, y), a dataset, or the pair (x, y) itself.
+        :param data: as :func:`~pyro_bnn.inference.fit` takes them.
         :param epochs: of training; 0 takes the network as it is, trained.
         :param batch_size: for a dataset or a pair.
         :param seed: of training, the only part that is random.

@@ -69,7 +69,7 @@ class DeepEnsemble(Baseline):
     ) -> Posterior:
         """Trains one network after the other.
 
-        :param data: a loader of (x, y), a dataset, or the pair (x, y) itself.
+        :param data: as :func:`~pyro_bnn.inference.fit` takes them.
         :param epochs: passes over the data, for each network.
         :param checkpoint: file whose name is given the number of the network, ``run.pt`` to ``run-0.pt`` and so on;
             training resumes from those that exist.

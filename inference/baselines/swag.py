@@ -135,7 +135,7 @@ class SWAG(Baseline):
     ) -> Posterior:
         """Runs SGD, and draws from the Gaussian of its iterates, which ``moments`` of this object then holds.
 
-        :param data: a loader of (x, y), a dataset, or the pair (x, y) itself.
+        :param data: as :func:`~pyro_bnn.inference.fit` takes them.
         :param epochs: number of iterates that count, at least 2.
         :param warmup_epochs: epochs before, with the same learning rate, that do not count.
         :param lr: constant learning rate; large enough that SGD moves about, small enough that it stays.

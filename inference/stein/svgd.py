@@ -221,7 +221,7 @@ class SVGD:
         All particles see the same minibatch. Of a network the posterior has one member for each particle; of any other
         model, one stored draw.
 
-        :param data: a loader of (x, y), a dataset, or the pair (x, y) itself.
+        :param data: as :func:`~pyro_bnn.inference.fit` takes them.
         :param batch_size: for a dataset or a pair; a loader has its own.
         :param schedule: of the learning rate, see :mod:`pyro_bnn.inference.schedules`; constant by default.
         :param callbacks: called with a :class:`FitState` after each epoch; one that returns True ends the training.

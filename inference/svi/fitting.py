@@ -80,7 +80,8 @@ def fit(
 
     :param model: a model of this package, or any Pyro model ``model(x, y)``.
     :param guide: a guide for it.
-    :param data: a loader of (x, y), a dataset, or the pair (x, y) itself; x may be a tensor, dict or tuple.
+    :param data: a loader or dataset of pairs (x, y) or of dicts with ``labels``, or such a pair or dict itself;
+        :mod:`pyro_bnn.inputs` says what x and y may be.
     :param epochs: passes over the data.
     :param batch_size: for a dataset or a pair; a loader has its own.
     :param optim: ``"adamw"`` (default), ``"sgd"`` (Nesterov momentum 0.9), an optimiser, or a function from parameter

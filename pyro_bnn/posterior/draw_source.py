@@ -13,8 +13,8 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
 from pyro_bnn.guide import MixtureGuide
-from pyro_bnn.inputs import to_device
-from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.inputs import inputs
+from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import training_mode
 from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.randomness import derive_seeds, device_of, seeded
@@ -122,9 +122,7 @@ class DrawSource:
     def _trace(self, n: int, seed: int | None, example: Any) -> list[poutine.Trace]:
         guide, model = self.guide, self.model
         example = self.example if example is None else example
-        if isinstance(model, BayesianNetwork) and example is not None:
-            example = to_device(example, model.like())
-        args = () if example is None else (example,)
+        args = () if example is None else (inputs(example, like_of(model)),)
         with seeded(device_of(model), seed), self.running():
             if not self._vectorises:
                 return [poutine.trace(guide).get_trace(*args) for _ in range(n)]

@@ -12,8 +12,8 @@ import torch
 from pyro.infer import MCMC
 from torch import Tensor, nn
 
-from pyro_bnn.inputs import require_finite, to_device
-from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.inputs import inputs, require_finite, targets
+from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import evaluating
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.posterior import foreign, storage
@@ -191,21 +191,23 @@ class Posterior:
 
         A draw is a whole function: the same for all rows of x and for every ``batch_size``.
 
-        :param x: tensor, dict or tuple with N samples on axis 0, on any device.
+        :param x: tensor, array, frame or list with N samples on axis 0, on any device, or a dict or tuple of these;
+            see :mod:`pyro_bnn.inputs`.
         :param num_samples: draws of every member, 16 by default, or all stored ones where there are fewer; particles
             and points have one, as all their draws are the same.
         :param batch_size: number of samples in one pass; by default what fits a fixed memory budget.
         :param seed: makes the draws reproducible, and leaves the global random state alone.
         :param return_site: for a model that is not of this package, the site whose values are wanted.
-        :raises ValueError: for NaN in x, or when draws are asked for that are not stored.
+        :raises TypeError: when x does not hold numbers.
+        :raises ValueError: for NaN in x, ragged lists, or when draws are asked for that are not stored.
         """
         model, source, count = self.model, self.draw_source, self.draw_source.count(num_samples)
+        x = inputs(x, like_of(model))
         if not isinstance(model, BayesianNetwork) or model.likelihood is None and return_site is not None:
             return Prediction(foreign.predict_site(source, x, count, seed, return_site), None)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}: expected a number of samples, at least 1")
         require_finite(x)
-        x = to_device(x, model.like())
         outputs, noise = [], []
         with torch.no_grad(), evaluating(model):
             for group, index in source.indexed_groups(count, seed, example=x):
@@ -216,20 +218,26 @@ class Posterior:
         return Prediction(torch.cat(outputs), model.likelihood, torch.cat(noise) if noise else None)
 
     def log_likelihood(
-        self, x: Any, y: Tensor, num_samples: int | None = None, batch_size: int | None = None, seed: int | None = None
+        self, x: Any, y: Any, num_samples: int | None = None, batch_size: int | None = None, seed: int | None = None
     ) -> Tensor:
-        """``[draws, members, N]``: ``log p(y | x, weights)`` under every draw of every member, in nats."""
+        """``[draws, members, N]``: ``log p(y | x, weights)`` under every draw of every member, in nats.
+
+        :param x, y: data as :meth:`predict` and :func:`~pyro_bnn.inference.fit` take them.
+        """
+        x, y = inputs(x, like_of(self.model)), targets(y, like_of(self.model))
         if not isinstance(self.model, BayesianNetwork):
             return foreign.log_likelihood(self.draw_source, x, y, self.draw_source.count(num_samples), seed)
         count_samples(x, y)
         prediction = self.predict(x, num_samples, batch_size, seed)
-        return prediction.log_prob(y.to(prediction.outputs.device))
+        return prediction.log_prob(y)
 
     def recompute_statistics(self, loader: Iterable[Any] | None) -> None:
         """From now on every draw predicts with normalisation statistics of its own, gathered over ``loader``.
 
         Costs one pass over the loader for each draw; ``None`` goes back to the statistics of training, or to those that
         a sampler stored with each draw.
+
+        :param loader: gives batches (x, y), dicts with ``labels``, or x alone, as often as it is gone through.
         """
         self._gathered = None if loader is None else Gathered(loader)
 

@@ -17,6 +17,7 @@ from pyro_bnn.diagnostics.arviz.sites import posterior_group
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.diagnostics.scoring.stream import log_density, predictions, predictions_of_inputs, require_posterior
 from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inputs import labels, tensors
 from pyro_bnn.likelihoods import Categorical
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size as count_rows
@@ -37,7 +38,7 @@ DRAWS = 100
 def to_arviz(
     posterior: Posterior,
     x: Any = None,
-    y: Tensor | None = None,
+    y: Any = None,
     *,
     sites: str | Sequence[str] | None = None,
     groups: str | Sequence[str] = GROUPS,
@@ -82,8 +83,8 @@ def to_arviz(
     layer ``fc``, and ``fc.weight.s`` gives ``weight.s_mean`` and ``weight.s_sd`` there. A quantity of other layers than
     those of the first one is along ``<quantity>_layer``.
 
-    :param x: inputs of the network, any nesting of dicts and tuples of tensors. Not needed for the groups
-        ``posterior`` and ``sample_stats``.
+    :param x: inputs of the network, as ``Posterior.predict`` takes them. Not needed for the groups ``posterior`` and
+        ``sample_stats``.
     :param y: the targets of x, ``[N, ...]``. Needed for ``log_likelihood`` and ``observed_data``.
     :param sites: names of sites to store whole, under their own names, or regular expressions that match whole names.
     :param groups: which groups to make; ``function`` and ``training`` come with others, as said above.
@@ -96,13 +97,14 @@ def to_arviz(
         left out, with a warning, when they do not fit; anything else that does not fit is an error.
     :param seed: of the draws, here and in the predictions.
     :returns: ``arviz.InferenceData``, or with ArviZ 1.x ``xarray.DataTree``; ``.to_netcdf(path)`` writes either.
-    :raises TypeError: when x holds no tensor, y is none, or the posterior is none.
+    :raises TypeError: when x or y does not hold numbers, or the posterior is none.
     :raises ValueError: when a group or site is unknown, x or y is missing for a group, they differ in length, a
         prediction or log-likelihood is NaN, or the result has more than ``max_values`` numbers.
 
     Source: the InferenceData schema of ArviZ, https://python.arviz.org.
     """
     require_posterior(posterior)
+    x, y = None if x is None else tensors(x), None if y is None else labels(y)
     wanted = _checked_groups(groups, x, y)
     num_samples = posterior.draw_source.count(posterior.num_stored or DRAWS if num_samples is None else num_samples)
     chains = posterior.num_chains if num_samples == posterior.num_stored else 1
@@ -147,8 +149,6 @@ def _checked_groups(groups: str | Sequence[str], x: Any, y: Tensor | None) -> tu
     wanted = (groups,) if isinstance(groups, str) else tuple(groups)
     if unknown := [group for group in wanted if group not in GROUPS]:
         raise ValueError(f"unknown group {unknown[0]!r}; groups= takes any of {', '.join(GROUPS)}")
-    if y is not None and not isinstance(y, Tensor):
-        raise TypeError(f"y is a tensor, got {type(y).__name__}: torch.as_tensor(y) makes one of an array")
     for missing, argument, needed_by in (
         (x is None, "x", ("posterior_predictive", "log_likelihood", "constant_data")),
         (y is None, "y", ("log_likelihood", "observed_data")),

@@ -8,7 +8,6 @@ from typing import Any
 
 import scipy.stats
 import torch
-from torch import Tensor
 
 from pyro_bnn.diagnostics.arviz.densities import has_density
 from pyro_bnn.diagnostics.checking.chains import FEWEST, comparable, convergence, effective_size
@@ -48,7 +47,7 @@ def check(
     data: Any = None,
     *,
     x_train: Any = None,
-    y_train: Tensor | None = None,
+    y_train: Any = None,
     ood: Any = None,
     num_samples: int | None = None,
     batch_size: int | None = None,
@@ -187,7 +186,7 @@ def _noise_of_heat(posterior: Posterior) -> float:
     return ERRORS * math.sqrt(3 / (coordinates * max(1.0, effective_size(some, posterior.num_chains))))
 
 
-def _fit(posterior: Posterior, x: Any, y: Tensor | None, batch_size: int | None, seed: int) -> Iterator[Finding]:
+def _fit(posterior: Posterior, x: Any, y: Any, batch_size: int | None, seed: int) -> Iterator[Finding]:
     inside = posterior.posterior if isinstance(posterior, ScaledPosterior) else posterior
     if x is None or y is None or not has_density(inside):
         return

@@ -13,13 +13,13 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from torch import Tensor
 
 from pyro_bnn.diagnostics.arviz.conversion import to_arviz
 from pyro_bnn.diagnostics.arviz.densities import has_density, log_densities
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.diagnostics.scoring.precision import wide
 from pyro_bnn.diagnostics.scoring.stream import log_density, predictions, require_posterior
+from pyro_bnn.inputs import labels, tensors
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size as count_rows
 
@@ -56,7 +56,7 @@ class ParetoK:
 def pareto_k(
     posterior: Posterior,
     x: Any,
-    y: Tensor,
+    y: Any,
     *,
     num_samples: int | None = None,
     batch_size: int | None = None,
@@ -99,7 +99,7 @@ def pareto_k(
 def loo(
     posterior: Posterior,
     x: Any,
-    y: Tensor,
+    y: Any,
     *,
     num_samples: int | None = None,
     batch_size: int | None = None,
@@ -159,7 +159,7 @@ def loo(
     return newer.loo_approximate_posterior(data, log_p[0], log_q[0], pointwise=True)
 
 
-def compare(posteriors: Mapping[str, Posterior], x: Any, y: Tensor, **settings: Any) -> pd.DataFrame:
+def compare(posteriors: Mapping[str, Posterior], x: Any, y: Any, **settings: Any) -> pd.DataFrame:
     """Posteriors of several models of the same data, ranked by PSIS-LOO: ``arviz.compare`` of :func:`loo` of each.
 
     :param posteriors: at least two, by name.
@@ -186,10 +186,10 @@ def fixed_weights(posterior: Posterior) -> int:
     return sum(p.numel() for name, p in model.core().net.named_parameters() if model.site(name) not in random)
 
 
-def _require_training_data(posterior: Posterior, x: Any, y: Tensor) -> None:
+def _require_training_data(posterior: Posterior, x: Any, y: Any) -> None:
     if isinstance(posterior, ScaledPosterior):
         raise ValueError("scaled predictions are of no density that was inferred: give the posterior inside")
-    rows, expected = count_rows(x, y), getattr(posterior.model, "num_data", None)
+    rows, expected = count_rows(tensors(x), labels(y)), getattr(posterior.model, "num_data", None)
     if rows != expected:
         raise ValueError(
             f"x and y hold {rows} data, the model was trained on num_data={expected}: the density that a variational "
@@ -222,9 +222,7 @@ def _enough_draws(posterior: Posterior, num_samples: int | None) -> int:
     return num_samples
 
 
-def _in_arviz(
-    posterior: Posterior, x: Any, y: Tensor, num_samples: int, batch_size: int | None, seed: int
-) -> xr.DataTree:
+def _in_arviz(posterior: Posterior, x: Any, y: Any, num_samples: int, batch_size: int | None, seed: int) -> xr.DataTree:
     groups = ("posterior", "log_likelihood", "sample_stats")
     data = to_arviz(
         posterior,

@@ -13,8 +13,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_bnn.diagnostics.checking.findings import Finding
+from pyro_bnn.inputs import inputs, targets
 from pyro_bnn.likelihoods import Bernoulli
-from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import frozen
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior import Posterior, Prediction
@@ -37,7 +38,7 @@ def prior_predictive(
     What is no latent site is as the network has it: the W of a rank-1 network, normalisation layers, W_0 of a Bella.
 
     :param model: a model of this package.
-    :param x: tensor, dict or tuple with N rows on axis 0, any number of them.
+    :param x: tensor, array, frame, dict or tuple with N rows on axis 0, any number of them.
     :param num_samples: number S of functions; ``.outputs`` is ``[S, 1, N, *output]``.
     :param batch_size: the most rows of x in one forward pass; by default what fits a fixed memory budget.
     :param seed: of the draws; the global random state is left alone.
@@ -63,7 +64,7 @@ def prior_predictive(
 def prior_summary(
     model: BayesianNetwork,
     x: Any,
-    y: Tensor | None = None,
+    y: Any = None,
     *,
     num_samples: int = 200,
     batch_size: int | None = None,
@@ -97,6 +98,7 @@ def prior_summary(
         raise ValueError(
             "the model has no likelihood, so that nothing says what its functions mean: look at prior_predictive(...)"
         )
+    x, y = inputs(x, like_of(model)), None if y is None else targets(y, like_of(model))
     if (rows := count_rows(x, y)) < 2:
         raise ValueError(f"x has {rows} rows: how a function differs from row to row takes at least 2")
     everything = prior_predictive(model, x, num_samples=num_samples, batch_size=batch_size, seed=seed)
@@ -125,7 +127,7 @@ def prior_summary(
 def check_prior(
     model: BayesianNetwork,
     x: Any,
-    y: Tensor | None = None,
+    y: Any = None,
     *,
     num_samples: int = 200,
     batch_size: int | None = None,

@@ -27,8 +27,8 @@ from pyro_bnn.diagnostics.checking.findings import Finding
 from pyro_bnn.diagnostics.checking.prior_checks import proper_priors
 from pyro_bnn.diagnostics.checking.training import loss_verdict
 from pyro_bnn.diagnostics.checking.uniformity import EcdfDifference, RankBand, chi_square, where_ranks_pile_up
-from pyro_bnn.inputs import to_device
-from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.inputs import inputs
+from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import frozen
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior import Posterior
@@ -269,6 +269,7 @@ class _Experiment:
         self.model, self.functions = model, functions
         self.falling = 0
         self.network = model if isinstance(model, BayesianNetwork) else None
+        x = inputs(x, like_of(model))
         self.obs = self.network.site("obs") if self.network is not None else "obs"
         if self.network is not None and self.network.num_data is not None and count_rows(x) != self.network.num_data:
             raise ValueError(
@@ -281,7 +282,7 @@ class _Experiment:
                 f"the likelihood has the temperature {likelihood.temperature}: data are simulated from the model "
                 "without it, and the tempered posterior is another one than theirs. Leave temperature= out"
             )
-        self.x = to_device(x, self.network.like()) if self.network is not None else x
+        self.x = x
         store = pyro.get_param_store()
         with frozen(model), store.scope(store.get_state()), torch.no_grad():
             nodes = self._trace()

@@ -89,7 +89,7 @@ class ConformalSets(_SplitConformal):
     the smallest sets on average; they can be empty where the posterior is unsure, and are too small for hard x.
 
     :param posterior: any posterior with a Categorical likelihood, or a Bernoulli of one output (classes 0 and 1).
-    :param data: held-out data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair of tensors;
+    :param data: held-out data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair;
         one label for each row.
     :param level: the probability to cover y.
     :param score: ``"aps"`` or ``"lac"``.
@@ -177,7 +177,7 @@ class ConformalIntervals(_SplitConformal):
     several numbers each has a threshold of its own, and is covered by itself.
 
     :param posterior: any posterior with a likelihood of regression or counts.
-    :param data: held-out data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair of tensors.
+    :param data: held-out data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair.
     :param level: the probability to cover y.
     :param num_samples: draws from every member.
     :param batch_size: the most rows in one forward pass.

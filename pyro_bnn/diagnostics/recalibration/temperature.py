@@ -89,7 +89,7 @@ def scale_temperature(
 
     Holds the logits of all data at once, S K N C numbers, on their device; sums are in float64.
 
-    :param data: held-out data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair of tensors. On
+    :param data: held-out data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair. On
         the training data T comes out too small.
     :param num_samples: draws from every member, S; T belongs to predictions from about as many.
     :param batch_size: the most rows in one forward pass.

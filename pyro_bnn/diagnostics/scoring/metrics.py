@@ -93,8 +93,8 @@ def evaluate(
     Every batch sees the same draws. Of a batch that is done, at most two numbers for each label and three for each row
     stay in memory, whatever the number of draws and classes.
 
-    :param data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair of tensors; x may be any
-        nesting of dicts and tuples of tensors. Everything runs on the device of the model.
+    :param data: a ``DataLoader`` of pairs ``(x, y)`` or of dicts with ``labels``, a ``Dataset`` of such, or one pair or
+        dict itself; :mod:`pyro_bnn.inputs` says what x and y may be. Everything runs on the device of the model.
     :param ood: inputs from elsewhere: a loader, a dataset, or x itself; labels beside them are left out.
     :param num_samples: draws from every member, S; by default 16, fewer where fewer are stored, and 1 of particles and
         points.

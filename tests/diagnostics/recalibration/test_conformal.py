@@ -504,5 +504,7 @@ def test_what_is_no_posterior() -> None:
     data = labelled(20, 0)
     with pytest.raises(TypeError, match="expected a posterior, got Linear"):
         ConformalSets(nn.Linear(3, 3), data)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="got ndarray. torch.as_tensor"):
-        ConformalSets(classifier(), data, **ONE).predict(data[0].numpy())
+    sets = ConformalSets(classifier(), data, **ONE)
+    assert torch.equal(sets.predict(data[0].numpy()), sets.predict(data[0]))
+    with pytest.raises(TypeError, match="got str"):
+        sets.predict("data")

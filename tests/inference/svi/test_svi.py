@@ -226,8 +226,8 @@ BAD_PAIRS: list[tuple[Any, type[Exception], str]] = [
     (lambda x, y: (x, CLASSES[:-1]), ValueError, "disagree on the number of samples: y has 19, x has 20"),
     (lambda x, y: x, TypeError, r"must be a DataLoader, a Dataset or a pair \(x, y\), got Tensor"),
     (lambda x, y: [x, CLASSES], TypeError, r"must be a DataLoader, a Dataset or a pair \(x, y\), got list"),
-    (lambda x, y: (x, CLASSES, y), TypeError, r"must be \(x, y\) with a tensor y"),
-    (lambda x, y: (x, CLASSES.tolist()), TypeError, r"must be \(x, y\) with a tensor y"),
+    (lambda x, y: (x, CLASSES, y), TypeError, r"data in memory must be \(x, y\) or a dict with 'labels'"),
+    (lambda x, y: (x, str(CLASSES.tolist())), TypeError, "y is str; expected tensors, NumPy arrays, pandas frames or"),
     (lambda x, y: ("text", CLASSES), TypeError, "x holds no tensor with a batch axis: got str"),
 ]
 
