@@ -10,7 +10,7 @@ the same model has one member and one row.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -51,7 +51,7 @@ def picklable_state(module: nn.Module) -> dict[str, Any]:
     """The state of a module without what Pyro's parameter store leaves on parameters, the last plate, and caches."""
     for parameter in module.parameters():
         parameter.__dict__.pop("unconstrained", None)  # a weak reference, which the store makes anew
-    return {k: v if k != "_constants" else {} for k, v in module.__dict__.items() if k != "_members"}
+    return {k: v if k != "_constants" else {} for k, v in module.__dict__.items() if k not in ("_members", "_outputs")}
 
 
 class BayesianNetwork(PyroModule):
@@ -287,6 +287,19 @@ class BayesianNetwork(PyroModule):
             ) from None
         return plate
 
+    @contextlib.contextmanager
+    def recording_outputs(self) -> Iterator[list[Tensor]]:
+        """Gives a list, to which every call inside adds what :meth:`function` returned, ``[*members, ..., size, ...]``.
+
+        For those who need the outputs of the network, with their gradients, out of a program that observes them.
+        """
+        outputs: list[Tensor] = []
+        self.__dict__["_outputs"] = outputs
+        try:
+            yield outputs
+        finally:
+            del self.__dict__["_outputs"]
+
     def rows_plate(self) -> pyro.plate:
         """The plate of latents that a guide may draw anew for every row of a batch."""
         return pyro.plate(self.site("rows"), 1, dim=-1, device=str(self.like().device))
@@ -312,6 +325,8 @@ class BayesianNetwork(PyroModule):
         with plate:
             latents = self.sample_latents()
         f = self.function(x, latents, size)
+        if (outputs := self.__dict__.get("_outputs")) is not None:
+            outputs.append(f)
         likelihood = self.likelihood
         if likelihood is None:
             return f

@@ -192,7 +192,7 @@ def test_vision_transformers_are_built_anew() -> None:
 
 def test_bad_input() -> None:
     net, data = normalised(), (inputs(), classes())
-    with pytest.raises(ValueError, match="members=0: expected a number of networks"):
+    with pytest.raises(ValueError, match="num_networks=0: expected a number of networks"):
         DeepEnsemble(net, Categorical(), N, num_networks=0)
     with pytest.raises(TypeError, match=r"net must be a torch.nn.Module, got int"):
         DeepEnsemble(3, Categorical(), N)  # type: ignore[arg-type]
