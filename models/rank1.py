@@ -254,7 +254,7 @@ class Rank1(BayesianNetwork):
 
         ``Rank1(**s["model"])``, ``Rank1Guide(**s["guide"])``, ``fit(**s["fit"])``,
         ``posterior.predict(**s["predict"])``; the objective is ``MixtureELBO(**s["elbo"])`` and the schedule
-        ``warmup_steps(**s["schedule"])``, both of :mod:`pyro_bnn.inference`, and ``s["network"]`` says which network.
+        ``multistep(**s["schedule"])``, both of :mod:`pyro_bnn.inference`, and ``s["network"]`` says which network.
         The L2 coefficient on sum(w^2) is a ``weight_decay`` of twice its value in torch, and takes the place of
         ``weight_prior``. On CIFAR it applies to the biases and normalisation layers too.
 

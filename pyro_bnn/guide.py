@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -44,6 +44,19 @@ def _blocks(sites: list[Site]) -> list[list[Site]]:
             size = site.shape.numel()
         blocks[-1].append(site)
     return blocks
+
+
+class Block(NamedTuple):
+    """Sites that lie side by side in one parameter.
+
+    :param kind: what their columns are: ``"loc"`` and ``"point"`` the values themselves (or where they are centred),
+        ``"scale_loc"`` logarithms, ``"share_loc"`` logits.
+    :param parameter: ``[K, n]``, with n the elements of all the sites.
+    """
+
+    kind: str
+    sites: list[Site]
+    parameter: nn.Parameter
 
 
 class MixtureGuide(PyroModule):
@@ -202,7 +215,7 @@ class MixtureGuide(PyroModule):
         """The distributions of weights or factors, by site."""
         return self._distributions("loc", _FAMILIES[self.family], take)
 
-    def _block_parameters(self, name: str) -> list[Tensor]:
+    def _block_parameters(self, name: str) -> list[nn.Parameter]:
         """The blocks of one kind, read past Pyro's attribute hooks."""
         blocks = self._modules[name]
         assert isinstance(blocks, nn.ParameterList)
@@ -217,6 +230,14 @@ class MixtureGuide(PyroModule):
             made = family([site.shape for site in sites], *map(take, blocks))
             found |= zip((site.name for site in sites), made, strict=True)
         return found
+
+    def blocks(self) -> list[Block]:
+        """The parameters that hold the locations of all sites."""
+        return [
+            Block(kind, sites, parameter)
+            for kind, groups in self._blocks.items()
+            for sites, parameter in zip(groups, self._block_parameters(kind), strict=True)
+        ]
 
     def coordinates(self) -> dict[str, Tensor]:
         """Views ``[K, *shape]`` of the locations of all sites: of weights themselves, logarithms of scales, logits."""

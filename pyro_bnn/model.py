@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Self, TypedDict
 
@@ -53,7 +53,7 @@ def picklable_state(module: nn.Module) -> dict[str, Any]:
     """The state of a module without what Pyro's parameter store leaves on parameters, the last plate, and caches."""
     for parameter in module.parameters():
         parameter.__dict__.pop("unconstrained", None)  # a weak reference, which the store makes anew
-    left_out = ("_members", "_given")
+    left_out = ("_members", "_given", "_outputs")
     return {k: v if k != "_constants" else {} for k, v in module.__dict__.items() if k not in left_out}
 
 
@@ -62,7 +62,8 @@ class NetworkOptions(TypedDict, total=False):
 
     ``prefix: str = ""`` is put before the names of all sites and plates, so that two networks fit into one model;
     ``members_dim: int = -2`` is the axis of the members plate, to be moved left when own plates need -2;
-    ``output = None`` says which output to take when the network returns several (key, index or function).
+    ``output = None`` says which output to take when the network returns several (key, index or function); by default its
+    ``logits``, if it has them.
     """
 
     prefix: str
@@ -310,6 +311,19 @@ class BayesianNetwork(PyroModule):
             ) from None
         return plate
 
+    @contextlib.contextmanager
+    def recording_outputs(self) -> Iterator[list[Tensor]]:
+        """Gives a list, to which every call inside adds what :meth:`function` returned, ``[*members, ..., size, ...]``.
+
+        For those who need the outputs of the network, with their gradients, out of a program that observes them.
+        """
+        outputs: list[Tensor] = []
+        self.__dict__["_outputs"] = outputs
+        try:
+            yield outputs
+        finally:
+            del self.__dict__["_outputs"]
+
     def rows_plate(self) -> pyro.plate:
         """The plate of latents that a guide may draw anew for every row of a batch."""
         return pyro.plate(self.site("rows"), 1, dim=-1, device=str(self.like().device))
@@ -335,6 +349,8 @@ class BayesianNetwork(PyroModule):
         with plate:
             latents = self.sample_latents()
         f = self.function(x, latents, size)
+        if (outputs := self.__dict__.get("_outputs")) is not None:
+            outputs.append(f)
         likelihood = self.likelihood
         if likelihood is None:
             return f

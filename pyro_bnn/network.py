@@ -13,7 +13,7 @@ from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
 from pyro_bnn.inputs import EXPECTED, describe
-from pyro_bnn.modes import undisturbed
+from pyro_bnn.modes import RunningStatistics, undisturbed
 from pyro_bnn.perturb import Layout, Perturb, Perturbation, Rank1Factors, Replacement, Use
 from pyro_bnn.perturb.probe import (
     batched,
@@ -218,20 +218,13 @@ class Network(nn.Module):
         return result
 
     def _in_turn(self, x: Any, weights: list[dict[str, Tensor]]) -> Tensor:
-        """Every member starts from the same statistics, and they move once: to the average of where each took them."""
-        buffers = {
-            f"{prefix}.{name}" if prefix else name: buffer
-            for prefix, layer in self.net.named_modules()
-            if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.training
-            for name, buffer in layer.named_buffers()
-        }
-        outputs, ends = [], []
+        norms = (m for m in self.net.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training)
+        statistics = RunningStatistics(norms)
+        outputs = []
         for own in weights:
-            ends.append({name: buffer.clone() for name, buffer in buffers.items()})
-            outputs.append(self(x, own | ends[-1]))
-        for name, buffer in buffers.items():
-            moved = [end[name] for end in ends]
-            buffer.copy_(torch.stack(moved).mean(0) if buffer.is_floating_point() else moved[0])
+            with statistics.one_pass():
+                outputs.append(self(x, own))
+        statistics.average()
         return torch.stack(outputs)
 
 

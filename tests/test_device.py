@@ -18,9 +18,10 @@ from torch.utils import _pytree as pytree
 import pyro_bnn as pb
 from pyro_bnn.diagnostics import disagreement, ood_scores
 from pyro_bnn.diagnostics.arviz.densities import log_densities
-from pyro_bnn.inference import IMQ, RBF, Linear, Mixture
+from pyro_bnn.inference import IMQ, RBF, KernelSum, LinearKernel
 from pyro_bnn.inference.sgmcmc.noise import Noise
-from pyro_bnn.inference.stein.kernels import Kernel, Points
+from pyro_bnn.inference.stein.kernels import Kernel
+from pyro_bnn.inference.stein.positions import Positions
 from pyro_bnn.models import (
     Bella,
     Codebook,
@@ -347,13 +348,13 @@ def test_clustering_merging_and_packing_stay_on_the_device(zero: bool, monkeypat
             assert isinstance(value, FakeTensor) and value.device.type == "cuda"
 
 
-@pytest.mark.parametrize("kernel", [RBF(), IMQ(), Linear(), Mixture([RBF(), Linear()])])
+@pytest.mark.parametrize("kernel", [RBF(), IMQ(), LinearKernel(), KernelSum([RBF(), LinearKernel()])])
 def test_kernels_stay_on_the_device(kernel: Kernel) -> None:
     """Proves that Gram matrices, bandwidths and repulsion, in coordinates and in products, need no other device."""
     with FakeTensorMode():
         flat = torch.empty(5, 40, device="cuda")
         a, b = torch.empty(5, 2, 7, device="cuda"), torch.empty(5, 6, 2, device="cuda")
-        points = Points([flat], [(a, b, 4.0)])
+        points = Positions([flat], [(a, b, 4.0)])
         values = points.evaluate(kernel)
         for own in (True, False):
             (repulsion,), ((of_a, of_b),) = points.gradients(values, own=own)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pyro_bnn import likelihoods, priors
-from pyro_bnn.files import replace_folder
+from pyro_bnn.files import replacing_folder
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.posterior import older
@@ -107,15 +105,9 @@ def write(
     path = Path(path)
     if path.exists() and not (path / _JSON).is_file():
         raise FileExistsError(f"{path} exists and is no posterior; choose another path or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    with replacing_folder(path) as temporary:
         safetensors.torch.save_file(tensors, temporary / _TENSORS)
         (temporary / _JSON).write_text(json.dumps(content, indent=1) + "\n")
-        temporary.chmod(0o755)
-        replace_folder(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read(

@@ -108,7 +108,7 @@ def test_paper_settings_train() -> None:
     x, y = data()
     model = Rank1(chain(2, 4, 3).float(), Categorical(), N, **s["model"])
     options = {**s["fit"], "epochs": 2, "batch_size": 8}
-    schedule = pb.inference.warmup_steps(**s["schedule"])
+    schedule = pb.inference.multistep(**s["schedule"])
     elbo = MixtureELBO(**s["elbo"])
     labels = (y > 0).long()
     posterior = fit(

@@ -142,7 +142,6 @@ def require_file(path: str | Path) -> Path:
 
 def write(path: Path, html: str) -> Path:
     """Writes the page, which appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(html, encoding="utf-8", errors="replace")
     return path
