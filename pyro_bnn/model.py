@@ -62,8 +62,8 @@ class NetworkOptions(TypedDict, total=False):
 
     ``prefix: str = ""`` is put before the names of all sites and plates, so that two networks fit into one model;
     ``members_dim: int = -2`` is the axis of the members plate, to be moved left when own plates need -2;
-    ``output = None`` says which output to take when the network returns several (key, index or function); by default its
-    ``logits``, if it has them.
+    ``output = None`` says which output to take when the network returns several (key, index or function); by default
+    its ``logits``, if it has them.
     """
 
     prefix: str
