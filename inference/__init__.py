@@ -7,6 +7,7 @@ from pyro_bnn.inference.baselines.swag import SWAG
 from pyro_bnn.inference.schedules import cosine, multistep
 from pyro_bnn.inference.sgmcmc import pruning
 from pyro_bnn.inference.sgmcmc.em import SGHMCEM
+from pyro_bnn.inference.sgmcmc.ke_fan import KeFanSGHMC
 from pyro_bnn.inference.sgmcmc.sampling import sample
 from pyro_bnn.inference.sgmcmc.sghmc import SGHMC, SGLD
 from pyro_bnn.inference.stein.autoparticles import AutoParticles
@@ -27,6 +28,7 @@ __all__ = [
     "AutoParticles",
     "DeepEnsemble",
     "FitState",
+    "KeFanSGHMC",
     "KernelSum",
     "LastLayerLaplace",
     "LinearKernel",

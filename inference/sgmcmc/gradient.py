@@ -9,21 +9,20 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._ops import OpOverload
 from torch.func import grad_and_value, vmap
-from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from pyro_bnn.inference.potential import Potential
+from pyro_bnn.inference.sgmcmc.graphs import record
 from pyro_bnn.model import BayesianNetwork
 
 #: A step of a model with more latent numbers than this is arithmetic more than overhead.
 CAPTURE_SIZE = 2**17
 #: Batches come in a few forms; a model that sees more is computed step by step.
 MAX_GRAPHS = 8
+#: ``(theta, *tensors of the batch) -> gradient, U``
+Graph = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Gradient:
@@ -60,7 +59,7 @@ class Gradient:
             )
         self._capture = potential.dim <= CAPTURE_SIZE and not moving if capture == "auto" else capture
         self._insist = capture is True
-        self._graphs: dict[Any, Any] = {}
+        self._graphs: dict[Any, Graph] = {}
         self._buffer = torch.zeros_like(self.theta)
         self._leaves: dict[str, Tensor] = {}
         if chains is None:
@@ -70,6 +69,11 @@ class Gradient:
                 self._leaves[name] = value.detach().requires_grad_()
                 self._leaves[name].grad = own
 
+    @property
+    def num_graphs(self) -> int:
+        """How many forms of batches have been recorded."""
+        return len(self._graphs)
+
     def __call__(self, *batch: Any) -> Tensor:
         """The gradient, in a buffer that the next call overwrites; ``energy`` is U then, one for each chain."""
         if self._capture:
@@ -78,7 +82,7 @@ class Gradient:
             if graph is not None:
                 with torch.no_grad():
                     gradient, self.energy = graph(self.theta, *(t for t in leaves if isinstance(t, Tensor)))
-                return gradient
+                return self._buffer.copy_(gradient)
         return self._eager(*batch)
 
     def verify(self, *batch: Any) -> None:
@@ -96,7 +100,7 @@ class Gradient:
     def _eager(self, *batch: Any) -> Tensor:
         if self.chains is not None:
             gradient, self.energy = self._vectorised(self.theta, *batch)
-            return gradient.detach()
+            return self._buffer.copy_(gradient.detach())
         self._buffer.zero_()
         energy = self.potential(self._leaves, *batch, **self.kwargs)
         if energy.requires_grad:  # not so when every density that moves was left out
@@ -115,7 +119,7 @@ class Gradient:
         axes = tuple(pytree.tree_map(lambda t: axis if isinstance(t, Tensor) else None, part) for part in batch)
         return vmap(single, in_dims=(0, *axes), randomness="different")(theta, *batch)
 
-    def _graph(self, leaves: list[Any], spec: Any) -> Any:
+    def _graph(self, leaves: list[Any], spec: Any) -> Graph | None:
         """The graph for batches of this form, recorded on first sight; ``None`` for what cannot be recorded."""
         if not all(t is None or isinstance(t, (Tensor, bool, int, float, str)) for t in leaves):
             return None
@@ -141,7 +145,7 @@ class Gradient:
             stacklevel=4,
         )
 
-    def _run(self, leaves: list[Any], spec: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    def _run(self, leaves: list[Any], spec: Any) -> Graph:
         def run(theta: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
             rest = iter(tensors)
             batch = pytree.tree_unflatten([next(rest) if isinstance(t, Tensor) else t for t in leaves], spec)
@@ -149,23 +153,17 @@ class Gradient:
 
         return run
 
-    def _record(self, leaves: list[Any], spec: Any) -> Any:
+    def _record(self, leaves: list[Any], spec: Any) -> Graph:
         """The gradient as a graph of tensor operations, compared with the gradient itself before it is used."""
         tensors = [t for t in leaves if isinstance(t, Tensor)]
         run = self._run(leaves, spec)
-        with self._same_random_state(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that tracing keeps constants, which is what it is for
+        with self._same_random_state():
             run(self.theta, *tensors)  # what the model builds once must not be part of the graph
-            traced = make_fx(run)(self.theta, *tensors)
-            _simplify(traced)
-            try:
-                graph: Any = torch.jit.trace(traced, (self.theta, *tensors), check_trace=False)
-            except RuntimeError:  # TorchScript does not take the gradient of a convolution; Python's form is slower
-                graph = traced
+            graph = record(run, self.theta, *tensors)
         self._compare(graph, leaves, spec)
         return graph
 
-    def _compare(self, graph: Any, leaves: list[Any], spec: Any) -> None:
+    def _compare(self, graph: Graph, leaves: list[Any], spec: Any) -> None:
         tensors = [t for t in leaves if isinstance(t, Tensor)]
         results = []
         for function in (graph, self._run(leaves, spec)):
@@ -178,60 +176,6 @@ class Gradient:
 
     def _same_random_state(self) -> AbstractContextManager[None]:
         return torch.random.fork_rng([self.theta.device] if self.theta.is_cuda else [])
-
-
-#: operations that look at the shape of what they are given, but not at its numbers
-_BLIND = tuple(getattr(torch.ops.aten, n).default for n in ("ones_like", "zeros_like", "full_like", "new_full"))
-
-
-def _simplify(traced: GraphModule) -> None:
-    """Takes out of a graph what is the same at every call, and views and powers that change nothing."""
-    aten = torch.ops.aten
-    constants: dict[Node, Tensor] = {}
-    if any(isinstance(n.target, OpOverload) and n.target._schema.is_mutable for n in traced.graph.nodes):
-        traced.graph.eliminate_dead_code()  # what is written into is no constant, and views of it matter
-        traced.recompile()
-        return
-    for node in traced.graph.nodes:
-        if node.op == "get_attr":
-            constants[node] = getattr(traced, str(node.target))
-        if node.op != "call_function" or not isinstance(node.target, OpOverload):
-            continue
-        sources = node.all_input_nodes
-        fixed = bool(sources) and all(source in constants for source in sources)
-        pure = torch.Tag.nondeterministic_seeded not in node.target.tags
-        if pure and _shape(node) is not None and (fixed or node.target in _BLIND):
-            inside = {s: constants[s] if s in constants else _blank(s.meta["val"]) for s in sources}
-            args, kwargs = map_arg((node.args, node.kwargs), inside.__getitem__)
-            constants[node] = node.target(*args, **kwargs)
-        elif node.target in (aten.view.default, aten.expand.default) and _shape(sources[0]) == _shape(node) is not None:
-            node.replace_all_uses_with(sources[0])
-        elif node.target is aten.view.default and sources[0].target is aten.view.default:
-            node.args = (sources[0].args[0], *node.args[1:])
-        elif node.target is aten.pow.Tensor_Scalar and node.args[1] == 1:
-            node.replace_all_uses_with(sources[0])
-    for number, (node, value) in enumerate(constants.items()):
-        if node.op == "call_function" and any(user not in constants for user in node.users):
-            name = f"_folded{number}"
-            traced.register_buffer(name, value, persistent=False)
-            with traced.graph.inserting_before(node):
-                node.replace_all_uses_with(traced.graph.get_attr(name))
-    (output,) = traced.graph.find_nodes(op="output")
-    for result in output.all_input_nodes:
-        if result.op in ("get_attr", "placeholder"):  # results belong to the caller, who adds to them
-            with traced.graph.inserting_before(output):
-                output.replace_input_with(result, traced.graph.call_function(aten.clone.default, (result,)))
-    traced.graph.eliminate_dead_code()
-    traced.recompile()
-
-
-def _blank(like: Tensor) -> Tensor:
-    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-
-
-def _shape(node: Node) -> torch.Size | None:
-    value = node.meta.get("val")
-    return value.shape if isinstance(value, Tensor) else None
 
 
 def _moving_statistics(model: Any) -> str | None:

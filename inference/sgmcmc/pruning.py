@@ -16,7 +16,7 @@ __all__ = ["Groups", "InclusionRule", "MagnitudeRule", "PaperRule", "Rule"]
 
 
 @dataclass
-class Groups:
+class SiteGroups:
     """The groups of one spike-and-slab site in the state of a kernel; ``lead`` is ``(chains,)`` or ``()``.
 
     :param weights: ``[*lead, *event]``, a view of the state.
@@ -35,7 +35,7 @@ class Groups:
 class Rule:
     """Says which groups are to stay. What a rule removes never comes back."""
 
-    def __call__(self, sites: Sequence[Groups], progress: float) -> list[Tensor]:
+    def __call__(self, sites: Sequence[SiteGroups], progress: float) -> list[Tensor]:
         """True for groups that stay, ``[*lead, *groups]`` for each site.
 
         :param progress: how much of the pruning phase has passed, in [0, 1].
@@ -61,7 +61,7 @@ class InclusionRule(Rule):
     def __post_init__(self) -> None:
         _require_share(self, "threshold", self.threshold)
 
-    def __call__(self, sites: Sequence[Groups], progress: float) -> list[Tensor]:
+    def __call__(self, sites: Sequence[SiteGroups], progress: float) -> list[Tensor]:
         return [site.kept if progress < 1 else site.probability >= self.threshold for site in sites]
 
 
@@ -84,13 +84,13 @@ class MagnitudeRule(Rule):
         """s, the share of all weights that is to be gone."""
         return self.sparsity * (1.0 if progress >= 1 else 1 - self.decay ** (500 * progress))
 
-    def __call__(self, sites: Sequence[Groups], progress: float) -> list[Tensor]:
+    def __call__(self, sites: Sequence[SiteGroups], progress: float) -> list[Tensor]:
         scores = [site.density.mean_square(site.weights) for site in sites]
         return keep_highest(scores, [site.density for site in sites], self.share(progress))
 
 
 @dataclass(frozen=True)
-class PaperRule(Rule):
+class KeFanRule(Rule):
     """The rule of Ke and Fan's released code: a group of a matrix stays if its mean square is at least the threshold.
 
     Of a convolution, every input channel and every output channel stays whose weights have a range (largest minus
@@ -101,15 +101,15 @@ class PaperRule(Rule):
 
     def __post_init__(self) -> None:
         if not self.hard_threshold > 0:
-            raise ValueError(f"PaperRule(hard_threshold={self.hard_threshold!r}): expected a positive number")
+            raise ValueError(f"KeFanRule(hard_threshold={self.hard_threshold!r}): expected a positive number")
 
-    def __call__(self, sites: Sequence[Groups], progress: float) -> list[Tensor]:
+    def __call__(self, sites: Sequence[SiteGroups], progress: float) -> list[Tensor]:
         return [self._of_channels(s) if len(s.density.event_shape) > 2 else self._of_groups(s) for s in sites]
 
-    def _of_groups(self, site: Groups) -> Tensor:
+    def _of_groups(self, site: SiteGroups) -> Tensor:
         return site.density.mean_square(site.weights) >= self.hard_threshold
 
-    def _of_channels(self, site: Groups) -> Tensor:
+    def _of_channels(self, site: SiteGroups) -> Tensor:
         axes = tuple(range(-len(site.density.event_shape), 0))
         stays = torch.ones_like(site.weights, dtype=torch.bool)
         for channel in axes[:2]:
@@ -121,8 +121,8 @@ class PaperRule(Rule):
 
 
 #: the rules under the names that ``prune=`` takes
-RULES = {"inclusion": InclusionRule, "magnitude schedule": MagnitudeRule, "paper": PaperRule}
-RuleName = Literal["inclusion", "magnitude schedule", "paper"]
+RULES = {"inclusion": InclusionRule, "magnitude_schedule": MagnitudeRule, "ke_fan": KeFanRule}
+RuleName = Literal["inclusion", "magnitude_schedule", "ke_fan"]
 
 
 def rule(prune: Rule | str | None) -> Rule | None:

@@ -83,8 +83,12 @@ def _run(
     """``{site: [num_chains * num_samples, *event]}``, chain after chain, and statistics of normalisation likewise."""
     statistics: dict[str, list[Tensor]] = {}
     bar = Progress(
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}")),
-        *(TimeElapsedColumn(), TimeRemainingColumn()),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
         disable=not progress,
     )
     kernel.chains = num_chains if num_chains > 1 else None

@@ -46,8 +46,8 @@ def stepper(kernel: SGHMC, chains: int | None = None) -> Step:
     """One step of a chain that has been set up; ``sample`` would also copy the state."""
     kernel.chains = chains
     kernel.setup(0)
-    kernel._begin_at(kernel.initial_params)
-    return lambda: kernel._step(0)
+    kernel.begin_at(kernel.initial_params)
+    return kernel.step
 
 
 def sghmc() -> Step:

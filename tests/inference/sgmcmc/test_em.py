@@ -15,10 +15,11 @@ import torch
 from pyro.infer import MCMC
 from scipy import optimize, stats
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_bnn as pb
-from pyro_bnn.inference import SGHMC, SGHMCEM, sample
-from pyro_bnn.inference.sgmcmc.pruning import Groups, InclusionRule, MagnitudeRule, PaperRule
+from pyro_bnn.inference import SGHMC, SGHMCEM, KeFanSGHMC, sample
+from pyro_bnn.inference.sgmcmc.pruning import InclusionRule, KeFanRule, MagnitudeRule, SiteGroups
 from pyro_bnn.priors import SpikeAndSlab, SpikeAndSlabDistribution
 
 NOISE = 0.25
@@ -89,8 +90,13 @@ def test_it_is_sghmc_on_the_collapsed_prior() -> None:
 
 def test_stale_indicators_miss_the_target() -> None:
     """What the E-step at every step is for: with that of the first step alone, the law is another."""
-    kernel = SGHMCEM(copies(0.45, "normal"), step_size=0.06, friction=0.2, thinning=300)
-    kernel._expect = lambda rate: None  # type: ignore[method-assign]
+
+    class Stale(SGHMCEM):
+        def expect(self, rate: float) -> None:
+            if self.steps == 0:
+                super().expect(rate)
+
+    kernel = Stale(copies(0.45, "normal"), step_size=0.06, friction=0.2, thinning=300)
     w = run(kernel, 1, 1)["w"][-1].numpy()
     assert stats.kstest(w, cdf(0.45, "normal", False)).pvalue < 1e-6
 
@@ -106,9 +112,13 @@ def test_the_target_does_not_depend_on_how_warm_up_averaged() -> None:
 def test_the_target_on_what_is_left(precondition: Any) -> None:
     """After removals the others have the collapsed posterior, and those that were removed are zero."""
     kernel = SGHMCEM(
-        *(copies(0.45, "normal", 6000),),
-        **{"step_size": 0.03, "friction": 0.1, "thinning": 800, "prune": MagnitudeRule(0.5), "prune_start": 0},
-        **{"preconditioner": precondition},
+        copies(0.45, "normal", 6000),
+        step_size=0.03,
+        friction=0.1,
+        thinning=800,
+        prune=MagnitudeRule(0.5),
+        prune_start=0,
+        preconditioner=precondition,
     )
     w = run(kernel, 1, 1)["w"][-1].numpy()
     assert (w == 0).sum() == 3000
@@ -127,7 +137,25 @@ def test_the_inclusion_rule_uses_the_posterior_probability() -> None:
         kernel = SGHMCEM(copies(y, "normal", 200), step_size=0.05, friction=0.1, prune="inclusion", thinning=2000)
         run(kernel, 2, 1)
         assert kernel.diagnostics()["w: kept"] == pytest.approx(stays, abs=0.03)
-        torch.testing.assert_close(kernel._sites[0].probability.mean(), torch.tensor(exact), atol=0.02, rtol=0)
+        torch.testing.assert_close(kernel.sites[0].probability.mean(), torch.tensor(exact), atol=0.02, rtol=0)
+
+
+def test_inclusion_is_the_mean_over_the_pruning_phase() -> None:
+    """Proves that the probability that the rule sees is the plain mean of the E-steps from prune_start on, each found
+    by hand from the weights before its step."""
+    kernel = SGHMCEM(
+        copies(0.45, "normal", 5), step_size=0.05, friction=0.3, prune=InclusionRule(1e-9), prune_start=4, em_every=2
+    )
+    torch.manual_seed(0)
+    kernel.setup(20)
+    params, found = kernel.initial_params, []
+    for step in range(13):
+        if step >= 4 and step % 2 == 0:
+            slab, narrow = 0.4 * stats.norm(0, 1).pdf(params["w"]), 0.6 * stats.norm(0, 0.15).pdf(params["w"])
+            found.append(slab / (slab + narrow))
+        params = kernel.sample(params)
+    assert len(found) == 5
+    np.testing.assert_allclose(kernel.sites[0].probability, np.mean(found, 0), rtol=1e-9)
 
 
 def test_float32_with_a_very_narrow_spike() -> None:
@@ -201,7 +229,7 @@ def test_at_temperature_zero_it_is_emvs(scale: dist.InverseGamma | None) -> None
 def test_the_m_step_maximises_the_expected_log_posterior(spike: Any, group: Any, prune: Any) -> None:
     """SciPy finds the same rate and scale on E[log p(w, indicators, theta, sigma^2)], written out here.
 
-    Groups that were removed are known to be out of the slab, and their weights say nothing of the scale.
+    SiteGroups that were removed are known to be out of the slab, and their weights say nothing of the scale.
     """
     torch.manual_seed(0)
     like = torch.zeros(7, 9, dtype=torch.float64)
@@ -219,7 +247,7 @@ def test_the_m_step_maximises_the_expected_log_posterior(spike: Any, group: Any,
     params = kernel.sample({"w": w} | {k: v for k, v in kernel.initial_params.items() if k != "w"})
     for _ in range(5):  # the second removal comes after the M-step of the fifth
         params = kernel.sample(params)
-    (site,) = kernel._sites
+    (site,) = kernel.sites
     p, kept = site.included.numpy(), site.kept.numpy()
     assert prune is None or (not kept.all() and (p[~kept] == 0).all() and (p[kept] > 0).all())
     axis = () if group == "weight" else (0,)
@@ -269,8 +297,8 @@ def test_stochastic_approximation_averages() -> None:
             p += (odds / (1 + odds) - p) / (t + 2)
             share += ((p.sum() + 1) / (12 + 5) - share) / (t + 2)
         params = kernel.sample(params)
-        np.testing.assert_allclose(kernel._sites[0].included.numpy(), p, rtol=1e-9)
-        assert float(kernel._sites[0].share) == pytest.approx(share, rel=1e-9)
+        np.testing.assert_allclose(kernel.sites[0].included.numpy(), p, rtol=1e-9)
+        assert float(kernel.sites[0].share) == pytest.approx(share, rel=1e-9)
 
 
 def test_rates_and_masks_are_frozen_after_warm_up() -> None:
@@ -301,10 +329,10 @@ def test_pruning_waits_for_half_of_warm_up() -> None:
 # ----------------------------------------------------------------------------------------------- the rules
 
 
-def groups(w: Tensor, included: Tensor, group: Any = "weight") -> Groups:
+def groups(w: Tensor, included: Tensor, group: Any = "weight") -> SiteGroups:
     density = SpikeAndSlab(0.1, 1.0, inclusion=0.5, group=group).elements(0.0, w, None)
     assert isinstance(density, SpikeAndSlabDistribution)
-    return Groups(density, w, included, torch.ones_like(included, dtype=torch.bool), included)
+    return SiteGroups(density, w, included, torch.ones_like(included, dtype=torch.bool), included)
 
 
 def test_the_inclusion_rule_keeps_the_median_probability_model() -> None:
@@ -325,27 +353,27 @@ def test_the_magnitude_rule_counts_weights_over_all_sites() -> None:
     assert stays[0].tolist() == [[False, True], [False, True]] and stays[1].tolist() == [False, True, True]
     assert rule.share(1.0) == 0.5 and rule.share(0.2) == pytest.approx(0.5 * (1 - 0.99**100)) and rule.share(0) == 0
     both = [
-        Groups(s.density, s.weights.expand(2, *s.weights.shape), s.included, s.kept, s.included)
+        SiteGroups(s.density, s.weights.expand(2, *s.weights.shape), s.included, s.kept, s.included)
         for s in (single, columns)
     ]
     for with_chains, alone in zip(rule(both, 1.0), stays, strict=True):
         assert torch.equal(with_chains, alone.expand(2, *alone.shape))
 
 
-def test_the_rule_of_the_paper() -> None:
+def test_the_rule_of_ke_and_fan() -> None:
     """Columns by mean square; of convolutions whole channels by their range, also of one constant value."""
     matrix = groups(torch.tensor([[0.01, 0.2], [0.01, 0.0]]), torch.ones(2), "input")
     w = torch.ones(3, 2, 2, 2)
     w[0] = torch.randn(2, 2, 2)
     w[1, 1, 0, 0] = 7.0
     conv = groups(w, torch.ones(3, 2), "kernel")
-    stays = PaperRule(1e-3)([matrix, conv], 0.0)
+    stays = KeFanRule(1e-3)([matrix, conv], 0.0)
     assert stays[0].tolist() == [False, True]
     assert stays[1].tolist() == [[True, True], [True, True], [False, False]]
     w = torch.randn(3, 2, 2, 2)
     w[:, 1] = 0.5
-    assert PaperRule(1e-3)([groups(w, torch.ones(3, 2), "kernel")], 0.0)[0].tolist() == [[True, False]] * 3
-    assert PaperRule(1e-3)([groups(w, torch.ones(3), "output")], 0.0)[0].tolist() == [True] * 3
+    assert KeFanRule(1e-3)([groups(w, torch.ones(3, 2), "kernel")], 0.0)[0].tolist() == [[True, False]] * 3
+    assert KeFanRule(1e-3)([groups(w, torch.ones(3), "output")], 0.0)[0].tolist() == [True] * 3
 
 
 @pytest.mark.parametrize(
@@ -353,7 +381,7 @@ def test_the_rule_of_the_paper() -> None:
     [
         (lambda: InclusionRule(0.0), "between 0 and 1"),
         (lambda: MagnitudeRule(1.0), "between 0 and 1"),
-        (lambda: PaperRule(-1.0), "positive"),
+        (lambda: KeFanRule(-1.0), "positive"),
         (lambda: pb.inference.pruning.rule("random"), "'inclusion'"),
     ],
 )
@@ -362,10 +390,10 @@ def test_bad_rules(make: Any, said: str) -> None:
         make()
 
 
-# ------------------------------------------------------------------------------------------- the paper's mode
+# ------------------------------------------------------------------------------------- the update of Ke and Fan
 
 
-def by_the_paper(
+def by_the_released_code(
     x: Tensor,
     y: Tensor,
     w: Tensor,
@@ -398,7 +426,7 @@ def by_the_paper(
     return w
 
 
-def test_the_papers_mode_is_its_update_step_by_step() -> None:
+def test_ke_fan_is_the_released_update_step_by_step() -> None:
     x, y = regression()
     model = pb.models.Dense(
         nn.Linear(12, 1, bias=False).double(),
@@ -408,32 +436,33 @@ def test_the_papers_mode_is_its_update_step_by_step() -> None:
     )
     start = torch.linspace(-0.6, 0.6, 12, dtype=torch.float64)
     order = torch.randperm(60, generator=torch.Generator().manual_seed(1)).split(30) * 6
-    loader = [(x[i], y[i, None]) for i in order]
-
-    class Fixed:
-        rows, take = staticmethod(lambda: iter(loader)), staticmethod(lambda *batch: batch)
-        steps, size, first, shuffled = 2, 60, loader[0], True
-
-    kernel = SGHMCEM(
-        *(model, (x, y[:, None])),
-        **{"step_size": 0.2, "friction": 0.9, "temperature": 0.8, "mode": "paper", "em_start": 4, "thinning": 12},
-        **{"prune": PaperRule(0.01), "batch_size": 30},
+    batches = DataLoader(TensorDataset(x, y[:, None]), batch_sampler=order, generator=torch.Generator())  # type: ignore[arg-type]
+    kernel = KeFanSGHMC(
+        model,
+        batches,
+        step_size=0.2,
+        friction=0.9,
+        temperature=0.8,
+        em_start=4,
+        em_every=2,
+        prune=KeFanRule(0.01),
+        prune_every=2,
+        thinning=12,
     )
     kernel.setup(0)
-    kernel._batches = Fixed()  # type: ignore[assignment]
     torch.manual_seed(7)
     kernel.theta.normal_()  # what the kernel draws before its state begins: the momentum of the invariant mode
     ours = kernel.sample({"weight": start.reshape(1, 1, 1, 12)})["weight"].reshape(12)
     torch.manual_seed(7)
     torch.randn(12, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
-    expected = by_the_paper(x, y, start, list(order), 0.2, 0.9, 0.8, (0.01, 1.0), 0.01)
+    expected = by_the_released_code(x, y, start, list(order), 0.2, 0.9, 0.8, (0.01, 1.0), 0.01)
     torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11)
     assert not any("temperature" in name for name in kernel.diagnostics())  # it has none
     assert 0 < int((expected == 0).sum()) < 12 and kernel.steps == 12
 
 
 @pytest.mark.parametrize(("step_size", "curvature"), [(0.3, 1.5), (0.5, 3.0), (0.3, 8.0)])
-def test_the_papers_mode_has_its_own_variance(step_size: float, curvature: float) -> None:
+def test_ke_fan_has_its_own_variance(step_size: float, curvature: float) -> None:
     """(1 + b) tau^2 s^2 / [(1 - b) k (2 (1 + b) - k)] with k = C^2 a tau and s^2 = (2 + 2 b^2) C^3 T / N."""
     beta, count = 0.1, 4000
 
@@ -442,9 +471,9 @@ def test_the_papers_mode_has_its_own_variance(step_size: float, curvature: float
         w = pyro.sample("w", SpikeAndSlab(1e-3, 1.0, inclusion=0.5).elements(0.0, like, None))
         pyro.sample("y", dist.Normal(w, (curvature - 1) ** -0.5).to_event(1), obs=like)
 
-    kernel = SGHMCEM(model, step_size=step_size, friction=1 - beta, mode="paper", soft_threshold=1e-30, thinning=400)
+    kernel = KeFanSGHMC(model, step_size=step_size, friction=1 - beta, soft_threshold=1e-30, thinning=400)
     w = run(kernel, 0, 1)["w"][-1]
-    tau = kernel._root.square()  # type: ignore[union-attr]
+    tau = kernel.preconditioner_scale
     kappa, noise = step_size**2 * curvature * tau, (2 + 2 * beta**2) * step_size**3
     expected = (1 + beta) * tau**2 * noise / ((1 - beta) * kappa * (2 * (1 + beta) - kappa))
     assert float((w.square() / expected).mean()) == pytest.approx(1, abs=4 * math.sqrt(2 / count))
@@ -517,9 +546,14 @@ def test_a_diverged_chain_starts_again() -> None:
     """Indicators, rates and masks are those of the last good state, and nothing was removed for being NaN."""
     x, y = regression()
     kernel = SGHMCEM(
-        *(linear(x, y, SpikeAndSlab(0.1, 1.0, inclusion=dist.Beta(2.0, 5.0))),),
-        **{"step_size": 0.02, "friction": 0.1, "prune": PaperRule(1e-12), "prune_start": 0, "prune_every": 7},
-        **{"thinning": 50, "preconditioner": "rmsprop"},
+        linear(x, y, SpikeAndSlab(0.1, 1.0, inclusion=dist.Beta(2.0, 5.0))),
+        step_size=0.02,
+        friction=0.1,
+        prune=KeFanRule(1e-12),
+        prune_start=0,
+        prune_every=7,
+        thinning=50,
+        preconditioner="rmsprop",
     )
     kernel.setup(10)
     params = kernel.sample(kernel.initial_params)
@@ -533,7 +567,7 @@ def test_a_diverged_chain_starts_again() -> None:
     unconstrained = {name: kernel.potential.transforms[name].inv(value) for name, value in good.items()}
     params = kernel.sample(unconstrained)
     assert torch.isfinite(params["w"]).all() and kernel.diagnostics()["w: kept"] == 1
-    assert torch.isfinite(kernel._sites[0].included).all()
+    assert torch.isfinite(kernel.sites[0].included).all()
 
 
 def test_a_rate_that_is_left_out_of_the_start() -> None:
@@ -604,22 +638,18 @@ def flat_rate() -> None:
         (lambda: pyro.sample("z", dist.Normal(0.0, 1.0)), {}, "no spike-and-slab site"),
         (shared_rate, {}, "'w_inclusion'"),
         (plated, {}, "one weight a site"),
-        (laplace, {"mode": "paper"}, "Normal spikes"),
         (flat_rate, {}, "no mode"),
         (scaled, {}, "scaled or masked"),
         (rate_used_twice, {}, "'b' depends on 'w_inclusion'"),
         (other_rate, {}, "'w_inclusion'"),
         (scale_itself, {}, "root of an InverseGamma"),
         (laplace, {"prune": "inclusion", "prune_start": 10}, "after warm-up"),
-        (laplace, {"mode": "paper", "prune": "paper"}, "from the first step"),
         (laplace, {"rate": lambda t: 3.0}, "at step 0"),
-        (shared_rate, {"mode": "exact"}, "'invariant' or 'paper'"),
-        (shared_rate, {"mode": "paper", "e_step": "soft"}, "hard one"),
-        (shared_rate, {"mode": "paper", "preconditioner": "rmsprop"}, "its own"),
+        (shared_rate, {"e_step": "exact"}, "'soft' or 'hard'"),
         (shared_rate, {"soft_threshold": 0.1}, "e_step='hard'"),
         (shared_rate, {"rate": 0.0}, r"\(0, 1\]"),
         (shared_rate, {"em_every": 0}, "at least 1"),
-        (shared_rate, {"prune": "largest"}, "magnitude schedule"),
+        (shared_rate, {"prune": "largest"}, "magnitude_schedule"),
         (laplace, {"em_start": 11}, "after warm-up"),
     ],
 )
@@ -628,3 +658,24 @@ def test_bad_input(model: Any, options: dict[str, Any], said: str) -> None:
         kernel = SGHMCEM(model, step_size=0.1, friction=0.1, **options)
         kernel.setup(10)
         kernel.sample(kernel.initial_params)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "said"),
+    [
+        (laplace, {}, "Normal spikes"),
+        (laplace, {"prune": "ke_fan"}, "from the first step"),
+        (shared_rate, {"preconditioner": "rmsprop"}, "its own"),
+        (shared_rate, {"soft_threshold": 0.0}, "a positive number"),
+        (shared_rate, {"em_every": 0}, "at least 1"),
+    ],
+)
+def test_bad_input_of_ke_fan(model: Any, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        KeFanSGHMC(model, step_size=0.1, friction=0.1, **options).setup(10)
+
+
+def test_ke_fan_has_no_soft_e_step() -> None:
+    """Proves that what the released update does not have is not taken in silence."""
+    with pytest.raises(TypeError, match="e_step"):
+        KeFanSGHMC(laplace, step_size=0.1, friction=0.1, e_step="soft")

@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -20,6 +21,10 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 import pyro_bnn as pb
 from pyro_bnn.inference import SGHMC, SGLD, sample
 from pyro_bnn.inference.batches import minibatches
+from pyro_bnn.inference.potential import Potential
+from pyro_bnn.inference.sgmcmc.gradient import Gradient
+from pyro_bnn.inference.sgmcmc.sghmc import sghmc_step
+from pyro_bnn.inference.sgmcmc.streams import Streams
 from pyro_bnn.models import Dense, Rank1
 
 CURVATURES = torch.tensor([0.3, 1.0, 2.5], dtype=torch.float64)
@@ -190,13 +195,13 @@ def test_minibatches_heat_by_what_is_reported(own: bool) -> None:
     if own:
         kernel = SGHMC(problem.subsampling, num_data=200, **options)
         kernel.setup(0)
-        kernel._begin_at(kernel.initial_params)
+        kernel.begin_at(kernel.initial_params)
     else:
         rows = TensorDataset(problem.x, problem.y)
         independent = BatchSampler(RandomSampler(rows, replacement=True, num_samples=4000), 20, drop_last=True)
         kernel = SGHMC(problem, DataLoader(rows, sampler=independent, batch_size=None), **options)
         kernel.setup(0)
-        kernel._begin_at({"b": problem.mean})
+        kernel.begin_at({"b": problem.mean})
     torch.manual_seed(0)
     kernel.theta.copy_(problem.mean)
     heating = kernel.gradient_noise(400)["heating"]
@@ -210,13 +215,34 @@ def test_minibatches_heat_by_what_is_reported(own: bool) -> None:
     assert float(ratio.mean()) == pytest.approx(heating, rel=0.15 if own else 0.1)
 
 
+def test_the_variance_of_minibatch_gradients_is_the_unbiased_one() -> None:
+    """Proves that gradient_noise() reports the sample variance of mean-loss gradients with divisor n - 1, which NumPy
+    finds from the same batches, and the factor of heating that follows from it."""
+    problem = Regression()
+    batches = torch.arange(200).split(20)
+    rows = TensorDataset(problem.x, problem.y)
+    kernel = SGHMC(problem, DataLoader(rows, batch_sampler=batches), step_size=0.12, friction=0.3, temperature=0.5)  # type: ignore[arg-type]
+    kernel.setup(0)
+    kernel.begin_at({"b": torch.ones(3, dtype=torch.float64)})
+    gradients = np.stack(
+        [
+            (np.ones(3) + 10 * x.T @ (x @ np.ones(3) - y) / 0.64) / 200
+            for x, y in ((problem.x[i].numpy(), problem.y[i].numpy()) for i in batches[:3])
+        ]
+    )
+    found = kernel.gradient_noise(3)
+    variance = gradients.var(0, ddof=1).mean()
+    assert found["variance"] == pytest.approx(variance, rel=1e-9)
+    assert found["heating"] == pytest.approx(1 + 0.12**2 * 200 * variance / (2 * 0.3 * 0.5), rel=1e-9)
+
+
 def test_passes_without_replacement_heat_less_than_is_reported() -> None:
     """Proves at B = N / 10 that the batches of a pass make up for each other: the variance lies between that of exact
     gradients and the reported one, and nearer to the former."""
     problem = Regression()
     kernel = SGHMC(problem, (problem.x, problem.y), step_size=0.12, friction=0.3, thinning=20, batch_size=20)
     kernel.setup(0)
-    kernel._begin_at({"b": problem.mean})
+    kernel.begin_at({"b": problem.mean})
     heating = kernel.gradient_noise(400)["heating"]
     kernel.cleanup()
     posterior = sample(kernel, 250, 50, num_chains=16, seed=0, progress=False)
@@ -256,11 +282,11 @@ def test_a_preconditioner_adapts_in_warm_up_alone() -> None:
     params = kernel.initial_params
     for _ in range(10):
         params = kernel.sample(params)
-    frozen = kernel._root.clone()  # type: ignore[union-attr]
+    frozen = kernel.preconditioner_scale
     flat, steep = (frozen.reshape(50, 3)[:, i].mean() for i in (0, 2))
-    assert flat > 1.2 * steep
+    assert flat > 1.44 * steep
     kernel.sample(params)
-    assert torch.equal(kernel._root, frozen)  # type: ignore[arg-type]
+    assert torch.equal(kernel.preconditioner_scale, frozen)
 
 
 def test_cycles_end_at_the_smallest_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,6 +300,31 @@ def test_cycles_end_at_the_smallest_step(monkeypatch: pytest.MonkeyPatch) -> Non
     params = kernel.sample({"z": torch.ones(1, 3, dtype=torch.float64)})
     params = kernel.sample(params)
     torch.testing.assert_close(params["z"], z)
+
+
+def test_a_step_by_hand() -> None:
+    """Proves the two lines of the update with preconditioner, noise and mask, in NumPy."""
+    theta, momentum, grad, xi = (np.random.default_rng(i).standard_normal(5) for i in range(4))
+    root, mask = np.linspace(0.5, 1.5, 5), np.array([1.0, 1, 0, 1, 0])
+    u = mask * (0.7 * momentum - 0.2 * root * grad + np.sqrt(2 * 0.3 * 0.5) * xi)
+    ours, ours_u = torch.tensor(theta), torch.tensor(momentum)
+
+    def add_noise(buffer: Tensor, size: float) -> None:
+        buffer.add_(torch.tensor(xi), alpha=size)
+
+    sghmc_step(
+        ours,
+        ours_u,
+        torch.tensor(grad),
+        add_noise,
+        scale=0.2,
+        friction=0.3,
+        temperature=0.5,
+        root=torch.tensor(root),
+        mask=torch.tensor(mask),
+    )
+    np.testing.assert_allclose(ours_u, u, rtol=1e-12)
+    np.testing.assert_allclose(ours, theta + 0.2 * root * u, rtol=1e-12)
 
 
 def test_langevin_dynamics_is_friction_one() -> None:
@@ -343,7 +394,8 @@ def test_the_recorded_gradient_is_the_gradient() -> None:
         runs = [
             sample(
                 SGHMC(model, (x, y), step_size=0.05, friction=0.1, batch_size=16, capture=capture, thinning=3),
-                *(5, 2),
+                5,
+                2,
                 num_chains=chains,
                 seed=0,
                 progress=False,
@@ -357,19 +409,18 @@ def test_the_recorded_gradient_is_the_gradient() -> None:
 def test_every_chain_goes_through_the_data_on_its_own() -> None:
     """Proves that each chain sees every sample once a pass, in an order of its own; a loader that cannot is refused."""
     x = torch.arange(12.0)[:, None]
-    kernel = SGHMC(Dense(nn.Linear(1, 1), pb.likelihoods.Gaussian(1.0), 12), (x, x), step_size=0.1, friction=0.1)
-    kernel.chains, kernel.batch_size = 3, 4
+    model = Dense(nn.Linear(1, 1), pb.likelihoods.Gaussian(1.0), 12)
+    streams = Streams(model, (x, x), batch_size=4, chains=3)
     torch.manual_seed(0)
-    kernel.setup(0)
     for _ in range(2):
-        seen = torch.cat([kernel._next()[0].squeeze(-1) for _ in range(3)], 1)
+        seen = torch.cat([streams.next()[0].squeeze(-1) for _ in range(3)], 1)
         assert torch.equal(seen.sort(1).values, torch.arange(12.0).expand(3, 12))
         assert len({tuple(order) for order in seen.tolist()}) == 3
     loader = DataLoader(TensorDataset(x, x), num_workers=1, persistent_workers=True)
-    kernel = SGHMC(kernel.model, loader, step_size=0.1, friction=0.1)
-    kernel.chains = 3
     with pytest.raises(ValueError, match="persistent_workers=False"):
-        kernel.setup(0)
+        Streams(model, loader, chains=3)
+    with pytest.raises(ValueError, match="persistent_workers=False"):
+        sample(SGHMC(model, loader, step_size=0.1, friction=0.1), 2, num_chains=3, progress=False)
 
 
 @pytest.mark.filterwarnings("error")
@@ -487,7 +538,7 @@ def test_batches_that_are_not_tensors_are_never_recorded() -> None:
     kernel = SGHMC(lambda x, y: problem(x.x, y), loader, step_size=0.05, friction=0.3, thinning=10)
     b = sample(kernel, 150, 20, seed=0, progress=False).draws(150)["b"][:, 0]
     assert ((b.mean(0) - problem.mean).abs() < problem.covariance.diagonal().sqrt()).all()
-    assert not kernel._gradient._graphs
+    assert kernel.gradient.num_graphs == 0
 
 
 def test_a_model_that_changes_is_noticed() -> None:
@@ -695,12 +746,11 @@ def test_a_recording_of_a_model_that_writes_into_a_buffer() -> None:
         buffer[1:3] = w[1:3].square()
         pyro.factor("f", -buffer.sum())
 
-    kernel = SGHMC(model, step_size=0.1, friction=0.5, capture=True)
-    kernel.setup(0)
-    kernel._begin_at({"w": torch.arange(6.0).double()})
+    gradient = Gradient(Potential(model), {}, None, False, True)
+    gradient.theta.copy_(torch.arange(6.0))
     for _ in range(3):
-        gradient = kernel._force()
-        expected = kernel.theta.clone()
-        expected[1:3] += 2 * kernel.theta[1:3]
-        torch.testing.assert_close(gradient, expected)
-        kernel.theta.add_(1.0)
+        expected = gradient.theta.clone()
+        expected[1:3] += 2 * gradient.theta[1:3]
+        torch.testing.assert_close(gradient(), expected)
+        gradient.theta.add_(1.0)
+    assert gradient.num_graphs == 1

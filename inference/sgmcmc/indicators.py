@@ -13,7 +13,7 @@ from torch.distributions import TransformedDistribution
 from torch.distributions.transforms import PowerTransform
 
 from pyro_bnn.inference.potential import Potential
-from pyro_bnn.inference.sgmcmc.pruning import Groups
+from pyro_bnn.inference.sgmcmc.pruning import SiteGroups
 from pyro_bnn.priors import SpikeAndSlabDistribution
 from pyro_bnn.randomness import device_of, forked
 
@@ -21,9 +21,10 @@ Densities = dict[str, SpikeAndSlabDistribution]
 
 
 @dataclass
-class Mixture(Groups):
-    """A spike-and-slab site with what is maximised over.
+class SpikeAndSlabState(SiteGroups):
+    """A spike-and-slab site as a chain goes on: its groups, with what is maximised over.
 
+    :param name: of the site.
     :param share: theta, ``[*lead]``.
     :param scale: sigma, ``[*lead]``; ``None`` for 1.
     :param share_prior, scale_prior: (a, b) and (c, r), where the model has such sites.
@@ -36,10 +37,14 @@ class Mixture(Groups):
     scale_prior: tuple[float, float] | None
 
     def renew(self) -> None:
+        """Gives the density the present rate and scale."""
         self.density = self.density.at(self.share, self.scale)
 
     def expect(self, rate: float, hard: bool, threshold: float | None) -> None:
-        """The E-step; ``hard`` takes the likelier component, or the slab from a mean square of ``threshold`` on."""
+        """The E-step: ``p <- (1 - rate) p + rate P(slab | weights)``, in ``included``.
+
+        ``hard`` takes the likelier component, or the slab from a mean square of ``threshold`` on.
+        """
         if threshold is not None:
             found = self.density.mean_square(self.weights) >= threshold
         else:
@@ -51,7 +56,7 @@ class Mixture(Groups):
             self.included.lerp_(found.to(self.included), rate)
 
     def maximise(self, rate: float) -> None:
-        """The M-step."""
+        """The M-step of :mod:`pyro_bnn.inference.sgmcmc.em`, by the share ``rate`` of the way."""
         over = tuple(range(-len(self.density.groups), 0))
         if self.share_prior is not None:
             a, b = self.share_prior
@@ -87,7 +92,7 @@ def find_sites(
     for name, density in found.items():
         if density.batch_shape.numel() != 1:
             raise ValueError(
-                f"the spike-and-slab site {name!r} lies in plates of {tuple(density.batch_shape)}: SGHMCEM takes "
+                f"the spike-and-slab site {name!r} lies in plates of {tuple(density.batch_shape)}: this kernel takes "
                 "one weight a site. Give each its own name, or use SGHMC"
             )
         if nodes[name]["mask"] is not None or float(nodes[name]["scale"]) != 1:
@@ -101,7 +106,7 @@ def find_sites(
                 held[site] = nodes[site]["value"]
             elif own is not None and not torch.equal(own, other):
                 raise ValueError(
-                    f"the {what} of {name!r} depends on another latent site, while SGHMCEM maximises over a site "
+                    f"the {what} of {name!r} depends on another latent site, while this kernel maximises over a site "
                     f"named {site!r} that is its value: name it so, or use SGHMC, which samples it"
                 )
     _require_alone(potential, found, nodes, {site: again[site]["value"] for site in held}, args, kwargs)
@@ -125,12 +130,14 @@ def _require_alone(
     for name, value in densities[0].items():
         if name not in found and name not in other and not _alike(value, densities[1][name]):
             raise ValueError(
-                f"the site {name!r} depends on {', '.join(map(repr, other))}, over which SGHMCEM maximises for the "
+                f"the site {name!r} depends on {', '.join(map(repr, other))}, over which this kernel maximises for the "
                 "spike-and-slab weights alone: use SGHMC, which samples it"
             )
 
 
-def mixture(name: str, density: SpikeAndSlabDistribution, hyper: dict[str, Any], weights: Tensor) -> Mixture:
+def spike_and_slab_state(
+    name: str, density: SpikeAndSlabDistribution, hyper: dict[str, Any], weights: Tensor
+) -> SpikeAndSlabState:
     """The site as a chain begins: all groups in the slab, rate and scale at typical values of their priors.
 
     :param hyper: priors of rates and scales, by site.
@@ -155,8 +162,18 @@ def mixture(name: str, density: SpikeAndSlabDistribution, hyper: dict[str, Any],
         scale_prior = _numbers(prior, InverseGamma, "concentration", "rate", name=f"{name}_tau")
         scale.fill_(math.sqrt(scale_prior[1] / scale_prior[0]))
     ones = density.inclusion.new_ones(lead + density.groups)
-    state = (density, weights, ones, ones.bool(), torch.zeros_like(ones))
-    site = Mixture(*state, name, share, scale, share_prior, scale_prior)
+    site = SpikeAndSlabState(
+        density=density,
+        weights=weights,
+        included=ones,
+        kept=ones.bool(),
+        probability=torch.zeros_like(ones),
+        name=name,
+        share=share,
+        scale=scale,
+        share_prior=share_prior,
+        scale_prior=scale_prior,
+    )
     site.renew()
     return site
 
@@ -180,6 +197,8 @@ def _numbers(prior: Any, family: Any, *names: str, name: str) -> tuple[float, fl
     """The two parameters of a distribution that belongs to the family."""
     base = _innermost(prior, family)
     if not isinstance(base, family):
-        raise ValueError(f"the prior of {name!r} is {type(base).__name__}: SGHMCEM maximises under {family.__name__}")
+        raise ValueError(
+            f"the prior of {name!r} is {type(base).__name__}: this kernel maximises under {family.__name__}"
+        )
     first, second = (float(getattr(base, n).reshape(-1)[0]) for n in names)
     return first, second

@@ -1,0 +1,263 @@
+"""What kernels that step on minibatches share: the contract of Pyro's runner, the data, and the watch for divergence."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
+from torch import Tensor, nn
+
+from pyro_bnn.inference.potential import Potential
+from pyro_bnn.inference.sgmcmc.gradient import Gradient
+from pyro_bnn.inference.sgmcmc.streams import Streams
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.posterior.statistics import averaging
+
+#: minibatches over which the statistics of normalisation layers are averaged for a draw
+STATISTICS_BATCHES = 16
+
+
+class MinibatchKernel(MCMCKernel):
+    """A kernel for ``pyro.infer.MCMC`` and :func:`pyro_bnn.inference.sample` whose steps are those of a subclass.
+
+    A subclass defines :meth:`update`, one step from a gradient, and sets its own options before it calls this
+    constructor: attributes that exist then are what a copy in another process is built from.
+
+    A kernel that has been set up has ``theta``, the state as one buffer of unconstrained numbers, ``[dim]``, or
+    ``[chains, dim]`` for chains side by side; ``potential``, the energy U; ``gradient`` and ``streams``, which compute
+    its gradient and deal minibatches; ``num_data``, N; and the counts ``steps``, ``draws`` and ``warmup_draws``.
+
+    :param model, data, batch_size, num_data, thinning, check_every, capture: see :class:`~pyro_bnn.inference.SGHMC`.
+    """
+
+    theta: Tensor
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        data: Any = None,
+        *,
+        batch_size: int = 128,
+        num_data: int | None = None,
+        thinning: int = 1,
+        check_every: int = 100,
+        capture: bool | Literal["auto"] = "auto",
+    ) -> None:
+        for name, count in (("thinning", thinning), ("check_every", check_every)):
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name}={count!r}: expected a number of steps, at least 1")
+        if num_data is not None and num_data < 1:
+            raise ValueError(f"num_data={num_data!r}: expected the number of training samples, at least 1")
+        self.model, self.data = model, data
+        self.batch_size, self.thinning, self.check_every, self.capture = batch_size, thinning, check_every, capture
+        self._asked_num_data = num_data
+        self._users_start: dict[str, Tensor] | None = None
+        self.chains: int | None = None
+        super().__init__()
+        self._options = tuple(vars(self))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What the kernel was built with: a process that it is sent to sets it up again."""
+        return {
+            name: value for name, value in vars(self).items() if name in (*self._options, "_options", "save_params")
+        }
+
+    # ------------------------------------------------------------------------------------------ what a subclass has
+
+    def update(self, grad: Tensor, position: int) -> None:
+        """Moves ``theta``, in place.
+
+        :param grad: ``grad U`` at theta, ``[*chains, dim]``.
+        :param position: number of the step within the draw, from 0 to ``thinning - 1``.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define update()")
+
+    def force(self, *batch: Any) -> Tensor:
+        """``grad U`` at theta, ``[*chains, dim]``, in a buffer that the next call overwrites."""
+        return self.gradient(*batch)
+
+    def _make_potential(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Potential:
+        return Potential(self.model, *args, **kwargs)
+
+    def _state(self, theta: Tensor) -> dict[str, Tensor]:
+        """A draw, unconstrained, from the flat vector of its numbers."""
+        return self.potential.split(theta)
+
+    def _completed(self, given: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Where a chain starts that the user wants to start at ``given``, and otherwise would start at ``own``."""
+        return given
+
+    def _total_energy(self) -> Tensor:
+        """U at the last gradient, averaged over chains."""
+        return self.gradient.energy.mean()
+
+    def _remember(self) -> None:
+        """Keeps what belongs to a good state beside theta."""
+
+    def _recall(self) -> None:
+        """Takes back what a diverged state has left elsewhere, after theta has been put back."""
+
+    # ----------------------------------------------------------------------------------- the contract of a kernel
+
+    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+        """Forgets everything of an earlier chain. ``warmup_steps`` counts draws."""
+        modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
+        self._modes = [(module, module.training) for module in modules]
+        self.streams = Streams(self.model, self.data, batch_size=self.batch_size, arguments=args, chains=self.chains)
+        kwargs = {} if self.streams.own_batches else kwargs
+        self.num_data = self._find_num_data()
+        self.potential = self._make_potential(self.streams.first, kwargs)
+        self.transforms = {name: t.inv for name, t in self.potential.transforms.items()}  # as Pyro's runner has them
+        self.gradient = Gradient(self.potential, kwargs, self.chains, self.streams.own_batches, self.capture)
+        self.theta = self.gradient.theta
+        self.warmup_draws, self.draws, self.steps = warmup_steps, 0, 0
+        self._energy = self.theta.new_zeros(())
+        self._shown = math.nan
+        self._last: dict[str, Tensor] | None = None
+        self._set_up_update()
+        rows = [self.potential.start() for _ in range(self.chains or 1)]
+        self._good = torch.stack(rows) if self.chains else rows[0]
+
+    def _set_up_update(self) -> None:
+        """Makes the buffers of :meth:`update`."""
+
+    def _find_num_data(self) -> int:
+        if self._asked_num_data is not None:
+            return self._asked_num_data
+        if isinstance(self.model, BayesianNetwork) and self.model.num_data is not None:
+            return self.model.num_data
+        if self.streams.num_data is None:
+            raise ValueError(
+                "num_data is missing: the loader's data set has no length. Give num_data=, the number of training "
+                "samples, which scales the step and the noise"
+            )
+        return self.streams.num_data
+
+    def cleanup(self) -> None:
+        """Puts modules back into the modes they were in, and forgets where the user wanted to start."""
+        self._users_start = None
+        if hasattr(self, "streams"):
+            self.streams.close()
+        for module, training in getattr(self, "_modes", ()):
+            module.training = training
+
+    @property
+    def initial_params(self) -> dict[str, Tensor]:
+        """Where the chain starts, unconstrained: a network at its own weights, other latents at draws of the prior.
+
+        Of a chain that has moved, the last good state.
+        """
+        own = self._state(self._good.clone())
+        return own if self._users_start is None else self._completed(self._users_start, own)
+
+    @initial_params.setter
+    def initial_params(self, params: dict[str, Tensor]) -> None:
+        self._users_start = params
+
+    def begin_at(self, params: dict[str, Tensor]) -> None:
+        """Puts the chain at a state, with everything else as at its beginning. :meth:`sample` does it by itself.
+
+        :param params: ``{site: unconstrained [*chains, *shape]}``.
+        """
+        with torch.no_grad():
+            self.theta.copy_(self.potential.join(params))
+            self._good.copy_(self.theta)
+        self.gradient.energy = self.theta.new_zeros(())  # not that of a chain that diverged
+
+    def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The next draw, unconstrained."""
+        if params is not self._last:
+            self.begin_at(params)
+        for position in range(self.thinning):
+            self.step(position)
+        self.draws += 1
+        if self.draws > self.warmup_draws:
+            self._measure()
+        self._last = self._state(self.theta.clone())
+        return self._last
+
+    def step(self, position: int = 0) -> None:
+        """One step on the next minibatch. ``position`` is its number within the draw."""
+        batch = self.streams.next()
+        grad = self.force(*batch)
+        with torch.no_grad():
+            self.update(grad, position)
+        self.steps += 1
+        if self.steps % self.check_every == 0:
+            self.check()
+            self.gradient.verify(*batch)
+
+    @property
+    def is_warming_up(self) -> bool:
+        """Whether the draw that is being made is one of warm-up."""
+        return self.draws < self.warmup_draws
+
+    def _ends_a_kept_draw(self, position: int) -> bool:
+        return not self.is_warming_up and position == self.thinning - 1
+
+    def _measure(self) -> None:
+        """Adds a kept draw to the means that :meth:`diagnostics` reports."""
+        self._energy += self._total_energy()
+
+    def logging(self) -> OrderedDict[str, str]:
+        """U / N in nats at the last check for divergence: to show more would be to wait for the device."""
+        return OrderedDict([("U/N", f"{self._shown:.4f}")])
+
+    def diagnostics(self) -> dict[str, Any]:
+        """``steps``, and ``mean energy``: the mean of U in nats over kept draws."""
+        self.check()
+        return {"steps": self.steps, "mean energy": float(self._energy) / self._num_kept}
+
+    @property
+    def _num_kept(self) -> int:
+        return max(1, self.draws - self.warmup_draws)
+
+    # ------------------------------------------------------------------------------------------------- divergence
+
+    def check(self) -> None:
+        """Stops a chain that has diverged: at every ``check_every`` steps and at the end. This waits for the device.
+
+        :raises FloatingPointError: when the state or its energy is not finite.
+        """
+        energy = self.gradient.energy.expand(self.theta.shape[:-1])
+        finite = torch.isfinite(self.theta).all(-1) & torch.isfinite(energy)
+        if bool(finite.all()):
+            self._good.copy_(self.theta)
+            self._remember()
+            self._shown = float(energy.mean()) / self.num_data
+            return
+        bad = self.theta if self.chains is None else self.theta[~finite][0]
+        site = self.potential.offending_site(bad, *self.streams.single(), **self.gradient.kwargs)
+        with torch.no_grad():
+            self.theta.copy_(self._good)
+            self._recall()
+        self._last = None  # the next sample() begins afresh, with a momentum of its own
+        raise FloatingPointError(
+            f"the chain diverged within the {self.check_every} steps before step {self.steps}, first seen at the site "
+            f"{site!r}. The kernel is back at its last good state (kernel.last_good()). A smaller step_size or more "
+            "friction helps"
+        )
+
+    def last_good(self) -> dict[str, Tensor]:
+        """The last state that was checked and found finite, in the model's own units."""
+        return self.potential.constrain(self._state(self._good.clone()))
+
+    # ------------------------------------------------------------------------------------------------ normalisation
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Statistics of normalisation layers at the present weights, by name of the buffer; none for other networks.
+
+        Averages over ``STATISTICS_BATCHES`` minibatches, or all if there are fewer. What training has gathered lags
+        behind weights that move, and belongs to no draw.
+        """
+        layers = self.model.moving_layers() if isinstance(self.model, BayesianNetwork) else {}
+        if not layers:
+            return {}
+        with torch.no_grad(), averaging(layers.values()):
+            for _ in range(min(STATISTICS_BATCHES, self.streams.steps)):
+                self.potential(self.potential.split(self.theta), *self.streams.single(), **self.gradient.kwargs)
+        return {f"{n}.{name}": b.clone() for n, layer in layers.items() for name, b in layer.named_buffers()}

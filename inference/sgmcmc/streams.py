@@ -1,0 +1,106 @@
+"""What a kernel calls its model with at every step: minibatches of its data, or always the same arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
+
+from pyro_bnn.inference.batches import Minibatches, minibatches
+
+
+class Streams:
+    """One stream of minibatches for each chain: batches dealt from one would not be independent between chains.
+
+    :param model: what the batches are checked against, and whose device they come on.
+    :param data: a loader of (x, y), a dataset or the pair (x, y); ``None`` where ``arguments`` are all there is.
+    :param batch_size: for a dataset or a pair; a loader has its own.
+    :param arguments: what the model is called with when there are no data.
+    :param chains: number of chains side by side; ``None`` for one without that axis.
+    :raises ValueError: for several chains and a loader with persistent workers.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        data: Any,
+        *,
+        batch_size: int = 128,
+        arguments: tuple[Any, ...] = (),
+        chains: int | None = None,
+    ) -> None:
+        self.chains, self._arguments = chains, arguments
+        self._batches: Minibatches | None = None if data is None else minibatches(model, data, batch_size)
+        if chains and isinstance(data, DataLoader) and data.persistent_workers:
+            raise ValueError(
+                "every vectorised chain goes through the loader on its own, which persistent workers cannot serve: "
+                "persistent_workers=False, or one chain at a time"
+            )
+        self._passes: list[Iterator[tuple[Any, ...]]] = [iter(()) for _ in range(chains or 1)]
+
+    @property
+    def first(self) -> tuple[Any, ...]:
+        """A batch, or the arguments."""
+        return self._arguments if self._batches is None else self._batches.first
+
+    @property
+    def steps(self) -> int:
+        """Batches in one pass over the data; 1 without data."""
+        return 1 if self._batches is None else self._batches.steps
+
+    @property
+    def num_data(self) -> int | None:
+        """Number N of samples; 1 without data, ``None`` when the data do not tell."""
+        return 1 if self._batches is None else self._batches.size
+
+    @property
+    def own_batches(self) -> bool:
+        """Whether :meth:`next` gives minibatches, one for each chain, and not the arguments that all share."""
+        return self._batches is not None
+
+    def next(self) -> tuple[Any, ...]:
+        """The next minibatch; of several chains one for each, stacked on axis 0.
+
+        :raises ValueError: for several chains whose loader gives a shorter batch in an order that is not random.
+        """
+        if self.chains is None or self._batches is None:
+            return self.single()
+        each = [self._full_rows(self._batches, chain) for chain in range(self.chains)]
+        together = (
+            pytree.tree_map(lambda *leaves: torch.stack(leaves) if isinstance(leaves[0], Tensor) else leaves[0], *parts)
+            for parts in zip(*each, strict=True)
+        )
+        return self._batches.take(*together)
+
+    def single(self) -> tuple[Any, ...]:
+        """The next minibatch of the first chain alone."""
+        return self._arguments if self._batches is None else self._batches.take(*self._rows(self._batches, 0))
+
+    def close(self) -> None:
+        """Ends the passes that have begun, and with them the workers of a loader."""
+        self._passes = [iter(()) for _ in self._passes]
+
+    def _rows(self, batches: Minibatches, chain: int) -> tuple[Any, ...]:
+        while True:
+            for rows in self._passes[chain]:
+                return rows
+            self._passes[chain] = batches.rows()
+
+    def _full_rows(self, batches: Minibatches, chain: int) -> tuple[Any, ...]:
+        """Chains side by side need batches of one length; the shorter rest of a random order can be left out."""
+        while _length(batch := self._rows(batches, chain)) != _length(batches.first):
+            if not batches.shuffled:
+                raise ValueError(
+                    f"the loader gave a batch of {_length(batch)} samples after one of {_length(batches.first)}: "
+                    "vectorised chains need batches of one length. Build the loader with drop_last=True and "
+                    "shuffle=True, or run one chain at a time"
+                )
+        return batch
+
+
+def _length(batch: tuple[Any, ...]) -> int:
+    return next(len(t) for t in reversed(pytree.tree_leaves(batch)) if isinstance(t, Tensor) and t.dim())
