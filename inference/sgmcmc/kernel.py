@@ -1,4 +1,4 @@
-"""What kernels that step on minibatches share: the contract of Pyro's runner, the data, and the watch for divergence."""
+"""What kernels that step on minibatches share: the contract of Pyro's runner, data, and the watch for divergence."""
 
 from __future__ import annotations
 

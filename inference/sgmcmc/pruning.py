@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_bnn.priors import SpikeAndSlabDistribution
 from pyro_bnn.sparsity.inclusion import keep_highest
 
-__all__ = ["Groups", "InclusionRule", "MagnitudeRule", "PaperRule", "Rule"]
+__all__ = ["InclusionRule", "KeFanRule", "MagnitudeRule", "Rule", "SiteGroups"]
 
 
 @dataclass
