@@ -148,7 +148,7 @@ def build_optimizer(
     :raises TypeError: for anything else, or a function that returns no optimiser.
     """
     optim = default if optim is None else optim
-    rate = {} if lr is None else {"lr": lr}
+    rate: dict[str, Any] = {} if lr is None else {"lr": lr}
     if isinstance(optim, str):
         if optim not in _NAMED:
             raise ValueError(

@@ -113,7 +113,7 @@ class SGHMCEM(SpikeAndSlabKernel):
         since = self.steps - self.em_start
         if not self.is_warming_up:
             self.expect(1.0)
-        elif since >= 0 and since % self.em_every == 0:
+        elif since >= 0 and since % (self.em_every or 1) == 0:
             rate = self._rate_now()
             self.expect(rate)
             for site in self.sites:
