@@ -23,9 +23,9 @@ from pyro_bnn.command.data import Encoding, Task, load
 from pyro_bnn.command.options import Options
 from pyro_bnn.command.recipes import Fitted, Metrics, Trained, build_network
 from pyro_bnn.files import read_json, replacing, write_json
+from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS
 
 FORMAT = 1
-ARVIZ_DRAWS = 100
 ARVIZ_ROWS = 1000
 
 
@@ -116,14 +116,14 @@ def save(folder: Path, task: Task, options: Options, fitted: Fitted) -> None:
         (folder / stale).unlink(missing_ok=True)
     fitted.posterior.save(folder / "posterior")
     fitted.twin.posterior.save(folder / "deterministic")
+    source = fitted.posterior.draw_source
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # ArviZ announces its next release on import
         draws = pb.diagnostics.to_arviz(
             fitted.posterior,
             task.x_test[:ARVIZ_ROWS],
             task.y_test[:ARVIZ_ROWS],
-            num_samples=fitted.posterior.num_stored
-            or (1 if options.method == "bella" else math.ceil(ARVIZ_DRAWS / fitted.posterior.num_members)),
+            num_samples=source.count_all(None, math.ceil(POSTERIOR_DRAWS / source.num_members)),
             seed=options.seed,
         )
         with replacing(folder / "posterior.nc") as path:

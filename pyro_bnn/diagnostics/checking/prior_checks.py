@@ -12,14 +12,14 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_bnn.diagnostics.checking.findings import Finding
+from pyro_bnn.diagnostics.checking.findings import Finding, Findings
 from pyro_bnn.likelihoods import Bernoulli
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import frozen
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior import Posterior, Prediction
-from pyro_bnn.posterior.draw_source import MAX_ELEMENTS, in_groups
-from pyro_bnn.randomness import device_of, seeded
+from pyro_bnn.posterior.draw_source import MAX_ELEMENTS, PRIOR_DRAWS, in_groups
+from pyro_bnn.randomness import device_of, seeded, some_seed
 
 #: probability between the quantiles whose distance is the scale of a distribution
 CENTRAL = 0.9
@@ -30,7 +30,12 @@ FAR, NEAR = 3.0, 0.1
 
 
 def prior_predictive(
-    model: BayesianNetwork, x: Any, *, num_samples: int = 200, batch_size: int | None = None, seed: int = 0
+    model: BayesianNetwork,
+    x: Any,
+    *,
+    num_samples: int = PRIOR_DRAWS,
+    batch_size: int | None = None,
+    seed: int | None = None,
 ) -> Prediction:
     """What the prior predicts at x: the functions ``f = net(x; w)``, ``w ~ prior``, as a posterior's prediction.
 
@@ -51,7 +56,7 @@ def prior_predictive(
         )
     parts = []
     with frozen(model):
-        for draws in prior_draws(model, num_samples, seed):
+        for draws in prior_draws(model, num_samples, some_seed(seed)):
             group = Posterior.from_draws(model, draws)
             parts.append(group.predict(x, len(next(iter(draws.values()))), batch_size))
     noise = [part.noise for part in parts if part.noise is not None]
@@ -65,9 +70,9 @@ def prior_summary(
     x: Any,
     y: Tensor | None = None,
     *,
-    num_samples: int = 200,
+    num_samples: int = PRIOR_DRAWS,
     batch_size: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> dict[str, float]:
     """Numbers about the functions that a prior implies at x; those that overflow enter ``finite`` alone.
 
@@ -99,6 +104,7 @@ def prior_summary(
         )
     if (rows := count_rows(x, y)) < 2:
         raise ValueError(f"x has {rows} rows: how a function differs from row to row takes at least 2")
+    seed = some_seed(seed)
     everything = prior_predictive(model, x, num_samples=num_samples, batch_size=batch_size, seed=seed)
     finite = everything.per_member.isfinite().flatten(1).all(1) & everything.outputs.isfinite().flatten(1).all(1)
     numbers = {"finite": float(finite.double().mean())}
@@ -127,10 +133,10 @@ def check_prior(
     x: Any,
     y: Tensor | None = None,
     *,
-    num_samples: int = 200,
+    num_samples: int = PRIOR_DRAWS,
     batch_size: int | None = None,
-    seed: int = 0,
-) -> list[Finding]:
+    seed: int | None = None,
+) -> Findings:
     """Whether the functions that a prior implies at x are such as one can believe in before any data.
 
     The numbers are those of :func:`prior_summary`, and the bounds:
@@ -148,7 +154,7 @@ def check_prior(
     """
     settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
     numbers = prior_summary(model, x, y, **settings)
-    found = []
+    found = Findings()
     if (infinite := 1 - numbers["finite"]) > 0:
         found.append(
             Finding(
@@ -166,7 +172,7 @@ def check_prior(
 
 
 def prior_draws(
-    model: Callable[..., Any], n: int, seed: int = 0, *, example: Any = None
+    model: Callable[..., Any], n: int, seed: int | None = None, *, example: Any = None
 ) -> Iterator[dict[str, Tensor]]:
     """``{site: [group, 1, *event]}``: n draws of all latent sites from the prior, in groups of bounded size.
 

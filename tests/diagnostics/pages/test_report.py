@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import pyro_bnn as pb
 from pyro_bnn.diagnostics.checking.findings import Finding
 from pyro_bnn.diagnostics.pages.comparison import Candidate, best_of, comparison, differences, verdict
-from pyro_bnn.diagnostics.pages.glossary import MEASURES, Measure, measured
+from pyro_bnn.diagnostics.pages.glossary import METRIC_FORMATS, MetricFormat, formats_of
 from pyro_bnn.diagnostics.pages.report import report, summary
 from pyro_bnn.diagnostics.scoring.metrics import evaluate
 from pyro_bnn.diagnostics.scoring.scored import score
@@ -272,7 +272,7 @@ def test_paired_differences_are_those_worked_by_hand() -> None:
 )
 def test_best_value_is_found_in_its_direction(better: str, values: list[float | None], expected: float | None) -> None:
     """Proves that up, down and near a level are told apart, and that nothing is best where all are alike."""
-    assert best_of(Measure("m", better=better), values) == expected
+    assert best_of(MetricFormat("m", better=better), values) == expected
 
 
 def test_glossary_knows_every_metric_there_is() -> None:
@@ -280,11 +280,10 @@ def test_glossary_knows_every_metric_there_is() -> None:
     data = labelled()
     classes = evaluate(posterior_of(pb.likelihoods.Categorical(), 3), data, data[0] + 9, num_samples=2)
     numbers = evaluate(posterior_of(pb.likelihoods.Gaussian()), (data[0], data[0][:, 0]), num_samples=2)
-    assert classes.keys() | numbers.keys() <= MEASURES.keys()
-    assert [name for name, _ in measured({"x": 1, "nll": 2, "b": True, "none": None}, {"accuracy": 1.0})] == [
-        *("accuracy", "nll", "x"),
-    ]  # fmt: skip
-    assert MEASURES["trainable_parameters"].text(12345) == "12,345" and MEASURES["nll"].text(None) == "–"
+    assert classes.keys() | numbers.keys() <= METRIC_FORMATS.keys()
+    named = [name for name, _ in formats_of({"x": 1, "nll": 2, "b": True, "none": None}, {"accuracy": 1.0})]
+    assert named == ["accuracy", "nll", "x"]
+    assert METRIC_FORMATS["trainable_parameters"].text(12345) == "12,345" and METRIC_FORMATS["nll"].text(None) == "–"
 
 
 def test_comparison_shows_every_number_and_marks_the_best(tmp_path: Path) -> None:
@@ -305,7 +304,7 @@ def test_comparison_shows_every_number_and_marks_the_best(tmp_path: Path) -> Non
     assert len(reader.all("img")) == 5 and "one <1> " in words and "kind of one <1>" in reader.text
     for name in ("Reliability: one <1>", "Reliability: two", "Inputs from elsewhere: two", "higher is better"):
         assert name in reader.text
-    merits = [name for name, measure in measured(*metrics.values()) if measure.better]
+    merits = [name for name, shown in formats_of(*metrics.values()) if shown.better]
     assert 1 <= len(reader.all("strong")) <= 2 * len(merits)
     with pytest.raises(ValueError, match="at least two posteriors, got 1"):
         comparison({"one": candidates["two"]}, data, path=tmp_path / "d.html")

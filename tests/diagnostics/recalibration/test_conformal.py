@@ -85,6 +85,18 @@ def test_randomised_aps_takes_the_last_class_as_often_as_the_threshold_says() ->
         assert stats.binomtest(int(column.sum()), n, probability).pvalue > 1e-3
 
 
+def test_conformal_objects_say_their_level_rows_and_threshold() -> None:
+    """Proves that a console shows what was asked for and what came out."""
+    sets = ConformalSets(classifier(), labelled(60, 0), 0.8, score="lac", **ONE)
+    words = f"ConformalSets(level=0.8, score='lac', randomised=False, num_rows=60, threshold={sets.threshold:.4g})"
+    assert repr(sets) == words and sets.num_rows == 60
+    x = torch.randn(50, 1, generator=torch.Generator().manual_seed(0))
+    intervals = ConformalIntervals(regression(), (x, x[:, 0] + 1), **ONE)
+    assert repr(intervals) == f"ConformalIntervals(level=0.9, num_rows=50, threshold={intervals.threshold:.4g})"
+    several = repr(ConformalIntervals(regression(columns=2), (torch.cat((x, x), 1), torch.cat((x, x), 1)), **ONE))
+    assert several.count("threshold=[") == 1 and several.endswith("])")
+
+
 def test_probabilities_of_all_draws_and_members_are_averaged() -> None:
     weights, (x, y) = 2 * normal(3, 2, 3, 3), labelled(100, 0)
     probs = torch.einsum("skcd,nd->sknc", weights, x).softmax(-1).mean((0, 1))
