@@ -23,11 +23,14 @@ N = 12
 def fitted() -> tuple[pb.Posterior, Tensor, Tensor]:
     """Of two components with a wide spread, so that other draws give other numbers."""
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(N, 2, generator=generator), torch.randint(3, (N,), generator=generator)
+    x = torch.randn(N, 2, generator=generator)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = pb.models.Dense(nn.Linear(2, 3), pb.likelihoods.Categorical(), N)
+        net = nn.Linear(2, 3)
+        model = pb.models.Dense(net, pb.likelihoods.Categorical(), N)
         guide = pb.models.MeanFieldGuide(model, components=2, init_scale=0.5)
+    y = net(x).argmax(1)
+    y[::4] = (y[::4] + 1) % 3  # some are wrong, so that there is a best temperature
     return pb.Posterior(model, guide), x, y
 
 

@@ -94,7 +94,8 @@ def to_arviz(
     :param batch_size: the most rows of x in one forward pass.
     :param max_values: most numbers to store, over all groups. ``function``, ``inclusion`` and ``constant_data`` are
         left out, with a warning, when they do not fit; anything else that does not fit is an error.
-    :param seed: of the draws, here and in the predictions.
+    :param seed: of the draws, here and in the predictions; ``None`` takes another one at each call. The result has it
+        as the attribute ``seed``.
     :returns: ``arviz.InferenceData``, or with ArviZ 1.x ``xarray.DataTree``; ``.to_netcdf(path)`` writes either.
     :raises TypeError: when x holds no tensor, y is none, or the posterior is none.
     :raises ValueError: when a group or site is unknown, x or y is missing for a group, they differ in length, a

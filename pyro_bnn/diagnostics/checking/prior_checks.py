@@ -45,7 +45,7 @@ def prior_predictive(
     :param x: tensor, dict or tuple with N rows on axis 0, any number of them.
     :param num_samples: number S of functions; ``.outputs`` is ``[S, 1, N, *output]``.
     :param batch_size: the most rows of x in one forward pass; by default what fits a fixed memory budget.
-    :param seed: of the draws; the global random state is left alone.
+    :param seed: of the draws; ``None`` takes another one at each call, from torch's global generator.
     :raises TypeError: for a model that is not of this package.
     :raises ValueError: for NaN in x, or a prior that has no draws since it is improper.
     """

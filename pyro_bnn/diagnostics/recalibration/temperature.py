@@ -99,7 +99,7 @@ def scale_temperature(
         the training data T comes out too small.
     :param num_samples: draws from every member, S; T belongs to predictions from about as many.
     :param batch_size: the most rows in one forward pass.
-    :param seed: of the draws.
+    :param seed: of the draws; ``None`` takes another one at each call.
     :raises TypeError: when the likelihood is neither Categorical nor Bernoulli, or data or y has the wrong type.
     :raises ValueError: when data is empty, y does not fit the likelihood, a prediction holds NaN, or no T between 0.01
         and 100 is best: the likelihood still rises at an end, does not depend on T, or is 0 at every T.

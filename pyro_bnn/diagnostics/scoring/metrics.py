@@ -101,7 +101,8 @@ def evaluate(
         points.
     :param batch_size: the most rows in one forward pass; a loader keeps its own batches otherwise, and other data are
         cut into batches of 256.
-    :param seed: of the draws.
+    :param seed: of the draws, the same for all batches; ``None`` takes another one at each call, from torch's global
+        generator.
     :raises TypeError: when data or ood is none of the forms above, or y has the wrong dtype.
     :raises ValueError: when data or ood is empty, y does not fit the likelihood, y or a prediction holds NaN, or ood
         is given for a regression.

@@ -77,7 +77,7 @@ def compare_to_reference(
     :param reference_samples: draws of the reference; by default all that it stores, as after MCMC, else
         ``num_samples``.
     :param batch_size: the most rows in one forward pass.
-    :param seed: of both posteriors' draws.
+    :param seed: of both posteriors' draws; ``None`` takes another one at each call.
     :returns: ``agreement`` and ``total_variation``. A target of several labels counts each of them.
     :raises TypeError: when data has another form, or the likelihood is no classification.
     :raises ValueError: when data is empty, the classes differ, or a prediction holds NaN.

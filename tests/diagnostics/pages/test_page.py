@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,16 @@ def test_findings_stand_gravest_first_with_a_word_and_a_symbol() -> None:
         for symbol, severity in (("✕", "problem"), ("!", "warning"), ("i", "note"), ("✓", "good"))
     ]
     assert order == sorted(order) and text.count("What to do: ") == 3
+
+
+def test_an_installed_package_has_all_templates_and_the_style_sheet() -> None:
+    """Proves that ``pyproject.toml`` lists every file that pages are made of, so that a wheel has them too."""
+    folder = Path(page.__file__).parent
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = project["tool"]["setuptools"]["package-data"]["pyro_bnn.diagnostics.pages"]
+    listed = {path for pattern in patterns for path in folder.glob(pattern)}
+    assert listed == {path for path in folder.rglob("*") if path.suffix not in (".py", ".pyc") and path.is_file()}
+    assert {path.name for path in listed} >= {"page.html", "page.css"}
 
 
 def test_a_page_that_lacks_a_part_is_refused() -> None:
