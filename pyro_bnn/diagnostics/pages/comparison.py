@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,7 +151,7 @@ def metrics_table(candidates: Mapping[str, Candidate], gaps: Mapping[str, Paired
         )
         for label in candidates
     ]
-    rows: list[tuple[Head, list[Cell | str]]] = [(Head("NLL − best ± SE", "paired, lower is better"), differing)]
+    rows: list[tuple[Head, Sequence[Cell | str]]] = [(Head("NLL − best ± SE", "paired, lower is better"), differing)]
     for name, shown in formats.items():
         values = {label: one.metrics.get(name) for label, one in candidates.items()}
         best = best_of(shown, values.values())
