@@ -28,7 +28,7 @@ from pyro_bnn.command.options import (
 )
 from pyro_bnn.command.pretrained import find_weights, image_size
 from pyro_bnn.command.recipes import Metrics, Trained, find_device, new_network, score, train_and_score
-from pyro_bnn.diagnostics.pages.glossary import measured
+from pyro_bnn.diagnostics.pages.glossary import formats_of
 from pyro_bnn.files import write_json
 
 #: metrics that `fit` and `evaluate` print; the others are in metrics.json and on the page of `report`
@@ -305,7 +305,7 @@ def _pretrained(folder: Path, options: Options, net: nn.Module, task: Task) -> t
 def _table(metrics: Metrics, options: Options, name: str) -> Table:
     title = f"{name}, {options.network}, {options.epochs} epochs"
     table = Table("on test data", options.describe(), "deterministic", title=title)
-    for key, shown in measured(metrics):
+    for key, shown in formats_of(metrics):
         if key in PRINTED:
             table.add_row(shown.label, shown.text(metrics[key]), shown.text(metrics["deterministic"].get(key)))
     return table

@@ -20,8 +20,8 @@ from pyro_bnn.command.data import Task
 from pyro_bnn.command.options import MethodName, Options, check, complete
 from pyro_bnn.command.recipes import Trained, new_network, train_and_score
 from pyro_bnn.command.runs import Run
-from pyro_bnn.diagnostics.pages.comparison import Candidate, Difference, best_of, comparison
-from pyro_bnn.diagnostics.pages.glossary import measured
+from pyro_bnn.diagnostics.pages.comparison import Candidate, PairedDifference, best_of, comparison
+from pyro_bnn.diagnostics.pages.glossary import formats_of
 from pyro_bnn.files import write_json
 
 COMPARISON_FORMAT = 1
@@ -194,8 +194,8 @@ def _same_weights(one: pb.Posterior, other: pb.Posterior) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def _table(candidates: Mapping[str, Candidate], gaps: Mapping[str, Difference], name: str) -> Table:
-    shown = {key: one for key, one in measured(*(c.metrics for c in candidates.values())) if key in COLUMNS}
+def _table(candidates: Mapping[str, Candidate], gaps: Mapping[str, PairedDifference], name: str) -> Table:
+    shown = {key: one for key, one in formats_of(*(c.metrics for c in candidates.values())) if key in COLUMNS}
     table = Table(title=f"{name}, on test data", caption="* best", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("", no_wrap=True)
     for one in shown.values():

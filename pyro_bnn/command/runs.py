@@ -23,9 +23,9 @@ from pyro_bnn.command.data import Encoding, Task, load_task
 from pyro_bnn.command.options import Options
 from pyro_bnn.command.recipes import Fitted, Metrics, Trained, build_network
 from pyro_bnn.files import read_json, replacing, write_json
+from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS
 
 RUN_FORMAT = 1
-ARVIZ_DRAWS = 100
 ARVIZ_ROWS = 1000
 
 
@@ -136,9 +136,8 @@ def save_for_arviz(folder: Path, task: Task, options: Options, posterior: pb.Pos
 
     :raises ArvizFileError: when the file cannot be made, because ArviZ lacks a library or the disk has no room.
     """
-    num_samples = posterior.num_stored
-    if not num_samples:
-        num_samples = 1 if options.method == "bella" else math.ceil(ARVIZ_DRAWS / posterior.num_members)
+    source = posterior.draw_source
+    num_samples = source.count_all(None, math.ceil(POSTERIOR_DRAWS / source.num_members))
     try:
         with warnings.catch_warnings(), replacing(folder / "posterior.nc") as path:
             warnings.simplefilter("ignore", FutureWarning)  # ArviZ announces its next release on import

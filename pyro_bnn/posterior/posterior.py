@@ -17,7 +17,7 @@ from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import evaluating
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.posterior import foreign, storage
-from pyro_bnn.posterior.draw_source import DrawSource, with_members
+from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS, DrawSource, with_members
 from pyro_bnn.posterior.network_outputs import network_outputs
 from pyro_bnn.posterior.prediction import Prediction
 from pyro_bnn.posterior.statistics import Gathered, OfNetwork, Statistics, Stored
@@ -27,9 +27,6 @@ from pyro_bnn.randomness import device_of, seeded
 from pyro_bnn.sparsity.channels import Size
 from pyro_bnn.sparsity.inclusion import inclusion_log_odds
 from pyro_bnn.sparsity.sparsify import network_of_draw, sparsify, with_weight_sites
-
-#: draws for inclusion probabilities, of a guide that can make any number
-INCLUSION_DRAWS = 100
 
 
 class Posterior:
@@ -262,7 +259,7 @@ class Posterior:
         :param args: what a model that is not of this package is called with.
         :raises ValueError: when the model has no spike-and-slab site.
         """
-        draws = self.draw_source.groups(num_samples or self.num_stored or INCLUSION_DRAWS, seed)
+        draws = self.draw_source.groups(self.draw_source.count_all(num_samples, POSTERIOR_DRAWS), seed)
         return {name: odds.sigmoid() for name, odds in inclusion_log_odds(self.model, draws, args).items()}
 
     def sparsify(
@@ -290,7 +287,7 @@ class Posterior:
             or when an example is needed.
         """
         model = with_weight_sites(self.model)
-        guide = self._stored(num_samples or self.num_stored or INCLUSION_DRAWS, seed)
+        guide = self._stored(self.draw_source.count_all(num_samples, POSTERIOR_DRAWS), seed)
         odds = inclusion_log_odds(self.model, DrawSource(self.model, guide).groups(len(guide)))
         sparse = sparsify(model, guide.draws(), guide.statistics(), odds, sparsity, example=example, shrink=shrink)
         kept = DrawsGuide(sparse.draws, sparse.model, guide.num_chains, sparse.statistics, guide.is_sampled)

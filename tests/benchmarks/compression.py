@@ -163,7 +163,7 @@ class Study:
         if name not in self.rows:
             posterior, row = make()
             draws = 1 if isinstance(posterior.guide, PointGuide) else DRAWS
-            row |= pb.diagnostics.evaluate(posterior, self.test, self.ood, num_samples=draws, batch_size=1000)
+            row |= pb.diagnostics.evaluate(posterior, self.test, self.ood, num_samples=draws, batch_size=1000, seed=0)
             row["loss"] = self.loss(posterior)
             self.rows[name] = {"data": self.data, "network": self.network, "name": name} | row
             torch.save({"settings": asdict(self.settings), "rows": self.rows}, self.path.with_suffix(".tmp"))

@@ -118,7 +118,7 @@ def test_other_likelihoods(likelihood: pb.likelihoods.Likelihood, columns: int) 
         model = pb.models.Dense(nn.Linear(2, columns), likelihood, 60)
         posterior = pb.Posterior(model, pb.models.MeanFieldGuide(model))
     y = (x[:, :1] > torch.tensor([0.0, 0.5, -0.5])[:columns]).float()
-    result = pb.diagnostics.evaluate(posterior, (x, y), batch_size=25)
+    result = pb.diagnostics.evaluate(posterior, (x, y), batch_size=25, seed=0)
     prediction = posterior.predict(x, seed=0)
     assert result["nll"] == pytest.approx(
         -float(prediction.log_prob(y).logsumexp((0, 1)).mean()) + math.log(16), rel=1e-5

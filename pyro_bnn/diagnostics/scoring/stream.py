@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 ROWS = 256
 
 
-def predictions(
+def predict_batches(
     posterior: Posterior, data: Any, *, num_samples: int | None, batch_size: int | None, seed: int
 ) -> Iterator[tuple[Any, Prediction, Tensor]]:
     """Yields ``(x, prediction, y)`` for every batch, as tensors on the device of the model.
@@ -53,11 +53,11 @@ def predictions(
             raise TypeError(_no_pair(batch))
         x, y = inputs(pair[0], like), targets(pair[1], like)
         count_rows(x, y)
-        prediction = predict(posterior, x, num_samples, batch_size, seed)
+        prediction = predict_batch(posterior, x, num_samples, batch_size, seed)
         yield x, prediction, y.to(prediction.per_member.device)
 
 
-def predictions_of_inputs(
+def predict_inputs(
     posterior: Posterior, data: Any, *, like: Any, num_samples: int | None, batch_size: int | None, seed: int
 ) -> Iterator[Prediction]:
     """Yields the prediction for every batch of inputs; labels that stand beside the inputs are left out.
@@ -68,10 +68,10 @@ def predictions_of_inputs(
     :raises ValueError: when a prediction holds NaN, or batch_size is below 1.
     """
     for x in _inputs(data, like, _rows(batch_size)):
-        yield predict(posterior, x, num_samples, batch_size, seed)
+        yield predict_batch(posterior, x, num_samples, batch_size, seed)
 
 
-def batches(data: Any, batch_size: int | None) -> Iterator[tuple[Any, Tensor | None]]:
+def input_batches(data: Any, batch_size: int | None) -> Iterator[tuple[Any, Tensor | None]]:
     """Yields ``(x, y)`` for every batch of data with labels or without; y is None where there are none.
 
     :param data: a ``DataLoader`` or another iterable of batches, a ``Dataset``, one pair ``(x, y)``, or x itself as a
@@ -92,7 +92,9 @@ def batches(data: Any, batch_size: int | None) -> Iterator[tuple[Any, Tensor | N
             yield tensors(_without_label(batch, None)), None
 
 
-def predict(posterior: Posterior, x: Any, num_samples: int | None, batch_size: int | None, seed: int) -> Prediction:
+def predict_batch(
+    posterior: Posterior, x: Any, num_samples: int | None, batch_size: int | None, seed: int
+) -> Prediction:
     """The prediction for one batch.
 
     :raises TypeError: when the posterior is none.
