@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from pyro_bnn import priors
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.model import BayesianNetwork, Form
 from pyro_bnn.network import Output, Select, select_parameters
 from pyro_bnn.priors import Normal, PriorLike
 from pyro_bnn.registry import storable
@@ -68,6 +69,12 @@ class Dense(BayesianNetwork):
 
     def sites(self) -> list[Site]:
         return self._sites
+
+    def forms(self) -> dict[str, Form]:
+        return super().forms() | dict.fromkeys(self.random, "dense")
+
+    def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: latents[self.site(name)] for name in self.random}
 
     def sample_latents(self) -> dict[str, Tensor]:
         parameters = self.core().parameters_by_name()

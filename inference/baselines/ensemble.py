@@ -58,6 +58,9 @@ class DeepEnsemble(Baseline):
             raise ValueError(f"num_networks={num_networks!r}: expected a number of networks, at least 1")
         self.num_networks, self.build = num_networks, build
 
+    def repr_arguments(self) -> dict[str, object]:
+        return super().repr_arguments() | {"num_networks": self.num_networks}
+
     def fit(
         self,
         data: Any,

@@ -118,6 +118,9 @@ class SWAG(Baseline):
         self.rank = rank
         self.moments = Moments(rank)
 
+    def repr_arguments(self) -> dict[str, object]:
+        return super().repr_arguments() | {"rank": self.rank}
+
     def fit(
         self,
         data: Any,

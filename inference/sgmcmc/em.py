@@ -116,6 +116,10 @@ class SGHMCEM(SGHMC):
         self.em_start, self.em_every, self.prune_start, self.prune_every = em_start, em_every, prune_start, prune_every
         super().__init__(model, data, step_size=step_size, friction=friction, **options)
 
+    def repr_arguments(self) -> dict[str, object]:
+        own = {"mode": self.mode, "e_step": "hard" if self.hard else "soft", "rate": self.rate, "prune": self.prune}
+        return super().repr_arguments() | own
+
     # ----------------------------------------------------------------------------------------------- the model
 
     def _make_potential(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Potential:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
+from pyro_bnn import display
 from pyro_bnn.inference.batches import Minibatches, minibatches
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.inference.sgmcmc.gradient import Gradient
@@ -113,6 +114,14 @@ class SGHMC(MCMCKernel):
         self.chains: int | None = None
         super().__init__()
         self._options = tuple(vars(self))
+
+    def __repr__(self) -> str:
+        return display.call(self, model=display.name_of(self.model), **self.repr_arguments())
+
+    def repr_arguments(self) -> dict[str, object]:
+        """What the text of the kernel says beside its model, by name."""
+        names = ("step_size", "friction", "temperature", "preconditioner", "schedule", "batch_size", "thinning")
+        return {name: getattr(self, name) for name in names}
 
     def __getstate__(self) -> dict[str, Any]:
         """What the kernel was built with: a process that it is sent to sets it up again."""

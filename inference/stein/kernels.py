@@ -15,6 +15,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_bnn import display
+
 #: columns that are worked on at a time: what is made of them in between stays in a processor's cache
 _COLUMNS = 2**13
 #: Squared distances below this part of the squared lengths are rounding: such particles coincide.
@@ -61,6 +63,9 @@ class Kernel:
     uses_products = False
     #: whether k > 0 everywhere, as a kernel density needs
     positive = True
+
+    def __repr__(self) -> str:
+        return display.call(self)
 
     def __call__(self, distances: Tensor, products: Tensor | None, dim: int) -> KernelValues:
         """k and its derivatives; the bandwidth counts as a constant.

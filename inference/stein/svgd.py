@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
+from pyro_bnn import display
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.schedules import Schedule
@@ -160,6 +161,11 @@ class SVGD:
         self.optimizer: Optimizer | None = None
         self._particles: AnyParticles | MemberParticles | None = None
         self._groups: list[_Group] = []
+
+    def __repr__(self) -> str:
+        programs = {"model": display.name_of(self.model), "guide": display.name_of(self.guide)}
+        names = ("kernel", "space", "scope", "method", "repulsion", "annealing", "lr", "steps")
+        return display.call(self, **programs, **{name: getattr(self, name) for name in names})
 
     def step(self, *args: Any) -> float:
         """One update on what the model is called with; the mean of U over the particles, before it, per datum.

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
+from pyro_bnn import display
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference import checkpoint as checkpoints
 from pyro_bnn.inference.batches import minibatches
@@ -48,6 +49,10 @@ class FitState:
     guide: Callable[..., Any]
     optimizer: Optimizer
     losses: list[float] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        programs = {"model": display.name_of(self.model), "guide": display.name_of(self.guide)}
+        return display.call(self, epoch=self.epoch, step=self.step, loss=self.loss, **programs)
 
 
 def fit(

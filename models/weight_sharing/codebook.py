@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_bnn import display
 from pyro_bnn.guide import SMALLEST_SCALE
 from pyro_bnn.models.weight_sharing import clustering, merging
 from pyro_bnn.models.weight_sharing.merging import Merge
@@ -391,6 +392,11 @@ class Codebook(nn.Module):
             self.labels[self.between] < len(self), self.labels[self.between], self.pair[:, 0]
         )
         return found
+
+    def __repr__(self) -> str:
+        outliers = int((self.labels[self.outliers] >= len(self)).sum())
+        alive = int((self.usage(soft=True)[0] > 0).sum())
+        return display.call(self, codes=alive, outliers=outliers, weights=len(self.labels), sites=len(self.sites))
 
     def compact(self) -> Codebook:
         """The same weights without dead codes, outliers that a code has absorbed, and pairs of one code."""

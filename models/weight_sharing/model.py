@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from pyro_bnn import priors
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
+from pyro_bnn.model import Form
 from pyro_bnn.models.dense import Dense, MeanFieldGuide
 from pyro_bnn.models.weight_sharing import format as codebook_format
 from pyro_bnn.models.weight_sharing.codebook import Codebook, inverse_scale
@@ -123,6 +125,19 @@ class WeightSharing(Dense):
         weights = dict(zip(self._coded, book.expand(z, outliers), strict=True))
         weights |= {name: members(name) for name in likes if name not in ("codes", "outliers")}
         return self.unfold(self.core().explicit(x, weights, self.chunk_size), lead)
+
+    def forms(self) -> dict[str, Form]:
+        return super().forms() | dict.fromkeys(self._coded, "codebook")
+
+    def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        book = self._modules.get("shared")
+        if not isinstance(book, Codebook):
+            return super().weights_of(latents)
+        z = latents[self.site("codes")]
+        outliers = latents[self.site("outliers")] if len(book.outliers) else z[:0]
+        shared = zip(self._coded, book.expand(z[None], outliers[None]), strict=True)
+        own = {name: latents[self.site(name)] for name in self.random if name not in self._coded}
+        return {name: value[0] for name, value in shared} | own
 
     def arguments(self) -> dict[str, Any]:
         book = self._modules.get("shared")
