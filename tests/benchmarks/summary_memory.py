@@ -106,10 +106,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="networks whose names hold this")
     only = parser.parse_args().only
-    rows = [compare(name) for name in CASES if only in name]
-    if only:
-        print(*rows, sep="\n")
-    else:
+    rows = []
+    for name in CASES:
+        if only in name:
+            rows.append(compare(name))
+            print(rows[-1], flush=True)
+    if not only:
         report("summary_memory", rows)
 
 
