@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyro_bnn import display
 from pyro_bnn.inference.batches import Minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.progress import progress_bar
@@ -39,6 +40,10 @@ class FitState:
     guide: Callable[..., Any]
     optimizer: Optimizer
     losses: list[float] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        programs = {"model": display.name_of(self.model), "guide": display.name_of(self.guide)}
+        return display.call(self, epoch=self.epoch, step=self.step, loss=self.loss, **programs)
 
 
 #: one that returns True ends the training

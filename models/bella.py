@@ -7,15 +7,16 @@ are n points, trained apart as an ensemble or together by :class:`~pyro_bnn.infe
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from pyro_bnn import priors
+from pyro_bnn import display, priors
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import BayesianNetwork, NetworkOptions
+from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
 from pyro_bnn.network import NORMALISATIONS
 from pyro_bnn.perturb import LowRankFactors, Perturbation, Replacement, Shift
 from pyro_bnn.priors import Normal, Prior, PriorLike
@@ -202,6 +203,22 @@ class Bella(BayesianNetwork):
 
     def sites(self) -> list[Site]:
         return self._sites
+
+    def forms(self) -> dict[str, Form]:
+        return super().forms() | dict.fromkeys(self.weights, "low-rank") | dict.fromkeys(self.own_parameters(), "dense")
+
+    def repr_fields(self) -> dict[str, object]:
+        own = {"head": ", ".join(self.head), "affine": ", ".join(self.affine_parameters)}
+        return super().repr_fields() | {"rank": self.rank, "scale": display.number(self.scale)} | own
+
+    def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``W_0 + scale B A`` of every weight with factors; heads, gains and biases of the particle's own."""
+        parameters = self.core().parameters_by_name()
+        values: dict[str, Tensor] = {}
+        for weight in self.weights:
+            a, b = (latents[self.site(f"{weight}.{factor}")][None] for factor in "AB")
+            values[weight] = LowRankFactors(a, b, self.scale).explicit(parameters[weight].detach(), 0, 0)
+        return values | {name: latents[self.site(name)] for name in self.own_parameters()}
 
     def sample_latents(self) -> dict[str, Tensor]:
         like, parameters = self.like(), self.core().parameters_by_name()

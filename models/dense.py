@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from pyro_bnn import priors
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import BayesianNetwork, NetworkOptions
+from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
 from pyro_bnn.priors import Normal, PriorLike
 from pyro_bnn.registry import storable
 from pyro_bnn.selection import Select
@@ -66,6 +67,12 @@ class Dense(BayesianNetwork):
 
     def sites(self) -> list[Site]:
         return self._sites
+
+    def forms(self) -> dict[str, Form]:
+        return super().forms() | dict.fromkeys(self.random, "dense")
+
+    def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: latents[self.site(name)] for name in self.random}
 
     def sample_latents(self) -> dict[str, Tensor]:
         parameters = self.core().parameters_by_name()

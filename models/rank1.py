@@ -8,7 +8,7 @@ prior that is centred at 1 and a posterior that is a mixture of K components, on
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Unpack
 
 import pyro
@@ -21,7 +21,7 @@ from pyro_bnn import priors
 from pyro_bnn.guide import Family, MixtureGuide
 from pyro_bnn.inputs import inputs
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import BayesianNetwork, NetworkOptions
+from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
 from pyro_bnn.network import batch_size
 from pyro_bnn.perturb import Perturbation, Rank1Factors, Replacement
 from pyro_bnn.priors import HierarchicalCauchy, Normal, Prior, PriorLike
@@ -149,6 +149,24 @@ class Rank1(BayesianNetwork):
     def sites(self) -> list[Site]:
         return self._sites
 
+    def forms(self) -> dict[str, Form]:
+        return super().forms() | dict.fromkeys(self.weights, "rank-1") | dict.fromkeys(self.biases, "dense")
+
+    def repr_fields(self) -> dict[str, object]:
+        return super().repr_fields() | {"weight_prior": repr(self.weight_prior or "flat"), "clip": self.clip}
+
+    def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``W o (r s^T)`` of every weight with factors, and the member's own biases."""
+        parameters = self.core().parameters_by_name()
+        values: dict[str, Tensor] = {}
+        for weight in self.weights:
+            r, s = (self._clipped(latents[self.site(f"{weight}.{f}")])[None, None] for f in "rs")
+            values[weight] = Rank1Factors(r, s).explicit(parameters[weight].detach(), 0, 0)
+        return values | {name: latents[self.site(name)] for name in self.biases}
+
+    def _clipped(self, factor: Tensor) -> Tensor:
+        return factor if self.clip is None else factor.clamp(-self.clip, self.clip)
+
     def arguments(self) -> dict[str, Any]:
         return super().arguments() | {
             "select": self.weights,
@@ -237,9 +255,7 @@ class Rank1(BayesianNetwork):
         lead = self.lead_shape(latents)
         perturbations: dict[str, Perturbation] = {}
         for weight in self.weights:
-            r, s = (self.fold(latents[self.site(f"{weight}.{f}")], 1, lead) for f in "rs")
-            if self.clip is not None:
-                r, s = r.clamp(-self.clip, self.clip), s.clamp(-self.clip, self.clip)
+            r, s = (self._clipped(self.fold(latents[self.site(f"{weight}.{f}")], 1, lead)) for f in "rs")
             perturbations[weight] = Rank1Factors(r, s)
         for bias in self.biases:
             perturbations[bias] = Replacement(self.fold(latents[self.site(bias)], 1, lead))
@@ -368,3 +384,6 @@ class Rank1Guide(MixtureGuide):
 
     def arguments(self) -> dict[str, Any]:
         return {"components": self.num_members, "family": self.family, "draws": self.draws}
+
+    def repr_arguments(self) -> dict[str, object]:
+        return super().repr_arguments() | {"draws": self.draws}

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_bnn import display
 from pyro_bnn.factorised import NormalBlock, split
-from pyro_bnn.model import BayesianNetwork, picklable_state, register_parameters
+from pyro_bnn.model import BayesianNetwork, Form, picklable_state, register_parameters
 from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import batch_size
 from pyro_bnn.sites import Site
@@ -174,6 +175,27 @@ class MixtureGuide(PyroModule):
 
     def __getstate__(self) -> dict[str, Any]:
         return picklable_state(self)
+
+    def __repr__(self) -> str:
+        return display.call(self, **self.repr_arguments())
+
+    def repr_arguments(self) -> dict[str, object]:
+        """What the text of the guide says, by name."""
+        sites = sum(len(block) for blocks in self._blocks.values() for block in blocks)
+        numbers = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return {"components": self.num_members, "family": self.family, "sites": sites, "parameters": numbers}
+
+    def forms(self) -> dict[str, Form]:
+        """In which form parameters of the network are here, where the guide says more of them than the model."""
+        return {}
+
+    def numbers_of_sites(self) -> dict[str, int]:
+        """How many trained numbers each site has that is factorised here."""
+        views = [*self.coordinates().items(), *self.widths().items()]
+        counts: dict[str, int] = {}
+        for name, view in views:
+            counts[name] = counts.get(name, 0) + view.numel()
+        return counts
 
     @contextlib.contextmanager
     def every_member(self) -> Iterator[None]:

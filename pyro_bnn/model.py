@@ -13,7 +13,7 @@ import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Self, TypedDict
+from typing import Any, Literal, Self, TypedDict
 
 import pyro
 import pyro.distributions as dist
@@ -23,12 +23,16 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from pyro_bnn import display
 from pyro_bnn.likelihoods import Gaussian, Likelihood
 from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import Network, Output, batch_size
 from pyro_bnn.priors import Prior, PriorLike
 from pyro_bnn.selection import Select, select_parameters
 from pyro_bnn.sites import ConstantPrior, Site, sample_local, sample_scales, sample_share, site_distribution
+
+#: see :meth:`BayesianNetwork.forms`
+Form = Literal["dense", "rank-1", "low-rank", "codebook", "point", "frozen"]
 
 
 def register_parameters(owner: PyroModule, named: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -152,6 +156,34 @@ class BayesianNetwork(PyroModule):
     def __getstate__(self) -> dict[str, Any]:
         return picklable_state(self)
 
+    def __repr__(self) -> str:
+        return display.text(f"{type(self).__name__} of {display.name_of(self.core().net)}", self.repr_fields())
+
+    def repr_fields(self) -> dict[str, object]:
+        """What the text of the model says, by name."""
+        forms, parameters = self.forms(), self.core().parameters_by_name()
+        kept = {name: p for name, p in parameters.items() if forms[name] not in ("dense", "codebook")}
+        counts = {
+            "random": sum(site.shape.numel() for site in self.sites()),
+            "point estimates": sum(p.numel() for p in kept.values() if p.requires_grad),
+            "frozen": sum(p.numel() for p in kept.values() if not p.requires_grad),
+        }
+        return {
+            "likelihood": "none: the function alone" if self.likelihood is None else repr(self.likelihood),
+            "num_data": None if self.num_data is None else display.number(self.num_data),
+            "prior": self._priors_in_words(),
+            "parameters": ", ".join(f"{count:,} {what}" for what, count in counts.items() if count),
+        }
+
+    def _priors_in_words(self) -> str:
+        """The prior of all sites, or each with the number of sites that it is for."""
+        of_sites: Mapping[str, Prior] = self.__dict__.get("priors", {})
+        found = [display.argument(prior) for prior in of_sites.values()]
+        each = dict.fromkeys(found)
+        if not each:
+            return display.argument(self.prior)
+        return ", ".join(f"{one} ({found.count(one)} of {len(found)})" if len(each) > 1 else one for one in each)
+
     def site(self, name: str) -> str:
         """The name of a site or plate in a trace."""
         return f"{self.prefix}.{name}" if self.prefix else name
@@ -187,6 +219,23 @@ class BayesianNetwork(PyroModule):
     def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
         """The network's output for given latents, ``[*members, 1 ..., size, *output]``."""
         raise NotImplementedError(f"{type(self).__name__} must define function()")
+
+    def forms(self) -> dict[str, Form]:
+        """In which form each parameter of the network is random; ``"point"`` is trained and ``"frozen"`` neither."""
+        parameters = self.core().parameters_by_name()
+        return {name: "point" if p.requires_grad else "frozen" for name, p in parameters.items()}
+
+    def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``{parameter: value}``: the parameters that the plain network has under one draw of one member.
+
+        Parameters that are not in it are those of :meth:`core`.
+
+        :param latents: ``{site: [*event]}``, as of ``posterior.sample(n)`` at one of its n draws.
+        :raises TypeError: for a model whose draws are no weights.
+        """
+        raise TypeError(
+            f"the draws of {type(self).__name__} are no weights: use posterior.predict(x) for its functions"
+        )
 
     def decayed(self) -> list[nn.Parameter]:
         """The point-estimated weights W, to which an optimiser's weight decay applies."""

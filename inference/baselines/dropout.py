@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -152,6 +152,15 @@ class DropoutNetwork(BayesianNetwork):
     def sites(self) -> list[Site]:
         return self._sites
 
+    def repr_fields(self) -> dict[str, object]:
+        return super().repr_fields() | {"masks": len(self.rates)}
+
+    def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        raise TypeError(
+            "a draw of MC dropout is a mask for each unit, and not a network with other weights: use "
+            "posterior.predict(x), or posterior.model.core().net for the network without its masks"
+        )
+
     def sample_latents(self) -> dict[str, Tensor]:
         values = self.sample_noise()
         like = self.like()
@@ -250,6 +259,9 @@ class DropoutGuide(MixtureGuide):
 
     def like(self) -> Tensor:
         return self.get_buffer("_like")
+
+    def repr_arguments(self) -> dict[str, object]:
+        return {"masks": len(self._masks), "units": sum(site.shape.numel() for site, _ in self._masks)}
 
     def _weights(self, take: Any) -> dict[str, dist.TorchDistribution]:
         noise = self._buffers["noise"]

@@ -48,6 +48,9 @@ class DeepEnsemble(Baseline):
         if not isinstance(self.num_networks, int) or self.num_networks < 1:
             raise ValueError(f"num_networks={self.num_networks!r}: expected a number of networks, at least 1")
 
+    def repr_arguments(self) -> dict[str, object]:
+        return super().repr_arguments() | {"num_networks": self.num_networks}
+
     def fit(
         self,
         data: Any,

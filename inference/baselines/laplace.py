@@ -74,6 +74,9 @@ class LastLayerLaplace(Baseline):
         super().__init__(net, likelihood, num_data, prior=prior or Normal(0.0, 1.0), output=output)
         self._chooses = prior is None
 
+    def repr_arguments(self) -> dict[str, object]:
+        return super().repr_arguments() | ({"prior": None} if self._chooses else {})
+
     def fit(
         self, data: Any, *, epochs: int = 0, batch_size: int = 128, seed: int | None = None, **options: Any
     ) -> Posterior:
@@ -290,6 +293,9 @@ class LaplaceGuide(MixtureGuide):
 
     def like(self) -> Tensor:
         return self.get_buffer("mean")
+
+    def repr_arguments(self) -> dict[str, object]:
+        return {"weights": len(self.get_buffer("mean")), "sites": len(self._weight_sites)}
 
     def forward(self, x: Any, y: Tensor | None = None) -> dict[str, Tensor]:
         mean, root, noise = self.get_buffer("mean"), self.get_buffer("scale_tril"), self._buffers["noise"]

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from pyro_bnn import display
 from pyro_bnn.inference.svi.fitting import fit
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.models.dense import Dense, PointGuide
@@ -47,6 +48,14 @@ class Baseline:
         if not any(is_trainable(name, p) for name, p in self.net.named_parameters()):
             raise ValueError("the network has no parameter that requires a gradient: there is nothing to train")
         self._model()  # a prior or size that does not fit is an error here, and not after hours
+
+    def __repr__(self) -> str:
+        return display.call(self, **self.repr_arguments())
+
+    def repr_arguments(self) -> dict[str, object]:
+        """What the text of the baseline says, by name."""
+        network = {"net": type(self.net), "likelihood": self.likelihood, "num_data": self.num_data}
+        return network | {"prior": self.prior}
 
     def _model(self, net: nn.Module | None = None) -> Dense:
         """All trainable parameters as sites, so that each has its prior and each draw has them all."""

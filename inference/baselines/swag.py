@@ -110,6 +110,9 @@ class SWAG(Baseline):
             raise ValueError(f"rank={self.rank!r}: expected a number of deviations, at least 2")
         self.moments = Moments(self.rank)
 
+    def repr_arguments(self) -> dict[str, object]:
+        return super().repr_arguments() | {"rank": self.rank}
+
     def fit(
         self,
         data: Any,

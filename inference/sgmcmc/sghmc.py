@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pyro_bnn import display
 from pyro_bnn.inference.sgmcmc.kernel import MinibatchKernel
 from pyro_bnn.inference.sgmcmc.noise import Noise
 from pyro_bnn.inference.sgmcmc.preconditioners import Preconditioner, preconditioner_for
@@ -133,6 +134,14 @@ class SGHMC(MinibatchKernel):
             check_every=check_every,
             capture=capture,
         )
+
+    def __repr__(self) -> str:
+        return display.call(self, model=display.name_of(self.model), **self.repr_arguments())
+
+    def repr_arguments(self) -> dict[str, object]:
+        """What the text of the kernel says beside its model, by name."""
+        names = ("step_size", "friction", "temperature", "preconditioner", "schedule", "batch_size", "thinning")
+        return {name: getattr(self, name) for name in names}
 
     def _set_up_update(self) -> None:
         self.momentum = torch.zeros_like(self.theta)

@@ -12,6 +12,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_bnn import display
 from pyro_bnn.inference.potential import Potential
 
 #: standard deviation of unconstrained coordinates at ``init="small"``
@@ -49,6 +50,11 @@ class AutoParticles(PyroModule):
         self.potential: Potential | None = None
         self._plates: dict[str, list[Any]] = {}
         self._events: dict[str, int] = {}
+
+    def __repr__(self) -> str:
+        model = display.name_of(self.__dict__["model"])
+        start = "given" if isinstance(self.init, dict) else self.init
+        return display.call(self, model=model, particles=self.num_members, init=start)
 
     def setup(self, *args: Any, **kwargs: Any) -> Potential:
         """Finds the sites and the starting points; later calls change nothing."""

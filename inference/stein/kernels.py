@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_bnn import display
+
 
 class KernelValues(NamedTuple):
     """``k``, ``dk / dD`` and ``dk / dT``, each ``[n, n]``; ``None`` where k does not depend on T."""
@@ -55,6 +57,9 @@ class Kernel:
     uses_products = False
     #: whether k > 0 everywhere, as a kernel density needs
     positive = True
+
+    def __repr__(self) -> str:
+        return display.call(self)
 
     def __call__(self, distances: Tensor, products: Tensor | None, dim: int) -> KernelValues:
         """k and its derivatives; the bandwidth counts as a constant.

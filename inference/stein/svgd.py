@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
+from pyro_bnn import display
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
@@ -187,6 +188,11 @@ class SVGD:
     def num_kernels(self) -> int:
         """In how many parts ``scope`` divides the coordinates, each with a kernel of its own; 0 before the set-up."""
         return 0 if self._parts is None else len(self._parts.groups)
+
+    def __repr__(self) -> str:
+        programs = {"model": display.name_of(self.model), "guide": display.name_of(self.guide)}
+        names = ("kernel", "space", "scope", "method", "repulsion", "annealing", "lr", "steps")
+        return display.call(self, **programs, **{name: getattr(self, name) for name in names})
 
     def step(self, *args: Any) -> float:
         """One update on what the model is called with; the mean of U over the particles, before it, per datum.

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from pyro_bnn import display
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.models.weight_sharing import merging
 from pyro_bnn.models.weight_sharing.deviations import deviations, padded, rho_of
@@ -331,6 +332,11 @@ class Codebook(nn.Module):
         own = self.labels[self.between]
         found[self.between] = torch.where(is_code(own, len(self)), own, self.pair[:, 0])
         return found
+
+    def __repr__(self) -> str:
+        outliers = int(self.is_outlier().sum())
+        alive = int((self.weights_per_code(soft=True) > 0).sum())
+        return display.call(self, codes=alive, outliers=outliers, weights=len(self.labels), sites=len(self.sites))
 
     def compact(self) -> Codebook:
         """The same weights without dead codes, outliers that a code has absorbed, and pairs of one code."""

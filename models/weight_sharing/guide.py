@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_bnn.guide import SMALLEST_SCALE, MixtureGuide
+from pyro_bnn.model import Form
 from pyro_bnn.models.dense import Dense, MeanFieldGuide
 from pyro_bnn.models.weight_sharing.codebook import Codebook
 from pyro_bnn.models.weight_sharing.compression import compression_report
@@ -142,6 +143,12 @@ class CodebookGuide(MixtureGuide):
 
     def like(self) -> Tensor:
         return self.book.loc
+
+    def repr_arguments(self) -> dict[str, object]:
+        return {"sampling": self.sampling, "codebook": self.book} | super().repr_arguments()
+
+    def forms(self) -> dict[str, Form]:
+        return dict.fromkeys(self._names, "codebook")
 
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         return super()._named() + [(f"codebook.{name}", p) for name, p in self.book.trained()]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.optim import Optimizer
 
+from pyro_bnn import display
 from pyro_bnn.models.weight_sharing.clustering import least_divergence
 from pyro_bnn.models.weight_sharing.codebook import Codebook
 from pyro_bnn.models.weight_sharing.guide import CodebookGuide
@@ -58,6 +59,10 @@ class MergeCodes:
         self.options: dict[str, Any] = {"tightness": tightness, "variance_limit": variance_limit, "how": how}
         #: ``(epoch, codes that are left, outliers that are left)`` after every merger
         self.history: list[tuple[int, int, int]] = []
+
+    def __repr__(self) -> str:
+        own = {"start": self.start, "stop": self.stop, "every": self.every, **self.options}
+        return display.call(self, **own, gradient_limit=self.gradient_limit, absorb=self.absorb)
 
     def __call__(self, state: Any) -> None:
         """Merges, when the schedule says so.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Self, Unpack
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from pyro_bnn import priors
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import BayesianNetwork, NetworkOptions
+from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
 from pyro_bnn.models.dense import MeanFieldGuide, freeze_random
 from pyro_bnn.models.weight_sharing.codebook import Codebook
 from pyro_bnn.models.weight_sharing.deviations import rho_of
@@ -103,6 +104,17 @@ class SharedWeights(BayesianNetwork):
         outliers = weights.pop("outliers", z[:, :0])
         weights |= zip(self._coded, self.book.weights_from_values(z, outliers), strict=True)
         return self.unfold(self.core().explicit(x, weights, self.chunk_size), lead)
+
+    def forms(self) -> dict[str, Form]:
+        random = dict.fromkeys(self.random, "dense") | dict.fromkeys(self._coded, "codebook")
+        return super().forms() | random
+
+    def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        values = {name: latents[self.site(name)] for name in self._values()}
+        z = values.pop("codes")
+        outliers = values.pop("outliers", z[:0])
+        shared = zip(self._coded, self.book.weights_from_values(z[None], outliers[None]), strict=True)
+        return {name: value[0] for name, value in shared} | values
 
     def shared_guide(self, start: MixtureGuide | None = None, *, init_scale: float = 1e-2) -> MeanFieldGuide:
         """The guide of Lin et al.: the first coordinate of ``z_k ~ N(c_k, Sigma_k)`` in the plane; own for outliers.

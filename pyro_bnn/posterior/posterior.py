@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch
 from pyro.infer import MCMC
 from torch import Tensor, nn
 
+from pyro_bnn import display
+from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import inputs, require_finite, targets
 from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import evaluating
@@ -138,6 +141,33 @@ class Posterior:
         """Whether every draw of a member is the same, as of particles and of a deterministic network."""
         return self.draw_source.is_deterministic
 
+    def __repr__(self) -> str:
+        return display.text(self._title(), self._fields())
+
+    def _repr_html_(self) -> str:
+        return display.html_text(self._title(), self._fields())
+
+    def _title(self) -> str:
+        model = self.model
+        of = f" of {display.name_of(model.core().net)}" if isinstance(model, BayesianNetwork) else ""
+        return f"Posterior of {display.name_of(model)}{of}"
+
+    def _fields(self) -> dict[str, object]:
+        fields: dict[str, object] = dict(self.model.repr_fields()) if isinstance(self.model, BayesianNetwork) else {}
+        members = display.plural(self.num_members, "member")
+        if self.num_stored is None:
+            draws = f"made by the guide, for {members}"
+        else:
+            chains = f" in {display.plural(self.num_chains, 'chain')}" if self.is_sampled else ""
+            draws = f"{self.num_stored:,} stored{chains}, for {members}"
+        guide = repr(self.guide) if isinstance(self.guide, (MixtureGuide, DrawsGuide)) else display.name_of(self.guide)
+        fields |= {"guide": guide, "draws": draws}
+        if self.losses:
+            steps = display.plural(len(self.losses), "step")
+            fields["training"] = f"{steps}, last loss {display.number(float(self.losses[-1]))} nats/datum"
+        sampler = (f"{name} {display.number(value)}" for name, value in self.sampler.items())
+        return fields | {"sampler": ", ".join(sampler)}
+
     # ------------------------------------------------------------------------------------------------- draws
 
     def draws(self, n: int, seed: int | None = None, *, example: Any = None) -> dict[str, Tensor]:
@@ -152,10 +182,40 @@ class Posterior:
 
     def sample(self, n: int, seed: int | None = None) -> dict[str, Tensor]:
         """``{site: [n, *event]}``: n draws, each of a random member; a draw is a draw."""
-        draws = self.draws(n, seed)
-        with seeded(device_of(self.model), None if seed is None else seed + 1):
-            member = torch.randint(self.num_members, (n,))
+        draws, member = self.draws(n, seed), self._random_members(n, seed)
         return {name: value[torch.arange(n), member.to(value.device) % value.shape[1]] for name, value in draws.items()}
+
+    def _random_members(self, n: int, seed: int | None) -> Tensor:
+        """The member of each of n draws, ``[n]``."""
+        with seeded(device_of(self.model), None if seed is None else seed + 1):
+            return torch.randint(self.num_members, (n,))
+
+    def networks(self, n: int, seed: int | None = None) -> list[nn.Module]:
+        """n plain networks in eval mode, without Pyro: each has the weights of one draw of a random member.
+
+        Network i has the weights that :meth:`sample` of the same n and seed gives at position i, put together (rank-1:
+        ``W o (r s^T)``; low-rank: ``W_0 + scale B A``), and the statistics of normalisation layers with which that draw
+        predicts. It returns what the given network returns, whatever ``output=`` picks.
+
+        :raises TypeError: when draws are no weights, as of MC dropout, or the model is not of this package.
+        :raises ValueError: when fewer than n draws are stored.
+        """
+        model = self.model
+        if not isinstance(model, BayesianNetwork):
+            raise TypeError(
+                f"networks() is for models of this package, which know their network, not {display.name_of(model)}: "
+                "posterior.sample(n) gives values of its sites"
+            )
+        members = self._random_members(n, seed)
+        made: list[nn.Module] = []
+        with torch.no_grad(), evaluating(model):
+            for group, index in self.draw_source.indexed_groups(n, seed):
+                for part in self._statistics().parts(model, group, index):
+                    for i in range(len(next(iter(part.values())))):
+                        member = int(members[len(made)])
+                        latents = {name: value[i, member % value.shape[1]] for name, value in part.items()}
+                        made.append(_plain_network(model, latents))
+        return made
 
     def as_draws(self, n: int, seed: int | None = None) -> Posterior:
         """The same posterior as n stored draws of every member: the form that any guide can be saved in."""
@@ -305,6 +365,15 @@ class Posterior:
         :raises FileExistsError: when ``path`` exists and is no posterior.
         """
         storage.write(path, self.model, self.guide, losses=self.losses, sampler=self.sampler, prior=prior)
+
+
+def _plain_network(model: BayesianNetwork, latents: dict[str, Tensor]) -> nn.Module:
+    """A copy of the network as it lies in the model, with the weights of one draw of one member."""
+    net = copy.deepcopy(model.core().net).eval().requires_grad_()
+    parameters = dict(net.named_parameters())
+    for name, value in model.weights_of(latents).items():
+        parameters[name].data.copy_(value)
+    return net
 
 
 @dataclass(frozen=True)

@@ -77,17 +77,12 @@ def write(
             raise TypeError(
                 f"{error}: use save(path, prior=False) and load(path, net, prior=...), or a class of pyro_bnn.priors"
             ) from None
-    tensors, parameters = {}, {}
     net = model.core().net
-    implied = set(_implied(model, guide))
-    for name, value in [*net.named_parameters(), *_kept_buffers(net)]:
-        if name not in implied:
-            tensors[f"network.{name}"] = value.detach().cpu().contiguous()
-        parameters[name] = [str(value.dtype).removeprefix("torch."), *value.shape]
-    own = guide.tensors() if isinstance(guide, MixtureGuide) else dict(guide.named_buffers())
-    for prefix, values in (("guide", own), ("model", model.tensors())):
-        for name, value in values.items():
-            tensors[f"{prefix}.{name}"] = value.detach().cpu().contiguous()
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors_of(model, guide).items()}
+    parameters = {
+        name: [str(value.dtype).removeprefix("torch."), *value.shape]
+        for name, value in [*net.named_parameters(), *_kept_buffers(net)]
+    }
     names: dict[str, Any] = {}
     if isinstance(guide, DrawsGuide):
         names = {"names": guide.names, "statistics": guide.statistics_names}
@@ -108,6 +103,16 @@ def write(
     with replacing_folder(path) as temporary:
         safetensors.torch.save_file(tensors, temporary / _TENSORS)
         (temporary / _JSON).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def tensors_of(model: BayesianNetwork, guide: MixtureGuide | DrawsGuide) -> dict[str, Tensor]:
+    """What is written as numbers: of the network, of the guide, and of the model beside these."""
+    net = model.core().net
+    implied = set(_implied(model, guide))
+    network = {name: value for name, value in [*net.named_parameters(), *_kept_buffers(net)] if name not in implied}
+    own = guide.tensors() if isinstance(guide, MixtureGuide) else dict(guide.named_buffers())
+    parts = {"network": network, "guide": own, "model": model.tensors()}
+    return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
 def read(

@@ -33,6 +33,9 @@ class _Fixed(Prior):
     def __init__(self, name: str, distribution: dist.TorchDistribution) -> None:
         self.name, self.distribution = name, distribution
 
+    def __repr__(self) -> str:
+        return repr(self.distribution)
+
     def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
         d = _moved(self.distribution, like)
         shape = d.batch_shape + d.event_shape

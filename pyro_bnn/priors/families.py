@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import pyro.distributions as dist
 from torch import Tensor
 
+from pyro_bnn import display
+
 
 def require_numbers(owner: object, **positive: float) -> None:
     for name, value in positive.items():
@@ -44,6 +46,9 @@ class Prior:
     is_constant: ClassVar[bool] = False
     #: whether a Cauchy has a finite KL divergence from it
     has_heavy_tails: ClassVar[bool] = True
+
+    def __repr__(self) -> str:
+        return display.call(self)
 
     def require_fit(self, name: str, like: Tensor) -> None:
         """Raises ValueError when the prior is none for a site of this shape."""
