@@ -64,7 +64,7 @@ def select_parameters(
         else:
             raise TypeError(
                 f"{option} takes a name, a pattern, a module type or a function (name, tensor) -> bool, a module, or "
-                f"several of these, not {type(one).__name__} {one!r}"
+                f"several of these, not {type(one).__name__}"
             )
         if not picked:
             raise ValueError(f"{option}={one!r} matches none of the {what}{names.hint(one)}")

@@ -97,7 +97,7 @@ def test_a_selection_that_matches_nothing_is_refused(select: Any) -> None:
         ("head.weigh", "nearest names are 'head.weight'"),
         ("featuers", "nearest names are 'features'"),
         ("out_proj", r"names are whole names, and a pattern of all that end so is '.\*out_proj'"),
-        ("0.weight", r"'.\*0.weight'.*nearest names are 'features.0.weight'"),
+        ("0.weight", r"so is '.\*0.weight'; the nearest names are .*'features.0.weight'"),
         ("norm", "'norm' is a LayerNorm that has none"),
         ("head.bias", "'head.bias' is another parameter; the nearest names are 'head"),
         (nn.Conv1d, "nearest types of modules that have some are 'Conv2d'"),
@@ -156,7 +156,7 @@ def test_tied_parameters_go_by_any_of_their_names() -> None:
     names = dict(net.named_parameters())
     for select in ("embed", "out", "out.weight", "o.*", net["out"], nn.Linear):
         assert select_parameters(select, names, net) == ["embed.weight"]
-    with pytest.raises(ValueError, match="head: 'embed.weight' is tied to another parameter"):
+    with pytest.raises(ValueError, match="head: 'out.weight' is tied to another parameter"):
         Bella(nn.ModuleDict({"out": net["out"], "embed": net["embed"]}), None, head="embed")
 
 
