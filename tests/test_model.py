@@ -47,7 +47,7 @@ def test_a_model_that_records_can_be_pickled_and_stops_after_an_error() -> None:
 
 
 def test_the_blocks_of_a_guide_hold_the_coordinates_of_all_sites() -> None:
-    model = Rank1(chain(2, 3, 1), Gaussian(), 7, prior=pb.priors.HierarchicalNormal(0.0, 1.0))
+    model = Rank1(chain(2, 3, 1), Gaussian(), 7, prior=pb.priors.HierarchicalNormal(2.5, 0.4))
     guide = Rank1Guide(model, 2)
     found = {}
     for block in guide.blocks():
