@@ -102,3 +102,23 @@ def test_a_package_shows_no_name_that_is_not_public(name: str) -> None:
 @pytest.mark.parametrize(("shelf", "parent"), SHELVES.items())
 def test_names_of_a_shelf_are_public_above(shelf: str, parent: str) -> None:
     assert set(import_module(shelf).__all__) <= set(import_module(parent).__all__)
+
+
+@pytest.mark.parametrize("way", ["The way of a weight", "The way of an input"])
+def test_a_way_enters_each_file_once(way: str) -> None:
+    """Proves that the files on the two ways of CONTRIBUTING.md exist, each in one row."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text[text.index(f"## {way}") :].split("\n## ")[0]
+    frame = re.findall(r"in `([\w/]+\.py)` is the frame", section)
+    files = [row[1] for row in re.finditer(r"^\| [\w ]*\| `([\w/]+\.py)`", section, re.MULTILINE)]
+    assert len(frame) == 1 and len(files) > 7
+    assert len(set(frame + files)) == len(frame + files)
+    assert [name for name in frame + files if not (ROOT / name).is_file()] == []
+
+
+def test_contributing_names_files_that_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:pyro_bnn|models|inference|tests|docs)/[\w./]*\w)`", text)
+    there = [name for name in named if not re.search("NAME|FAMILY", name)]
+    assert len(there) > 20
+    assert [name for name in there if not (ROOT / name).exists()] == []
