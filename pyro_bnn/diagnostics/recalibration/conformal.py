@@ -62,8 +62,8 @@ class _SplitConformal:
                 "ConformalSets is for classification, ConformalIntervals for regression and count"
             )
         self.posterior, self.level = posterior, level
-        settings = {"num_samples": num_samples, "batch_size": batch_size, "seed": some_seed(seed)}
-        self._settings: dict[str, Any] = settings
+        settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": some_seed(seed)}
+        self._settings = settings
         scores = []
         for x, prediction, y in predict_batches(posterior, data, **self._settings):
             self._example = x
