@@ -60,9 +60,9 @@ def bayesian(x: torch.Tensor, y: torch.Tensor, draws: int) -> list[pb.Posterior]
 def figure(epochs: int = 1000, draws: int = 100) -> Figure:
     x, y = data()
     grid = torch.linspace(-3, 3, 241)[:, None]
-    line = deterministic(x, y, epochs).predict(grid).mean[:, 0].numpy()
+    line = deterministic(x, y, epochs).predict(grid).mean.numpy()
     functions = np.concatenate(
-        [p.predict(grid, num_samples=draws).per_member[:, 0, :, 0].numpy() for p in bayesian(x, y, draws)]
+        [p.predict(grid, num_samples=draws).per_member[:, 0].numpy() for p in bayesian(x, y, draws)]
     )
     low, middle, high = np.quantile(functions, [0.025, 0.5, 0.975], axis=0)
     shown = Figure(figsize=(9, 3), layout="constrained")
