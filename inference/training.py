@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from pyro_bnn import display
 from pyro_bnn.inference.batches import Minibatches
@@ -116,6 +117,11 @@ def train_epoch(run: TrainingRun, batches: Minibatches, step: Step) -> float:
     run.epoch += 1
     run.remember()
     return sum(run.losses[before:]) / (len(run.losses) - before)
+
+
+def first_row(batches: Minibatches) -> Any:
+    """One row of x, from which a posterior knows what its inputs look like."""
+    return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() else t, batches.first[0])
 
 
 def require_epochs(epochs: int) -> None:

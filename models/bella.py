@@ -208,7 +208,7 @@ class Bella(BayesianNetwork):
         return super().forms() | dict.fromkeys(self.weights, "low-rank") | dict.fromkeys(self.own_parameters(), "dense")
 
     def repr_fields(self) -> dict[str, object]:
-        own = {"head": ", ".join(self.head), "affine": ", ".join(self.affine_parameters)}
+        own = {"head": ", ".join(self.head_parameters), "affine": ", ".join(self.affine_parameters)}
         return super().repr_fields() | {"rank": self.rank, "scale": display.number(self.scale)} | own
 
     def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:

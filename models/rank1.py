@@ -82,7 +82,7 @@ class Rank1(BayesianNetwork):
         if clip is not None and not clip > 0:
             raise ValueError(f"clip={clip!r}: expected a positive number, or None for no clipping")
         self.prior, self.weight_prior, self.member_bias, self.clip = prior, weight_prior, member_bias, clip
-        example = inputs(example, self.like())
+        example = None if example is None else inputs(example, self.like())
         consumed = None if example is None else core.consumed(example)
         known = core.product_weights()
         if consumed is None:

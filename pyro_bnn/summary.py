@@ -273,10 +273,10 @@ def _training_memory(model: BayesianNetwork, guide: nn.Module, example: Any, bat
         stack.enter_context(pyro.get_param_store().scope())
         for program in (model, guide):
             stack.enter_context(undisturbed(program))
-        for rows in _MEASURED:
+        for rows in (_MEASURED[0], *_MEASURED):  # the first step also builds what all later ones have
             x = select_samples(example, size, [0] * rows)
             steps.append(_measure(model, guide, x))
-    forward, backward = (_at(batch_size, *bytes_) for bytes_ in zip(*(step[:2] for step in steps), strict=True))
+    forward, backward = (_at(batch_size, *bytes_) for bytes_ in zip(*(step[:2] for step in steps[1:]), strict=True))
     gradients = steps[0].gradients
     tensors = [t for program in (model, guide) for t in [*program.parameters(), *program.buffers()]]
     buffers = {id(b) for program in (model, guide) for b in program.buffers()}

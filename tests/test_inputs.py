@@ -154,13 +154,13 @@ def test_a_pair_of_any_form_trains_predicts_and_scores_as_its_tensors_do(form: s
     assert found.outputs.dtype == torch.float32
     assert torch.equal(found.outputs, expected.predict(tx, 4, seed=0).outputs)
     assert torch.equal(posterior.log_likelihood(x, y, 4, seed=0), expected.log_likelihood(tx, ty, 4, seed=0))
-    assert evaluate(posterior, (x, y)) == evaluate(expected, (tx, ty))
-    training: dict[str, Any] = {"x_train": x, "y_train": y, "num_samples": 50}
+    assert evaluate(posterior, (x, y), seed=0) == evaluate(expected, (tx, ty), seed=0)
+    training: dict[str, Any] = {"x_train": x, "y_train": y, "num_samples": 50, "seed": 0}
     assert check(posterior, (x, y), **training) == check(
         expected, (tx, ty), **training | {"x_train": tx, "y_train": ty}
     )
     runs = [posterior, fitted(kind, (x, y))]
-    assert convergence(runs, x, num_samples=8).equals(convergence(runs, tx, num_samples=8))
+    assert convergence(runs, x, num_samples=8, seed=0).equals(convergence(runs, tx, num_samples=8, seed=0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,8 +172,8 @@ def test_data_of_any_form_train_and_score_as_their_tensors_do(form: str, kind: s
     posterior = fitted(kind, data)
     assert posterior.losses == expected.losses
     assert all(map(torch.equal, parameters(posterior), parameters(expected)))
-    assert evaluate(expected, data) == evaluate(expected, (tx, ty))
-    assert check(expected, data) == check(expected, (tx, ty))
+    assert evaluate(expected, data, seed=0) == evaluate(expected, (tx, ty), seed=0)
+    assert check(expected, data, seed=0) == check(expected, (tx, ty), seed=0)
 
 
 @pytest.mark.parametrize("form", ["array of float64", "list", "frame with nullable columns", "tensor of float16"])
@@ -182,22 +182,25 @@ def test_other_doors_take_what_fit_takes(form: str) -> None:
     x, y = PAIRS[form](*arrays("classification"))
     tx, ty = as_tensors("classification")
     posterior = fitted("classification", (tx, ty))
-    some: dict[str, Any] = {"num_samples": 100}
+    some: dict[str, Any] = {"num_samples": 100, "seed": 0}
     ours, theirs = (to_arviz(posterior, *data, **some) for data in ((x, y), (tx, ty)))
     for group in ("log_likelihood", "observed_data", "constant_data", "sample_stats"):
         assert [v.dims for v in ours[group].data_vars.values()] == [v.dims for v in theirs[group].data_vars.values()]
         for name, value in theirs[group].data_vars.items():
             np.testing.assert_allclose(ours[group][name].values, value.values, rtol=1e-6)
     with pytest.warns(UserWarning):
-        assert loo(posterior, x, y, num_samples=200).elpd_loo == loo(posterior, tx, ty, num_samples=200).elpd_loo
-    assert check_prior(posterior.model, x, y) == check_prior(posterior.model, tx, ty)  # type: ignore[arg-type]
-    scaled, expected = scale_temperature(posterior, (x, y)), scale_temperature(posterior, (tx, ty))
+        assert (
+            loo(posterior, x, y, num_samples=200, seed=0).elpd_loo
+            == loo(posterior, tx, ty, num_samples=200, seed=0).elpd_loo
+        )
+    assert check_prior(posterior.model, x, y, seed=0) == check_prior(posterior.model, tx, ty, seed=0)  # type: ignore[arg-type]
+    scaled, expected = scale_temperature(posterior, (x, y), seed=0), scale_temperature(posterior, (tx, ty), seed=0)
     assert scaled.temperature == expected.temperature
-    sets = ConformalSets(posterior, (x, y), 0.8)
-    assert torch.equal(sets.predict(x), ConformalSets(posterior, (tx, ty), 0.8).predict(tx))
-    assert diversity(posterior, x) == diversity(posterior, tx)
-    assert diversity(posterior, (x, y)) == diversity(posterior, (tx, ty))
-    assert evaluate(posterior, (x, y), ood=x) == evaluate(posterior, (tx, ty), ood=tx)
+    sets = ConformalSets(posterior, (x, y), 0.8, seed=0)
+    assert torch.equal(sets.predict(x), ConformalSets(posterior, (tx, ty), 0.8, seed=0).predict(tx))
+    assert diversity(posterior, x, seed=0) == diversity(posterior, tx, seed=0)
+    assert diversity(posterior, (x, y), seed=0) == diversity(posterior, (tx, ty), seed=0)
+    assert evaluate(posterior, (x, y), ood=x, seed=0) == evaluate(posterior, (tx, ty), ood=tx, seed=0)
 
 
 def test_every_engine_takes_arrays() -> None:

@@ -146,11 +146,15 @@ class SGHMC(MinibatchKernel):
     def _set_up_update(self) -> None:
         self.momentum = torch.zeros_like(self.theta)
         self.mask = None
-        self._noise = Noise(self.theta)
+        self.renew_noise()
         self._rule = preconditioner_for(self.preconditioner, self.theta)
         self._kinetic = self.theta.new_zeros(())
         self._configurational = self.theta.new_zeros(())
         self._origin = torch.zeros_like(self.theta)
+
+    def renew_noise(self) -> None:
+        """Generators of noise for ``theta`` where it lies now, seeded from torch's own."""
+        self._noise = Noise(self.theta)
 
     def begin_at(self, params: dict[str, Tensor]) -> None:
         super().begin_at(params)

@@ -13,12 +13,12 @@ from pyro_bnn.guide import SMALLEST_SCALE, MixtureGuide
 from pyro_bnn.model import Form
 from pyro_bnn.models.dense import Dense, MeanFieldGuide
 from pyro_bnn.models.weight_sharing.codebook import Codebook
-from pyro_bnn.models.weight_sharing.compression import compression_report
 from pyro_bnn.models.weight_sharing.from_weights import codebook_from_weights
 from pyro_bnn.models.weight_sharing.model import WeightSharing, weights_to_code
-from pyro_bnn.models.weight_sharing.packed_codebook import describe_codebook, pack_codebook, unpack_codebook
 from pyro_bnn.models.weight_sharing.shared_normal import SharedNormal
 from pyro_bnn.models.weight_sharing.shared_weights import SharedWeights
+from pyro_bnn.models.weight_sharing.storage.compression import compression_report
+from pyro_bnn.models.weight_sharing.storage.packed_codebook import describe_codebook, pack_codebook, unpack_codebook
 from pyro_bnn.registry import storable
 from pyro_bnn.selection import Select
 
@@ -46,8 +46,8 @@ class CodebookGuide(MixtureGuide):
     :param init_scale: starting standard deviation of every weight, whose mean is the network's value.
     :param coded: which random parameters share codes, see :func:`~pyro_bnn.selection.select_parameters`; by default
         the weights of products, convolutions and tables.
-    :param options: further ones of :func:`~pyro_bnn.models.weight_sharing.codebook_from_weights`: ``magnitude``,
-        ``gradient``, ``snr``, ``smallest``, ``zero``, ``rate``, ``distance``, ``iterations``, ``seed``.
+    :param options: further ones of :func:`~pyro_bnn.models.weight_sharing.from_weights.codebook_from_weights`:
+        ``magnitude``, ``gradient``, ``snr``, ``smallest``, ``zero``, ``rate``, ``distance``, ``iterations``, ``seed``.
     :raises ValueError: for NaN in the weights, more codes than distinct weights, or numbers out of range.
     """
 
@@ -214,7 +214,7 @@ class CodebookGuide(MixtureGuide):
         }
 
     def compression_report(self) -> dict[str, Any]:
-        """What the codebook saves: see :func:`~pyro_bnn.models.weight_sharing.compression.compression_report`."""
+        """What the codebook saves; see ``compression_report`` in :mod:`.storage.compression`."""
         rest = sum(p.numel() for n, p in self.named_parameters() if not n.startswith("codebook."))
         return compression_report(self.book.compact()) | {"other_trainable": rest}
 

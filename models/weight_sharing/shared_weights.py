@@ -15,7 +15,7 @@ from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
 from pyro_bnn.models.dense import MeanFieldGuide, freeze_random
 from pyro_bnn.models.weight_sharing.codebook import Codebook
 from pyro_bnn.models.weight_sharing.deviations import rho_of
-from pyro_bnn.models.weight_sharing.packed_codebook import describe_codebook, pack_codebook, unpack_codebook
+from pyro_bnn.models.weight_sharing.storage.packed_codebook import describe_codebook, pack_codebook, unpack_codebook
 from pyro_bnn.priors import CodebookPrior, Normal, PriorLike
 from pyro_bnn.registry import storable
 from pyro_bnn.selection import Select

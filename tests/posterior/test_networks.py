@@ -19,6 +19,7 @@ from pyro_bnn.models import (
     ParticleGuide,
     Rank1,
     Rank1Guide,
+    SharedWeights,
     SpikeSlab,
     WeightSharing,
 )
@@ -72,8 +73,8 @@ def codebook() -> pb.Posterior:
 def shared() -> pb.Posterior:
     model = WeightSharing(network(), Categorical(), N)
     book = CodebookGuide(model, 6, init_scale=0.1, outliers=0.05).book
-    model = WeightSharing(network(), Categorical(), N, shared=book)
-    return trained(model, model.shared_guide(init_scale=0.1))
+    values = SharedWeights(network(), Categorical(), N, codebook=book)
+    return trained(values, values.shared_guide(init_scale=0.1))
 
 
 def ensemble() -> pb.Posterior:

@@ -194,6 +194,8 @@ def fixed_weights(posterior: Posterior) -> int:
 def _require_training_data(posterior: Posterior, x: Any, y: Any) -> None:
     if isinstance(posterior, ScaledPosterior):
         raise ValueError("scaled predictions are of no density that was inferred: give the posterior inside")
+    if y is None:
+        raise ValueError("y is missing: give the targets that the model was trained on, beside x")
     rows, expected = count_rows(tensors(x), labels(y)), getattr(posterior.model, "num_data", None)
     if rows != expected:
         raise ValueError(

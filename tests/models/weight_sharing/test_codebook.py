@@ -15,7 +15,8 @@ from pyro_bnn.models import (
     CodebookGuide,
     WeightSharing,
 )
-from pyro_bnn.models.weight_sharing import Between, Codebook, Codes, Outliers, codebook_from_weights
+from pyro_bnn.models.weight_sharing.codebook import Between, Codebook, Codes, Outliers
+from pyro_bnn.models.weight_sharing.from_weights import codebook_from_weights
 
 
 def test_blending_at_both_ends_is_a_code() -> None:

@@ -25,8 +25,8 @@ from pyro_bnn.models import (
 )
 from pyro_bnn.models.weight_sharing.deviations import rho_of
 from pyro_bnn.models.weight_sharing.merge_schedule import absorb_outliers, merge_state
-from pyro_bnn.models.weight_sharing.packed_codebook import describe_codebook, pack_codebook, unpack_codebook
 from pyro_bnn.models.weight_sharing.shared_normal import SharedNormal, code_length
+from pyro_bnn.models.weight_sharing.storage.packed_codebook import describe_codebook, pack_codebook, unpack_codebook
 
 
 @pytest.mark.parametrize("sampling", ["codebook", "mixture"])

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 import pyro_bnn as pb
 from pyro_bnn.models import Codebook, CodebookGuide, WeightSharing
-from pyro_bnn.models.weight_sharing import entropy_coding, packing
-from pyro_bnn.models.weight_sharing.packed_codebook import describe_codebook, pack_codebook, unpack_codebook
+from pyro_bnn.models.weight_sharing.storage import entropy_coding, packing
+from pyro_bnn.models.weight_sharing.storage.packed_codebook import describe_codebook, pack_codebook, unpack_codebook
 
 
 @settings(deadline=None, max_examples=60)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pyro_bnn.models.weight_sharing.codebook import Codebook
-from pyro_bnn.models.weight_sharing.packed_codebook import pack_codebook
+from pyro_bnn.models.weight_sharing.storage.packed_codebook import pack_codebook
 
 
 def compression_report(book: Codebook) -> dict[str, Any]:

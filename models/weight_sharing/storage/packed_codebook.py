@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bnn.models.weight_sharing import entropy_coding, packing
 from pyro_bnn.models.weight_sharing.codebook import Between, Codebook, Codes, Outliers
+from pyro_bnn.models.weight_sharing.storage import entropy_coding, packing
 
 
 def describe_codebook(book: Codebook) -> dict[str, Any]:
