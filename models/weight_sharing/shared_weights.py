@@ -106,8 +106,7 @@ class SharedWeights(BayesianNetwork):
         return self.unfold(self.core().explicit(x, weights, self.chunk_size), lead)
 
     def forms(self) -> dict[str, Form]:
-        random = dict.fromkeys(self.random, "dense") | dict.fromkeys(self._coded, "codebook")
-        return super().forms() | random
+        return super().forms() | dict.fromkeys(self.random, "dense") | dict.fromkeys(self._coded, "codebook")
 
     def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
         values = {name: latents[self.site(name)] for name in self._values()}
