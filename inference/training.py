@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
 
 from pyro_bnn.inference.batches import Minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
@@ -113,6 +114,11 @@ def train_epoch(run: TrainingRun, batches: Minibatches, step: Step) -> float:
     return sum(run.losses[before:]) / (len(run.losses) - before)
 
 
+def first_row(batches: Minibatches) -> Any:
+    """One row of x, from which a posterior knows what its inputs look like."""
+    return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() else t, batches.first[0])
+
+
 def require_epochs(epochs: int) -> None:
     """Refuses a run without epochs, before anything is set up."""
     if epochs < 1:
@@ -148,7 +154,7 @@ def build_optimizer(
     :raises TypeError: for anything else, or a function that returns no optimiser.
     """
     optim = default if optim is None else optim
-    rate = {} if lr is None else {"lr": lr}
+    rate: dict[str, Any] = {} if lr is None else {"lr": lr}
     if isinstance(optim, str):
         if optim not in _NAMED:
             raise ValueError(

@@ -160,7 +160,9 @@ class SWAG(Baseline):
 
         training_seed, drawing_seed = derive_seeds(seed, 2)
         run = fit(
-            *(model, guide, data),
+            model,
+            guide,
+            data,
             epochs=warmup_epochs + epochs,
             batch_size=batch_size,
             optim=sgd,

@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_bnn.inference.stein.kernels import Kernel, KernelValues
 
 #: columns that are worked on at a time: what is made of them in between stays in a processor's cache
-_COLUMNS = 2**13
+COLUMNS = 2**13
 #: Squared distances below this part of the squared lengths are rounding: such particles coincide.
 _ROUNDING = 64 * torch.finfo(torch.float64).eps
 
@@ -72,8 +72,8 @@ class Positions:
 def _gram(values: Tensor, origin: Tensor | None = None) -> Tensor:
     """Inner products of rows, in float64, a few columns at a time."""
     total = torch.zeros(len(values), len(values), dtype=torch.float64, device=values.device)
-    origins = [None] * (1 + values.shape[1] // _COLUMNS) if origin is None else origin.split(_COLUMNS, 1)
-    for piece, start in zip(values.split(_COLUMNS, 1), origins, strict=False):
+    origins = [None] * (1 + values.shape[1] // COLUMNS) if origin is None else origin.split(COLUMNS, 1)
+    for piece, start in zip(values.split(COLUMNS, 1), origins, strict=False):
         wide = piece.double() if start is None else piece.double() - start
         total += wide @ wide.T
     return total
@@ -88,7 +88,7 @@ def _flat_gradient(values: Tensor, pull: Tensor, by_product: Tensor | None, own:
     if by_product is not None:
         weights = (by_product if own else torch.diag(by_product.sum(1))).to(dtype)
     gradient = torch.empty_like(values)
-    for piece, part in zip(values.split(_COLUMNS, 1), gradient.split(_COLUMNS, 1), strict=True):
+    for piece, part in zip(values.split(COLUMNS, 1), gradient.split(COLUMNS, 1), strict=True):
         force = away @ (piece - piece[:1]).to(dtype)
         part.copy_(force if weights is None else force.addmm_(weights, piece.to(dtype)))
     return gradient

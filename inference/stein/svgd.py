@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
 from pyro_bnn.guide import MixtureGuide
@@ -24,7 +23,7 @@ from pyro_bnn.inference.stein.kernels import RBF, Kernel
 from pyro_bnn.inference.stein.members import Force, MemberParticles, OneByOne, Together
 from pyro_bnn.inference.stein.particles import AnyParticles, Segment
 from pyro_bnn.inference.stein.positions import Positions
-from pyro_bnn.inference.training import Callback, Optim, build_optimizer, require_epochs, train
+from pyro_bnn.inference.training import Callback, Optim, build_optimizer, first_row, require_epochs, train
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size
 from pyro_bnn.posterior import Posterior
@@ -298,8 +297,7 @@ class SVGD:
             posterior = Posterior.from_draws(self.model, self.guide.particles(), is_sampled=False)
             posterior.losses = list(run.losses)
             return posterior
-        example = pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() else t, batches.first[0])
-        return Posterior(self.model, self.guide, losses=run.losses, example=example)
+        return Posterior(self.model, self.guide, losses=run.losses, example=first_row(batches))
 
     # --------------------------------------------------------------------------------------------------- parts
 

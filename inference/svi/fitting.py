@@ -14,7 +14,6 @@ from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
 from pyro_bnn.guide import MixtureGuide
@@ -22,7 +21,7 @@ from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.schedules import Schedule
 from pyro_bnn.inference.svi.elbo import MixtureELBO, ScaleLatents
-from pyro_bnn.inference.training import Callback, Optim, Step, build_optimizer, require_epochs, train
+from pyro_bnn.inference.training import Callback, Optim, Step, build_optimizer, first_row, require_epochs, train
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import training_mode
 from pyro_bnn.posterior import Posterior
@@ -102,9 +101,8 @@ def fit(
             progress=progress,
             checkpoint=checkpoint,
         )
-        example = pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() else t, batches.first[0])
         modules = isinstance(model, nn.Module) and isinstance(guide, nn.Module)
-        return Posterior(model, guide, losses=run.losses, example=example, store=None if modules else store)
+        return Posterior(model, guide, losses=run.losses, example=first_row(batches), store=None if modules else store)
 
 
 def _elbo_step(objective: ELBO, size: int | None, annealing: float, clip_norm: float | None) -> Step:

@@ -253,7 +253,7 @@ def test_sums_over_a_few_columns_at_a_time(own: bool, kernel: Kernel, monkeypatc
     x = torch.randn(6, 23, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = []
     for columns in (100, 4):
-        monkeypatch.setattr("pyro_bnn.inference.stein.kernels._COLUMNS", columns)
+        monkeypatch.setattr("pyro_bnn.inference.stein.positions.COLUMNS", columns)
         points = Positions([x])
         (gradient,), _ = points.gradients(points.evaluate(kernel), own)
         found.append((points.distances, gradient))

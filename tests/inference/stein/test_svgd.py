@@ -557,7 +557,8 @@ def test_a_schedule_moves_the_learning_rate_and_is_resumed_with_the_run(tmp_path
             engine = SVGD(model, guide, lr=0.01)
             ending = [note, lambda state, stop=stop: state.epoch == stop]
             engine.fit(
-                *((x, y), 6),
+                (x, y),
+                6,
                 batch_size=5,
                 schedule=cosine(),
                 callbacks=ending,
