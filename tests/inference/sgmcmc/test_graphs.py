@@ -1,0 +1,117 @@
+"""Recorded graphs: what each pass takes out of them, and that they replay the function that was recorded."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_bnn.inference.sgmcmc.graphs import fill_shapes, fold_constants, record, script, writes_in_place
+
+WEIGHTS, X = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, -1.0, 2.0])
+
+
+def find_operations(function: Any, x: Tensor, *passes: Any) -> tuple[list[str], GraphModule]:
+    """Names of the operations that some passes leave, in order, and the graph."""
+    traced = make_fx(function)(x)
+    for one in passes:
+        one(traced)
+    traced.graph.eliminate_dead_code()
+    traced.graph.lint()
+    traced.recompile()
+    nodes = traced.graph.nodes
+    return [n.target._schema.name.removeprefix("aten::") for n in nodes if n.op == "call_function"], traced
+
+
+def test_operations_on_constants_are_done_once() -> None:
+    """Proves that a chain of operations on constants is gone, and that what depends on the input stays."""
+
+    def function(x: Tensor) -> Tensor:
+        return x * (WEIGHTS.exp() + 1).sum()
+
+    before, _ = find_operations(function, X)
+    after, traced = find_operations(function, X, fold_constants)
+    assert before == ["exp", "add", "sum", "mul"] and after == ["mul"]
+    other = torch.tensor([0.1, 0.2, -4.0])
+    assert torch.equal(traced(other), function(other))
+
+
+def test_random_numbers_are_never_constants() -> None:
+    """Proves that noise of the shape of a constant is drawn anew at every call."""
+    after, traced = find_operations(lambda x: x + torch.rand_like(WEIGHTS), X, fill_shapes, fold_constants)
+    assert after == ["rand_like", "add"]
+    assert not torch.equal(traced(X), traced(X))
+
+
+def test_what_depends_on_a_shape_alone_is_a_constant() -> None:
+    """Proves that ones of the input's shape are made once, and that operations on them can be folded then."""
+
+    def function(x: Tensor) -> Tensor:
+        return x + 2 * torch.ones_like(x) + x.new_full((3,), 0.5)
+
+    assert find_operations(function, X, fill_shapes)[0] == ["mul", "add", "add"]
+    after, traced = find_operations(function, X, fill_shapes, fold_constants)
+    assert after == ["add", "add"]
+    assert torch.equal(traced(WEIGHTS), WEIGHTS + 2.5)
+
+
+def test_a_graph_that_writes_into_a_tensor_is_left_alone() -> None:
+    """Proves that a buffer that the function fills at every call is not taken for the constant it begins as."""
+
+    def function(x: Tensor) -> Tensor:
+        buffer = torch.zeros_like(x)
+        buffer[1:] = x[1:]
+        return buffer + 1
+
+    assert writes_in_place(make_fx(function)(WEIGHTS)) and not writes_in_place(make_fx(torch.exp)(WEIGHTS))
+    replayed = record(function, WEIGHTS)
+    for x in (WEIGHTS, -WEIGHTS, torch.zeros(3)):
+        assert torch.equal(replayed(x), function(x))
+
+
+def test_a_recording_replays_the_function_at_other_inputs() -> None:
+    """Proves that only constants are kept: several results, with and without the input in them."""
+
+    def function(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return (x @ y).tanh() * WEIGHTS.sum(), WEIGHTS.cumsum(0)
+
+    generator = torch.Generator().manual_seed(0)
+    replayed = record(function, torch.zeros(2, 3), torch.zeros(3, 2))
+    for _ in range(3):
+        x, y = torch.randn(2, 3, generator=generator), torch.randn(3, 2, generator=generator)
+        for ours, true in zip(replayed(x, y), function(x, y), strict=True):
+            assert torch.equal(ours, true)
+
+
+def test_constants_that_are_not_used_are_not_kept() -> None:
+    """Proves that a recording does not hold what was folded on the way."""
+    kept = record(lambda x: x + (WEIGHTS.expand(50, 3) * 2).sum(), X)
+    assert sum(value.numel() for value in kept.state_dict().values()) <= 3  # type: ignore[attr-defined]
+
+
+def test_recording_warns_of_nothing() -> None:
+    """Proves that PyTorch's word on its deprecated tracer does not reach the user, and other warnings still do."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        record(lambda x: x * 2, WEIGHTS)
+        with pytest.raises(UserWarning, match="the user's own"):
+            record(lambda x: warnings.warn("the user's own", stacklevel=1), WEIGHTS)
+
+
+def test_the_gradient_of_a_convolution_stays_in_python() -> None:
+    """Proves that a graph that TorchScript does not take runs all the same."""
+    kernel = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+
+    def loss(x: Tensor) -> Tensor:
+        return torch.nn.functional.conv2d(x, kernel).square().sum()
+
+    gradient = torch.func.grad(loss)
+    x = torch.randn(1, 1, 5, 5, generator=torch.Generator().manual_seed(1))
+    traced = make_fx(gradient)(x)
+    assert script(traced, (x,)) is traced
+    torch.testing.assert_close(record(gradient, x)(2 * x), gradient(2 * x))
