@@ -13,6 +13,7 @@ import argparse
 import math
 import time
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
@@ -67,7 +68,7 @@ def main() -> None:
     net = nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
     regression = options.likelihood == "gaussian"
-    columns = pb.priors.SpikeAndSlab(0.1, 0.7, inclusion=pb.priors.Beta(2, 50), group="input")
+    columns = pb.priors.SpikeAndSlab(0.1, 0.7, inclusion=dist.Beta(2.0, 50.0), group="input")
     model = pb.models.SpikeSlab(
         net,
         pb.likelihoods.Gaussian(scale=1.0) if regression else pb.likelihoods.Bernoulli(),

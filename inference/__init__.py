@@ -4,17 +4,18 @@ from pyro_bnn.inference.baselines.dropout import MCDropout
 from pyro_bnn.inference.baselines.ensemble import DeepEnsemble
 from pyro_bnn.inference.baselines.laplace import LastLayerLaplace
 from pyro_bnn.inference.baselines.swag import SWAG
-from pyro_bnn.inference.schedules import cosine, warmup_steps
+from pyro_bnn.inference.schedules import cosine, multistep
 from pyro_bnn.inference.sgmcmc import pruning
 from pyro_bnn.inference.sgmcmc.em import SGHMCEM
 from pyro_bnn.inference.sgmcmc.ke_fan import KeFanSGHMC
 from pyro_bnn.inference.sgmcmc.sampling import sample
 from pyro_bnn.inference.sgmcmc.sghmc import SGHMC, SGLD
 from pyro_bnn.inference.stein.autoparticles import AutoParticles
-from pyro_bnn.inference.stein.kernels import IMQ, RBF, Linear, Mixture, ScaledMedian
+from pyro_bnn.inference.stein.kernels import IMQ, RBF, KernelSum, LinearKernel, ScaledMedian
 from pyro_bnn.inference.stein.svgd import SVGD, cyclical_annealing
 from pyro_bnn.inference.svi.elbo import MixtureELBO, ScaleLatents
-from pyro_bnn.inference.svi.fitting import FitState, fit
+from pyro_bnn.inference.svi.fitting import fit
+from pyro_bnn.inference.training import FitState
 
 __all__ = [
     "IMQ",
@@ -28,17 +29,17 @@ __all__ = [
     "DeepEnsemble",
     "FitState",
     "KeFanSGHMC",
+    "KernelSum",
     "LastLayerLaplace",
-    "Linear",
+    "LinearKernel",
     "MCDropout",
-    "Mixture",
     "MixtureELBO",
     "ScaleLatents",
     "ScaledMedian",
     "cosine",
     "cyclical_annealing",
     "fit",
+    "multistep",
     "pruning",
     "sample",
-    "warmup_steps",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any, NamedTuple
 
 import pyro
@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from pyro_bnn.inputs import require_finite, to_device
-from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.inputs import LABELS, describe, inputs, integers_in, require_finite, split, targets
+from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import undisturbed
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.perturb.probe import batched
@@ -43,104 +43,153 @@ class Minibatches(NamedTuple):
 
 
 def minibatches(model: Callable[..., Any], data: Any, batch_size: int) -> Minibatches:
-    """Checks a data set and says how to go through it; batches come on the device of the model.
+    """Checks a data set and says how to go through it; batches come on the device and in the dtype of the model.
 
-    :param data: a loader of (x, y), a dataset, or the pair (x, y) itself; x may be a tensor, dict or tuple.
-    :param batch_size: for a dataset or a pair; a loader has its own.
+    :param data: a loader or dataset of pairs (x, y) or of dicts with ``labels``; the pair (x, y) itself, or one such
+        dict. :mod:`pyro_bnn.inputs` says what x and y may be.
+    :param batch_size: for a dataset or data in memory; a loader has its own.
     :raises TypeError: for anything else, or labels of the wrong dtype.
     :raises ValueError: for empty or inconsistent data, labels outside the likelihood's range, NaN, or a size that is
         not the model's ``num_data``.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: expected at least 1")
-    network = model if isinstance(model, BayesianNetwork) else None
-    like = network.like() if network is not None else None
-    if isinstance(data, tuple):
-        if len(data) != 2 or not isinstance(data[1], Tensor):
-            raise TypeError("data as a pair must be (x, y) with a tensor y")
-        x, y = data
-        size = count_samples(x, y)
-        if size == 0:
-            raise ValueError("the data is empty: x and y have no samples")
-        _check(network, x, y)
-        if like is not None:
-            x, y = to_device(x, like), y.to(like.device)
+    if isinstance(data, (tuple, Mapping)):
+        return _of_memory(model, data, batch_size)
+    return _of_loader(model, _loader(data, batch_size))
 
-        def take(index: Tensor) -> tuple[Any, Tensor]:
-            def part(leaf: Any) -> Any:
-                if batched(leaf, size):
-                    return leaf[index]
-                return leaf.expand(index.shape[:-1] + leaf.shape) if isinstance(leaf, Tensor) else leaf
 
-            return pytree.tree_map(part, x), y[index]
+# ------------------------------------------------------------------------------------------------ data in memory
 
-        def rows() -> Iterator[tuple[Tensor]]:
-            return ((index,) for index in torch.randperm(size, device=y.device).split(batch_size))
 
-        first = take(torch.arange(min(batch_size, size), device=y.device))
-        _require_num_data(network, size)
-        return Minibatches(rows, take, -(-size // batch_size), size, first, shuffled=True)
+class _Memory:
+    """All of x and y on the device of the model, from which batches are taken by the indices of their rows."""
+
+    def __init__(self, x: Any, y: Tensor, batch_size: int) -> None:
+        self.x, self.y, self.batch_size = x, y, batch_size
+
+    def rows(self) -> Iterator[tuple[Tensor]]:
+        order = torch.randperm(len(self.y), device=self.y.device)
+        return ((index,) for index in order.split(self.batch_size))
+
+    def take(self, index: Tensor) -> tuple[Any, Tensor]:
+        def part(leaf: Any) -> Any:
+            if batched(leaf, len(self.y)):
+                return leaf[index]
+            return leaf.expand(index.shape[:-1] + leaf.shape) if isinstance(leaf, Tensor) else leaf
+
+        return pytree.tree_map(part, self.x), self.y[index]
+
+
+def _of_memory(model: Callable[..., Any], data: Any, batch_size: int) -> Minibatches:
+    pair, like = split(data), like_of(model)
+    if pair is None:
+        raise TypeError(
+            f"data in memory must be (x, y) or a dict with {LABELS!r}, got {describe(data)}. Put all inputs of the "
+            "network into x, as a dict or tuple"
+        )
+    x, y = inputs(pair[0], like), targets(pair[1], like)
+    size = count_samples(x, y)
+    if size == 0:
+        raise ValueError("the data is empty: x and y have no samples")
+    _check(model, x, y)
+    memory = _Memory(x, y, batch_size)
+    first = memory.take(torch.arange(min(batch_size, size), device=y.device))
+    _require_num_data(model, size)
+    return Minibatches(memory.rows, memory.take, -(-size // batch_size), size, first, shuffled=True)
+
+
+# ------------------------------------------------------------------------------------------------------ loaders
+
+
+def _loader(data: Any, batch_size: int) -> DataLoader[Any]:
     if isinstance(data, DataLoader):
-        loader: Iterable[Any] = data
-    elif isinstance(data, Dataset):
-        if isinstance(data, Sized) and len(data) == 0:
-            raise ValueError("the data set is empty")
-        loader = DataLoader(data, batch_size=batch_size, shuffle=True)
-    else:
-        raise TypeError(f"data must be a DataLoader, a Dataset or a pair (x, y), got {type(data).__name__}")
-    dataset = getattr(loader, "dataset", None)
-    if isinstance(dataset, Sized) and not getattr(loader, "drop_last", False):
-        _require_num_data(network, len(dataset))
+        return data
+    if not isinstance(data, Dataset):
+        raise TypeError(
+            f"data must be a DataLoader, a Dataset or a pair (x, y), got {type(data).__name__}. Labels go with their "
+            "inputs: give (x, y)"
+        )
+    if isinstance(data, Sized) and len(data) == 0:
+        raise ValueError("the data set is empty")
+    return DataLoader(data, batch_size=batch_size, shuffle=True)
 
-    def loaded() -> Iterator[tuple[Any, ...]]:
-        for batch in loader:
-            if network is not None:
-                if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                    raise TypeError("the loader must give pairs (x, y)")
-                _check(network, batch[0], batch[1])
-            yield tuple(to_device(part, like) for part in batch) if like is not None else tuple(batch)
+
+def _of_loader(model: Callable[..., Any], loader: DataLoader[Any]) -> Minibatches:
+    size = len(loader.dataset) if isinstance(loader.dataset, Sized) else None
+    if size is not None and not loader.drop_last:
+        _require_num_data(model, size)
+
+    def batches() -> Iterator[tuple[Any, ...]]:
+        return (_loaded(model, batch) for batch in loader)
 
     try:
         with torch.random.fork_rng([]):
-            first = next(loaded())
+            first = next(batches())
     except StopIteration:
         raise ValueError("the loader is empty: it gives no batch") from None
     try:
-        steps = len(loader)  # type: ignore[arg-type]
+        steps = len(loader)
     except TypeError:
         raise TypeError(
             "the loader has no length, by which annealing and schedules count: give its data set a __len__"
         ) from None
-    known = len(dataset) if isinstance(dataset, Sized) else None
-    if network is not None and network.num_data:
-        known = network.num_data
+    if isinstance(model, BayesianNetwork) and model.num_data:
+        size = model.num_data
     shuffled = isinstance(getattr(loader, "sampler", None), RandomSampler)
-    return Minibatches(loaded, lambda *batch: batch, steps, known, first, shuffled)
+    return Minibatches(batches, lambda *batch: batch, steps, size, first, shuffled)
 
 
-def _require_num_data(network: BayesianNetwork | None, size: int) -> None:
-    if network is not None and network.num_data is not None and network.num_data != size:
+def _loaded(model: Callable[..., Any], batch: Any) -> tuple[Any, ...]:
+    """``(x, y)`` of one batch; of a model that is not of this package, all that it is to be called with."""
+    pair = split(batch)
+    if pair is None and (isinstance(model, BayesianNetwork) or not isinstance(batch, (tuple, list))):
+        raise TypeError(f"the loader must give pairs (x, y) or dicts with {LABELS!r}, got {describe(batch)}")
+    if pair is None or not isinstance(model, BayesianNetwork):
+        return tuple(inputs(part, None, f"part {i} of a batch") for i, part in enumerate(pair or batch))
+    x, y = inputs(pair[0], model.like()), targets(pair[1], model.like())
+    _check(model, x, y)
+    return x, y
+
+
+# ------------------------------------------------------------------------------------------------------- checks
+
+
+def _require_num_data(model: Callable[..., Any], size: int) -> None:
+    if isinstance(model, BayesianNetwork) and model.num_data is not None and model.num_data != size:
         raise ValueError(
-            f"the model was built with num_data={network.num_data}, but the data has {size} samples: the likelihood "
+            f"the model was built with num_data={model.num_data}, but the data has {size} samples: the likelihood "
             "would be scaled wrongly. Build the model with the size of the training set"
         )
 
 
-def _check(network: BayesianNetwork | None, x: Any, y: Tensor) -> None:
+def _check(model: Callable[..., Any], x: Any, y: Tensor) -> None:
     """Everything about a batch that would otherwise train silently on nonsense."""
-    count_samples(x, y)
+    size = count_samples(x, y)
     require_finite(x)
-    if network is None or network.likelihood is None:
+    if not isinstance(model, BayesianNetwork) or model.likelihood is None:
         return
-    size = y.shape[0]
-    row = pytree.tree_map(lambda t: t[:1] if batched(t, size) else t, to_device(x, network.like()))
-    key = tuple(t.shape for t in pytree.tree_leaves(row) if isinstance(t, Tensor))  # sequences differ in length
-    examples = network.__dict__.setdefault("_output_examples", {})
-    if key not in examples:
-        with undisturbed(network.core().net):
-            examples[key] = network.core()(row)
-    f = examples[key]
-    noise = f.new_ones(()) if network.likelihood.learns_noise else None
+    f = _output_of_first(model, x, size)
+    noise = f.new_ones(()) if model.likelihood.learns_noise else None
     with pyro.validation_enabled(False):  # NaN in the output is not what is wrong with the data
-        network.likelihood.given(f.expand(size, *f.shape[1:]), y.to(f.device), noise)
-    network.likelihood.check(y, f)
+        model.likelihood.given(f.expand(size, *f.shape[1:]), y, noise)
+    model.likelihood.check(y, f)
+
+
+def _output_of_first(network: BayesianNetwork, x: Any, size: int) -> Tensor:
+    """The output for the first sample of x, computed once for inputs of one shape."""
+    row = pytree.tree_map(lambda t: t[:1] if batched(t, size) else t, x)
+    key = tuple(t.shape for t in pytree.tree_leaves(row) if isinstance(t, Tensor))  # sequences differ in length
+    examples: dict[Any, Tensor] = network.__dict__.setdefault("_output_examples", {})
+    if key not in examples:
+        try:
+            with undisturbed(network.core().net):
+                examples[key] = network.core()(row)
+        except RuntimeError as error:
+            if dtypes := integers_in(row):
+                error.add_note(
+                    f"x holds integers ({', '.join(dtypes)}), which stay integers, as indices of embeddings must. A "
+                    "network that takes numbers needs floats: x.astype('float32') of an array, x.float() of a tensor"
+                )
+            raise
+    return examples[key]

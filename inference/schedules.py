@@ -28,7 +28,7 @@ def cosine(warmup: float = 0.0) -> Schedule:
     return build
 
 
-def warmup_steps(warmup: float, milestones: Sequence[float], ratio: float) -> Schedule:
+def multistep(warmup: float, milestones: Sequence[float], ratio: float) -> Schedule:
     """A linear warm-up of ``warmup`` epochs, then times ``ratio`` at every milestone (in epochs)."""
 
     def build(optimizer: Optimizer, steps: int, epochs: int) -> LRScheduler:

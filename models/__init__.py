@@ -5,7 +5,7 @@ from pyro_bnn.models.dense import Dense, MeanFieldGuide, PointGuide
 from pyro_bnn.models.peft import load_adapters, save_adapters
 from pyro_bnn.models.rank1 import Rank1, Rank1Guide
 from pyro_bnn.models.spike_slab import SpikeSlab
-from pyro_bnn.models.weight_sharing import Codebook, CodebookGuide, MergeCodes, WeightSharing
+from pyro_bnn.models.weight_sharing import Codebook, CodebookGuide, MergeCodes, SharedWeights, WeightSharing
 
 __all__ = [
     "Bella",
@@ -18,6 +18,7 @@ __all__ = [
     "PointGuide",
     "Rank1",
     "Rank1Guide",
+    "SharedWeights",
     "SpikeSlab",
     "WeightSharing",
     "load_adapters",

@@ -7,76 +7,27 @@ are n points, trained apart as an ensemble or together by :class:`~pyro_bnn.infe
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from pyro_bnn import priors
+from pyro_bnn import display, priors
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import BayesianNetwork
-from pyro_bnn.network import NORMALISATIONS, Network, Output, Select, select_parameters
+from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
+from pyro_bnn.network import NORMALISATIONS
 from pyro_bnn.perturb import LowRankFactors, Perturbation, Replacement, Shift
 from pyro_bnn.priors import Normal, Prior, PriorLike
 from pyro_bnn.registry import storable
+from pyro_bnn.selection import Select
 from pyro_bnn.sites import Site
 
-Target = str | type[nn.Module] | Callable[[str, Tensor], bool]
 Init = Literal["kaiming", "gaussian", "orthogonal"]
 
-
-def is_linear(module: nn.Module) -> bool:
-    """``nn.Linear`` and the ``Conv1D`` of the transformers library."""
-    return isinstance(module, nn.Linear) or (hasattr(module, "nf") and hasattr(module, "weight"))
-
-
-def target_weights(core: Network, select: Target | Iterable[Target] | None) -> list[str]:
-    """The weights that get low-rank factors, named as PEFT names layers.
-
-    :param select: ``None`` for all linear, convolutional, attention and recurrent weights but those of depthwise
-        convolutions; ``"all-linear"``; a regular expression that matches the whole name of a module or weight; a list
-        of names (or ends of names) of modules or weights, of module types, of functions ``(weight, tensor) -> bool``.
-    :raises ValueError: when one of them picks nothing.
-    """
-    parameters = core.parameters_by_name()
-    owners = {name: core.owner(name) for name in core.product_weights()}
-    without = (nn.Embedding, nn.Bilinear)
-    candidates = [name for name, owner in owners.items() if not isinstance(owner, nn.Bilinear)]
-    if select is None:
-        usual = [n for n in candidates if not isinstance(owners[n], without) and not _is_depthwise(owners[n])]
-        if not usual:
-            raise ValueError("the network has no weights that take low-rank factors: name some with select=")
-        return usual
-    if select == "all-linear":
-        select = [lambda name, _: is_linear(owners[name])]
-    several = isinstance(select, Iterable) and not isinstance(select, (str, type))
-    chosen: set[str] = set()
-    for one in select if several else [select]:  # type: ignore[union-attr]
-        picked = {n for n in candidates if _is_meant(one, n, owners[n], parameters[n], exact=not several)}
-        if not picked:
-            raise ValueError(f"select={one!r} matches none of the weights: {', '.join(candidates) or '(none)'}")
-        chosen |= picked
-    return [name for name in candidates if name in chosen]
-
-
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels > 1
-
-
-def _is_meant(one: Any, name: str, owner: nn.Module, weight: Tensor, exact: bool) -> bool:
-    names = (name, name.rpartition(".")[0])
-    if isinstance(one, str):
-        if exact:
-            return any(re.fullmatch(one, n) for n in names)
-        return any(n == one or n.endswith(f".{one}") for n in names)
-    if isinstance(one, type):
-        return isinstance(owner, one)
-    if callable(one):
-        return bool(one(name, weight))
-    raise TypeError(f"select takes names, patterns, module types or functions, not {one!r}")
+#: standard deviation of every element of ``scale B A`` where neither it nor another prior is given
+_PRODUCT_SCALE = 0.1
 
 
 @storable
@@ -95,17 +46,20 @@ class Bella(BayesianNetwork):
     :param alpha: ``scale = alpha / rank``; by default ``4 * rank``, so that the scale is that of the authors (16 / 4)
         at every rank.
     :param rank_stabilised: ``scale = alpha / sqrt(rank)`` (Kalajdzievski 2023), with an alpha of 8 by default.
-    :param prior: a ``Normal(0, sigma)`` is on the scale of the product: A and B have the standard deviation
-        ``sqrt(sigma / (scale sqrt(rank)))``, at which every element of ``scale B A`` has the standard deviation sigma.
-        Any other prior is that of the factors themselves. Patterns match ``<weight>.A``, ``<weight>.B`` or the weight.
-    :param select: which weights, see :func:`target_weights`.
-    :param head: names of linear modules whose weight and bias belong to each particle, as in a new output layer; with
-        the prior ``head_prior``.
-    :param affine: whether gains and biases of normalisation layers belong to each particle, or those that a pattern, a
-        module type or a function picks; see :func:`~pyro_bnn.network.select_parameters`. They start as given.
+    :param product_scale: standard deviation of every element of ``scale B A``, 0.1 by default: A and B have the prior
+        ``N(0, product_scale / (scale sqrt(rank)))``, by which the product has it at every rank and scale.
+    :param prior: of the elements of A and B themselves, in place of ``product_scale``; patterns match ``<weight>.A``,
+        ``<weight>.B``, the weight or a module.
+    :param select: which weights, see :func:`~pyro_bnn.selection.select_parameters`; by default all linear,
+        convolutional, attention and recurrent weights but those of depthwise convolutions.
+    :param head: linear layers whose weight and bias belong to each particle, as in a new output layer; selected in the
+        same way, with the prior ``head_prior``.
+    :param affine: whether gains and biases of normalisation layers belong to each particle, or which of them, selected
+        in the same way. They start as given.
     :param affine_prior: of these; ``loc=None`` means around the given values.
-    :param prefix, members_dim, output: see :class:`~pyro_bnn.model.BayesianNetwork`.
-    :raises ValueError: when ``select``, ``head`` or ``affine`` matches nothing, or a number is out of range.
+    :param options: see :class:`~pyro_bnn.model.NetworkOptions`.
+    :raises ValueError: when ``select``, ``head`` or ``affine`` matches nothing, a number is out of range, or
+        ``product_scale`` and ``prior`` are both given.
     """
 
     def __init__(
@@ -117,30 +71,29 @@ class Bella(BayesianNetwork):
         rank: int = 4,
         alpha: float | None = None,
         rank_stabilised: bool = False,
-        prior: PriorLike = Normal(0.0, 0.1),
-        select: Target | Iterable[Target] | None = None,
-        head: str | Iterable[str] = (),
+        product_scale: float | None = None,
+        prior: PriorLike | None = None,
+        select: Select | None = None,
+        head: Select | None = None,
         head_prior: Prior = Normal(0.0, 1.0),
         affine: bool | Select = False,
         affine_prior: Prior = Normal(scale=0.1),
-        prefix: str = "",
-        members_dim: int = -2,
-        output: Output = None,
+        **options: Unpack[NetworkOptions],
     ) -> None:
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank={rank!r}: expected the number of columns of B, at least 1")
         if alpha is not None and not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
             raise ValueError(f"alpha={alpha!r}: expected a positive number, or None for a scale of 4 at every rank")
-        super().__init__(net, likelihood, num_data, prefix=prefix, members_dim=members_dim, output=output, share=True)
-        self.rank, self.rank_stabilised, self.prior, self.head_prior = rank, rank_stabilised, prior, head_prior
+        super().__init__(net, likelihood, num_data, **options, share=True)
+        self.rank, self.rank_stabilised, self.head_prior = rank, rank_stabilised, head_prior
         self.alpha = float((8 if rank_stabilised else 4 * rank) if alpha is None else alpha)
         self.scale = self.alpha / (math.sqrt(rank) if rank_stabilised else rank)
-        core = self.core()
-        self.head = [head] if isinstance(head, str) else list(head)
-        self.head_parameters = self._find_head()
+        self.prior = self._prior_of_factors(product_scale, prior)
+        self.head_parameters = [] if head is None else self._find_head(head)
         self.affine_prior, self.affine_parameters = affine_prior, self._find_affine(affine)
-        self.weights = [name for name in target_weights(core, select) if name not in self.head_parameters]
-        parameters = core.parameters_by_name()
+        self._chosen = self._find_weights(select)
+        self.weights = [name for name in self._chosen if name not in self.head_parameters]
+        parameters = self.core().parameters_by_name()
         self.priors: dict[str, Prior] = {}
         self._likes: dict[str, Tensor] = {}
         for weight in self.weights:
@@ -148,25 +101,45 @@ class Bella(BayesianNetwork):
             for factor, shape in zip("AB", ((rank, *w.shape[1:]), (w.shape[0], rank)), strict=True):
                 name = f"{weight}.{factor}"
                 like = self._likes[name] = w.new_empty(()).expand(shape)
-                self.priors[name] = self._on_factors(priors.resolve(prior, (name, weight), like))
+                self.priors[name] = priors.resolve(self.prior, (name, weight), like)
         for name in self.own_parameters():
             self._likes[name] = parameters[name]
             self.priors[name] = head_prior if name in self.head_parameters else affine_prior
         self._sites = self.list_weight_sites(self.priors, self._likes | self._centers())
         self.train(self.training)
 
-    def _find_head(self) -> list[str]:
-        found = []
-        for name in self.head:
-            try:
-                module = self.core().net.get_submodule(name)
-            except AttributeError:
-                raise ValueError(f"head={name!r}: the network has no module of this name") from None
-            if not isinstance(module, nn.Linear):
-                raise ValueError(f"head={name!r} is a {type(module).__name__}: expected a linear layer")
-            found += [f"{name}.{own}" for own, p in module._parameters.items() if p is not None]
-        known = self.core().parameters_by_name()
-        tied = next((name for name in found if name not in known), None)
+    def _prior_of_factors(self, product_scale: float | None, prior: PriorLike | None) -> PriorLike:
+        if prior is not None:
+            if product_scale is not None:
+                raise ValueError(
+                    f"product_scale={product_scale!r} and prior={prior!r}: both say what prior A and B have, the first "
+                    "by way of their product; give one of them"
+                )
+            return prior
+        sigma = _PRODUCT_SCALE if product_scale is None else product_scale
+        if not (isinstance(sigma, (int, float)) and math.isfinite(sigma) and sigma > 0):
+            raise ValueError(f"product_scale={sigma!r}: expected a positive number, of the elements of scale B A")
+        return Normal(0.0, math.sqrt(sigma / (self.scale * math.sqrt(self.rank))))
+
+    def _find_weights(self, select: Select | None) -> list[str]:
+        core = self.core()
+        parameters = core.parameters_by_name()
+        owners = {name: core.owner(name) for name in core.product_weights()}
+        if select is not None:
+            known = {n: parameters[n] for n, owner in owners.items() if not isinstance(owner, nn.Bilinear)}
+            return self.selected(select, known, what="weights")
+        without = (nn.Embedding, nn.Bilinear)
+        usual = [n for n, owner in owners.items() if not isinstance(owner, without) and not _is_depthwise(owner)]
+        if not usual:
+            raise ValueError("the network has no weights that take low-rank factors: name some with select=")
+        return usual
+
+    def _find_head(self, head: Select) -> list[str]:
+        core = self.core()
+        linear = {n: p for n, p in core.parameters_by_name().items() if isinstance(core.owner(n), nn.Linear)}
+        found = self.selected(head, linear, option="head", what="weights and biases of linear layers")
+        known = [id(p) for _, p in core.net.named_parameters(remove_duplicate=False)]
+        tied = next((name for name in found if known.count(id(linear[name])) > 1), None)
         if tied is not None:
             raise ValueError(f"head: {tied!r} is tied to another parameter; a head must have its own")
         return found
@@ -174,11 +147,10 @@ class Bella(BayesianNetwork):
     def _find_affine(self, affine: bool | Select) -> list[str]:
         if affine is False:
             return []
-        core = self.core()
-        norms = core.normalisation_parameters()
-        known = {name: p for name, p in core.parameters_by_name().items() if name in norms}
+        norms = self.core().normalisation_parameters()
+        known = {name: p for name, p in self.core().parameters_by_name().items() if name in norms}
         if affine is not True:
-            return select_parameters(known, core.net, affine)
+            return self.selected(affine, known, option="affine", what="gains and biases of normalisation layers")
         if not known:
             raise ValueError("affine=True: the network has no normalisation layer with gains or biases; leave it out")
         return list(known)
@@ -186,14 +158,6 @@ class Bella(BayesianNetwork):
     def own_parameters(self) -> list[str]:
         """The parameters of which every particle has its own in full: those of heads and of normalisation layers."""
         return self.head_parameters + self.affine_parameters
-
-    def _on_factors(self, prior: Prior) -> Prior:
-        """A Normal prior of the product as that of each factor."""
-        if not isinstance(prior, Normal):
-            return prior
-        if prior.loc:
-            raise ValueError(f"{prior!r}: a prior on the product is around 0, the given network; leave loc out")
-        return Normal(0.0, math.sqrt(prior.scale / (self.scale * math.sqrt(self.rank))))
 
     def _centers(self) -> dict[str, Tensor]:
         """Factors at which the network is as it was given, and from which it can move: A as in a new layer, B zero."""
@@ -224,10 +188,10 @@ class Bella(BayesianNetwork):
             "rank": self.rank,
             "alpha": self.alpha,
             "rank_stabilised": self.rank_stabilised,
-            "select": "|".join(map(re.escape, self.weights)),  # a pattern: names in a list are ends of names too
-            "head": self.head,
+            "select": self._chosen,
+            "head": self.head_parameters or None,
             "head_prior": priors.describe(self.head_prior),
-            "affine": [re.escape(name) for name in self.affine_parameters] or False,
+            "affine": self.affine_parameters or False,
             "affine_prior": priors.describe(self.affine_prior),
         }
 
@@ -239,6 +203,22 @@ class Bella(BayesianNetwork):
 
     def sites(self) -> list[Site]:
         return self._sites
+
+    def forms(self) -> dict[str, Form]:
+        return super().forms() | dict.fromkeys(self.weights, "low-rank") | dict.fromkeys(self.own_parameters(), "dense")
+
+    def repr_fields(self) -> dict[str, object]:
+        own = {"head": ", ".join(self.head_parameters), "affine": ", ".join(self.affine_parameters)}
+        return super().repr_fields() | {"rank": self.rank, "scale": display.number(self.scale)} | own
+
+    def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``W_0 + scale B A`` of every weight with factors; heads, gains and biases of the particle's own."""
+        parameters = self.core().parameters_by_name()
+        values: dict[str, Tensor] = {}
+        for weight in self.weights:
+            a, b = (latents[self.site(f"{weight}.{factor}")][None] for factor in "AB")
+            values[weight] = LowRankFactors(a, b, self.scale).explicit(parameters[weight].detach(), 0, 0)
+        return values | {name: latents[self.site(name)] for name in self.own_parameters()}
 
     def sample_latents(self) -> dict[str, Tensor]:
         like, parameters = self.like(), self.core().parameters_by_name()
@@ -265,6 +245,10 @@ class Bella(BayesianNetwork):
         """``[*lead, 1 ..., *event] -> [members | 1, *event]``."""
         event = self._likes[name].shape
         return self.fold(latents[self.site(name)], len(event), lead).squeeze(1)
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.in_channels > 1
 
 
 def draw_factor(name: str, like: Tensor) -> Tensor:

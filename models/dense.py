@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Unpack
 
 from torch import Tensor, nn
 
 from pyro_bnn import priors
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import BayesianNetwork
-from pyro_bnn.network import Output, Select, select_parameters
+from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
 from pyro_bnn.priors import Normal, PriorLike
 from pyro_bnn.registry import storable
+from pyro_bnn.selection import Select
 from pyro_bnn.sites import Site
+
+
+class DenseOptions(NetworkOptions, total=False):
+    """Keyword arguments of :class:`Dense` that the models built on it have too.
+
+    ``chunk_size: int | None = None`` is how many members are vectorised at a time; ``None`` for all.
+    """
+
+    chunk_size: int | None
 
 
 @storable
@@ -28,9 +37,10 @@ class Dense(BayesianNetwork):
     :param likelihood: what the output means; ``None`` for the function alone, inside a larger Pyro model.
     :param num_data: size N of the training set.
     :param prior: as for :class:`~pyro_bnn.models.Rank1`; ``loc=None`` means 0 here.
-    :param select: which parameters are random; by default all except those of normalisation layers.
+    :param select: which parameters are random, see :func:`~pyro_bnn.selection.select_parameters`; by default all except
+        those of normalisation layers.
     :param chunk_size: how many members are vectorised at a time; ``None`` for all.
-    :param prefix, members_dim, output: see :class:`~pyro_bnn.model.BayesianNetwork`.
+    :param options: see :class:`~pyro_bnn.model.NetworkOptions`.
     :raises ValueError: when ``select`` matches nothing, or a prior does not fit.
     """
 
@@ -43,31 +53,26 @@ class Dense(BayesianNetwork):
         prior: PriorLike = Normal(0.0, 1.0),
         select: Select | None = None,
         chunk_size: int | None = None,
-        prefix: str = "",
-        members_dim: int = -2,
-        output: Output = None,
+        **options: Unpack[NetworkOptions],
     ) -> None:
-        super().__init__(net, likelihood, num_data, prefix=prefix, members_dim=members_dim, output=output)
-        core = self.core()
-        parameters = core.parameters_by_name()
-        if select is None:
-            norms = core.normalisation_parameters()
-            self.random = [n for n, p in parameters.items() if n not in norms and p.is_floating_point()]
-        else:
-            self.random = select_parameters(dict(parameters), core.net, select)
-        if not self.random:
-            raise ValueError("the network has no parameters to make random")
+        super().__init__(net, likelihood, num_data, **options)
+        parameters = self.core().parameters_by_name()
+        self.random = freeze_random(self, select)
         self.prior, self.chunk_size = prior, chunk_size
         self.priors = {n: priors.resolve(prior, (n,), parameters[n].detach()) for n in self.random}
-        for name in self.random:
-            parameters[name].requires_grad_(False)  # kept as the starting value and for its shape
         self._sites = self.list_weight_sites(self.priors, {name: parameters[name].detach() for name in self.random})
 
     def arguments(self) -> dict[str, Any]:
-        return super().arguments() | {"select": [re.escape(n) for n in self.random], "chunk_size": self.chunk_size}
+        return super().arguments() | {"select": self.random, "chunk_size": self.chunk_size}
 
     def sites(self) -> list[Site]:
         return self._sites
+
+    def forms(self) -> dict[str, Form]:
+        return super().forms() | dict.fromkeys(self.random, "dense")
+
+    def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: latents[self.site(name)] for name in self.random}
 
     def sample_latents(self) -> dict[str, Tensor]:
         parameters = self.core().parameters_by_name()
@@ -85,16 +90,36 @@ class Dense(BayesianNetwork):
         return self.unfold(self.core().explicit(x, weights, self.chunk_size), lead)
 
 
+def freeze_random(model: BayesianNetwork, select: Select | None) -> list[str]:
+    """The names of the parameters that are random; they are frozen, and kept as starting values and for their shapes.
+
+    :param select: which ones; by default all except those of normalisation layers.
+    :raises ValueError: when there are none.
+    """
+    core = model.core()
+    parameters = core.parameters_by_name()
+    if select is None:
+        norms = core.normalisation_parameters()
+        random = [n for n, p in parameters.items() if n not in norms and p.is_floating_point()]
+    else:
+        random = model.selected(select, parameters)
+    if not random:
+        raise ValueError("the network has no parameters to make random")
+    for name in random:
+        parameters[name].requires_grad_(False)
+    return random
+
+
 @storable
 class MeanFieldGuide(MixtureGuide):
     """Independent Normals for every element of every parameter (Blundell et al. 2015), or K of them as a mixture.
 
-    :param model: a :class:`Dense`.
+    :param model: a :class:`Dense`, or another model whose sites are weights.
     :param components: number of mixture components; 1 is mean field.
     :param init_scale: starting standard deviation of every weight. Means start at the network's own values.
     """
 
-    def __init__(self, model: Dense, components: int = 1, *, init_scale: float = 1e-2) -> None:
+    def __init__(self, model: BayesianNetwork, components: int = 1, *, init_scale: float = 1e-2) -> None:
         super().__init__(model, components)
         self.start_scales(init_scale)
 

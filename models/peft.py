@@ -10,8 +10,6 @@ import json
 import math
 import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from pyro_bnn.files import replace_folder
-from pyro_bnn.models.bella import Bella, ParticleGuide, draw_factor, is_linear
+from pyro_bnn.files import replacing_folder
+from pyro_bnn.models.bella import Bella, ParticleGuide, draw_factor
+from pyro_bnn.selection import is_linear
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -49,9 +48,7 @@ def save_adapters(model: Bella, guide: ParticleGuide, path: str | os.PathLike[st
     if path.exists() and not all(re.fullmatch(r"particle_\d+", child.name) for child in path.iterdir()):
         raise FileExistsError(f"{path} exists and holds other files; choose another path or remove it")
     values = {name: value.cpu() for name, value in guide.coordinates().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    with replacing_folder(path) as temporary:
         for i, name in enumerate(names):
             tensors: dict[str, Tensor] = {}
             for weight, kind in kinds.items():
@@ -64,10 +61,6 @@ def save_adapters(model: Bella, guide: ParticleGuide, path: str | os.PathLike[st
             (temporary / name).mkdir()
             safetensors.torch.save_file(tensors, temporary / name / _TENSORS, metadata={"format": "pt"})
             (temporary / name / _CONFIG).write_text(json.dumps(_config(model, kinds), indent=1) + "\n")
-        temporary.chmod(0o755)
-        replace_folder(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return [path / name for name in names]
 
 

@@ -7,10 +7,9 @@ prior that is centred at 1 and a posterior that is a mixture of K components, on
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Unpack
 
 import pyro
 import pyro.distributions as dist
@@ -20,12 +19,14 @@ from torch import Tensor, nn
 
 from pyro_bnn import priors
 from pyro_bnn.guide import Family, MixtureGuide
+from pyro_bnn.inputs import inputs
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import BayesianNetwork
-from pyro_bnn.network import Output, Select, batch_size, select_parameters
+from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
+from pyro_bnn.network import batch_size
 from pyro_bnn.perturb import Perturbation, Rank1Factors, Replacement
 from pyro_bnn.priors import HierarchicalCauchy, Normal, Prior, PriorLike
 from pyro_bnn.registry import storable
+from pyro_bnn.selection import Select
 from pyro_bnn.sites import Site, sample_local, sample_scales, sample_share
 
 
@@ -45,14 +46,14 @@ class Rank1(BayesianNetwork):
     :param num_data: size N of the training set.
     :param prior: prior of the factors: a class of :mod:`pyro_bnn.priors`, a Pyro distribution, a function
         ``(site name, tensor) -> distribution``, or a mapping of patterns (of weight or site names) to these.
-    :param select: which weights get factors: pattern, module type, function or several; all of them by default.
+    :param select: which weights get factors, see :func:`~pyro_bnn.selection.select_parameters`; all by default.
     :param member_bias: whether every component has biases of its own.
     :param weight_prior: prior of W, elementwise; ``None`` for a flat one (use weight decay, or nothing, then).
     :param clip: factors are clipped to ``[-clip, clip]`` where the network uses them (the released code of the paper
         clips at 10, which matters for Cauchy draws); ``None`` for no clipping.
     :param example: an input; given, the weights are those that the network is seen to use, and the layouts are probed
         at once. Needed when ``forward`` calls ``F.linear`` and the like on parameters of its own.
-    :param prefix, members_dim, output: see :class:`~pyro_bnn.model.BayesianNetwork`.
+    :param options: see :class:`~pyro_bnn.model.NetworkOptions`.
     :raises ValueError: when ``select`` matches nothing, or a prior does not fit.
     """
 
@@ -68,11 +69,9 @@ class Rank1(BayesianNetwork):
         weight_prior: Prior | None = Normal(0.0, 1.0),
         clip: float | None = None,
         example: Any = None,
-        prefix: str = "",
-        members_dim: int = -2,
-        output: Output = None,
+        **options: Unpack[NetworkOptions],
     ) -> None:
-        super().__init__(net, likelihood, num_data, prefix=prefix, members_dim=members_dim, output=output)
+        super().__init__(net, likelihood, num_data, **options)
         core = self.core()
         parameters = core.parameters_by_name()
         if weight_prior is not None and (not isinstance(weight_prior, Prior) or weight_prior.has_tau):
@@ -83,6 +82,7 @@ class Rank1(BayesianNetwork):
         if clip is not None and not clip > 0:
             raise ValueError(f"clip={clip!r}: expected a positive number, or None for no clipping")
         self.prior, self.weight_prior, self.member_bias, self.clip = prior, weight_prior, member_bias, clip
+        example = None if example is None else inputs(example, self.like())
         consumed = None if example is None else core.consumed(example)
         known = core.product_weights()
         if consumed is None:
@@ -98,7 +98,7 @@ class Rank1(BayesianNetwork):
             )
         norms = core.normalisation_parameters()
         candidates = {n: p for n, p in candidates.items() if n not in norms}
-        self.weights = list(candidates) if select is None else select_parameters(candidates, core.net, select)
+        self.weights = list(candidates) if select is None else self.selected(select, candidates, what="weights")
         self._complete = select is not None or example is not None
         self.biases = core.biases_of(self.weights) if member_bias else []
         self.priors: dict[str, Prior] = {}
@@ -149,9 +149,27 @@ class Rank1(BayesianNetwork):
     def sites(self) -> list[Site]:
         return self._sites
 
+    def forms(self) -> dict[str, Form]:
+        return super().forms() | dict.fromkeys(self.weights, "rank-1") | dict.fromkeys(self.biases, "dense")
+
+    def repr_fields(self) -> dict[str, object]:
+        return super().repr_fields() | {"weight_prior": repr(self.weight_prior or "flat"), "clip": self.clip}
+
+    def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``W o (r s^T)`` of every weight with factors, and the member's own biases."""
+        parameters = self.core().parameters_by_name()
+        values: dict[str, Tensor] = {}
+        for weight in self.weights:
+            r, s = (self._clipped(latents[self.site(f"{weight}.{f}")])[None, None] for f in "rs")
+            values[weight] = Rank1Factors(r, s).explicit(parameters[weight].detach(), 0, 0)
+        return values | {name: latents[self.site(name)] for name in self.biases}
+
+    def _clipped(self, factor: Tensor) -> Tensor:
+        return factor if self.clip is None else factor.clamp(-self.clip, self.clip)
+
     def arguments(self) -> dict[str, Any]:
         return super().arguments() | {
-            "select": [re.escape(n) for n in self.weights],
+            "select": self.weights,
             "member_bias": self.member_bias,
             "weight_prior": priors.describe(self.weight_prior),
             "clip": self.clip,
@@ -237,9 +255,7 @@ class Rank1(BayesianNetwork):
         lead = self.lead_shape(latents)
         perturbations: dict[str, Perturbation] = {}
         for weight in self.weights:
-            r, s = (self.fold(latents[self.site(f"{weight}.{f}")], 1, lead) for f in "rs")
-            if self.clip is not None:
-                r, s = r.clamp(-self.clip, self.clip), s.clamp(-self.clip, self.clip)
+            r, s = (self._clipped(self.fold(latents[self.site(f"{weight}.{f}")], 1, lead)) for f in "rs")
             perturbations[weight] = Rank1Factors(r, s)
         for bias in self.biases:
             perturbations[bias] = Replacement(self.fold(latents[self.site(bias)], 1, lead))
@@ -254,7 +270,7 @@ class Rank1(BayesianNetwork):
 
         ``Rank1(**s["model"])``, ``Rank1Guide(**s["guide"])``, ``fit(**s["fit"])``,
         ``posterior.predict(**s["predict"])``; the objective is ``MixtureELBO(**s["elbo"])`` and the schedule
-        ``warmup_steps(**s["schedule"])``, both of :mod:`pyro_bnn.inference`, and ``s["network"]`` says which network.
+        ``multistep(**s["schedule"])``, both of :mod:`pyro_bnn.inference`, and ``s["network"]`` says which network.
         The L2 coefficient on sum(w^2) is a ``weight_decay`` of twice its value in torch, and takes the place of
         ``weight_prior``. On CIFAR it applies to the biases and normalisation layers too.
 
@@ -347,7 +363,7 @@ class Rank1Guide(MixtureGuide):
             raise ValueError(f"init_dropout_rate={init_dropout_rate!r}: expected a rate in (0, 1)")
         if draws not in ("row", "member"):
             raise ValueError(f"draws={draws!r}: expected 'row' or 'member'")
-        light = next((name for name, p in model.priors.items() if not p.heavy_tails), None)
+        light = next((name for name, p in model.priors.items() if not p.has_heavy_tails), None)
         if family == "cauchy" and light is not None:
             warnings.warn(
                 f"family='cauchy', but the prior of {light!r} has light tails: the KL divergence is infinite, and its "
@@ -368,3 +384,6 @@ class Rank1Guide(MixtureGuide):
 
     def arguments(self) -> dict[str, Any]:
         return {"components": self.num_members, "family": self.family, "draws": self.draws}
+
+    def repr_arguments(self) -> dict[str, object]:
+        return super().repr_arguments() | {"draws": self.draws}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Unpack
 
 from torch import nn
 
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.models.dense import Dense
-from pyro_bnn.network import Select
+from pyro_bnn.models.dense import Dense, DenseOptions
 from pyro_bnn.priors import Normal, PriorLike, SpikeAndSlab
 from pyro_bnn.registry import storable
+from pyro_bnn.selection import Select
 
 
 @storable
@@ -26,7 +26,8 @@ class SpikeSlab(Dense):
         ``{pattern: prior}`` is for all parameters, as it stands.
     :param bias_prior: of parameters with one axis (biases, and the scales and shifts of normalisation layers); by
         default Normal(0, 1).
-    :param net, likelihood, num_data, select, options: as for :class:`Dense`.
+    :param net, likelihood, num_data, select: as for :class:`Dense`.
+    :param options: see :class:`~pyro_bnn.models.dense.DenseOptions`.
     :raises ValueError: as :class:`Dense`.
     """
 
@@ -39,7 +40,7 @@ class SpikeSlab(Dense):
         prior: PriorLike = SpikeAndSlab(),
         bias_prior: PriorLike | None = None,
         select: Select | None = None,
-        **options: Any,
+        **options: Unpack[DenseOptions],
     ) -> None:
         parameters = {n: p for n, p in net.named_parameters() if p.is_floating_point()}
         weights = "|".join(re.escape(n) for n, p in parameters.items() if p.dim() > 1)
@@ -49,5 +50,5 @@ class SpikeSlab(Dense):
             )
         if not isinstance(prior, Mapping):
             prior = {weights: prior, ".*": bias_prior or Normal(0.0, 1.0)}
-        chosen = [re.escape(n) for n in parameters] if select is None else select
+        chosen = list(parameters) if select is None else select
         super().__init__(net, likelihood, num_data, prior=prior, select=chosen, **options)

@@ -2,12 +2,14 @@
 
 from pyro_bnn import diagnostics, inference, likelihoods, models, perturb, priors
 from pyro_bnn.posterior import Posterior, Prediction, load
+from pyro_bnn.summary import Summary, summary
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Posterior",
     "Prediction",
+    "Summary",
     "diagnostics",
     "inference",
     "likelihoods",
@@ -15,4 +17,5 @@ __all__ = [
     "models",
     "perturb",
     "priors",
+    "summary",
 ]

@@ -1,11 +1,11 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,13 +14,52 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``path`` once all is written."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """The name of a file to write, which takes the place of ``path`` once all is written.
+
+    After an error ``path`` is as it was. The folders above it are made.
+    """
+    temporary = _beside(path)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to write to, which takes the place of ``path``, with all that is there, once all is written.
+
+    After an error ``path`` is as it was. The folders above it are made.
+    """
+    temporary = _beside(path)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _replace_folder(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    """A name on the same file system that no other process uses."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+def _replace_folder(new: Path, path: Path) -> None:
+    """No system call replaces a folder that holds something: the old one steps aside first."""
+    if not path.exists():
+        os.replace(new, path)
+        return
+    old = _beside(path)
+    os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -41,19 +80,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds {type(content).__name__}, expected an object with names")
     return content
-
-
-def replace_folder(new: Path, path: Path) -> None:
-    """Puts a folder that is whole into the place of another, or leaves that one."""
-    if not path.exists():
-        os.replace(new, path)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent)) / path.name
-    os.replace(path, old)
-    try:
-        os.replace(new, path)
-    except BaseException:
-        os.replace(old, path)
-        raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)

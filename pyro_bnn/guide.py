@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pyro
 import pyro.distributions as dist
@@ -17,11 +17,15 @@ import torch.nn.functional as F
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_bnn import display
 from pyro_bnn.factorised import NormalBlock, split
-from pyro_bnn.model import BayesianNetwork, picklable_state, register_parameters
+from pyro_bnn.model import BayesianNetwork, Form, picklable_state, register_parameters
 from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import batch_size
 from pyro_bnn.sites import Site
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Family = Literal["normal", "cauchy", "point"]
 SMALLEST_SCALE = 1e-7
@@ -41,6 +45,19 @@ def _blocks(sites: list[Site]) -> list[list[Site]]:
             size = site.shape.numel()
         blocks[-1].append(site)
     return blocks
+
+
+class Block(NamedTuple):
+    """Sites that lie side by side in one parameter.
+
+    :param kind: what their columns are: ``"loc"`` and ``"point"`` the values themselves (or where they are centred),
+        ``"scale_loc"`` logarithms, ``"share_loc"`` logits.
+    :param parameter: ``[K, n]``, with n the elements of all the sites.
+    """
+
+    kind: str
+    sites: list[Site]
+    parameter: nn.Parameter
 
 
 class MixtureGuide(PyroModule):
@@ -149,8 +166,36 @@ class MixtureGuide(PyroModule):
         """``{name: (dimensions, values)}`` of what parameters stand for, where that is more than a Normal a weight."""
         return {}
 
+    def figures(self) -> dict[str, Figure]:
+        """``{what is to be seen: matplotlib.figure.Figure}``: pictures of what is special about a guide; here none.
+
+        A page shows each once, under its name; the caller may change the size of a figure.
+        """
+        return {}
+
     def __getstate__(self) -> dict[str, Any]:
         return picklable_state(self)
+
+    def __repr__(self) -> str:
+        return display.call(self, **self.repr_arguments())
+
+    def repr_arguments(self) -> dict[str, object]:
+        """What the text of the guide says, by name."""
+        sites = sum(len(block) for blocks in self._blocks.values() for block in blocks)
+        numbers = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return {"components": self.num_members, "family": self.family, "sites": sites, "parameters": numbers}
+
+    def forms(self) -> dict[str, Form]:
+        """In which form parameters of the network are here, where the guide says more of them than the model."""
+        return {}
+
+    def numbers_of_sites(self) -> dict[str, int]:
+        """How many trained numbers each site has that is factorised here."""
+        views = [*self.coordinates().items(), *self.widths().items()]
+        counts: dict[str, int] = {}
+        for name, view in views:
+            counts[name] = counts.get(name, 0) + view.numel()
+        return counts
 
     @contextlib.contextmanager
     def every_member(self) -> Iterator[None]:
@@ -192,7 +237,7 @@ class MixtureGuide(PyroModule):
         """The distributions of weights or factors, by site."""
         return self._distributions("loc", _FAMILIES[self.family], take)
 
-    def _block_parameters(self, name: str) -> list[Tensor]:
+    def _block_parameters(self, name: str) -> list[nn.Parameter]:
         """The blocks of one kind, read past Pyro's attribute hooks."""
         blocks = self._modules[name]
         assert isinstance(blocks, nn.ParameterList)
@@ -207,6 +252,14 @@ class MixtureGuide(PyroModule):
             made = family([site.shape for site in sites], *map(take, blocks))
             found |= zip((site.name for site in sites), made, strict=True)
         return found
+
+    def blocks(self) -> list[Block]:
+        """The parameters that hold the locations of all sites."""
+        return [
+            Block(kind, sites, parameter)
+            for kind, groups in self._blocks.items()
+            for sites, parameter in zip(groups, self._block_parameters(kind), strict=True)
+        ]
 
     def coordinates(self) -> dict[str, Tensor]:
         """Views ``[K, *shape]`` of the locations of all sites: of weights themselves, logarithms of scales, logits."""
@@ -230,7 +283,7 @@ class MixtureGuide(PyroModule):
         """A tensor on the guide's device and with its dtype."""
         return self._block_parameters("loc")[0]
 
-    def points(self) -> list[nn.Parameter]:
+    def member_biases(self) -> list[nn.Parameter]:
         """The members' own biases, which are points and not random."""
         return [p for name, p in self._named() if name.startswith("point.")]
 

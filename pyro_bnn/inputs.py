@@ -1,12 +1,145 @@
-"""Inputs of a network, any nesting of tensors: whether they are finite, and where they are."""
+"""From the data that users bring to the tensors that a network takes: the one place where this happens.
+
+Data are tensors, NumPy arrays (and whatever NumPy can read as one), pandas frames and series, or nested lists of
+numbers; x may be any nesting of dicts, tuples and lists of these. Row i of x belongs to row i of y: the index of a
+frame is ignored.
+
+===============  =====================================================================================================
+floats           get the dtype of the network, whatever theirs was
+integers, bools  stay, as indices of embeddings and masks must; those of y become int64
+frames as x      become a matrix of floats, in the order of their columns
+lists            of numbers become tensors; beside tensors or arrays they are settings of the network, and stay
+mappings         such as the ``BatchEncoding`` of a tokenizer become dicts: a network is called as ``net(**x)``
+a batch          is a pair (x, y), or a mapping with the key ``labels``, which is y
+===============  =====================================================================================================
+
+Everything goes to the device of the network. A tensor that has device and dtype already is passed on as it is.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+#: what y is called in a batch that is one mapping, as data loaders for transformers make them
+LABELS = "labels"
+EXPECTED = "expected tensors, NumPy arrays, pandas frames or nested lists of numbers"
+#: names of the kinds of NumPy's dtypes that hold no numbers
+_KINDS = {"O": "objects", "U": "strings", "S": "bytes", "M": "dates", "m": "time spans", "V": "records", "T": "strings"}
+
+
+def inputs(x: Any, like: Tensor | None, name: str = "x") -> Any:
+    """x as a network takes it: tensors in the same nesting.
+
+    :param like: a tensor on the device and with the dtype of the network. ``None`` for a model that is not of this
+        package: tensors then stay as they are, and floats of anything else get torch's default dtype.
+    :param name: what messages call x.
+    :raises TypeError: for arrays, frames and lists that do not hold numbers.
+    :raises ValueError: for ragged lists, and missing or infinite values in a frame.
+    """
+    return _nested(x, name, lambda value, own: _fitting(value, tensor(value, own), like))
+
+
+def targets(y: Any, like: Tensor | None, name: str = "y") -> Tensor:
+    """y as a likelihood takes it: floats in the dtype of the network, integers as int64.
+
+    :param like, name: see :func:`inputs`.
+    :raises TypeError: when y does not hold numbers.
+    :raises ValueError: for ragged lists, missing values of a frame or series, and a single number.
+    """
+    found = _fitting(y, labels(y, name), like)
+    if found.dim() == 0:
+        raise ValueError(f"{name} is a single number; axis 0 must run over the samples")
+    integers = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+    return found.long() if integers and (like is not None or not isinstance(y, Tensor)) else found
+
+
+def tensors(x: Any, name: str = "x") -> Any:
+    """x with all arrays, frames and lists as tensors of their own dtype, on the CPU; tensors stay as they are.
+
+    For data that are cut into batches first. Raises as :func:`inputs`.
+    """
+    return _nested(x, name, tensor)
+
+
+def labels(y: Any, name: str = "y") -> Tensor:
+    """y as a tensor of its own dtype, on the CPU; a tensor stays as it is. A frame keeps the dtypes of its columns.
+
+    For data that are cut into batches first. Raises as :func:`targets`.
+    """
+    pandas = sys.modules.get("pandas")
+    if pandas is not None and isinstance(y, pandas.DataFrame):
+        y = np.column_stack([_from_series(column, name, pandas) for _, column in y.items()])
+    return tensor(y, name)
+
+
+def tensor(value: Any, name: str) -> Tensor:
+    """One array, frame, series or nested list of numbers as a tensor of its own dtype, without a copy where it can be.
+
+    :param name: what messages call it.
+    :raises TypeError: when it does not hold numbers.
+    :raises ValueError: for ragged lists, and missing or infinite values in a frame.
+    """
+    if isinstance(value, Tensor):
+        return value
+    pandas = sys.modules.get("pandas")  # a frame exists only where pandas was imported
+    if pandas is not None:
+        if isinstance(value, (pandas.Index, pandas.api.extensions.ExtensionArray)):
+            value = pandas.Series(value)
+        if isinstance(value, pandas.DataFrame):
+            value = _from_frame(value, name, pandas)
+        elif isinstance(value, pandas.Series):
+            value = _from_series(value, name, pandas)
+    if isinstance(value, np.ma.MaskedArray) and np.ma.is_masked(value):
+        raise ValueError(f"{name} holds {int(value.mask.sum())} masked values; drop or impute these samples first")
+    if isinstance(value, str) or not (is_array(value) or isinstance(value, (list, tuple))):
+        raise TypeError(f"{name} is {describe(value)}; {EXPECTED}")
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        if not isinstance(value, (list, tuple)):
+            raise
+        lengths = sorted({len(row) if isinstance(row, (list, tuple)) else 1 for row in value})
+        raise ValueError(
+            f"{name} is a ragged list: its rows have lengths from {lengths[0]} to {lengths[-1]}, or differ further "
+            "inside; expected as many numbers in every row. Pad them first"
+            if len(lengths) > 1
+            else f"{name} is a ragged list; expected as many numbers in every row at every depth. Pad them first"
+        ) from error
+    return _from_array(array, value, name)
+
+
+def is_array(value: Any) -> bool:
+    """Whether a value is a tensor, an array, a frame or a series, rather than a number or a container of them."""
+    return isinstance(value, Tensor) or hasattr(value, "__array__") and not isinstance(value, (np.generic, type))
+
+
+def is_numbers(value: Any) -> bool:
+    """Whether a value is a list of numbers, or of such lists."""
+    return isinstance(value, list) and bool(value) and all(_is_number(item) or is_numbers(item) for item in value)
+
+
+def split(batch: Any) -> tuple[Any, Any] | None:
+    """``(x, y)`` of a batch, a pair or a mapping with the key ``labels``; ``None`` for anything else."""
+    if isinstance(batch, Mapping) and LABELS in batch:
+        return {key: value for key, value in batch.items() if key != LABELS}, batch[LABELS]
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and not is_numbers(batch):
+        return batch[0], batch[1]
+    return None
+
+
+def without_labels(batch: Any) -> Any:
+    """The inputs of a batch: x alone, or what stands before the labels."""
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key != LABELS}
+    return batch[0] if isinstance(batch, (tuple, list)) and not is_numbers(batch) else batch
 
 
 def require_finite(x: Any, name: str = "x") -> None:
@@ -17,6 +150,127 @@ def require_finite(x: Any, name: str = "x") -> None:
             raise ValueError(f"{name} holds {bad} NaN or infinite values; drop or impute these samples first")
 
 
-def to_device(x: Any, like: Tensor) -> Any:
-    """x on the device of ``like``; dtypes stay."""
-    return pytree.tree_map(lambda t: t.to(like.device) if isinstance(t, Tensor) else t, x)
+def integers_in(x: Any) -> list[str]:
+    """The dtypes of tensors of integers in x, each once."""
+    found = (leaf.dtype for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor))
+    return sorted({str(d) for d in found if not (d.is_floating_point or d.is_complex or d == torch.bool)})
+
+
+def describe(value: Any) -> str:
+    """What a value is, for messages: its type, and for a list or tuple those of its first items."""
+    if isinstance(value, (list, tuple)):
+        kinds = dict.fromkeys(type(item).__name__ for item in value[:100])
+        return f"{type(value).__name__} of {', '.join(list(kinds)[:4]) or 'nothing'}"
+    return type(value).__name__
+
+
+# ------------------------------------------------------------------------------------------------------- nestings
+
+
+def _nested(x: Any, name: str, convert: Any) -> Any:
+    if is_array(x):
+        return convert(x, name)
+    settings = any(is_array(leaf) for leaf in _leaves(x))
+
+    def part(path: Any, leaf: Any) -> Any:
+        own = name + pytree.keystr(path)
+        if isinstance(leaf, Mapping):
+            return _nested(dict(leaf), own, convert)
+        if is_array(leaf) or isinstance(leaf, list) and not settings and is_numbers(leaf):
+            return convert(leaf, own)
+        return leaf
+
+    return pytree.tree_map_with_path(part, x, is_leaf=is_numbers)
+
+
+def _leaves(x: Any) -> Iterator[Any]:
+    for leaf in pytree.tree_leaves(x):
+        if isinstance(leaf, Mapping):  # one that torch does not know as a container
+            yield from _leaves(dict(leaf))
+        else:
+            yield leaf
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, complex, np.number, np.bool_))
+
+
+def _fitting(given: Any, value: Tensor, like: Tensor | None) -> Tensor:
+    """The tensor that was made of what was given, on the device of ``like``, and in its dtype if it has floats."""
+    if like is not None:
+        return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+    if isinstance(given, Tensor) or not value.is_floating_point():
+        return value
+    return value.to(torch.get_default_dtype())
+
+
+# --------------------------------------------------------------------------------------------- arrays and frames
+
+
+def _from_array(array: np.ndarray, given: Any, name: str) -> Tensor:
+    kind = array.dtype.kind
+    if kind not in "fiubc":
+        held = _KINDS.get(kind, str(array.dtype))
+        remedy = f"Turn them into numbers first: {name}.astype(float) where they are, codes or columns of 0 and 1 else"
+        if kind == "O" and array.size:
+            first = next((item for item in array.flat if not _is_number(item)), array.flat[0])
+            held = f"objects, such as {describe(first)}"
+        raise TypeError(f"{name} is {describe(given)} that holds {held}; {EXPECTED}. {remedy}")
+    if kind == "u" and array.dtype.itemsize > 1:  # of these torch knows little more than the names
+        array = array.astype(np.int64)
+    elif array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        array = array.astype(np.float64)
+    array = np.require(array.astype(array.dtype.newbyteorder("="), copy=False), requirements=["C", "W"])
+    return torch.from_numpy(array)
+
+
+def _from_frame(frame: Any, name: str, pandas: ModuleType) -> np.ndarray:
+    """``[rows, columns]`` in float64."""
+    is_number = pandas.api.types.is_numeric_dtype
+    other = [(column, dtype) for column, dtype in frame.dtypes.items() if not is_number(dtype)]
+    if other:
+        raise TypeError(
+            f"{name} has columns that do not hold numbers: {_listed(f'{c!r} ({d})' for c, d in other)}. Encode them "
+            f"(pandas.get_dummies({name}) makes columns of 0 and 1) or drop them first"
+        )
+    array: np.ndarray = frame.to_numpy(dtype=np.float64, na_value=np.nan)
+    counts = (~np.isfinite(array)).sum(0)
+    if counts.any():
+        bad = (f"{frame.columns[i]!r} ({counts[i]})" for i in np.flatnonzero(counts))
+        raise ValueError(
+            f"{name} holds NaN, missing or infinite values in the columns {_listed(bad)}; drop or impute these samples "
+            "first"
+        )
+    return array
+
+
+def _from_series(series: Any, name: str, pandas: ModuleType) -> np.ndarray:
+    called = name if series.name is None else f"{name} (column {series.name!r})"
+    types = pandas.api.types
+    if isinstance(series.dtype, pandas.CategoricalDtype):
+        raise TypeError(
+            f"{called} is categorical: give its codes, {name}.cat.codes, and keep {name}.cat.categories, which says "
+            "what each code means, the same for all data"
+        )
+    if not types.is_numeric_dtype(series.dtype):
+        raise TypeError(
+            f"{called} holds {series.dtype}, not numbers: labels are integers numbered from 0, such as "
+            f"codes, names = pandas.factorize({name})"
+        )
+    whole = types.is_integer_dtype(series.dtype) or types.is_bool_dtype(series.dtype)
+    if whole and series.isna().any():
+        raise ValueError(
+            f"{called} holds {int(series.isna().sum())} missing values; drop or impute these samples first"
+        )
+    if isinstance(series.dtype, np.dtype):
+        array: np.ndarray = series.to_numpy()
+    elif whole:
+        array = series.to_numpy(dtype=np.bool_ if types.is_bool_dtype(series.dtype) else np.int64)
+    else:
+        array = series.to_numpy(dtype=np.float64, na_value=np.nan)
+    return array
+
+
+def _listed(items: Iterator[str]) -> str:
+    every = list(items)
+    return ", ".join(every[:5]) + (f" and {len(every) - 5} more" if len(every) > 5 else "")

@@ -29,6 +29,8 @@ class Likelihood:
     kind: ClassVar[Literal["classification", "regression", "count"]]
     #: whether there is a noise scale to learn, a latent site of the model
     learns_noise: ClassVar[bool] = False
+    #: whether the last axis of y is over targets, so that y may leave it out where there is one
+    has_target_axis: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
@@ -38,6 +40,16 @@ class Likelihood:
         """The distribution of y, batch shape ``[..., N]`` once trailing axes of y are event axes."""
         raise NotImplementedError(f"{type(self).__name__} must define distribution()")
 
+    def of_one_target(self, f: Tensor, noise: Tensor | None = None) -> dist.TorchDistribution:
+        """The distribution where the last axis of y has length 1, without that axis."""
+        return self.distribution(f.squeeze(-1), noise)
+
+    def require_dtype(self, y: Tensor) -> None:
+        """Raises TypeError when y has a dtype that this likelihood is not for."""
+
+    def require_outputs(self, f: Tensor, lead: int) -> None:
+        """Raises ValueError when the network's output has too few axes."""
+
     def given(self, f: Tensor, y: Tensor | None, noise: Tensor | None = None, lead: int = 1) -> dist.TorchDistribution:
         """The distribution with all axes after the samples as event axes.
 
@@ -45,19 +57,20 @@ class Likelihood:
         :raises TypeError: when y has the wrong dtype.
         :raises ValueError: when y has the wrong shape, or a value outside the support.
         """
+        if y is not None:
+            self.require_dtype(y)
+        self.require_outputs(f, lead)
         d = self.distribution(f, noise)
         events = len(d.batch_shape) - lead
-        if y is not None:
-            expected = d.batch_shape[lead - 1 :] + d.event_shape
-            if y.shape == expected[:-1] and events and expected[-1] == 1:
-                d, events = self.distribution(f.squeeze(-1), noise), events - 1  # one output and a plain y
-            elif y.shape != expected:
-                raise ValueError(
-                    f"{type(self).__name__}: y has shape {tuple(y.shape)}; for a network output of shape "
-                    f"{tuple(f.shape[lead - 1 :])} it should have {tuple(expected)}"
-                )
-        elif events and d.batch_shape[-1] == 1:
-            d, events = self.distribution(f.squeeze(-1), noise), events - 1
+        is_plain = y is None or y.dim() == events + len(d.event_shape)
+        if self.has_target_axis and events and d.batch_shape[-1] == 1 and is_plain:
+            d, events = self.of_one_target(f, noise), events - 1
+        expected = d.batch_shape[lead - 1 :] + d.event_shape
+        if y is not None and y.shape != expected:
+            raise ValueError(
+                f"{type(self).__name__}: y has shape {tuple(y.shape)}; for a network output of shape "
+                f"{tuple(f.shape[lead - 1 :])} it should have {tuple(expected)}"
+            )
         return d.to_event(events) if events else d
 
     def check(self, y: Tensor, f: Tensor) -> None:
@@ -94,28 +107,23 @@ class Categorical(Likelihood):
     """``y ~ Categorical(softmax(f))``; f is ``[..., N, C]`` logits, y integers in ``0 ... C - 1``, ``[N]``."""
 
     kind = "classification"
+    has_target_axis: ClassVar[bool] = False
 
     def distribution(self, f: Tensor, noise: Tensor | None = None) -> dist.TorchDistribution:
         return dist.Categorical(logits=f)
 
-    def given(self, f: Tensor, y: Tensor | None, noise: Tensor | None = None, lead: int = 1) -> dist.TorchDistribution:
-        if y is not None and (y.is_floating_point() or y.is_complex() or y.dtype == torch.bool):
+    def require_dtype(self, y: Tensor) -> None:
+        if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
             raise TypeError(
                 f"Categorical: y has dtype {y.dtype}; class labels must be integers (y.long()), numbered from 0"
             )
-        if y is not None and f.dim() == lead:
+
+    def require_outputs(self, f: Tensor, lead: int) -> None:
+        if f.dim() == lead:
             raise ValueError(
                 f"Categorical: the network's output has shape {tuple(f.shape[lead - 1 :])}, without an axis for the "
                 "classes; end the network with one logit for each class"
             )
-        d = self.distribution(f)
-        if y is not None and y.shape != d.batch_shape[lead - 1 :]:
-            raise ValueError(
-                f"Categorical: y has shape {tuple(y.shape)}; for a network output of shape "
-                f"{tuple(f.shape[lead - 1 :])} it should have {tuple(d.batch_shape[lead - 1 :])}"
-            )
-        events = len(d.batch_shape) - lead
-        return d.to_event(events) if events else d
 
     def check(self, y: Tensor, f: Tensor) -> None:
         low, high = int(y.min()), int(y.max())
@@ -135,10 +143,9 @@ class Bernoulli(Likelihood):
     def distribution(self, f: Tensor, noise: Tensor | None = None) -> dist.TorchDistribution:
         return dist.Bernoulli(logits=f)
 
-    def given(self, f: Tensor, y: Tensor | None, noise: Tensor | None = None, lead: int = 1) -> dist.TorchDistribution:
-        if y is not None and not y.is_floating_point():
+    def require_dtype(self, y: Tensor) -> None:
+        if not y.is_floating_point():
             raise TypeError(f"Bernoulli: y has dtype {y.dtype}; give 0 and 1 as floating point (y.float())")
-        return super().given(f, y, noise, lead)
 
     def check(self, y: Tensor, f: Tensor) -> None:
         if not bool(((y == 0) | (y == 1)).all()):
@@ -177,10 +184,9 @@ class Gaussian(Likelihood):
             raise ValueError("Gaussian(scale=None) needs the latent noise scale")
         return dist.Normal(f, noise.reshape(noise.shape + (1,) * (f.dim() - noise.dim())))
 
-    def given(self, f: Tensor, y: Tensor | None, noise: Tensor | None = None, lead: int = 1) -> dist.TorchDistribution:
-        if y is not None and not y.is_floating_point():
+    def require_dtype(self, y: Tensor) -> None:
+        if not y.is_floating_point():
             raise TypeError(f"Gaussian: y has dtype {y.dtype}; a regression target must be floating point (y.float())")
-        return super().given(f, y, noise, lead)
 
     def check(self, y: Tensor, f: Tensor) -> None:
         _require_finite(y, "Gaussian")
@@ -201,25 +207,20 @@ class HeteroscedasticGaussian(Likelihood):
         mean, raw = f.chunk(2, -1)
         return dist.Normal(mean, F.softplus(raw) + _SMALLEST_SCALE)
 
-    def given(self, f: Tensor, y: Tensor | None, noise: Tensor | None = None, lead: int = 1) -> dist.TorchDistribution:
-        if y is not None and not y.is_floating_point():
+    def of_one_target(self, f: Tensor, noise: Tensor | None = None) -> dist.TorchDistribution:
+        mean, raw = f.unbind(-1)
+        return dist.Normal(mean, F.softplus(raw) + _SMALLEST_SCALE)
+
+    def require_dtype(self, y: Tensor) -> None:
+        if not y.is_floating_point():
             raise TypeError(f"HeteroscedasticGaussian: y has dtype {y.dtype}; expected floating point (y.float())")
+
+    def require_outputs(self, f: Tensor, lead: int) -> None:
         if f.dim() == lead:
             raise ValueError(
                 f"HeteroscedasticGaussian: the network's output has shape {tuple(f.shape[lead - 1 :])}, without an "
                 "axis for mean and scale; end the network with two outputs for each target"
             )
-        d = self.distribution(f)
-        plain = d.batch_shape[-1] == 1 and (y is None or y.dim() == len(d.batch_shape) - lead)
-        if plain:
-            d = dist.Normal(d.loc.squeeze(-1), d.scale.squeeze(-1))
-        if y is not None and y.shape != d.batch_shape[lead - 1 :]:
-            raise ValueError(
-                f"HeteroscedasticGaussian: y has shape {tuple(y.shape)}; for a network output of shape "
-                f"{tuple(f.shape[lead - 1 :])} it should have {tuple(d.batch_shape[lead - 1 :])}"
-            )
-        events = len(d.batch_shape) - lead
-        return d.to_event(events) if events else d
 
     def check(self, y: Tensor, f: Tensor) -> None:
         _require_finite(y, "HeteroscedasticGaussian")

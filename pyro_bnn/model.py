@@ -10,9 +10,10 @@ the same model has one member and one row.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Literal, Self, TypedDict
 
 import pyro
 import pyro.distributions as dist
@@ -22,11 +23,16 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from pyro_bnn import display
 from pyro_bnn.likelihoods import Gaussian, Likelihood
 from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import Network, Output, batch_size
 from pyro_bnn.priors import Prior, PriorLike
+from pyro_bnn.selection import Select, select_parameters
 from pyro_bnn.sites import ConstantPrior, Site, sample_local, sample_scales, sample_share, site_distribution
+
+#: see :meth:`BayesianNetwork.forms`
+Form = Literal["dense", "rank-1", "low-rank", "codebook", "point", "frozen"]
 
 
 def register_parameters(owner: PyroModule, named: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -51,7 +57,22 @@ def picklable_state(module: nn.Module) -> dict[str, Any]:
     """The state of a module without what Pyro's parameter store leaves on parameters, the last plate, and caches."""
     for parameter in module.parameters():
         parameter.__dict__.pop("unconstrained", None)  # a weak reference, which the store makes anew
-    return {k: v if k != "_constants" else {} for k, v in module.__dict__.items() if k != "_members"}
+    left_out = ("_members", "_given", "_outputs")
+    return {k: v if k != "_constants" else {} for k, v in module.__dict__.items() if k not in left_out}
+
+
+class NetworkOptions(TypedDict, total=False):
+    """Keyword arguments that every :class:`BayesianNetwork` has.
+
+    ``prefix: str = ""`` is put before the names of all sites and plates, so that two networks fit into one model;
+    ``members_dim: int = -2`` is the axis of the members plate, to be moved left when own plates need -2;
+    ``output = None`` says which output to take when the network returns several (key, index or function); by default
+    its ``logits``, if it has them.
+    """
+
+    prefix: str
+    members_dim: int
+    output: Output
 
 
 class BayesianNetwork(PyroModule):
@@ -63,9 +84,7 @@ class BayesianNetwork(PyroModule):
     :param net: any ``torch.nn.Module``; it is copied, never changed.
     :param likelihood: one of :mod:`pyro_bnn.likelihoods`, or ``None``.
     :param num_data: size N of the data set, which scales minibatches by N/B.
-    :param prefix: put before the names of all sites and plates, so that two networks fit into one model.
-    :param members_dim: the axis of the members plate; move it left when own plates need -2.
-    :param output: which output to take when the network returns several (key, index or function).
+    :param prefix, members_dim, output: see :class:`NetworkOptions`.
     :param share: see :class:`~pyro_bnn.network.Network`.
     """
 
@@ -101,6 +120,7 @@ class BayesianNetwork(PyroModule):
         self.prefix = prefix
         self.members_dim = members_dim
         self.output = output
+        self._given = weakref.ref(net)  # whose modules users may name layers by; the model does not keep it alive
         self._constants: dict[str, tuple[Any, dist.TorchDistribution]] = {}
 
     def arguments(self) -> dict[str, Any]:
@@ -136,6 +156,34 @@ class BayesianNetwork(PyroModule):
     def __getstate__(self) -> dict[str, Any]:
         return picklable_state(self)
 
+    def __repr__(self) -> str:
+        return display.text(f"{type(self).__name__} of {display.name_of(self.core().net)}", self.repr_fields())
+
+    def repr_fields(self) -> dict[str, object]:
+        """What the text of the model says, by name."""
+        forms, parameters = self.forms(), self.core().parameters_by_name()
+        kept = {name: p for name, p in parameters.items() if forms[name] not in ("dense", "codebook")}
+        counts = {
+            "random": sum(site.shape.numel() for site in self.sites()),
+            "point estimates": sum(p.numel() for p in kept.values() if p.requires_grad),
+            "frozen": sum(p.numel() for p in kept.values() if not p.requires_grad),
+        }
+        return {
+            "likelihood": "none: the function alone" if self.likelihood is None else repr(self.likelihood),
+            "num_data": None if self.num_data is None else display.number(self.num_data),
+            "prior": self._priors_in_words(),
+            "parameters": ", ".join(f"{count:,} {what}" for what, count in counts.items() if count),
+        }
+
+    def _priors_in_words(self) -> str:
+        """The prior of all sites, or each with the number of sites that it is for."""
+        of_sites: Mapping[str, Prior] = self.__dict__.get("priors", {})
+        found = [display.argument(prior) for prior in of_sites.values()]
+        each = dict.fromkeys(found)
+        if not each:
+            return display.argument(self.prior)
+        return ", ".join(f"{one} ({found.count(one)} of {len(found)})" if len(each) > 1 else one for one in each)
+
     def site(self, name: str) -> str:
         """The name of a site or plate in a trace."""
         return f"{self.prefix}.{name}" if self.prefix else name
@@ -150,6 +198,14 @@ class BayesianNetwork(PyroModule):
         """A tensor on the device and with the dtype of the network."""
         return next(p for p in self.core().net.parameters() if p.is_floating_point())
 
+    def selected(
+        self, select: Select, candidates: Mapping[str, Tensor], option: str = "select", what: str = "parameters"
+    ) -> list[str]:
+        """The names of the parameters that a user means; see :func:`~pyro_bnn.selection.select_parameters`."""
+        known: weakref.ref[nn.Module] | None = self.__dict__.get("_given")
+        given = None if known is None else known()
+        return select_parameters(select, candidates, self.core().net, given=given, option=option, what=what)
+
     # ---------------------------------------------------------------------------------- what a method defines
 
     def sites(self) -> list[Site]:
@@ -163,6 +219,23 @@ class BayesianNetwork(PyroModule):
     def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
         """The network's output for given latents, ``[*members, 1 ..., size, *output]``."""
         raise NotImplementedError(f"{type(self).__name__} must define function()")
+
+    def forms(self) -> dict[str, Form]:
+        """In which form each parameter of the network is random; ``"point"`` is trained and ``"frozen"`` neither."""
+        parameters = self.core().parameters_by_name()
+        return {name: "point" if p.requires_grad else "frozen" for name, p in parameters.items()}
+
+    def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``{parameter: value}``: the parameters that the plain network has under one draw of one member.
+
+        Parameters that are not in it are those of :meth:`core`.
+
+        :param latents: ``{site: [*event]}``, as of ``posterior.sample(n)`` at one of its n draws.
+        :raises TypeError: for a model whose draws are no weights.
+        """
+        raise TypeError(
+            f"the draws of {type(self).__name__} are no weights: use posterior.predict(x) for its functions"
+        )
 
     def decayed(self) -> list[nn.Parameter]:
         """The point-estimated weights W, to which an optimiser's weight decay applies."""
@@ -266,7 +339,7 @@ class BayesianNetwork(PyroModule):
 
         :param center: see :meth:`~pyro_bnn.priors.Prior.elements`; a tensor is that of frozen parameters.
         """
-        if not prior.constant:
+        if not prior.is_constant:
             return site_distribution(prior, center, like, tau, local)
         validate = torch.distributions.Distribution._validate_args
         key = (like.device, like.dtype, torch.is_inference_mode_enabled(), validate)
@@ -286,6 +359,19 @@ class BayesianNetwork(PyroModule):
                 "members_plate() belongs to a call: run f = model(x) before `with model.members_plate()`"
             ) from None
         return plate
+
+    @contextlib.contextmanager
+    def recording_outputs(self) -> Iterator[list[Tensor]]:
+        """Gives a list, to which every call inside adds what :meth:`function` returned, ``[*members, ..., size, ...]``.
+
+        For those who need the outputs of the network, with their gradients, out of a program that observes them.
+        """
+        outputs: list[Tensor] = []
+        self.__dict__["_outputs"] = outputs
+        try:
+            yield outputs
+        finally:
+            del self.__dict__["_outputs"]
 
     def rows_plate(self) -> pyro.plate:
         """The plate of latents that a guide may draw anew for every row of a batch."""
@@ -312,6 +398,8 @@ class BayesianNetwork(PyroModule):
         with plate:
             latents = self.sample_latents()
         f = self.function(x, latents, size)
+        if (outputs := self.__dict__.get("_outputs")) is not None:
+            outputs.append(f)
         likelihood = self.likelihood
         if likelihood is None:
             return f
@@ -328,6 +416,11 @@ class BayesianNetwork(PyroModule):
         tempered = poutine.scale(scale=1.0 / likelihood.temperature)
         with plate, data, tempered if likelihood.temperature != 1 else contextlib.nullcontext():
             return pyro.sample(self.site("obs"), likelihood.given(f, y, noise, lead), obs=y)
+
+
+def like_of(model: Any) -> Tensor | None:
+    """A tensor on the device and with the dtype of a model of this package; ``None`` for any other."""
+    return model.like() if isinstance(model, BayesianNetwork) else None
 
 
 def _plates(value: Tensor, event_dim: int, members_dim: int) -> torch.Size:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _mode: ContextVar[bool | None] = ContextVar("mode", default=None)
 
@@ -51,6 +51,36 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             part.training = training
         for part, name, buffer in buffers:
             part._buffers[name] = buffer
+
+
+class RunningStatistics:
+    """The running statistics of normalisation layers in a training step of several passes, one for each member.
+
+    Every pass starts from the same statistics, and they move once: to the mean of where the passes took them.
+
+    :param layers: those whose statistics move.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        self._buffers = [(layer, name, b) for layer in layers for name, b in layer._buffers.items() if b is not None]
+        self._ends: list[list[Tensor]] = []
+
+    @contextlib.contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Inside, the layers move copies. See :func:`evaluating` for why they must not write to the buffers."""
+        for layer, name, buffer in self._buffers:
+            layer._buffers[name] = buffer.clone()
+        try:
+            yield
+            self._ends.append([layer.get_buffer(name) for layer, name, _ in self._buffers])
+        finally:
+            for layer, name, buffer in self._buffers:
+                layer._buffers[name] = buffer
+
+    def average(self) -> None:
+        """Moves the statistics to the mean over all passes; counts of batches, to that of one."""
+        for (_, _, buffer), *ends in zip(self._buffers, *self._ends, strict=True):
+            buffer.copy_(torch.stack(ends).mean(0) if buffer.is_floating_point() else ends[0])
 
 
 @contextlib.contextmanager

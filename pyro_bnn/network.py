@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
-from pyro_bnn.modes import undisturbed
+from pyro_bnn.inputs import EXPECTED, describe
+from pyro_bnn.modes import RunningStatistics, undisturbed
 from pyro_bnn.perturb import Layout, Perturb, Perturbation, Rank1Factors, Replacement, Use
 from pyro_bnn.perturb.probe import (
     batched,
@@ -26,12 +26,6 @@ from pyro_bnn.perturb.probe import (
 )
 
 Output = str | int | Callable[[Any], Tensor] | None
-Select = (
-    str
-    | type[nn.Module]
-    | Callable[[str, Tensor], bool]
-    | Iterable[str | type[nn.Module] | Callable[[str, Tensor], bool]]
-)
 
 #: modules whose weights are neither products nor tables: they get no factors, and stay point estimates by default
 NORMALISATIONS: tuple[type[nn.Module], ...] = (
@@ -48,7 +42,7 @@ def batch_size(x: Any, y: Any = None) -> int:
     leaves = [leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor) and leaf.dim()]
     if not leaves:
         raise TypeError(
-            f"x holds no tensor with a batch axis: got {type(x).__name__}; expected a tensor, dict or tuple"
+            f"x holds no tensor with a batch axis: got {describe(x)}; {EXPECTED}, or a dict or tuple of them"
         )
     if y is None:
         return int(leaves[0].shape[0])
@@ -59,36 +53,6 @@ def batch_size(x: Any, y: Any = None) -> int:
             "over the samples in both."
         )
     return size
-
-
-def select_parameters(candidates: Mapping[str, Tensor], net: nn.Module, select: Select) -> list[str]:
-    """The names among ``candidates`` that ``select`` picks.
-
-    :param select: a regular expression that matches the whole name, a module type (the parameters that it owns), a
-        function ``(name, tensor) -> bool``, or several of these.
-    :raises ValueError: when one of them picks nothing.
-    """
-    owned: dict[str, nn.Module] = {}
-    for prefix, module in net.named_modules():
-        for name in module._parameters:
-            owned[f"{prefix}.{name}" if prefix else name] = module
-    chosen: list[str] = []
-    several = isinstance(select, Iterable) and not isinstance(select, (str, type))
-    for one in select if several else [select]:  # type: ignore[union-attr]
-        if isinstance(one, str):
-            picked = [n for n in candidates if re.fullmatch(one, n)]
-        elif isinstance(one, type):
-            picked = [n for n in candidates if isinstance(owned.get(n), one)]
-        elif callable(one):
-            picked = [n for n, p in candidates.items() if one(n, p)]
-        else:
-            raise TypeError(f"select takes a pattern, a module type or a function (or several), not {one!r}")
-        if not picked:
-            raise ValueError(f"select={one!r} matches none of the parameters: {', '.join(candidates) or '(none)'}")
-        chosen += [n for n in picked if n not in chosen]
-    if not chosen:
-        raise ValueError(f"select={select!r} is empty: give a pattern, a module type or a function, or leave it out")
-    return [n for n in candidates if n in chosen]
 
 
 def is_product_weight(module: nn.Module, name: str, parameter: Tensor) -> bool:
@@ -107,7 +71,8 @@ class Network(nn.Module):
     """The model's own copy of a network. Weight ties are kept; the user's module is left alone.
 
     :param net: any module; called as ``net(x)``, ``net(*x)`` for a tuple or list, ``net(**x)`` for a dict.
-    :param output: which tensor to take when the network returns more than one: a key, an index, or a function.
+    :param output: which tensor to take when the network returns more than one: a key, an index, or a function. By
+        default the ``logits`` of an output that has them, as those of transformers.
     :param share: whether the parameters keep the storage of the given ones and take no gradient, instead of being
         copied. Buffers are copied.
     """
@@ -166,6 +131,8 @@ class Network(nn.Module):
             y = self.output(y)
         elif self.output is not None:
             y = y[self.output] if not isinstance(self.output, str) or isinstance(y, dict) else getattr(y, self.output)
+        elif not isinstance(y, Tensor):
+            y = y["logits"] if isinstance(y, Mapping) and "logits" in y else getattr(y, "logits", y)
         if not isinstance(y, Tensor):
             raise TypeError(
                 f"the network returns {type(y).__name__}, not a tensor; say which one is meant with `output=` "
@@ -251,20 +218,13 @@ class Network(nn.Module):
         return result
 
     def _in_turn(self, x: Any, weights: list[dict[str, Tensor]]) -> Tensor:
-        """Every member starts from the same statistics, and they move once: to the average of where each took them."""
-        buffers = {
-            f"{prefix}.{name}" if prefix else name: buffer
-            for prefix, layer in self.net.named_modules()
-            if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.training
-            for name, buffer in layer.named_buffers()
-        }
-        outputs, ends = [], []
+        norms = (m for m in self.net.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training)
+        statistics = RunningStatistics(norms)
+        outputs = []
         for own in weights:
-            ends.append({name: buffer.clone() for name, buffer in buffers.items()})
-            outputs.append(self(x, own | ends[-1]))
-        for name, buffer in buffers.items():
-            moved = [end[name] for end in ends]
-            buffer.copy_(torch.stack(moved).mean(0) if buffer.is_floating_point() else moved[0])
+            with statistics.one_pass():
+                outputs.append(self(x, own))
+        statistics.average()
         return torch.stack(outputs)
 
 

@@ -34,6 +34,11 @@ def seeded(device: torch.device, seed: int | None) -> Iterator[None]:
         yield
 
 
+def some_seed(seed: int | None) -> int:
+    """The seed that was given, or one from torch's global generator: for what must use the same draws several times."""
+    return int(torch.randint(2**31, ())) if seed is None else seed
+
+
 def derive_seeds(seed: int | None, count: int) -> list[int | None]:
     """Seeds that have nothing to do with one another, or none."""
     if seed is None:

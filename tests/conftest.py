@@ -1,4 +1,5 @@
-"""Every test has a parameter store of its own: Pyro's is global, and what one test leaves would train in the next.
+"""Every test has a parameter store of its own, since Pyro's is global and what one test leaves would train in the next,
+and starts from the same random state, whatever ran before it.
 
 Tests run in two processes (`-n 0` for one), which share the cores.
 """
@@ -15,6 +16,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
 
 
 @pytest.fixture(autouse=True)
-def _own_parameter_store() -> Iterator[None]:
+def _own_world() -> Iterator[None]:
+    torch.manual_seed(0)
     with pyro.get_param_store().scope():
         yield

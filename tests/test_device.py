@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pytest
@@ -18,9 +19,9 @@ from torch.utils import _pytree as pytree
 import pyro_bnn as pb
 from pyro_bnn.diagnostics import disagreement, ood_scores
 from pyro_bnn.diagnostics.arviz.densities import log_densities
-from pyro_bnn.inference import IMQ, RBF, Linear, Mixture
-from pyro_bnn.inference.sgmcmc.noise import Noise
-from pyro_bnn.inference.stein.kernels import Kernel, Points
+from pyro_bnn.inference import IMQ, RBF, SGHMCEM, KeFanSGHMC, KernelSum, LinearKernel
+from pyro_bnn.inference.stein.kernels import Kernel
+from pyro_bnn.inference.stein.positions import Positions
 from pyro_bnn.models import (
     Bella,
     Codebook,
@@ -31,12 +32,13 @@ from pyro_bnn.models import (
     ParticleGuide,
     Rank1,
     Rank1Guide,
+    SharedWeights,
     WeightSharing,
-    clustering,
-    merging,
-    plane,
 )
 from pyro_bnn.models.architectures import resnet18
+from pyro_bnn.models.weight_sharing import clustering, merging, plane
+from pyro_bnn.models.weight_sharing.codebook import Between, Codes, Outliers
+from pyro_bnn.posterior.network_outputs import network_outputs
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "mlp": lambda: (nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 5)),
@@ -66,9 +68,13 @@ def codebook_for(model: WeightSharing) -> Codebook:
     n = sum(shape.numel() for _, shape in sites)
     special = torch.randint(n, (60,), generator=torch.Generator().manual_seed(0)).unique()[:20]
     outliers, between = special[::2], special[1::2]
+    loc, rho, assignment = torch.randn(8), torch.randn(8), torch.randint(8, (n,))
     return Codebook(
-        *(sites, torch.randn(8), torch.randn(8), torch.randint(8, (n,)), outliers, torch.randn(10), torch.randn(10)),
-        *(between, torch.randint(8, (10, 2)), torch.rand(10), torch.eye(2).expand(8, 2, 2).clone()),
+        sites,
+        assignment,
+        Codes(loc, rho, torch.eye(2).expand(8, 2, 2).clone()),
+        Outliers(outliers, torch.randn(10), torch.randn(10)),
+        Between(between, torch.randint(8, (10, 2)), torch.rand(10)),
     )
 
 
@@ -78,14 +84,14 @@ def test_every_tensor_of_guide_model_and_prediction_is_on_the_networks_device(ne
     """Proves that guide trace, replayed model, log densities and prediction need no tensor of another device."""
     net, x = NETWORKS[network]()
     likelihood = pb.likelihoods.Categorical()
-    model: Rank1 | Dense | Bella
+    model: Rank1 | Dense | Bella | SharedWeights
     guide: Rank1Guide | MeanFieldGuide | ParticleGuide | CodebookGuide
     if method == "rank1":
         model = Rank1(net, likelihood, 100)
         guide = Rank1Guide(model, components=2)
         with torch.no_grad():
             model(x)  # layouts are read off values, once; the shapes are then known
-        weights = model._perturbed()
+        weights = model.weights
     elif method == "bella":
         head = {"mlp": "2", "resnet18": "fc", "vit_b_16": "heads.head"}[network]
         affine = network != "mlp"
@@ -95,13 +101,13 @@ def test_every_tensor_of_guide_model_and_prediction_is_on_the_networks_device(ne
             model(x)
         weights = model.weights
     elif method in ("codebook", "mixture", "shared"):
-        own = {".*bias|.*token|.*embedding": pb.priors.Normal(), ".*": pb.priors.GaussianMixture()}
+        own = {".*bias|.*token|.*embedding": pb.priors.Normal(), ".*": pb.priors.CodebookPrior()}
         prior: pb.priors.PriorLike = own if method == "mixture" else pb.priors.HierarchicalNormal()
         model = WeightSharing(net, likelihood, 100, prior=prior)
         guide = CodebookGuide(model, codebook_for(model), sampling="mixture" if method == "mixture" else "codebook")
         weights = model.weights()
         if method == "shared":
-            model = WeightSharing(net, likelihood, 100, shared=guide.book)
+            model = SharedWeights(net, likelihood, 100, codebook=guide.book)
             guide = model.shared_guide()
     else:
         model = Dense(net, likelihood, 100, prior=pb.priors.HierarchicalNormal())
@@ -129,7 +135,7 @@ def test_every_tensor_of_guide_model_and_prediction_is_on_the_networks_device(ne
         posterior = pb.Posterior(on_gpu, guide_on_gpu)
         latents = posterior.draws(3)
         assert {v.device.type for v in latents.values()} == {"cuda"}
-        outputs = posterior._outputs(on_gpu, latents, x_gpu, None)
+        outputs = network_outputs(on_gpu, latents, x_gpu, posterior.num_members)
         prediction = pb.Prediction(outputs, likelihood)
         scores = [disagreement(prediction), *ood_scores(prediction).values()]
         for value in (prediction.probs, prediction.entropy, prediction.log_prob(y_gpu), *scores):
@@ -200,20 +206,45 @@ def test_training_saving_and_predicting_on_a_gpu(tmp_path, autocast: bool, metho
     assert (before.argmax(-1).cpu() == y).float().mean() > 0.5
 
 
-@pytest.mark.parametrize("mode_of_kernel", ["invariant", "paper"])
-def test_every_tensor_of_a_step_of_sghmc_within_em_is_on_the_networks_device(mode_of_kernel: str) -> None:
+def relocate(owner: Any, moved: Callable[[Tensor], Tensor], skipped: tuple[Any, ...]) -> None:
+    """Puts every tensor that an object of this package holds, whatever its name, through ``moved``."""
+    for name, value in vars(owner).items():
+        if any(value is one for one in skipped):
+            continue
+        if isinstance(value, Tensor):
+            setattr(owner, name, moved(value))
+        elif isinstance(value, list) and value and all(isinstance(one, Tensor) for one in value):
+            setattr(owner, name, [moved(one) for one in value])
+        elif isinstance(value, dict) and value and all(isinstance(one, Tensor) for one in value.values()):
+            setattr(owner, name, {key: moved(one) for key, one in value.items()})
+        elif type(value).__module__.startswith("pyro_bnn") and hasattr(value, "__dict__"):
+            relocate(value, moved, (*skipped, owner))
+
+
+@pytest.mark.parametrize(
+    ("kernel_class", "options"), [(SGHMCEM, {"preconditioner": "adaptive"}), (KeFanSGHMC, {})], ids=["em", "ke_fan"]
+)
+def test_every_tensor_of_a_step_of_sghmc_within_em_is_on_the_networks_device(
+    kernel_class: type[SGHMCEM] | type[KeFanSGHMC],
+    options: dict[str, Any],
+) -> None:
     """Proves that energy, E- and M-step, removal, force and update need no tensor of another device, nor a value."""
     x, y = torch.randn(8, 3, 8, 8), torch.randint(3, (8,))
+    variance = pyro.distributions.InverseGamma(2.0, 2.0)
     prior = {
-        ".*conv.*": pb.priors.SpikeAndSlab(0.1, 1.0, group="kernel", scale=pb.priors.InverseGamma(2.0, 2.0)),
+        ".*conv.*": pb.priors.SpikeAndSlab(0.1, 1.0, group="kernel", variance_prior=variance),
         "fc.weight": pb.priors.SpikeAndSlab(0.1, 1.0, group="input", inclusion=0.5),
         ".*": pb.priors.Normal(),
     }
     model = pb.models.SpikeSlab(resnet18(3), pb.likelihoods.Categorical(), 8, prior=prior)
-    kernel = pb.inference.SGHMCEM(
-        *(model, (x, y)),
-        **{"step_size": 0.1, "friction": 0.1, "mode": mode_of_kernel, "prune": "magnitude schedule", "prune_start": 0},
-        **{"preconditioner": "adaptive"},
+    kernel = kernel_class(
+        model,
+        (x, y),
+        step_size=0.1,
+        friction=0.1,
+        prune="magnitude_schedule",
+        prune_start=0,
+        **options,
     )
     kernel.setup(5)
     mode = FakeTensorMode()
@@ -223,33 +254,29 @@ def test_every_tensor_of_a_step_of_sghmc_within_em_is_on_the_networks_device(mod
         def moved(value: Tensor) -> Tensor:
             return torch.empty(value.shape, dtype=value.dtype, device="cuda")
 
-        for owner in (kernel, kernel.potential, *kernel._sites):
-            for name, value in vars(owner).items():
-                if isinstance(value, Tensor):
-                    setattr(owner, name, moved(value))
+        sites = list(kernel.sites)
+        for owner in (kernel, *sites):
+            relocate(owner, moved, (model, kernel.streams, kernel.gradient, *sites, *(s.density for s in sites)))
         kernel.potential.model = on_gpu
-        kernel.potential.held = {name: moved(value) for name, value in kernel.potential.held.items()}
         views = kernel.potential.split(kernel.theta)
-        for site in kernel._sites:
+        for site in sites:
             site.weights = views[site.name].view(site.density.event_shape)
             site.renew()
-        kernel._precision_views = kernel._views(kernel._precision) if mode_of_kernel == "paper" else []
-        kernel._mask = moved(kernel.theta)
-        kernel._noise = Noise(kernel.theta)
+        kernel.mask = moved(kernel.theta)
+        kernel.renew_noise()
         energy = kernel.potential(views, moved(x), moved(y))
-        kernel._expect(0.5)
-        for site in kernel._sites:
+        kernel.expect(0.5)
+        for site in sites:
             site.maximise(0.5)
         assert kernel.prune is not None
-        for site, stays in zip(kernel._sites, kernel.prune(kernel._sites, 0.5), strict=True):
+        for site, stays in zip(sites, kernel.prune(sites, 0.5), strict=True):
             site.kept &= stays
-        kernel._write_mask()
+        kernel.write_mask()
         grad = moved(kernel.theta)
-        for site, own in zip(kernel._sites, kernel._views(grad), strict=True):
+        for site, own in zip(sites, kernel.views(grad), strict=True):
             site.density.add_force_(own, site.weights, site.included)
-        kernel._adapt(grad)
-        kernel._move(grad, 0.1)
-        state = kernel._state(kernel.theta)
+        kernel.update(grad, 0)
+        state = kernel.initial_params
         assert {t.device.type for t in [energy, kernel.theta, *state.values()]} == {"cuda"}
         assert isinstance(energy, FakeTensor) and "conv1.weight_inclusion" in state
 
@@ -322,34 +349,34 @@ def test_clustering_merging_and_packing_stay_on_the_device(zero: bool, monkeypat
         eye = torch.eye(2, device="cuda").expand(5, 2, 2)
         codes = plane.PlaneMixture(torch.empty(5, device="cuda"), torch.empty(5, 2, device="cuda"), eye)
         floor = clustering.covariance_floor(x, 5)
-        index, valid = plane._tiles(x)
+        index, valid = plane.sort_into_tiles(x)
         half, bias = codes.log_scores()
-        near = plane._candidates(x[index], codes, half, bias, 1.0)
+        near = plane.codes_near_tiles(x[index], codes, half, bias, 1.0)
         table = torch.cat([codes.means.double(), half.flatten(1)[:, [0, 2, 3]], bias[:, None]], 1)
         chosen = torch.zeros(len(index), 3, dtype=torch.long, device="cuda")
         used = torch.ones(len(index), 3, dtype=torch.bool, device="cuda")
-        part = plane._part(x, index, valid, 0, chosen, used, table)
-        monkeypatch.setattr(plane, "_scored", lambda *args: [part])
+        part = plane.score_tiles(x, index, valid, 0, chosen, used, table)
+        monkeypatch.setattr(plane, "scored_tiles", lambda *args: [part])
         stepped, likelihood = plane.em_step(x, codes, floor)
-        pinned = clustering._pinned(stepped, zero)
+        pinned = clustering.pin_first_code(stepped, zero)
         moments = clustering.moments(x, labels, codes, floor)
         distances = plane.mahalanobis(x, labels, codes)
         outliers = clustering.find_outliers(x[:, 0], x[:, 1], cap=0.1)
         merged = merging.merge_pair(codes, codes, "w2")
-        cost = merging._row(codes, slice(0, 2), None, 1.0, 1.0)
+        cost = merging.merge_distances(codes, slice(0, 2), None, 1.0, 1.0)
         near_codes = merging.neighbour_distance(codes)
         found = [near, part.scores, likelihood, pinned.means, moments.covariances, distances, outliers]
         for value in (*found, merged.covariances, cost, near_codes):
             assert isinstance(value, FakeTensor) and value.device.type == "cuda"
 
 
-@pytest.mark.parametrize("kernel", [RBF(), IMQ(), Linear(), Mixture([RBF(), Linear()])])
+@pytest.mark.parametrize("kernel", [RBF(), IMQ(), LinearKernel(), KernelSum([RBF(), LinearKernel()])])
 def test_kernels_stay_on_the_device(kernel: Kernel) -> None:
     """Proves that Gram matrices, bandwidths and repulsion, in coordinates and in products, need no other device."""
     with FakeTensorMode():
         flat = torch.empty(5, 40, device="cuda")
         a, b = torch.empty(5, 2, 7, device="cuda"), torch.empty(5, 6, 2, device="cuda")
-        points = Points([flat], [(a, b, 4.0)])
+        points = Positions([flat], [(a, b, 4.0)])
         values = points.evaluate(kernel)
         for own in (True, False):
             (repulsion,), ((of_a, of_b),) = points.gradients(values, own=own)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_bnn.modes import evaluating, frozen
+from pyro_bnn.modes import RunningStatistics, evaluating, frozen
 from pyro_bnn.randomness import derive_seeds, seeded
 
 
@@ -63,3 +63,46 @@ def test_seeds_leave_no_trace() -> None:
         torch.randn(1)
     assert not torch.equal(torch.get_rng_state(), before)
     assert derive_seeds(None, 2) == [None, None] and len(set(derive_seeds(1, 50))) == 50
+
+
+def test_statistics_of_several_passes_move_once_to_their_mean() -> None:
+    """Proves that every pass starts from the same statistics, which move to the mean of where the passes took them, and
+    that a graph of an earlier pass keeps its gradients."""
+    norm = nn.BatchNorm1d(3)
+    with torch.no_grad():
+        norm.running_mean.fill_(5.0)
+    batches = [torch.randn(8, 3) + 2 * k for k in range(3)]
+    start, same = norm.running_mean.clone(), list(norm.buffers())
+    ends = []
+    for x in batches:
+        alone = nn.BatchNorm1d(3)
+        alone.load_state_dict(norm.state_dict())
+        alone(x)
+        ends.append([b.clone() for b in alone.buffers()])
+    statistics = RunningStatistics([norm])
+    losses = []
+    for x in batches:
+        with statistics.one_pass():
+            losses.append(norm(x).square().sum())
+        assert torch.equal(norm.running_mean, start)
+    statistics.average()
+    torch.stack(losses).sum().backward()
+    assert norm.weight.grad is not None and bool(norm.weight.grad.isfinite().all())
+    for now, buffer, *moved in zip(norm.buffers(), same, *ends, strict=True):
+        assert now is buffer
+        mean = torch.stack(moved).mean(0) if buffer.is_floating_point() else moved[0]
+        assert torch.equal(now, mean)
+    assert int(norm.num_batches_tracked) == 1 and not torch.equal(norm.running_mean, start)
+
+
+def test_a_pass_that_fails_counts_for_nothing() -> None:
+    norm = nn.BatchNorm1d(3)
+    statistics = RunningStatistics([norm])
+    with pytest.raises(ZeroDivisionError), statistics.one_pass():
+        norm(torch.randn(4, 3))
+        raise ZeroDivisionError
+    assert int(norm.num_batches_tracked) == 0
+    with statistics.one_pass():
+        norm(torch.ones(4, 3))
+    statistics.average()
+    torch.testing.assert_close(norm.running_mean, torch.full((3,), 0.1))

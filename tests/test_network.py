@@ -9,7 +9,7 @@ import torch
 from explicit import TOLERANCE, perturb, relative, row_by_row
 from torch import Tensor, nn
 
-from pyro_bnn.network import Network, batch_size, select_parameters
+from pyro_bnn.network import Network, batch_size
 from pyro_bnn.perturb import Rank1Factors, Replacement
 
 MEMBERS, ROWS = 2, 3
@@ -62,58 +62,6 @@ def test_weights_and_biases_by_module_type() -> None:
     }
     x = (randn(ROWS, 2, 7, 7), torch.tensor([0, 3, 1]))
     assert network.consumed(x) == {*WEIGHTS, *BIASES, "scale"}
-
-
-@pytest.mark.parametrize(
-    ("select", "expected"),
-    [
-        ("head.weight", ["head.weight"]),
-        (r"features\..*", ["features.0.weight", "features.3.weight"]),
-        (r".*_l0", ["recurrent.weight_ih_l0", "recurrent.weight_hh_l0"]),
-        (nn.Conv2d, ["features.0.weight", "features.3.weight"]),
-        (nn.modules.conv._ConvNd, ["features.0.weight", "features.3.weight"]),
-        (nn.MultiheadAttention, ["attention.in_proj_weight"]),
-        (nn.Linear, ["attention.out_proj.weight", "head.weight"]),
-        (lambda name, p: p.shape[0] == 3, ["head.weight"]),
-        (lambda name, p: name.startswith("embed"), ["embed.weight"]),
-        ([nn.Embedding, "head.weight"], ["embed.weight", "head.weight"]),
-        (
-            ("head.weight", nn.Linear, lambda name, p: p.dim() == 4),
-            [
-                *("features.0.weight", "features.3.weight", "attention.out_proj.weight", "head.weight"),
-            ],
-        ),
-    ],
-)
-def test_select(select: Any, expected: list[str]) -> None:
-    """Proves selection by whole-name pattern, module type, function, and several: each once, in the network's order."""
-    net = Mixed()
-    parameters = dict(net.named_parameters())
-    candidates = {name: p for name, p in parameters.items() if name in WEIGHTS}
-    assert select_parameters(candidates, net, select) == expected
-
-
-@pytest.mark.parametrize(
-    "select", ["head", "head.weigh", r"features", nn.Conv1d, lambda name, p: False, ["head.weight", nn.LSTM]]
-)
-def test_a_selection_that_matches_nothing_is_refused(select: Any) -> None:
-    """Proves that a pattern must match a whole name, and that each of several must match something."""
-    net = Mixed()
-    candidates = {name: p for name, p in net.named_parameters() if name in WEIGHTS}
-    with pytest.raises(ValueError, match="matches none of the parameters: features.0.weight, features.3.weight"):
-        select_parameters(candidates, net, select)
-
-
-def test_an_empty_or_impossible_selection_is_refused() -> None:
-    """Proves that nothing at all, and what is neither pattern nor type nor function, are refused."""
-    net = Mixed()
-    candidates = dict(net.named_parameters())
-    for empty in ([], ()):
-        with pytest.raises(ValueError, match="is empty"):
-            select_parameters(candidates, net, empty)
-    for wrong in (3, [3], ["head.weight", None]):
-        with pytest.raises(TypeError, match="a pattern, a module type or a function"):
-            select_parameters(candidates, net, wrong)
 
 
 # --------------------------------------------------------------------------------------------------------- inputs

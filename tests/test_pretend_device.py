@@ -141,12 +141,12 @@ def test_an_engine_and_all_diagnostics_give_the_numbers_of_the_processor(engine:
     x, y = data()
     ood = torch.rand(20, 1, 6, 6, generator=torch.Generator().manual_seed(1))
     reference = train(build(), (x, y))
-    expected = dg.evaluate(reference, (x, y), ood=ood)
+    expected = dg.evaluate(reference, (x, y), ood=ood, seed=0)
     with PretendDevice():
         xy = (x.to(DEVICE), y.to(DEVICE)) if engine == "nuts" else (x, y)  # Pyro's kernels take data as they are
         posterior = train(build().to(DEVICE), xy)
         assert {value.device for value in posterior.draws(1).values()} == {DEVICE}
-        assert dg.evaluate(posterior, (x, y), ood=ood) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+        assert dg.evaluate(posterior, (x, y), ood=ood, seed=0) == pytest.approx(expected, rel=1e-5, abs=1e-6)
         assert dg.check(posterior, (x, y), x_train=x, y_train=y, ood=ood)
         assert {"posterior", "log_likelihood"} <= set(dg.to_arviz(posterior, x, y, probes=x[:2]).groups())
         assert set(dg.diversity(posterior, (x, y))) >= {"disagreement"}
@@ -188,9 +188,9 @@ def test_every_likelihood_on_another_device(likelihood: Any, tmp_path: Path) -> 
         posterior = fit(model, MeanFieldGuide(model), (x, y), **RUN)
         assert dg.check_prior(model, x, y)
         dg.report(posterior, (x, y), path=tmp_path / "report.html")
-        found = dg.evaluate(posterior, (x, y))
+        found = dg.evaluate(posterior, (x, y), seed=0)
         if likelihood.kind != "classification":
-            low, high = dg.ConformalIntervals(posterior, (x, y), level=0.8).predict(x)
+            low, high = dg.ConformalIntervals(posterior, (x, y), level=0.8, seed=0).predict(x)
             found["conformal"] = float((high - low).sum())
         return found
 

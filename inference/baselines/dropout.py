@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn.modules.dropout import _DropoutNd
-from torch.overrides import TorchFunctionMode
 
 from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inference.baselines.masks import Masks, dropout_modules, find_masks, mask_shape
 from pyro_bnn.inference.baselines.point import Baseline, network_at
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork
-from pyro_bnn.modes import undisturbed
-from pyro_bnn.network import NORMALISATIONS, Network, Output, batch_size, no_fused_attention
-from pyro_bnn.perturb.probe import select_samples
+from pyro_bnn.network import Network, Output, no_fused_attention
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.priors import Normal, PriorLike
 from pyro_bnn.priors.choice import resolve
@@ -34,10 +29,6 @@ from pyro_bnn.sites import Site
 
 #: what an alpha dropout puts in the place of a unit: the value of SELU far to the left
 SELU_LIMIT = -1.7580993408473766
-_BY_CHANNEL = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
-#: rows of the probe: a length that an axis other than that of the rows will hardly have
-_ROWS = 7
-_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 
 
 class MCDropout(Baseline):
@@ -58,27 +49,19 @@ class MCDropout(Baseline):
 
     Source: equations 4 to 8 of the paper.
 
-    :param net, likelihood, num_data, output: see :class:`~pyro_bnn.inference.baselines.point.Baseline`.
-    :param prior: of all trained parameters, those of normalisation layers too.
+    :param net, likelihood, num_data, prior, output: see :class:`~pyro_bnn.inference.baselines.point.Baseline`.
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        likelihood: Likelihood,
-        num_data: int,
-        *,
-        prior: PriorLike = Normal(0.0, 1.0),
-        output: Output = None,
-    ) -> None:
-        super().__init__(net, likelihood, num_data, prior=prior, output=output)
-        if not dropout_modules(net):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        dropouts = dropout_modules(self.net)
+        if not dropouts:
             raise ValueError(
                 "the network has no dropout to draw from: put nn.Dropout(p) with p > 0 before the layers whose weights "
                 "are to be uncertain, and train with it. Calls of torch.nn.functional.dropout have no name and do not "
                 "count"
             )
-        everything = next((name for name, module in dropout_modules(net).items() if module.p >= 1), None)
+        everything = next((name for name, module in dropouts.items() if module.p >= 1), None)
         if everything is not None:
             raise ValueError(f"the dropout {everything!r} has p=1 and drops everything: choose p below 1")
 
@@ -87,7 +70,7 @@ class MCDropout(Baseline):
     ) -> Posterior:
         """Trains the network if need be, and looks where it drops what.
 
-        :param data: a loader of (x, y), a dataset, or the pair (x, y) itself.
+        :param data: as :func:`~pyro_bnn.inference.fit` takes them.
         :param epochs: of training; 0 takes the network as it is, trained.
         :param batch_size: for a dataset or a pair.
         :param seed: of training, the only part that is random.
@@ -105,87 +88,6 @@ class MCDropout(Baseline):
         return Posterior(model, DropoutGuide(model, noise), losses=point.losses)
 
 
-@dataclass(frozen=True)
-class Masks:
-    """The masks of one dropout module.
-
-    :param rate: p, the probability that a unit is dropped.
-    :param shapes: of the mask of one row, for every call of the module in a pass.
-    """
-
-    rate: float
-    shapes: list[list[int]]
-
-
-def dropout_modules(net: nn.Module) -> dict[str, _DropoutNd]:
-    """The modules that drop something, by name."""
-    return {name: m for name, m in net.named_modules() if isinstance(m, _DropoutNd) and m.p > 0}
-
-
-class _DropoutFunctions(TorchFunctionMode):
-    """Notes whether one of the functions is called that drop something."""
-
-    found: str | None = None
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _FUNCTIONS:
-            call = inspect.signature(func).bind(*args, **(kwargs or {}))
-            call.apply_defaults()
-            if call.arguments["p"] > 0 and call.arguments["training"]:
-                self.found = func.__name__
-        return func(*args, **(kwargs or {}))
-
-
-def find_masks(core: Network, x: Any) -> dict[str, Masks]:
-    """Where a network drops what: the masks of all dropout modules that it reaches, by their names.
-
-    :raises ValueError: when it drops by functions, reaches no dropout module, or has no samples on axis 0 there.
-    """
-    modules = dropout_modules(core.net)
-    row = select_samples(x, batch_size(x), [0] * _ROWS)
-    seen: dict[str, list[torch.Size]] = {name: [] for name in modules}
-
-    def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda module, args, result: seen[name].append(result.shape)
-
-    handles = [module.register_forward_hook(note(name)) for name, module in modules.items()]
-    try:
-        with no_fused_attention(), undisturbed(core.net), _DropoutFunctions() as functions:
-            core.net.train()  # functions of torch drop in training alone
-            for module in core.net.modules():
-                if isinstance(module, (*NORMALISATIONS, _DropoutNd)):
-                    module.eval()
-            core(row)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if functions.found is not None:
-        raise ValueError(
-            f"the network calls torch.nn.functional.{functions.found}, whose masks cannot be held: make it a module, "
-            "self.drop = nn.Dropout(p), or set its p to 0"
-        )
-    wrong = next(((n, s) for n, shapes in seen.items() for s in shapes if s[:1] != (_ROWS,)), None)
-    if wrong is not None:
-        raise ValueError(
-            f"the dropout {wrong[0]!r} gets a tensor of shape {tuple(wrong[1])} from {_ROWS} rows of x: its axis 0 "
-            "must run over the rows, as every draw has one mask for all of them"
-        )
-    if not any(seen.values()):
-        raise ValueError(f"the network's forward pass reaches none of its dropout modules: {', '.join(modules)}")
-    return {
-        name: Masks(float(modules[name].p), [_mask_shape(modules[name], shape) for shape in shapes])
-        for name, shapes in seen.items()
-        if shapes
-    }
-
-
-def _mask_shape(module: nn.Module, shape: torch.Size) -> list[int]:
-    """Of one row: every unit for itself, or whole channels."""
-    if isinstance(module, _BY_CHANNEL):
-        return [n if axis == 0 else 1 for axis, n in enumerate(shape[1:])]
-    return list(shape[1:])
-
-
 @storable
 class DropoutNetwork(BayesianNetwork):
     """Pyro model ``m ~ Bernoulli(1 - p), y ~ likelihood(net_W(x, m))`` with point estimates W.
@@ -198,7 +100,7 @@ class DropoutNetwork(BayesianNetwork):
     :param net: a network with dropout modules; the model works on a copy.
     :param likelihood: what the output means.
     :param num_data: size N of the training set.
-    :param masks: of every module, as :func:`find_masks` finds them.
+    :param masks: of every module, as :func:`~pyro_bnn.inference.baselines.masks.find_masks` finds them.
     :param prior: of the weights W, whose log density enters the model as one factor.
     :param prefix, members_dim, output: see :class:`~pyro_bnn.model.BayesianNetwork`.
     """
@@ -249,6 +151,15 @@ class DropoutNetwork(BayesianNetwork):
 
     def sites(self) -> list[Site]:
         return self._sites
+
+    def repr_fields(self) -> dict[str, object]:
+        return super().repr_fields() | {"masks": len(self.rates)}
+
+    def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        raise TypeError(
+            "a draw of MC dropout is a mask for each unit, and not a network with other weights: use "
+            "posterior.predict(x), or posterior.model.core().net for the network without its masks"
+        )
 
     def sample_latents(self) -> dict[str, Tensor]:
         values = self.sample_noise()
@@ -309,7 +220,7 @@ def _hook(name: str, masks: Iterator[Tensor], rate: float) -> Callable[[nn.Modul
         mask = next(masks, None)
         if mask is None:
             raise ValueError(f"the dropout {name!r} is called more often than in the pass that its masks were made for")
-        if _mask_shape(module, x.shape) != list(mask.shape):
+        if mask_shape(module, x.shape) != list(mask.shape):
             raise ValueError(
                 f"the dropout {name!r} has masks for rows of shape {tuple(mask.shape)}, and got {tuple(x.shape[1:])}: "
                 "a draw is one mask for each unit, so that all inputs must have the shape of those of training"
@@ -348,6 +259,9 @@ class DropoutGuide(MixtureGuide):
 
     def like(self) -> Tensor:
         return self.get_buffer("_like")
+
+    def repr_arguments(self) -> dict[str, object]:
+        return {"masks": len(self._masks), "units": sum(site.shape.numel() for site, _ in self._masks)}
 
     def _weights(self, take: Any) -> dict[str, dist.TorchDistribution]:
         noise = self._buffers["noise"]

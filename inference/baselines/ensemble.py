@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyro_bnn.inference.baselines.point import Baseline
-from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.network import Output
 from pyro_bnn.posterior import Posterior
-from pyro_bnn.priors import Normal, PriorLike
 from pyro_bnn.randomness import derive_seeds, device_of, seeded
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class DeepEnsemble(Baseline):
     r"""K networks trained apart, from starting values of their own.
 
@@ -34,29 +33,23 @@ class DeepEnsemble(Baseline):
 
     Source: section 2.4 of the paper; maximum a posteriori in place of maximum likelihood.
 
-    :param net, likelihood, num_data, output: see :class:`~pyro_bnn.inference.baselines.point.Baseline`.
+    :param net, likelihood, num_data, prior, output: see :class:`~pyro_bnn.inference.baselines.point.Baseline`.
     :param num_networks: K.
-    :param prior: of all trained parameters, those of normalisation layers too.
     :param build: makes a new network of the same architecture, with new starting values, for every member. By default
         a copy of ``net`` whose modules are reset by their own ``reset_parameters``, as all layers of ``torch.nn`` are.
     :raises ValueError: for fewer than one member.
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        likelihood: Likelihood,
-        num_data: int,
-        *,
-        num_networks: int = 5,
-        prior: PriorLike = Normal(0.0, 1.0),
-        build: Callable[[], nn.Module] | None = None,
-        output: Output = None,
-    ) -> None:
-        super().__init__(net, likelihood, num_data, prior=prior, output=output)
-        if not isinstance(num_networks, int) or num_networks < 1:
-            raise ValueError(f"num_networks={num_networks!r}: expected a number of networks, at least 1")
-        self.num_networks, self.build = num_networks, build
+    num_networks: int = 5
+    build: Callable[[], nn.Module] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.num_networks, int) or self.num_networks < 1:
+            raise ValueError(f"num_networks={self.num_networks!r}: expected a number of networks, at least 1")
+
+    def repr_arguments(self) -> dict[str, object]:
+        return super().repr_arguments() | {"num_networks": self.num_networks}
 
     def fit(
         self,
@@ -69,7 +62,7 @@ class DeepEnsemble(Baseline):
     ) -> Posterior:
         """Trains one network after the other.
 
-        :param data: a loader of (x, y), a dataset, or the pair (x, y) itself.
+        :param data: as :func:`~pyro_bnn.inference.fit` takes them.
         :param epochs: passes over the data, for each network.
         :param checkpoint: file whose name is given the number of the network, ``run.pt`` to ``run-0.pt`` and so on;
             training resumes from those that exist.

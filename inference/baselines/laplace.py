@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any
 
 import pyro
@@ -75,6 +74,9 @@ class LastLayerLaplace(Baseline):
         super().__init__(net, likelihood, num_data, prior=prior or Normal(0.0, 1.0), output=output)
         self._chooses = prior is None
 
+    def repr_arguments(self) -> dict[str, object]:
+        return super().repr_arguments() | ({"prior": None} if self._chooses else {})
+
     def fit(
         self, data: Any, *, epochs: int = 0, batch_size: int = 128, seed: int | None = None, **options: Any
     ) -> Posterior:
@@ -98,9 +100,8 @@ class LastLayerLaplace(Baseline):
             layer = find_last_layer(Network(net, self.output, share=True), batches.first[0])
             own = [id(p) for p in net.get_submodule(layer).parameters()]
             names = [name for name, p in net.named_parameters() if id(p) in own]
-            select = [re.escape(name) for name in names]
             model = Dense(
-                net, self.likelihood, self.num_data, prior=self.prior, select=select, output=self.output
+                net, self.likelihood, self.num_data, prior=self.prior, select=names, output=self.output
             ).eval()
             curvature, log_likelihood = self._curvature(model, layer, batches, noise)
         mean = torch.cat([model.core().parameters_by_name()[name].detach().flatten() for name in names])
@@ -110,7 +111,7 @@ class LastLayerLaplace(Baseline):
                 self.likelihood,
                 self.num_data,
                 prior=choose_prior(curvature, mean.to(curvature)),
-                select=select,
+                select=names,
                 output=self.output,
             )
         assert isinstance(model.prior, Normal)
@@ -292,6 +293,9 @@ class LaplaceGuide(MixtureGuide):
 
     def like(self) -> Tensor:
         return self.get_buffer("mean")
+
+    def repr_arguments(self) -> dict[str, object]:
+        return {"weights": len(self.get_buffer("mean")), "sites": len(self._weight_sites)}
 
     def forward(self, x: Any, y: Tensor | None = None) -> dict[str, Tensor]:
         mean, root, noise = self.get_buffer("mean"), self.get_buffer("scale_tril"), self._buffers["noise"]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from pyro_bnn import display
 from pyro_bnn.inference.svi.fitting import fit
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.models.dense import Dense, PointGuide
 from pyro_bnn.network import Output
 from pyro_bnn.posterior import Posterior
-from pyro_bnn.priors import PriorLike
+from pyro_bnn.priors import Normal, PriorLike
 
 
+@dataclass(eq=False, repr=False)
 class Baseline:
     """What the baselines are made of: a network, what its output means, and the prior of its weights.
 
@@ -27,20 +30,32 @@ class Baseline:
     :param output: which output to take when the network returns several (key, index or function).
     """
 
-    def __init__(
-        self, net: nn.Module, likelihood: Likelihood, num_data: int, *, prior: PriorLike, output: Output = None
-    ) -> None:
-        if not isinstance(net, nn.Module):
-            raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
-        if not isinstance(likelihood, Likelihood):
+    net: nn.Module
+    likelihood: Likelihood
+    num_data: int
+    _: KW_ONLY
+    prior: PriorLike = Normal(0.0, 1.0)
+    output: Output = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.net, nn.Module):
+            raise TypeError(f"net must be a torch.nn.Module, got {type(self.net).__name__}")
+        if not isinstance(self.likelihood, Likelihood):
             raise TypeError(
                 f"{type(self).__name__} needs one of pyro_bnn.likelihoods, which says what it is trained for; got "
-                f"{likelihood!r}"
+                f"{self.likelihood!r}"
             )
-        if not any(is_trainable(name, p) for name, p in net.named_parameters()):
+        if not any(is_trainable(name, p) for name, p in self.net.named_parameters()):
             raise ValueError("the network has no parameter that requires a gradient: there is nothing to train")
-        self.net, self.likelihood, self.num_data, self.prior, self.output = net, likelihood, num_data, prior, output
         self._model()  # a prior or size that does not fit is an error here, and not after hours
+
+    def __repr__(self) -> str:
+        return display.call(self, **self.repr_arguments())
+
+    def repr_arguments(self) -> dict[str, object]:
+        """What the text of the baseline says, by name."""
+        network = {"net": type(self.net), "likelihood": self.likelihood, "num_data": self.num_data}
+        return network | {"prior": self.prior}
 
     def _model(self, net: nn.Module | None = None) -> Dense:
         """All trainable parameters as sites, so that each has its prior and each draw has them all."""

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_bnn.inference.baselines.point import Baseline
 from pyro_bnn.inference.batches import minibatches
-from pyro_bnn.inference.svi.fitting import FitState, fit
-from pyro_bnn.likelihoods import Likelihood
+from pyro_bnn.inference.svi.fitting import fit
+from pyro_bnn.inference.training import Callback, FitState
 from pyro_bnn.models.dense import Dense, PointGuide
 from pyro_bnn.modes import evaluating
-from pyro_bnn.network import Output
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.posterior.statistics import gather_statistics
-from pyro_bnn.priors import Normal, PriorLike
 from pyro_bnn.randomness import derive_seeds, device_of, seeded
 from pyro_bnn.sites import Site
 
@@ -81,6 +80,7 @@ class Moments:
         return self.mean + (self.variance / 2).sqrt() * z1 + spread
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class SWAG(Baseline):
     r"""The Gaussian of the iterates of SGD with a constant learning rate, as stored draws.
 
@@ -96,27 +96,22 @@ class SWAG(Baseline):
     loss it is about ``(lr / 2 B) A^-1 V`` without momentum, and by no means the posterior's.
 
     :param net: a network that is trained, or ``warmup_epochs`` must train it; it is copied, never changed.
-    :param likelihood, num_data, output: see :class:`~pyro_bnn.inference.baselines.point.Baseline`.
+    :param likelihood, num_data, prior, output: see :class:`~pyro_bnn.inference.baselines.point.Baseline`.
     :param rank: K, the number of deviations that are kept, each of the size of the network.
-    :param prior: of all trained parameters, those of normalisation layers too.
     :raises ValueError: for a rank below 2.
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        likelihood: Likelihood,
-        num_data: int,
-        *,
-        rank: int = 20,
-        prior: PriorLike = Normal(0.0, 1.0),
-        output: Output = None,
-    ) -> None:
-        super().__init__(net, likelihood, num_data, prior=prior, output=output)
-        if not isinstance(rank, int) or rank < 2:
-            raise ValueError(f"rank={rank!r}: expected a number of deviations, at least 2")
-        self.rank = rank
-        self.moments = Moments(rank)
+    rank: int = 20
+    moments: Moments = field(init=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.rank, int) or self.rank < 2:
+            raise ValueError(f"rank={self.rank!r}: expected a number of deviations, at least 2")
+        self.moments = Moments(self.rank)
+
+    def repr_arguments(self) -> dict[str, object]:
+        return super().repr_arguments() | {"rank": self.rank}
 
     def fit(
         self,
@@ -129,13 +124,13 @@ class SWAG(Baseline):
         num_samples: int = 30,
         batch_size: int = 128,
         clip_norm: float | None = None,
-        callbacks: Sequence[Callable[[FitState], bool | None]] = (),
+        callbacks: Sequence[Callback] = (),
         progress: bool = True,
         seed: int | None = None,
     ) -> Posterior:
         """Runs SGD, and draws from the Gaussian of its iterates, which ``moments`` of this object then holds.
 
-        :param data: a loader of (x, y), a dataset, or the pair (x, y) itself.
+        :param data: as :func:`~pyro_bnn.inference.fit` takes them.
         :param epochs: number of iterates that count, at least 2.
         :param warmup_epochs: epochs before, with the same learning rate, that do not count.
         :param lr: constant learning rate; large enough that SGD moves about, small enough that it stays.
@@ -168,7 +163,9 @@ class SWAG(Baseline):
 
         training_seed, drawing_seed = derive_seeds(seed, 2)
         run = fit(
-            *(model, guide, data),
+            model,
+            guide,
+            data,
             epochs=warmup_epochs + epochs,
             batch_size=batch_size,
             optim=sgd,

@@ -1,9 +1,9 @@
 """Stochastic-gradient Markov chains, and ``sample``, which runs them.
 
-``kernel`` is what all kernels share, on ``streams`` of minibatches and the ``gradient`` of a potential, which ``graphs``
-records for small models; ``sghmc`` is SGHMC and SGLD, with ``preconditioners`` and ``noise``. ``spike_and_slab`` adds
-the state of spike-and-slab sites (``indicators``) and ``pruning``; ``em`` is SGHMC within EM on them, ``ke_fan`` the
-update that Ke and Fan released.
+``kernel`` is what all kernels share, on ``streams`` of minibatches and the ``gradient`` of a potential, which
+``graphs`` records for small models; ``sghmc`` is SGHMC and SGLD, with ``preconditioners`` and ``noise``.
+``spike_and_slab`` adds the state of spike-and-slab sites (``indicators``) and ``pruning``; ``em`` is SGHMC within EM on
+them, ``ke_fan`` the update that Ke and Fan released.
 """
 
 from pyro_bnn.inference.sgmcmc.em import SGHMCEM

@@ -91,6 +91,10 @@ class SGHMCEM(SpikeAndSlabKernel):
             **options,
         )
 
+    def repr_arguments(self) -> dict[str, object]:
+        e_step = "hard" if self.hard else "soft"
+        return super().repr_arguments() | {"e_step": e_step, "rate": self.rate}
+
     def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
         super().setup(warmup_steps, *args, **kwargs)
         late = {"em_start": self.em_start if self.em_start else -1}
@@ -113,7 +117,7 @@ class SGHMCEM(SpikeAndSlabKernel):
         since = self.steps - self.em_start
         if not self.is_warming_up:
             self.expect(1.0)
-        elif since >= 0 and since % self.em_every == 0:
+        elif since >= 0 and since % (self.em_every or 1) == 0:
             rate = self._rate_now()
             self.expect(rate)
             for site in self.sites:

@@ -76,7 +76,7 @@ def script(traced: GraphModule, inputs: tuple[Tensor, ...]) -> Callable[..., Any
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\.trace(_method)?` is deprecated")
         try:
-            return torch.jit.trace(traced, inputs, check_trace=False)  # type: ignore[no-any-return, no-untyped-call]
+            return torch.jit.trace(traced, inputs, check_trace=False)
         except RuntimeError:
             return traced
 

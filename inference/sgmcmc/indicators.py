@@ -157,7 +157,7 @@ def spike_and_slab_state(
         if [type(t) for t in transforms] != [PowerTransform] or float(transforms[0].exponent) != 0.5:
             raise ValueError(
                 f"the prior of '{name}_tau' must be that of the root of an InverseGamma variance, as "
-                "SpikeAndSlab(scale=InverseGamma(...)).tau() is"
+                "SpikeAndSlab(variance_prior=InverseGamma(...)).tau() is"
             )
         scale_prior = _numbers(prior, InverseGamma, "concentration", "rate", name=f"{name}_tau")
         scale.fill_(math.sqrt(scale_prior[1] / scale_prior[0]))
@@ -197,6 +197,8 @@ def _numbers(prior: Any, family: Any, *names: str, name: str) -> tuple[float, fl
     """The two parameters of a distribution that belongs to the family."""
     base = _innermost(prior, family)
     if not isinstance(base, family):
-        raise ValueError(f"the prior of {name!r} is {type(base).__name__}: this kernel maximises under {family.__name__}")
+        raise ValueError(
+            f"the prior of {name!r} is {type(base).__name__}: this kernel maximises under {family.__name__}"
+        )
     first, second = (float(getattr(base, n).reshape(-1)[0]) for n in names)
     return first, second

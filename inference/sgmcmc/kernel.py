@@ -1,4 +1,4 @@
-"""What kernels that step on minibatches share: the contract of Pyro's runner, the data, and the watch for divergence."""
+"""What kernels that step on minibatches share: the contract of Pyro's runner, data, and the watch for divergence."""
 
 from __future__ import annotations
 
@@ -107,9 +107,7 @@ class MinibatchKernel(MCMCKernel):
         """Forgets everything of an earlier chain. ``warmup_steps`` counts draws."""
         modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
         self._modes = [(module, module.training) for module in modules]
-        self.streams = Streams(
-            self.model, self.data, batch_size=self.batch_size, arguments=args, chains=self.chains
-        )
+        self.streams = Streams(self.model, self.data, batch_size=self.batch_size, arguments=args, chains=self.chains)
         kwargs = {} if self.streams.own_batches else kwargs
         self.num_data = self._find_num_data()
         self.potential = self._make_potential(self.streams.first, kwargs)

@@ -9,8 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyro_bnn import display
 from pyro_bnn.priors import SpikeAndSlabDistribution
 from pyro_bnn.sparsity.inclusion import keep_highest
+
+__all__ = ["InclusionRule", "KeFanRule", "MagnitudeRule", "Rule", "SiteGroups"]
 
 
 @dataclass
@@ -32,6 +35,9 @@ class SiteGroups:
 
 class Rule:
     """Says which groups are to stay. What a rule removes never comes back."""
+
+    def __repr__(self) -> str:
+        return display.call(self)
 
     def __call__(self, sites: Sequence[SiteGroups], progress: float) -> list[Tensor]:
         """True for groups that stay, ``[*lead, *groups]`` for each site.

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pyro_bnn import display
 from pyro_bnn.inference.sgmcmc.kernel import MinibatchKernel
 from pyro_bnn.inference.sgmcmc.noise import Noise
 from pyro_bnn.inference.sgmcmc.preconditioners import Preconditioner, preconditioner_for
@@ -134,14 +135,26 @@ class SGHMC(MinibatchKernel):
             capture=capture,
         )
 
+    def __repr__(self) -> str:
+        return display.call(self, model=display.name_of(self.model), **self.repr_arguments())
+
+    def repr_arguments(self) -> dict[str, object]:
+        """What the text of the kernel says beside its model, by name."""
+        names = ("step_size", "friction", "temperature", "preconditioner", "schedule", "batch_size", "thinning")
+        return {name: getattr(self, name) for name in names}
+
     def _set_up_update(self) -> None:
         self.momentum = torch.zeros_like(self.theta)
         self.mask = None
-        self._noise = Noise(self.theta)
+        self.renew_noise()
         self._rule = preconditioner_for(self.preconditioner, self.theta)
         self._kinetic = self.theta.new_zeros(())
         self._configurational = self.theta.new_zeros(())
         self._origin = torch.zeros_like(self.theta)
+
+    def renew_noise(self) -> None:
+        """Generators of noise for ``theta`` where it lies now, seeded from torch's own."""
+        self._noise = Noise(self.theta)
 
     def begin_at(self, params: dict[str, Tensor]) -> None:
         super().begin_at(params)
@@ -170,9 +183,7 @@ class SGHMC(MinibatchKernel):
 
     def _adapt(self, grad: Tensor) -> None:
         """Moves the preconditioner; in warm-up alone, so that the chain has one stationary law afterwards."""
-        self._rule.adapt(
-            grad, step_size=self.step_size, temperature=self.temperature, num_data=self.num_data
-        )
+        self._rule.adapt(grad, step_size=self.step_size, temperature=self.temperature, num_data=self.num_data)
 
     def _move(self, grad: Tensor, step_size: float) -> None:
         sghmc_step(

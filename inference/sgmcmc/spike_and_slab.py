@@ -134,7 +134,7 @@ class SpikeAndSlabKernel(SGHMC):
                     value.copy_(self.potential.transforms[name](params[name]).reshape(value.shape))
             for site in self.sites:
                 site.renew()
-            self._write_mask()
+            self.write_mask()
             self._good.copy_(self.theta)
         self._remember()
 
@@ -153,7 +153,7 @@ class SpikeAndSlabKernel(SGHMC):
             if site.scale is not None and scale is not None:
                 site.scale.copy_(scale)
             site.renew()
-        self._write_mask()
+        self.write_mask()
         if self.steps > self.em_start:
             self.expect(1.0)
 
@@ -194,11 +194,11 @@ class SpikeAndSlabKernel(SGHMC):
             if not bool(site.kept.any()):
                 warnings.warn(f"every group of {site.name!r} is removed: the network is cut there", stacklevel=6)
         self.mask = torch.ones_like(self.theta) if self.mask is None else self.mask
-        self._write_mask()
+        self.write_mask()
         self._good.copy_(self.theta)
         self._remember()
 
-    def _write_mask(self) -> None:
+    def write_mask(self) -> None:
         """Puts what was removed to the centre and to rest."""
         if self.mask is None:
             return

@@ -1,7 +1,7 @@
 """Interacting particles: SVGD, repulsive and plain ensembles, and the kernels between particles."""
 
 from pyro_bnn.inference.stein.autoparticles import AutoParticles
-from pyro_bnn.inference.stein.kernels import IMQ, RBF, Linear, Mixture, ScaledMedian
+from pyro_bnn.inference.stein.kernels import IMQ, RBF, KernelSum, LinearKernel, ScaledMedian
 from pyro_bnn.inference.stein.svgd import SVGD, cyclical_annealing
 
-__all__ = ["IMQ", "RBF", "SVGD", "AutoParticles", "Linear", "Mixture", "ScaledMedian", "cyclical_annealing"]
+__all__ = ["IMQ", "RBF", "SVGD", "AutoParticles", "KernelSum", "LinearKernel", "ScaledMedian", "cyclical_annealing"]

@@ -12,6 +12,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_bnn import display
 from pyro_bnn.inference.potential import Potential
 
 #: standard deviation of unconstrained coordinates at ``init="small"``
@@ -24,7 +25,7 @@ class AutoParticles(PyroModule):
     It is set up at its first call, with what the model is called with. A call gives one particle, at random.
 
     :param model: any Pyro model; see :class:`~pyro_bnn.inference.potential.Potential` for what its latents may be.
-    :param particles: number n of particles.
+    :param num_particles: n.
     :param init: where they start: ``"prior"`` draws, ``"small"`` unconstrained numbers from N(0, 0.1^2), or ``{site:
         [n, *shape]}`` in the model's units, with prior draws for the sites that it leaves out.
     :raises ValueError: for numbers out of range, and, when set up, for starting values that do not fit.
@@ -35,20 +36,25 @@ class AutoParticles(PyroModule):
     def __init__(
         self,
         model: Callable[..., Any],
-        particles: int = 5,
+        num_particles: int = 5,
         *,
         init: Literal["prior", "small"] | dict[str, Tensor] = "prior",
     ) -> None:
         super().__init__("particles")
-        if not isinstance(particles, int) or particles < 1:
-            raise ValueError(f"particles={particles!r}: expected a whole number, at least 1")
+        if not isinstance(num_particles, int) or num_particles < 1:
+            raise ValueError(f"num_particles={num_particles!r}: expected a whole number, at least 1")
         if not isinstance(init, dict) and init not in ("prior", "small"):
             raise ValueError(f"init={init!r}: expected 'prior', 'small' or starting values {{site: [n, *shape]}}")
-        self.num_members, self.init = particles, init
+        self.num_members, self.init = num_particles, init
         self.__dict__["model"] = model  # past nn.Module, for its parameters are not the guide's
         self.potential: Potential | None = None
         self._plates: dict[str, list[Any]] = {}
         self._events: dict[str, int] = {}
+
+    def __repr__(self) -> str:
+        model = display.name_of(self.__dict__["model"])
+        start = "given" if isinstance(self.init, dict) else self.init
+        return display.call(self, model=model, particles=self.num_members, init=start)
 
     def setup(self, *args: Any, **kwargs: Any) -> Potential:
         """Finds the sites and the starting points; later calls change nothing."""

@@ -5,23 +5,26 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
+from pyro_bnn import display
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.batches import minibatches
+from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.schedules import Schedule
 from pyro_bnn.inference.stein.autoparticles import AutoParticles
-from pyro_bnn.inference.stein.kernels import RBF, Kernel, Points
-from pyro_bnn.inference.stein.particles import AnyParticles, MemberParticles, Segment
-from pyro_bnn.inference.svi.fitting import FitState, TrainingRun
+from pyro_bnn.inference.stein.groups import Group, divide
+from pyro_bnn.inference.stein.kernels import RBF, Kernel
+from pyro_bnn.inference.stein.members import Force, MemberParticles, OneByOne, Together
+from pyro_bnn.inference.stein.particles import AnyParticles, Segment
+from pyro_bnn.inference.stein.positions import Positions
+from pyro_bnn.inference.training import Callback, Optim, build_optimizer, first_row, require_epochs, train
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size
 from pyro_bnn.posterior import Posterior
@@ -59,11 +62,12 @@ def cyclical_annealing(total_steps: int, cycles: int = 10, power: float = 10.0) 
     return gamma
 
 
-class _Group(NamedTuple):
-    """The coordinates of one kernel: columns of blocks that lie side by side, and pairs of segments."""
+class _Parts(NamedTuple):
+    """What a step works with."""
 
-    columns: list[tuple[int, int, int]]
-    pairs: list[tuple[Segment, Segment, float]]
+    particles: AnyParticles | MemberParticles
+    optimizer: Optimizer
+    groups: list[Group]
 
 
 class SVGD:
@@ -86,8 +90,8 @@ class SVGD:
     :param model: a model of this package, or any Pyro model with continuous latents.
     :param guide: a :class:`~pyro_bnn.guide.MixtureGuide` of points, or :class:`AutoParticles`; its particles move in
         place.
-    :param optim: Adam by default; a class of ``torch.optim``, which is given ``lr``, or a function from parameters to
-        an optimiser. A step has particles in one tensor: what an optimiser adapts must not mix rows.
+    :param optim: ``"adam"`` by default; see :func:`~pyro_bnn.inference.training.build_optimizer` for what else it may
+        be. A step has particles in one tensor: what an optimiser adapts must not mix rows.
     :param kernel: see :mod:`pyro_bnn.inference.stein.kernels`; by default ``RBF("median")``.
     :param space: where distances are taken: ``"factor"``, in the coordinates theta; ``"product"``, between the low-rank
         products of the guide's ``pairs() -> [(site of A, site of B, scale)]`` and the coordinates in no pair;
@@ -102,15 +106,16 @@ class SVGD:
     :param sequential: run the model for one particle after the other: the same result but for the noise of dropout, in
         the memory of one. ``"auto"`` does so for networks on the CPU whose activations for all particles together
         exceed 32 MB: the allocator fetches fresh pages for such tensors, which costs more than folding saves.
-    :param lr: learning rate, where ``optim`` is no function.
+    :param lr: learning rate of a name or a class; by default 1e-3, and 0.1 for "sgd".
     :raises ValueError: for numbers out of range, or options that do not go together.
+    :raises TypeError: for a guide that holds no particles, or a ``kernel`` that is none.
     """
 
     def __init__(
         self,
         model: Callable[..., Any],
         guide: MixtureGuide | AutoParticles,
-        optim: Callable[..., Optimizer] | None = None,
+        optim: Optim = None,
         *,
         kernel: Kernel | None = None,
         space: Literal["factor", "product", "function"] | None = None,
@@ -120,7 +125,7 @@ class SVGD:
         annealing: Callable[[int], float] | None = None,
         num_data: int | None = None,
         sequential: bool | Literal["auto"] = "auto",
-        lr: float = 1e-3,
+        lr: float | None = None,
     ) -> None:
         pairs = getattr(guide, "pairs", None)
         if space is None:
@@ -141,6 +146,11 @@ class SVGD:
         if num_data is not None and (not isinstance(num_data, int) or num_data < 1):
             raise ValueError(f"num_data={num_data!r}: expected the number of training samples, at least 1")
         self.kernel = RBF() if kernel is None else kernel
+        if not isinstance(self.kernel, Kernel):
+            raise TypeError(
+                f"kernel={kernel!r}: expected a kernel of pyro_bnn.inference with its bandwidth, such as RBF('median') "
+                "or IMQ(2.0), or an object of a subclass of Kernel"
+            )
         if method == "wgd" and not self.kernel.positive:
             raise ValueError(f"method='wgd' divides by a density: {self.kernel} is not positive everywhere")
         self._pairs: Any = pairs
@@ -157,25 +167,48 @@ class SVGD:
         self.num_data, self.sequential = num_data, sequential
         self._size = num_data
         self.steps = 0
-        self.optimizer: Optimizer | None = None
-        self._particles: AnyParticles | MemberParticles | None = None
-        self._groups: list[_Group] = []
+        self._parts: _Parts | None = None
+
+    def setup(self, *args: Any) -> None:
+        """Makes particles, kernels and optimiser, from what the model is called with; later calls change nothing."""
+        self._set_up(args)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """What moves the particles.
+
+        :raises RuntimeError: before the first step; see :meth:`setup`.
+        """
+        if self._parts is None:
+            raise RuntimeError("there is no optimiser before the particles are set up: call setup(x, y), step or fit")
+        return self._parts.optimizer
+
+    @property
+    def num_kernels(self) -> int:
+        """In how many parts ``scope`` divides the coordinates, each with a kernel of its own; 0 before the set-up."""
+        return 0 if self._parts is None else len(self._parts.groups)
+
+    def __repr__(self) -> str:
+        programs = {"model": display.name_of(self.model), "guide": display.name_of(self.guide)}
+        names = ("kernel", "space", "scope", "method", "repulsion", "annealing", "lr", "steps")
+        return display.call(self, **programs, **{name: getattr(self, name) for name in names})
 
     def step(self, *args: Any) -> float:
         """One update on what the model is called with; the mean of U over the particles, before it, per datum.
 
         :raises FloatingPointError: when U is not finite; nothing has moved then.
         """
-        particles, optimizer = self._setup(args)
+        particles, optimizer, groups = self._set_up(args)
         gamma = 1.0 if self.annealing is None else self.annealing(self.steps)
         if not 0 < gamma <= 1:
             raise ValueError(f"annealing gave {gamma!r} at step {self.steps}: expected a number in (0, 1]")
         strength = self.repulsion(self.steps) if callable(self.repulsion) else self.repulsion
         _check_repulsion(strength)
-        force = None
-        if self.space == "function" and self.method == "wgd":
-            force = _function_force(self.kernel, strength)
-        energies = particles.backward(args, gamma, force)
+        if isinstance(particles, MemberParticles):
+            in_outputs = self.space == "function" and self.method == "wgd"
+            energies = particles.backward(args, gamma, _function_force(self.kernel, strength) if in_outputs else None)
+        else:
+            energies = particles.backward(args, gamma)
         wrong = (~torch.isfinite(energies)).nonzero()
         if len(wrong):
             i = int(wrong[0])
@@ -187,7 +220,7 @@ class SVGD:
         size = self._size or 1
         with torch.no_grad(), torch.autocast(energies.device.type, enabled=False):
             if self.space != "function" and self.method != "ensemble":
-                for group in self._groups:
+                for group in groups:
                     self._interact(particles.blocks, group, strength)
             for parameter in (*particles.blocks, *particles.shared):
                 if parameter.grad is not None:
@@ -211,7 +244,7 @@ class SVGD:
         *,
         batch_size: int = 128,
         schedule: Schedule | None = None,
-        callbacks: Sequence[Callable[[FitState], bool | None]] = (),
+        callbacks: Sequence[Callback] = (),
         progress: bool = True,
         checkpoint: str | os.PathLike[str] | None = None,
         seed: int | None = None,
@@ -221,96 +254,72 @@ class SVGD:
         All particles see the same minibatch. Of a network the posterior has one member for each particle; of any other
         model, one stored draw.
 
-        :param data: a loader of (x, y), a dataset, or the pair (x, y) itself.
+        :param data: as :func:`~pyro_bnn.inference.fit` takes them.
         :param batch_size: for a dataset or a pair; a loader has its own.
         :param schedule: of the learning rate, see :mod:`pyro_bnn.inference.schedules`; constant by default.
-        :param callbacks: called with a :class:`FitState` after each epoch; one that returns True ends the training.
+        :param callbacks: called with a :class:`~pyro_bnn.inference.FitState` after each epoch; one that returns True
+            ends the training.
         :param checkpoint: file that is written after each epoch, and resumed from when it exists.
         :param seed: makes the run reproducible, and leaves the global random state alone.
         :raises ValueError: for empty or inconsistent data.
         :raises FloatingPointError: when an energy is not finite; the particles are as they were at the end of the last
             good epoch.
         """
-        if epochs < 1:
-            raise ValueError(f"epochs={epochs!r}: expected at least 1")
+        require_epochs(epochs)
         batches = minibatches(self.model, data, batch_size)
         self._size = self.num_data or batches.size
-        bar = Progress(
-            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[energy]}")),
-            *(TimeElapsedColumn(), TimeRemainingColumn()),
-            disable=not progress,
-        )
+
+        def step(batch: tuple[Any, ...], run: TrainingRun) -> float:
+            self.steps = run.step
+            return self.step(*batch)
+
         with contextlib.ExitStack() as stack:
             stack.enter_context(seeded(device_of(self.model), seed))
-            particles, optimizer = self._setup(batches.first)
-            parameters: list[Tensor] = [*particles.blocks, *particles.shared]
+            particles, optimizer, _ = self._set_up(batches.first)
             scheduler = None
             if schedule is not None:
                 scheduler = schedule(optimizer, batches.steps, epochs)
                 stack.callback(_restart_rates, optimizer)
-            run = TrainingRun(self.model, self.guide, parameters, optimizer, scheduler)
-            run.step = self.steps
-            if checkpoint is not None:
-                run.resume(checkpoint)
-                self.steps = run.step
-            run.remember()
-            stack.enter_context(bar)
-            task = bar.add_task(self.method.upper(), total=epochs, completed=run.epoch, energy="")
-            while run.epoch < epochs:
-                self._train()
-                before = len(run.losses)
-                for batch in batches.epoch():
-                    try:
-                        run.losses.append(self.step(*batch))
-                    except FloatingPointError as error:
-                        run.restore()
-                        self.optimizer = self._particles = None  # what it remembers of the steps that went wrong
-                        self.steps = run.step
-                        raise FloatingPointError(
-                            f"{error}. The particles are back at the end of epoch {run.remembered_epoch}"
-                        ) from error
-                    if scheduler is not None:
-                        scheduler.step()
-                run.epoch, run.step = run.epoch + 1, self.steps
-                run.remember()
-                mean = sum(run.losses[before:]) / (len(run.losses) - before)
-                bar.update(task, completed=run.epoch, energy=f"U {mean:.4f} nats/datum")
-                if checkpoint is not None:
-                    run.write(checkpoint)
-                state = FitState(run.epoch, run.step, mean, self.model, self.guide, optimizer, run.losses)
-                stop = [callback(state) for callback in callbacks]
-                if any(stop):
-                    break
+            parameters = [*particles.blocks, *particles.shared]
+            run = TrainingRun(self.model, self.guide, parameters, optimizer, scheduler, self.steps)
+            try:
+                train(
+                    run,
+                    batches,
+                    step,
+                    epochs=epochs,
+                    label=self.method.upper(),
+                    describe=lambda energy: f"U {energy:.4f} nats/datum",
+                    callbacks=callbacks,
+                    progress=progress,
+                    checkpoint=checkpoint,
+                )
+            except FloatingPointError:
+                self._parts = None  # the rates may be those of the steps that went wrong
+                self.steps = run.remembered_step
+                raise
+            self.steps = run.step
         if isinstance(self.guide, AutoParticles):
             posterior = Posterior.from_draws(self.model, self.guide.particles(), is_sampled=False)
             posterior.losses = list(run.losses)
             return posterior
-        example = pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() else t, batches.first[0])
-        return Posterior(self.model, self.guide, losses=run.losses, example=example)
+        return Posterior(self.model, self.guide, losses=run.losses, example=first_row(batches))
 
     # --------------------------------------------------------------------------------------------------- parts
 
-    def _train(self) -> None:
-        for program in (self.model, self.guide):
-            if isinstance(program, nn.Module):
-                program.train()
-
-    def _setup(self, args: tuple[Any, ...]) -> tuple[AnyParticles | MemberParticles, Optimizer]:
-        if self._particles is None or self.optimizer is None:
+    def _set_up(self, args: tuple[Any, ...]) -> _Parts:
+        if self._parts is None:
+            particles: AnyParticles | MemberParticles
             if isinstance(self.guide, AutoParticles):
-                self._particles = AnyParticles(self.guide, self.sequential is True, args)
+                particles = AnyParticles(self.guide, self.sequential is True, args)
             else:
-                self._particles = MemberParticles(self.model, self.guide, self._in_turn(args))
+                particles = (OneByOne if self._in_turn(args) else Together)(self.model, self.guide)
             pairs = self._pairs() if self.space == "product" else []
-            self._groups = list(_groups(self._particles.segments, pairs, self.scope))
-            parameters = [*self._particles.blocks, *self._particles.shared]
-            if self.optim is None:
-                self.optimizer = torch.optim.Adam(parameters, lr=self.lr)
-            elif isinstance(self.optim, type):
-                self.optimizer = self.optim(parameters, lr=self.lr)
-            else:
-                self.optimizer = self.optim(parameters)
-        return self._particles, self.optimizer
+            groups = list(divide(particles.segments, pairs, self.scope))
+            parameters = [{"params": [*particles.blocks, *particles.shared]}]
+            optimizer = build_optimizer(self.optim, parameters, self.lr, default="adam")
+            self._parts = _Parts(particles, optimizer, groups)
+        return self._parts
 
     def _in_turn(self, args: tuple[Any, ...]) -> bool:
         """What ``sequential`` says."""
@@ -323,7 +332,7 @@ class SVGD:
         largest = model.core().activation_elements(args[0], size) * size * self.guide.num_members
         return largest * model.like().element_size() > FRESH_PAGES
 
-    def _interact(self, blocks: list[nn.Parameter], group: _Group, strength: float) -> None:
+    def _interact(self, blocks: list[nn.Parameter], group: Group, strength: float) -> None:
         """Turns ``gamma grad U`` into ``-phi`` in the coordinates of one kernel."""
         flat = [blocks[b][:, start:stop] for b, start, stop in group.columns]
         gradients = [_gradient(blocks[b])[:, start:stop] for b, start, stop in group.columns]
@@ -332,7 +341,7 @@ class SVGD:
             for segment in (a, b):
                 gradients.append(_gradient(blocks[segment.block])[:, segment.start : segment.stop])
             factors.append((_factor(blocks, a).flatten(2), _factor(blocks, b).flatten(2), scale))
-        points = Points(flat, factors)
+        points = Positions(flat, factors)
         values = points.evaluate(self.kernel)
         own, pulled = points.gradients(values, own=self.method == "wgd")
         forces = [*own, *(half.flatten(1) for pair in pulled for half in pair)]
@@ -365,42 +374,14 @@ def _factor(blocks: list[nn.Parameter], segment: Segment) -> Tensor:
     return block[:, segment.start : segment.stop].reshape(-1, *segment.shape)
 
 
-def _function_force(kernel: Kernel, strength: float) -> Callable[[Tensor], Tensor]:
+def _function_force(kernel: Kernel, strength: float) -> Force:
     """Repulsion in the space of function values, ``-lambda (sum_j grad_{f_i} k_ij) / (sum_j k_ij)``."""
 
     def force(f: Tensor) -> Tensor:
         with torch.autocast(f.device.type, enabled=False):
-            points = Points([f])
+            points = Positions([f])
             values = points.evaluate(kernel)
             (gradient,), _ = points.gradients(values, own=True)
             return -gradient * (strength / values.value.sum(1, keepdim=True)).to(gradient)
 
     return force
-
-
-def _groups(segments: list[Segment], pairs: list[tuple[str, str, float]], scope: str) -> Iterator[_Group]:
-    """The coordinates of each kernel; pairs stay together."""
-    by_name = {segment.name: segment for segment in segments}
-    of_pair = {name: a for a, b, _ in pairs for name in (a, b)}
-    missing = next((name for name in of_pair if name not in by_name), None)
-    if missing is not None:
-        raise ValueError(f"pairs() of the guide names {missing!r}, which is none of its sites")
-
-    def key(name: str) -> str:
-        if scope == "joint":
-            return ""
-        return of_pair.get(name, name) if scope == "tensor" else name.rpartition(".")[0] or name
-
-    keys = dict.fromkeys(key(of_pair.get(segment.name, segment.name)) for segment in segments)
-    groups = {k: _Group([], []) for k in keys}
-    for segment in segments:
-        if segment.name in of_pair:
-            continue
-        columns = groups[key(segment.name)].columns
-        if columns and columns[-1][0] == segment.block and columns[-1][2] == segment.start:
-            columns[-1] = (segment.block, columns[-1][1], segment.stop)
-        else:
-            columns.append((segment.block, segment.start, segment.stop))
-    for a, b, scale in pairs:
-        groups[key(a)].pairs.append((by_name[a], by_name[b], scale))
-    yield from groups.values()

@@ -19,6 +19,7 @@ from pyro.util import check_model_guide_match, check_site_shape
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_bnn import display
 from pyro_bnn.factorised import FactorisedNormal, kl_of_block
 
 
@@ -36,6 +37,9 @@ class ScaleLatents(Messenger):
     def __init__(self, scale: float = 1.0, per_member: bool = False) -> None:
         super().__init__()
         self.scale, self.per_member = scale, per_member
+
+    def __repr__(self) -> str:
+        return display.call(self, scale=self.scale, per_member=self.per_member)
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or type(msg["fn"]).__name__ == "_Subsample":
@@ -83,6 +87,10 @@ class MixtureELBO(TraceMeanField_ELBO):
             raise ValueError(f"likelihood_bound={likelihood_bound!r}: expected 'average' or 'mixture'")
         super().__init__(num_particles=num_particles, **options)
         self.mixture_kl, self.likelihood_bound = mixture_kl, likelihood_bound
+
+    def __repr__(self) -> str:
+        bounds = {"mixture_kl": self.mixture_kl, "likelihood_bound": self.likelihood_bound}
+        return display.call(self, **bounds, num_particles=self.num_particles)
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[poutine.Trace, poutine.Trace]:
         """Traces without log densities: which of them are needed is known only once closed forms have been tried."""

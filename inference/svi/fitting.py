@@ -6,48 +6,26 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
 from pyro_bnn.guide import MixtureGuide
-from pyro_bnn.inference import checkpoint as checkpoints
 from pyro_bnn.inference.batches import minibatches
+from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.schedules import Schedule
 from pyro_bnn.inference.svi.elbo import MixtureELBO, ScaleLatents
+from pyro_bnn.inference.training import Callback, Optim, Step, build_optimizer, first_row, require_epochs, train
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import training_mode
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import device_of, seeded
-
-Optim = str | Optimizer | Callable[[list[dict[str, Any]]], Optimizer] | None
-
-
-@dataclass
-class FitState:
-    """What a callback sees after each epoch.
-
-    :param loss: mean negative ELBO per datum of this epoch, in nats.
-    :param losses: the same for every step so far.
-    """
-
-    epoch: int
-    step: int
-    loss: float
-    model: Callable[..., Any]
-    guide: Callable[..., Any]
-    optimizer: Optimizer
-    losses: list[float] = field(default_factory=list)
 
 
 def fit(
@@ -65,7 +43,7 @@ def fit(
     kl_annealing: float = 0.0,
     elbo: ELBO | None = None,
     clip_norm: float | None = None,
-    callbacks: Sequence[Callable[[FitState], bool | None]] = (),
+    callbacks: Sequence[Callback] = (),
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int | None = None,
@@ -80,95 +58,88 @@ def fit(
 
     :param model: a model of this package, or any Pyro model ``model(x, y)``.
     :param guide: a guide for it.
-    :param data: a loader of (x, y), a dataset, or the pair (x, y) itself; x may be a tensor, dict or tuple.
+    :param data: a loader or dataset of pairs (x, y) or of dicts with ``labels``, or such a pair or dict itself;
+        :mod:`pyro_bnn.inputs` says what x and y may be.
     :param epochs: passes over the data.
     :param batch_size: for a dataset or a pair; a loader has its own.
-    :param optim: ``"adamw"`` (default), ``"sgd"`` (Nesterov momentum 0.9), an optimiser, or a function from parameter
-        groups to one.
-    :param lr: learning rate; 1e-3 for AdamW and 0.1 for SGD by default.
-    :param weight_decay: of the named optimisers. The model's ``weight_prior`` makes it 0 by default.
+    :param optim: ``"adamw"`` (default), ``"adam"``, ``"sgd"``, a class of ``torch.optim``, a function from parameter
+        groups to an optimiser, or an optimiser; see :func:`~pyro_bnn.inference.training.build_optimizer`.
+    :param lr: learning rate of a name or a class; by default 1e-3, and 0.1 for "sgd".
+    :param weight_decay: of all but an optimiser that is given. The model's ``weight_prior`` makes it 0 by default.
     :param decay: what it applies to: ``"weights"``, the W of the model alone, or ``"all"`` parameters of the network
         with the biases of its members. Never the factors.
     :param schedule: see :mod:`pyro_bnn.inference.schedules`; constant by default.
     :param kl_annealing: epochs over which the weight of the KL divergence grows linearly, step by step, to 1.
     :param elbo: the objective, :class:`~pyro_bnn.inference.MixtureELBO` by default, or any ELBO of Pyro.
     :param clip_norm: largest norm of the whole gradient.
-    :param callbacks: called with a :class:`FitState` after each epoch; one that returns True ends the training.
+    :param callbacks: called with a :class:`~pyro_bnn.inference.FitState` after each epoch; one that returns True ends
+        the training.
     :param checkpoint: file that is written after each epoch, and resumed from when it exists.
     :param seed: makes the run reproducible, and leaves the global random state alone.
     :raises ValueError: for empty or inconsistent data, labels outside the likelihood's range, or NaN in the data.
     :raises FloatingPointError: when the loss is not finite; the message names the step and the site, and model and
         guide are as they were at the end of the last good epoch.
     """
-    if epochs < 1:
-        raise ValueError(f"epochs={epochs!r}: expected at least 1")
+    require_epochs(epochs)
     batches = minibatches(model, data, batch_size)
-    steps, size, first = batches.steps, batches.size, batches.first
-    objective = MixtureELBO() if elbo is None else elbo
-    bar = Progress(
-        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[elbo]}")),
-        *(TimeElapsedColumn(), TimeRemainingColumn()),
-        disable=not progress,
-    )
     with contextlib.ExitStack() as stack:
         stack.enter_context(seeded(device_of(model), seed))
         store = stack.enter_context(pyro.get_param_store().scope())
-        parameters = _initialise(model, guide, first)
+        parameters = _initialise(model, guide, batches.first)
         optimizer = _optimizer(optim, parameters, model, guide, lr, weight_decay, decay)
-        scheduler = schedule(optimizer, steps, epochs) if schedule is not None else None
+        scheduler = schedule(optimizer, batches.steps, epochs) if schedule is not None else None
         run = TrainingRun(model, guide, parameters, optimizer, scheduler)
-        if checkpoint is not None:
-            run.resume(checkpoint)
-        run.remember()
-        stack.enter_context(bar)
-        task = bar.add_task("SVI", total=epochs, completed=run.epoch, elbo="")
-        while run.epoch < epochs:
-            _train_mode(model, guide)
-            total = 0.0
-            before = run.step
-            for batch in batches.epoch():
-                beta = min(1.0, (run.step + 1) / (steps * kl_annealing)) if kl_annealing > 0 else 1.0
-                cause = None
-                try:
-                    # distributions validate their arguments on the first step; later ones have the same shapes
-                    with pyro.validation_enabled(run.step == 0), training_mode(True), ScaleLatents(beta):
-                        loss = objective.differentiable_loss(model, guide, *batch) / (size or 1)  # type: ignore[attr-defined]
-                    value = float(loss.detach())
-                except ValueError as error:  # validation stops at NaN, but not only there
-                    if _offending_site(model, guide, batch) is None:
-                        raise
-                    value, cause = math.nan, error
-                if not math.isfinite(value):
-                    site = _offending_site(model, guide, batch) or _without_site(parameters)
-                    run.restore()
-                    raise FloatingPointError(
-                        f"the loss became {value} at step {run.step + 1} (epoch {run.epoch + 1}), {site}. Model and "
-                        f"guide are back at the end of epoch {run.remembered_epoch}. A smaller lr, clip_norm= or a "
-                        "longer kl_annealing usually helps"
-                    ) from cause
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                if clip_norm is not None:
-                    nn.utils.clip_grad_norm_(parameters, clip_norm)
-                optimizer.step()
-                if scheduler is not None:
-                    scheduler.step()
-                run.step += 1
-                run.losses.append(value)
-                total += value
-            run.epoch += 1
-            run.remember()
-            mean = total / (run.step - before)
-            bar.update(task, completed=run.epoch, elbo=f"ELBO {-mean:.4f} nats/datum")
-            if checkpoint is not None:
-                run.write(checkpoint)
-            state = FitState(run.epoch, run.step, mean, model, guide, optimizer, run.losses)
-            stop = [callback(state) for callback in callbacks]
-            if any(stop):
-                break
-        example = pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() else t, first[0])
+        objective = MixtureELBO() if elbo is None else elbo
+        step = _elbo_step(objective, batches.size, kl_annealing * batches.steps, clip_norm)
+        train(
+            run,
+            batches,
+            step,
+            epochs=epochs,
+            label="SVI",
+            describe=lambda loss: f"ELBO {-loss:.4f} nats/datum",
+            callbacks=callbacks,
+            progress=progress,
+            checkpoint=checkpoint,
+        )
         modules = isinstance(model, nn.Module) and isinstance(guide, nn.Module)
-        return Posterior(model, guide, losses=run.losses, example=example, store=None if modules else store)
+        return Posterior(model, guide, losses=run.losses, example=first_row(batches), store=None if modules else store)
+
+
+def _elbo_step(objective: ELBO, size: int | None, annealing: float, clip_norm: float | None) -> Step:
+    """One update along the gradient of the negative ELBO per datum.
+
+    :param size: number N of samples in the data set.
+    :param annealing: steps over which the weight of the KL divergence grows to 1.
+    """
+
+    def step(batch: tuple[Any, ...], run: TrainingRun) -> float:
+        model, guide = run.model, run.guide
+        beta = min(1.0, (run.step + 1) / annealing) if annealing > 0 else 1.0
+        cause = None
+        try:
+            # distributions validate their arguments on the first step; later ones have the same shapes
+            with pyro.validation_enabled(run.step == 0), training_mode(True), ScaleLatents(beta):
+                loss = objective.differentiable_loss(model, guide, *batch) / (size or 1)  # type: ignore[attr-defined]
+            value = float(loss.detach())
+        except ValueError as error:  # validation stops at NaN, but not only there
+            if _offending_site(model, guide, batch) is None:
+                raise
+            value, cause = math.nan, error
+        if not math.isfinite(value):
+            site = _offending_site(model, guide, batch) or _without_site(run.parameters)
+            raise FloatingPointError(
+                f"the loss became {value} at step {run.step + 1} (epoch {run.epoch + 1}), {site}. A smaller lr, "
+                "clip_norm= or a longer kl_annealing usually helps"
+            ) from cause
+        run.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if clip_norm is not None:
+            nn.utils.clip_grad_norm_(run.parameters, clip_norm)
+        run.optimizer.step()
+        return value
+
+    return step
 
 
 # ------------------------------------------------------------------------------------------------ parameters
@@ -201,33 +172,20 @@ def _optimizer(
     weight_decay: float,
     decay: str,
 ) -> Optimizer:
-    if isinstance(optim, Optimizer):
-        return optim
     if decay not in ("weights", "all"):
         raise ValueError(f"decay={decay!r}: expected 'weights' or 'all'")
-    points = guide.points() if isinstance(guide, MixtureGuide) else []
+    if isinstance(optim, Optimizer) and weight_decay:
+        raise ValueError(f"weight_decay={weight_decay!r}: optim= is an optimiser, which has its own; leave it out here")
+    biases = guide.member_biases() if isinstance(guide, MixtureGuide) else []
     chosen: Iterable[Tensor] = ()
     if isinstance(model, BayesianNetwork):
-        chosen = model.decayed() if decay == "weights" else [*model.parameters(), *points]
+        chosen = model.decayed() if decay == "weights" else [*model.parameters(), *biases]
     ids = {id(p) for p in chosen}
     groups = [
         {"params": [p for p in parameters if id(p) in ids], "weight_decay": weight_decay},
         {"params": [p for p in parameters if id(p) not in ids], "weight_decay": 0.0},
     ]
-    groups = [g for g in groups if g["params"]]
-    if callable(optim):
-        return optim(groups)
-    if optim in (None, "adamw"):
-        return torch.optim.AdamW(groups, lr=1e-3 if lr is None else lr)
-    if optim == "sgd":
-        return torch.optim.SGD(groups, lr=0.1 if lr is None else lr, momentum=0.9, nesterov=True)
-    raise ValueError(f"optim={optim!r}: expected 'adamw', 'sgd', an optimiser or a function of parameter groups")
-
-
-def _train_mode(model: Callable[..., Any], guide: Callable[..., Any]) -> None:
-    for program in (model, guide):
-        if isinstance(program, nn.Module):
-            program.train()
+    return build_optimizer(optim, [g for g in groups if g["params"]], lr)
 
 
 def _offending_site(model: Callable[..., Any], guide: Callable[..., Any], batch: tuple[Any, ...]) -> str | None:
@@ -247,76 +205,3 @@ def _without_site(parameters: list[Tensor]) -> str:
     if not all(bool(torch.isfinite(p).all()) for p in parameters):
         return "where a parameter is not finite after the last update"
     return "where no site is at fault on a second look: the draws of this step were"
-
-
-# --------------------------------------------------------------------------------------------- state of a run
-
-
-class TrainingRun:
-    """Everything that changes during training."""
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        parameters: list[Tensor],
-        optimizer: Optimizer,
-        scheduler: LRScheduler | None,
-    ) -> None:
-        self.parameters, self.optimizer, self.scheduler = parameters, optimizer, scheduler
-        self.buffers = [b for program in (model, guide) if isinstance(program, nn.Module) for b in program.buffers()]
-        self.epoch = self.step = 0
-        self.losses: list[float] = []
-        self._good: list[Tensor] = []
-        self.remembered_epoch = 0
-
-    def remember(self) -> None:
-        """Keeps this state as the last good one, if it is."""
-        values = [*self.parameters, *self.buffers]
-        if all(bool(torch.isfinite(v).all()) for v in values):
-            self._good = [v.detach().clone() for v in values]
-            self.remembered_epoch = self.epoch
-
-    def restore(self) -> None:
-        with torch.no_grad():
-            for value, good in zip([*self.parameters, *self.buffers], self._good, strict=True):
-                value.copy_(good)
-
-    def write(self, path: str | os.PathLike[str]) -> None:
-        cuda = {p.device for p in self.parameters if p.is_cuda}
-        checkpoints.write(
-            path,
-            {
-                "epoch": self.epoch,
-                "step": self.step,
-                "losses": self.losses,
-                "values": [v.detach() for v in (*self.parameters, *self.buffers)],
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-                "random": torch.get_rng_state(),
-                "cuda_random": [torch.cuda.get_rng_state(d) for d in sorted(cuda, key=str)],
-            },
-        )
-
-    def resume(self, path: str | os.PathLike[str]) -> None:
-        state = checkpoints.read(path)
-        if state is None:
-            return
-        values = [*self.parameters, *self.buffers]
-        if [v.shape for v in values] != [v.shape for v in state["values"]]:
-            raise ValueError(
-                f"{path} is the checkpoint of another model or guide (its tensors have other shapes); remove it to "
-                "start afresh"
-            )
-        with torch.no_grad():
-            for value, saved in zip(values, state["values"], strict=True):
-                value.copy_(saved)
-        self.epoch, self.step, self.losses = state["epoch"], state["step"], list(state["losses"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None and state["scheduler"] is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["random"])
-        for device, saved in zip(
-            sorted({p.device for p in self.parameters if p.is_cuda}, key=str), state["cuda_random"], strict=True
-        ):
-            torch.cuda.set_rng_state(saved, device)

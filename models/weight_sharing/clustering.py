@@ -62,7 +62,7 @@ def find_outliers(
     return best.indices[best.values >= 1].sort().values
 
 
-def in_small_codes(labels: Tensor, codes: int, smallest: int, most: int, zero: bool) -> Tensor:
+def members_of_small_codes(labels: Tensor, codes: int, smallest: int, most: int, zero: bool) -> Tensor:
     """Positions of the members of codes with at most ``smallest`` of them, the smallest codes first, at most ``most``.
 
     They become outliers (Lin et al.): a Gaussian that few weights share saves nothing.
@@ -178,7 +178,7 @@ def fit_plane(
         raise ValueError(f"codes={codes}, but there are only {len(x)} weights to share them: ask for fewer codes")
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{int((~torch.isfinite(x)).sum())} means or standard deviations of weights are not finite")
-    mixture = _pinned(start_mixture(x, codes, seed=seed), zero)
+    mixture = pin_first_code(start_mixture(x, codes, seed=seed), zero)
     floor = covariance_floor(x, codes)
     part = x
     sample = max(2**17, 64 * codes) if sample is None else sample
@@ -187,21 +187,21 @@ def fit_plane(
     before = -math.inf
     for _ in range(iterations):
         mixture, likelihood = em_step(part, mixture, floor)
-        mixture = _pinned(mixture, zero)
+        mixture = pin_first_code(mixture, zero)
         if float(likelihood) - before < tolerance:
             break
         before = float(likelihood)
     return mixture
 
 
-def _pinned(mixture: PlaneMixture, zero: bool) -> PlaneMixture:
+def pin_first_code(mixture: PlaneMixture, zero: bool) -> PlaneMixture:
     """The code nearest to mu = 0 comes first and lies there."""
     if not zero:
         return mixture
     first = mixture.means[:, 0].abs().argmin()
     order = torch.arange(len(mixture), device=first.device)
     order = torch.where(order == 0, first, torch.where(order == first, 0, order))
-    return _first_at_zero(PlaneMixture(*(v[order] for v in (mixture.weights, mixture.means, mixture.covariances))))
+    return _first_at_zero(mixture[order])
 
 
 def _first_at_zero(mixture: PlaneMixture) -> PlaneMixture:
@@ -265,7 +265,7 @@ def quantise(
     for _ in range(iterations):
         mixture = codes(labels)
         if near:
-            mixture = _pinned(mixture, zero)
+            mixture = pin_first_code(mixture, zero)
         new = _nearest(x, mixture, error, rate) if near else least_divergence(x, mixture, rate)
         if torch.equal(new, labels):
             break
@@ -285,7 +285,8 @@ def least_divergence(x: Tensor, mixture: PlaneMixture, rate: float) -> Tensor:
     m, s = mixture.means.to(x.dtype).unbind(1)
     own = -s.log() - rate * mixture.weights.clamp_min(1e-30).to(x.dtype).log()
     found = []
-    for mu, sigma in zip(*(v.split(max(1, 2**21 // len(mixture))) for v in x.unbind(1)), strict=True):
+    for part in x.split(max(1, 2**21 // len(mixture))):
+        mu, sigma = part.unbind(1)
         cost = (m - mu[:, None]).square_().add_(s.square())
         found.append(cost.mul_((0.5 / sigma.square())[:, None]).add_(own).argmin(1).to(torch.int32))
     return torch.cat(found)

@@ -2,24 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pyro_bnn.guide import SMALLEST_SCALE
-from pyro_bnn.models.weight_sharing import clustering, merging
-from pyro_bnn.models.weight_sharing.merging import Merge
+from pyro_bnn import display
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.models.weight_sharing import merging
+from pyro_bnn.models.weight_sharing.deviations import deviations, padded, rho_of
+from pyro_bnn.models.weight_sharing.labels import is_code, label_weights, labels_by_site, slices_between
+from pyro_bnn.models.weight_sharing.merging import MergeRule
 from pyro_bnn.models.weight_sharing.plane import PlaneMixture
 from pyro_bnn.models.weight_sharing.shared_normal import Pairs, Table
 
 
-def inverse_scale(scale: Tensor) -> Tensor:
-    """rho with ``softplus(rho) + 1e-7 = scale``, computed in float64."""
-    value = (scale.double() - SMALLEST_SCALE).clamp_min(1e-30)
-    return (value + (-(-value).expm1()).log()).to(scale.dtype)
+class Codes(NamedTuple):
+    """K Gaussians ``N(m_k, s_k^2)`` with ``s = softplus(rho) + 1e-7``.
+
+    :param loc, rho: m and rho, ``[K]``.
+    :param spread: covariances in the plane of (mean, standard deviation) of the weights that each code was made of,
+        ``[K, 2, 2]``: what merging goes by.
+    """
+
+    loc: Tensor
+    rho: Tensor
+    spread: Tensor
+
+
+class Outliers(NamedTuple):
+    """Weights with Gaussians of their own.
+
+    :param positions: which weights, sorted, ``[o]``.
+    :param loc, rho: of their Gaussians, ``[o]``; as of :class:`Codes`.
+    """
+
+    positions: Tensor
+    loc: Tensor
+    rho: Tensor
+
+
+class Between(NamedTuple):
+    """Weights that two codes hold together.
+
+    :param positions: which weights, sorted, ``[e]``.
+    :param pair: the two codes of each, ``[e, 2]``.
+    :param alpha: the part of the first, ``[e]``, a multiple of 1 / 255.
+    """
+
+    positions: Tensor
+    pair: Tensor
+    alpha: Tensor
 
 
 class Codebook(nn.Module):
@@ -30,13 +64,8 @@ class Codebook(nn.Module):
     (a code without weights is dead), so that optimisers and checkpoints go on; :meth:`compact` drops what is dead.
 
     :param sites: ``(name, shape)`` of each site.
-    :param loc, scale: m and s, ``[K]``.
-    :param codes: the code of each weight, ``[n]``; of outliers and of weights between codes it does not matter.
-    :param outliers: their sorted positions, ``[o]``, with ``outlier_loc`` and ``outlier_scale``.
-    :param between: sorted positions of the weights between two codes, ``[e]``, with their ``pair`` ``[e, 2]`` and
-        ``alpha`` ``[e]``, the part of the first, a multiple of 1 / 255.
-    :param spread: covariances of the codes in the plane of (mean, deviation), ``[K, 2, 2]``, of the weights that they
-        were made of: what merging goes by.
+    :param assignment: the code of each weight, ``[n]``; of outliers and of weights between codes it does not matter.
+    :param codes, outliers, between: see :class:`Codes`, :class:`Outliers` and :class:`Between`.
     :param zero: whether code 0 keeps the mean 0.
     :param units: the units of merging, ``[2]`` in float64: the median over codes of the squared Wasserstein distance to
         the nearest other one, and of the trace of the covariances. Those of these codes, unless given; they stay while
@@ -56,71 +85,57 @@ class Codebook(nn.Module):
     def __init__(
         self,
         sites: Sequence[tuple[str, Sequence[int]]],
-        loc: Tensor,
-        rho: Tensor,
-        codes: Tensor,
-        outliers: Tensor,
-        outlier_loc: Tensor,
-        outlier_rho: Tensor,
-        between: Tensor,
-        pair: Tensor,
-        alpha: Tensor,
-        spread: Tensor,
+        assignment: Tensor,
+        codes: Codes,
+        outliers: Outliers,
+        between: Between,
+        *,
         zero: bool = False,
         units: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.sites = [(name, torch.Size(shape)) for name, shape in sites]
         self.zero = zero
-        k, n = len(loc), sum(shape.numel() for _, shape in self.sites)
-        _require(len(codes) == n, f"{len(codes)} labels for {n} weights")
-        _require(n == 0 or 0 <= int(codes.min()) <= int(codes.max()) < k, f"labels outside of 0 to {k - 1}")
-        special = torch.cat([outliers, between])
+        self._require_match(assignment, codes, outliers, between)
+        self.loc, self.rho = nn.Parameter(codes.loc), nn.Parameter(codes.rho)
+        self.outlier_loc, self.outlier_rho = nn.Parameter(outliers.loc), nn.Parameter(outliers.rho)
+        self.register_buffer("outliers", outliers.positions)
+        self.register_buffer("between", between.positions)
+        self.register_buffer("pair", between.pair.to(torch.int32))
+        self.register_buffer("alpha", between.alpha)
+        self.register_buffer("spread", codes.spread)
+        self.register_buffer("open_pairs", None, persistent=False)  # follows from pair
+        self._find_places()
+        self.register_buffer("labels", label_weights(self._site_labels, assignment, self.outliers, self.between))
+        self._counts: dict[bool, tuple[Any, list[Tensor]]] = {}
+        self.register_buffer("units", self._units() if units is None else units)
+
+    def _require_match(self, assignment: Tensor, codes: Codes, outliers: Outliers, between: Between) -> None:
+        k, n = len(codes.loc), sum(shape.numel() for _, shape in self.sites)
+        pair, special = between.pair, torch.cat([outliers.positions, between.positions])
+        _require(len(assignment) == n, f"{len(assignment)} labels for {n} weights")
+        _require(n == 0 or 0 <= int(assignment.min()) <= int(assignment.max()) < k, f"labels outside of 0 to {k - 1}")
         _require(len(special.unique()) == len(special), "a weight is an outlier or between codes twice")
         _require(not len(special) or 0 <= int(special.min()) <= int(special.max()) < n, f"positions outside of {n}")
         _require(
             not len(pair) or 0 <= int(pair.min()) <= int(pair.max()) < k, f"pairs of codes outside of 0 to {k - 1}"
         )
-        self.loc, self.rho = nn.Parameter(loc), nn.Parameter(rho)
-        self.outlier_loc, self.outlier_rho = nn.Parameter(outlier_loc), nn.Parameter(outlier_rho)
-        starts = [0]
-        for _, shape in self.sites:
-            starts.append(starts[-1] + shape.numel())
-        self._starts = starts
-        for name, value in (
-            *(("outliers", outliers), ("between", between), ("pair", pair.to(torch.int32))),
-            *(("alpha", alpha), ("spread", spread)),
-        ):
-            self.register_buffer(name, value)
-        self.register_buffer("open_pairs", None, persistent=False)  # follows from pair
-        self._find_places()
-        labels = codes.to(torch.int32).clone()
-        for i in range(len(self.sites)):
-            o, e = self._range(self._outlier_starts, i), self._range(self._between_starts, i)
-            entries = torch.arange(k, k + len(o) + len(e), dtype=torch.int32, device=labels.device)
-            labels[outliers[o.start : o.stop]] = entries[: len(o)]
-            labels[between[e.start : e.stop]] = entries[len(o) :]
-        self.register_buffer("labels", labels)
-        self._counts: dict[Any, Any] = {}
-        self.register_buffer("units", self._units() if units is None else units)
 
     def _find_places(self) -> None:
-        """Where the outliers of each site begin among all, and its weights between codes, and which pairs are open."""
-        ends = torch.tensor(self._starts, device=self.outliers.device)
-        self._outlier_starts = torch.searchsorted(self.outliers, ends).tolist()
-        self._between_starts = torch.searchsorted(self.between, ends).tolist()
+        """What the labels of each site mean, and which pairs are open."""
+        self._site_labels = labels_by_site([shape for _, shape in self.sites], len(self), self.outliers, self.between)
         self._find_open_pairs()
 
     def _find_open_pairs(self) -> None:
-        """Pairs that have not become one code, as positions in ``pair``, and where those of each site begin."""
+        """Pairs that have not become one code, as positions in ``pair``, and where those of each site are."""
         self.open_pairs = (self.pair[:, 0] != self.pair[:, 1]).nonzero().flatten()
-        starts = torch.tensor(self._between_starts, device=self.open_pairs.device)
-        self._open_starts = torch.searchsorted(self.open_pairs, starts).tolist()
+        starts = [site.between.start for site in self._site_labels] + [len(self.between)]
+        self._open = slices_between(self.open_pairs, starts)
 
     def _units(self) -> Tensor:
-        now = self.mixture()
+        now = self.in_plane()
         used = now.weights > 0
-        now = PlaneMixture(*(v[used] if bool(used.any()) else v for v in (now.weights, now.means, now.covariances)))
+        now = now[used] if bool(used.any()) else now
         trace = now.covariances.diagonal(dim1=-2, dim2=-1).sum(-1).median()
         apart = merging.neighbour_distance(now) if len(now) > 1 else trace
         return torch.stack([apart, trace])
@@ -129,84 +144,11 @@ class Codebook(nn.Module):
         super()._load_from_state_dict(*args)
         self._find_places()
 
-    @staticmethod
-    def _range(starts: list[int], i: int) -> range:
-        return range(starts[i], starts[i + 1])
-
     def __len__(self) -> int:
         return len(self.loc)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_counts": {}}
-
-    @classmethod
-    def fit(
-        cls,
-        sites: Sequence[tuple[str, Sequence[int]]],
-        loc: Tensor,
-        scale: Tensor,
-        codes: int = 256,
-        *,
-        outliers: float = 0.005,
-        magnitude: float | None = None,
-        gradient: Tensor | None = None,
-        snr: float | None = None,
-        smallest: int = 20,
-        between: float = 0.01,
-        zero: bool = False,
-        rate: float = 0.0,
-        distance: clustering.Distance = "wasserstein",
-        iterations: int = 20,
-        seed: int = 0,
-    ) -> Codebook:
-        """All stages up to training: outliers, EM, labels, weights between codes.
-
-        :param loc, scale: mean and standard deviation of every weight, ``[n]``.
-        :param codes: K, at most.
-        :param outliers: largest share of the weights that become outliers, by all rules together. Half of it is for
-            those of :func:`~pyro_bnn.models.weight_sharing.clustering.find_outliers`, which has the rules ``magnitude``,
-            ``gradient`` and ``snr``; then members of codes with at most ``smallest`` weights follow, the smallest codes
-            first.
-        :param between: share of the others that two codes hold together.
-        :param zero: whether one code has its mean fixed at 0.
-        :param rate, distance: of :func:`~pyro_bnn.models.weight_sharing.clustering.quantise`.
-        :param iterations, seed: of :func:`~pyro_bnn.models.weight_sharing.clustering.fit_plane`.
-        :raises ValueError: for NaN, numbers out of range, or more codes than distinct weights.
-        """
-        if not bool((scale > 0).all()):  # NaN too
-            raise ValueError("standard deviations of weights must be positive and finite numbers")
-        if codes > loc.numel():
-            raise ValueError(
-                f"codes={codes}, but there are only {loc.numel()} weights to share them: ask for fewer codes"
-            )
-        if not bool(torch.isfinite(loc).all()):
-            raise ValueError(f"{int((~torch.isfinite(loc)).sum())} means of weights are NaN or infinite")
-        rules: dict[str, Any] = {"magnitude": magnitude, "gradient": gradient, "snr": snr}
-        clustering.require_share("outliers", outliers)
-        out = clustering.find_outliers(loc, scale, **rules, cap=outliers / 2)
-        inside = _others(out, loc.numel())
-        points = torch.stack([loc, scale], 1)[inside]
-        points = points.to(torch.promote_types(loc.dtype, torch.float32))
-        mixture = clustering.fit_plane(points, codes, zero=zero, iterations=iterations, seed=seed)
-        mixture, labels = clustering.quantise(
-            points, mixture, rate, distance=distance, zero=zero, iterations=3 if distance == "wasserstein" else 20
-        )
-        small = clustering.in_small_codes(labels, codes, smallest, int(outliers * loc.numel() + 1e-6) - len(out), zero)
-        out = torch.cat([out, inside[small]]).sort().values
-        stay = _others(small, len(points))
-        inside, points, labels = inside[stay], points[stay], labels[stay]
-        index, pair, alpha = clustering.between_codes(points, labels, mixture, between)
-        alpha = ((alpha * 255).round() / 255).to(loc.dtype)
-        whole = torch.zeros(loc.numel(), dtype=torch.int32, device=loc.device)
-        whole[inside] = labels
-        centres = mixture.means.to(loc.dtype)
-        book = cls(
-            *(sites, centres[:, 0].clone(), inverse_scale(centres[:, 1]), whole),
-            *(out, loc[out].clone(), inverse_scale(scale[out])),
-            *(inside[index], pair, alpha, mixture.covariances.to(loc.dtype)),
-            zero=zero,
-        )
-        return book.compact()
 
     # -------------------------------------------------------------------------------------- as distributions
 
@@ -218,11 +160,11 @@ class Codebook(nn.Module):
 
     def scales(self) -> Tensor:
         """s, ``[K]``."""
-        return _scales(self.rho)
+        return deviations(self.rho)
 
     def outlier_scales(self) -> Tensor:
         """Standard deviations of the outliers, ``[o]``."""
-        return _scales(self.outlier_rho)
+        return deviations(self.outlier_rho)
 
     def tables(self, soft: bool = False) -> list[Table]:
         """The Gaussians of every site.
@@ -231,33 +173,36 @@ class Codebook(nn.Module):
             ``alpha z_1 + (1 - alpha) z_2`` of independent draws z of both, ``N(alpha m_1 + (1 - alpha) m_2, alpha^2
             s_1^2 + (1 - alpha)^2 s_2^2)``.
         """
-        loc, scale, a, pair = self.means(), self.scales(), _padded(self.alpha), _padded(self.pair).long()
+        loc, scale, a, pair = self.means(), self.scales(), padded(self.alpha), padded(self.pair).long()
         (m1, m2), (s1, s2) = (v[pair].unbind(1) for v in (loc, scale))
         middle, width = torch.lerp(m2, m1, a), ((a * s1).square() + ((1 - a) * s2).square()).sqrt()
         own_loc, own_scale = self.outlier_loc, self.outlier_scales()
         counts = self.counts(soft)
         tables = []
-        for i in range(len(self.sites)):
-            o, e = self._range(self._outlier_starts, i), self._range(self._between_starts, i)
-            o_, e_ = slice(o.start, o.stop), slice(e.start, e.stop)
+        for site, open_, count in zip(self._site_labels, self._open, counts, strict=True):
             pairs = None
-            open_ = self._range(self._open_starts, i)
-            if soft and len(open_):
-                own = self.open_pairs[open_.start : open_.stop]
-                entries = own - e.start + len(loc) + len(o)
-                pairs = Pairs(self.between[own] - self._starts[i], pair[own], a[own], entries)
+            if soft and open_.stop > open_.start:
+                own = self.open_pairs[open_]
+                pairs = Pairs(
+                    place=self.between[own] - site.weights.start,
+                    codes=pair[own],
+                    alpha=a[own],
+                    entries=own - site.between.start + site.first_between,
+                )
             tables.append(
                 Table(
-                    torch.cat([loc, own_loc[o_], middle[e_]]),
-                    torch.cat([scale, own_scale[o_], width[e_]]),
-                    self.labels[self._starts[i] : self._starts[i + 1]],
-                    counts[i],
-                    *(pairs, len(loc), self),
+                    loc=torch.cat([loc, own_loc[site.outliers], middle[site.between]]),
+                    scale=torch.cat([scale, own_scale[site.outliers], width[site.between]]),
+                    labels=self.labels[site.weights],
+                    counts=count,
+                    pairs=pairs,
+                    num_codes=len(loc),
+                    codebook=self,
                 )
             )
         return tables
 
-    def expand(self, codes: Tensor, outliers: Tensor) -> list[Tensor]:
+    def weights_from_values(self, codes: Tensor, outliers: Tensor) -> list[Tensor]:
         """Values ``[m, *shape]`` of every site when weights share values, and not only Gaussians.
 
         :param codes: z, ``[m, K]``.
@@ -266,11 +211,9 @@ class Codebook(nn.Module):
         first, second = codes[:, self.pair[:, 0].long()], codes[:, self.pair[:, 1].long()]
         middle = torch.lerp(second, first, self.alpha)
         values = []
-        for i, (_, shape) in enumerate(self.sites):
-            o, e = self._range(self._outlier_starts, i), self._range(self._between_starts, i)
-            table = torch.cat([codes, outliers[:, o.start : o.stop], middle[:, e.start : e.stop]], 1)
-            labels = self.labels[self._starts[i] : self._starts[i + 1]]
-            values.append(table.index_select(1, labels).view(-1, *shape))
+        for (_, shape), site in zip(self.sites, self._site_labels, strict=True):
+            table = torch.cat([codes, outliers[:, site.outliers], middle[:, site.between]], 1)
+            values.append(table.index_select(1, self.labels[site.weights]).view(-1, *shape))
         return values
 
     def counts(self, soft: bool = False) -> list[Tensor]:
@@ -279,45 +222,49 @@ class Codebook(nn.Module):
         versions = (*states, self.loc.dtype)
         known = self._counts.get(soft)
         if known is not None and known[0] == versions:
-            found: list[Tensor] = known[1]
-            return found
+            return known[1]
         found = []
-        k = len(self)
         with torch.no_grad():
-            for i in range(len(self.sites)):
-                o, e = self._range(self._outlier_starts, i), self._range(self._between_starts, i)
-                labels = self.labels[self._starts[i] : self._starts[i + 1]]
+            for site in self._site_labels:
+                labels = self.labels[site.weights]
                 ones = torch.ones((), dtype=torch.float64, device=labels.device).expand(len(labels))
-                counts = ones.new_zeros(k + len(o) + len(e)).index_add_(0, labels, ones)
+                counts = ones.new_zeros(site.num_entries).index_add_(0, labels, ones)
                 if soft:
-                    pair, a = self.pair[e.start : e.stop].long(), self.alpha[e.start : e.stop].double()
-                    used = counts[k + len(o) :].clone()  # 0 for a pair that has become one code
+                    pair, a = self.pair[site.between].long(), self.alpha[site.between].double()
+                    used = counts[site.first_between :].clone()  # 0 for a pair that has become one code
                     counts.index_add_(0, pair[:, 0], a * used).index_add_(0, pair[:, 1], (1 - a) * used)
-                    counts[k + len(o) :] = 0
+                    counts[site.first_between :] = 0
                 found.append(counts.to(torch.promote_types(self.loc.dtype, torch.float32)))
         self._counts[soft] = versions, found
         return found
 
-    def usage(self, soft: bool = False) -> tuple[Tensor, Tensor]:
-        """How many weights each code has, ``[K]``, and how many have no code (outliers, Gaussians between codes)."""
-        counts = self.counts(soft)
+    def weights_per_code(self, soft: bool = False) -> Tensor:
+        """How many weights each code has, ``[K]`` in float64.
+
+        :param soft: whether weights between two codes count, with alpha for the first and 1 - alpha for the second.
+        """
         k = len(self)
-        return torch.stack([c[:k] for c in counts]).double().sum(0), torch.stack([c[k:].sum() for c in counts]).sum()
+        return torch.stack([counts[:k] for counts in self.counts(soft)]).double().sum(0)
+
+    def weights_without_code(self, soft: bool = False) -> Tensor:
+        """How many weights are of no code: outliers and, unless ``soft``, weights between codes."""
+        k = len(self)
+        return torch.stack([counts[k:].sum() for counts in self.counts(soft)]).sum()
 
     def log_shares(self, soft: bool = False) -> Tensor:
         """log pi of the codebook as a prior, ``[K + 1]``: of weights without a code first, then of each code.
 
         A code without weights, or nothing without a code, counts as a thousandth of a weight.
         """
-        held, free = self.usage(soft)
+        free, held = self.weights_without_code(soft), self.weights_per_code(soft)
         all_ = torch.cat([free.double().reshape(1), held]).clamp_min(1e-3)
         return (all_ / all_.sum()).log().to(self.loc.dtype)
 
     # ---------------------------------------------------------------------------------------- in training
 
-    def mixture(self) -> PlaneMixture:
+    def in_plane(self) -> PlaneMixture:
         """The codes as they are now as Gaussians in the plane; weights are shares of the weights, 0 for the dead."""
-        held, _ = self.usage(soft=True)
+        held = self.weights_per_code(soft=True)
         points = torch.stack([self.means(), self.scales()], 1).detach()
         return PlaneMixture(held / held.sum().clamp_min(1), points.double(), self.spread.double())
 
@@ -328,9 +275,9 @@ class Codebook(nn.Module):
         gradient: Tensor | None = None,
         gradient_limit: float = float("inf"),
         variance_limit: float = float("inf"),
-        how: Merge = "moment",
+        how: MergeRule = "moment",
     ) -> Tensor:
-        """Merges codes by :func:`~pyro_bnn.models.weight_sharing.merging.merge_codes`, in place.
+        """Merges codes by :func:`~pyro_bnn.models.weight_sharing.merging.merge_closest`, in place.
 
         :param tightness: eta: codes merge below a squared Wasserstein distance of eta times the median over codes of
             that to the nearest other one, as it was before any had merged (``units``).
@@ -342,13 +289,13 @@ class Codebook(nn.Module):
         """
         if not tightness > 0:
             raise ValueError(f"tightness={tightness!r}: expected a positive share of the distance between codes")
-        now = self.mixture()
+        now = self.in_plane()
         fixed = torch.zeros(len(self), dtype=torch.bool, device=self.loc.device)
         if self.zero:
             fixed[0] = True
         apart, trace = self.units.tolist()
-        merged, into = merging.merge_codes(
-            *(now,),
+        merged, into = merging.merge_closest(
+            now,
             distance=tightness * apart,
             gradient=gradient,
             gradient_limit=gradient_limit,
@@ -360,61 +307,76 @@ class Codebook(nn.Module):
         moved = (torch.bincount(into, minlength=len(self)) > 1) & (merged.weights > 0)
         with torch.no_grad():
             self.loc[moved] = merged.means[moved, 0].to(self.loc.dtype)
-            self.rho[moved] = inverse_scale(merged.means[moved, 1].to(self.loc.dtype))
+            self.rho[moved] = rho_of(merged.means[moved, 1].to(self.loc.dtype))
             self.spread[moved] = merged.covariances[moved].to(self.spread.dtype)
         return into
 
     def _relabel(self, into: Tensor) -> None:
-        most = len(self) + max(
-            (o1 - o0 + e1 - e0)
-            for o0, o1, e0, e1 in zip(
-                *(self._outlier_starts[:-1], self._outlier_starts[1:]),
-                *(self._between_starts[:-1], self._between_starts[1:]),
-                strict=True,
-            )
-        )
-        rest = torch.arange(len(self), most, device=into.device)
+        rest = torch.arange(len(self), max(site.num_entries for site in self._site_labels), device=into.device)
         table = torch.cat([into, rest]).to(torch.int32)
         for part in self.labels.split(2**22):
             part.copy_(table.index_select(0, part))
         self.pair.copy_(into.to(torch.int32)[self.pair.long()])
         self._find_open_pairs()
         # two codes that are one now: a plain member of it
-        index = self.between[self.pair[:, 0] == self.pair[:, 1]]
-        code = self.pair[self.pair[:, 0] == self.pair[:, 1], 0]
-        self.labels[index] = code
+        closed = self.pair[:, 0] == self.pair[:, 1]
+        self.labels[self.between[closed]] = self.pair[closed, 0]
+
+    def is_outlier(self) -> Tensor:
+        """Which of the outliers have not been absorbed by a code, ``[o]`` of bool."""
+        return ~is_code(self.labels[self.outliers], len(self))
 
     def codes(self) -> Tensor:
         """The code of every weight, int32 ``[n]``; 0 for outliers, the first of the pair between codes."""
-        found = torch.where(self.labels < len(self), self.labels, 0)
-        found[self.between] = torch.where(
-            self.labels[self.between] < len(self), self.labels[self.between], self.pair[:, 0]
-        )
+        found = torch.where(is_code(self.labels, len(self)), self.labels, 0)
+        own = self.labels[self.between]
+        found[self.between] = torch.where(is_code(own, len(self)), own, self.pair[:, 0])
         return found
+
+    def __repr__(self) -> str:
+        outliers = int(self.is_outlier().sum())
+        alive = int((self.weights_per_code(soft=True) > 0).sum())
+        return display.call(self, codes=alive, outliers=outliers, weights=len(self.labels), sites=len(self.sites))
 
     def compact(self) -> Codebook:
         """The same weights without dead codes, outliers that a code has absorbed, and pairs of one code."""
-        k = len(self)
-        out, mid = (self.labels[v] >= k for v in (self.outliers, self.between))
-        used = torch.zeros(k, dtype=torch.bool, device=self.labels.device)
-        used[self.labels[self.labels < k].long()] = True
+        out, mid = self.is_outlier(), ~is_code(self.labels[self.between], len(self))
+        used = torch.zeros(len(self), dtype=torch.bool, device=self.labels.device)
+        used[self.labels[is_code(self.labels, len(self))].long()] = True
         used[self.pair[mid].long().flatten()] = True
-        if self.zero:
-            used[0] = True
-        if not bool(used.any()):
+        if self.zero or not bool(used.any()):
             used[0] = True
         new = used.cumsum(0).to(torch.int32) - 1
-        codes = self.codes()
-        codes = new[codes.long()].clamp_min(0)
         return Codebook(
-            *(self.sites, self.loc.detach()[used], self.rho.detach()[used], codes),
-            *(self.outliers[out], self.outlier_loc.detach()[out], self.outlier_rho.detach()[out]),
-            *(self.between[mid], new[self.pair[mid].long()], self.alpha[mid], self.spread[used]),
+            self.sites,
+            new[self.codes().long()].clamp_min(0),
+            Codes(self.loc.detach()[used], self.rho.detach()[used], self.spread[used]),
+            Outliers(self.outliers[out], self.outlier_loc.detach()[out], self.outlier_rho.detach()[out]),
+            Between(self.between[mid], new[self.pair[mid].long()], self.alpha[mid]),
             zero=self.zero,
             units=self.units,
         )
 
-    def named(self) -> list[tuple[str, nn.Parameter]]:
+    def parameters_of(self, model: BayesianNetwork, random: Iterable[str]) -> list[str]:
+        """The names of the parameters of the model's network that the sites are of.
+
+        :param random: the names of its parameters that are random.
+        :raises ValueError: when the codebook is for another network.
+        """
+        parameters = model.core().parameters_by_name()
+        known = {model.site(name): name for name in random}
+        for site, shape in self.sites:
+            if site not in known:
+                raise ValueError(f"the codebook is for another network: {site!r} is no random parameter of this one")
+            found = parameters[known[site]].shape
+            if found != shape:
+                raise ValueError(
+                    f"the codebook is for another network: {site!r} has shape {tuple(shape)} there and {tuple(found)} "
+                    "in this one"
+                )
+        return [known[site] for site, _ in self.sites]
+
+    def trained(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters that are trained, with their names."""
         found = [(name, cast(nn.Parameter, self._parameters[name])) for name in ("loc", "rho")]
         if len(self.outliers):
@@ -422,26 +384,6 @@ class Codebook(nn.Module):
         return found
 
 
-def _scales(rho: Tensor) -> Tensor:
-    """``softplus(rho) + 1e-7``, the same to the last bit wherever in a tensor a number stands.
-
-    Processors round what is left over after whole vectors in another way; with padding there are only whole vectors.
-    """
-    return F.softplus(_padded(rho))[: len(rho)] + SMALLEST_SCALE
-
-
-def _padded(value: Tensor) -> Tensor:
-    rest = -len(value) % 64
-    return torch.cat([value, value.new_zeros((rest, *value.shape[1:]))]) if rest else value
-
-
 def _require(condition: bool, what: str) -> None:
     if not condition:
         raise ValueError(f"these do not make a codebook: {what}")
-
-
-def _others(index: Tensor, n: int) -> Tensor:
-    """The sorted positions below n that are not in ``index``."""
-    keep = torch.ones(n, dtype=torch.bool, device=index.device)
-    keep[index] = False
-    return keep.nonzero().flatten()

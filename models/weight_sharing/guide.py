@@ -10,18 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_bnn.guide import SMALLEST_SCALE, MixtureGuide
+from pyro_bnn.model import Form
 from pyro_bnn.models.dense import Dense, MeanFieldGuide
-from pyro_bnn.models.weight_sharing import format as codebook_format
 from pyro_bnn.models.weight_sharing.codebook import Codebook
-from pyro_bnn.models.weight_sharing.model import WeightSharing, names_of
+from pyro_bnn.models.weight_sharing.from_weights import codebook_from_weights
+from pyro_bnn.models.weight_sharing.model import WeightSharing, weights_to_code
 from pyro_bnn.models.weight_sharing.shared_normal import SharedNormal
-from pyro_bnn.network import Select
+from pyro_bnn.models.weight_sharing.shared_weights import SharedWeights
+from pyro_bnn.models.weight_sharing.storage.compression import compression_report
+from pyro_bnn.models.weight_sharing.storage.packed_codebook import describe_codebook, pack_codebook, unpack_codebook
 from pyro_bnn.registry import storable
+from pyro_bnn.selection import Select
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Sampling = Literal["codebook", "mixture"]
+CodeSampling = Literal["codebook", "mixture"]
 
 
 @storable
@@ -40,10 +44,10 @@ class CodebookGuide(MixtureGuide):
     :param blend: share of the weights that two codes hold together.
     :param outliers: largest share of the weights that have Gaussians of their own.
     :param init_scale: starting standard deviation of every weight, whose mean is the network's value.
-    :param coded: which random parameters share codes, as for ``select``; by default the weights of products,
-        convolutions and tables.
-    :param options: further ones of :meth:`Codebook.fit`: ``magnitude``, ``gradient``, ``snr``, ``smallest``, ``zero``,
-        ``rate``, ``distance``, ``iterations``, ``seed``.
+    :param coded: which random parameters share codes, see :func:`~pyro_bnn.selection.select_parameters`; by default
+        the weights of products, convolutions and tables.
+    :param options: further ones of :func:`~pyro_bnn.models.weight_sharing.from_weights.codebook_from_weights`:
+        ``magnitude``, ``gradient``, ``snr``, ``smallest``, ``zero``, ``rate``, ``distance``, ``iterations``, ``seed``.
     :raises ValueError: for NaN in the weights, more codes than distinct weights, or numbers out of range.
     """
 
@@ -52,37 +56,37 @@ class CodebookGuide(MixtureGuide):
         model: Dense,
         codes: int | Codebook = 256,
         *,
-        sampling: Sampling = "codebook",
+        sampling: CodeSampling = "codebook",
         blend: float = 0.01,
         outliers: float = 0.005,
         init_scale: float = 1e-2,
         coded: Select | None = None,
         **options: Any,
     ) -> None:
+        if isinstance(model, SharedWeights):
+            raise TypeError("the weights of this model share their values already: its guide is model.shared_guide()")
         if not isinstance(model, Dense):
             raise TypeError(f"{type(self).__name__} takes a pyro_bnn.models.WeightSharing, got {type(model).__name__}")
-        if isinstance(model, WeightSharing) and "shared" in model._modules:
-            raise ValueError("the weights of this model are shared already: its guide is model.shared_guide()")
         if sampling == "shared":
             raise ValueError(
-                "sampling='shared' is a property of the model: WeightSharing(..., shared=guide.book) of a guide with "
+                "sampling='shared' is a property of the model: SharedWeights(..., codebook=guide.book) of a guide with "
                 "sampling='codebook', and its shared_guide()"
             )
-        if sampling not in get_args(Sampling):
-            raise ValueError(f"sampling={sampling!r}: expected one of {', '.join(map(repr, get_args(Sampling)))}")
+        if sampling not in get_args(CodeSampling):
+            raise ValueError(f"sampling={sampling!r}: expected one of {', '.join(map(repr, get_args(CodeSampling)))}")
         if not init_scale > SMALLEST_SCALE:
             raise ValueError(f"init_scale={init_scale!r}: expected a positive standard deviation")
         parameters = model.core().parameters_by_name()
         if isinstance(codes, Codebook):
             book = codes
-            names = names_of(model, book)
+            names = book.parameters_of(model, model.random)
         else:
-            names = _coded(model, coded)
+            names = weights_to_code(model, coded)
             _require_finite({name: parameters[name] for name in names})
             loc = torch.cat([parameters[name].detach().flatten() for name in names])
             sites = [(model.site(name), parameters[name].shape) for name in names]
-            fit = {"between": blend, "outliers": outliers, **options}
-            book = Codebook.fit(sites, loc, torch.full_like(loc, init_scale), codes, **fit)
+            scale = torch.full_like(loc, init_scale)
+            book = codebook_from_weights(sites, loc, scale, codes, blend=blend, outliers=outliers, **options)
         held = {model.site(name) for name in names}
         super().__init__(model, own=lambda site: site.name not in held)
         self.start_scales(init_scale)
@@ -117,15 +121,13 @@ class CodebookGuide(MixtureGuide):
                 f"the guide is for another model: it has no site {wrong!r} of shape {tuple(shapes[wrong])}. A "
                 "hierarchical prior has sites of its own, and needs a mean field trained under it"
             )
-        names = _coded(model, options.pop("coded", None))
+        names = weights_to_code(model, options.pop("coded", None))
         sites = [(model.site(n), shapes[model.site(n)]) for n in names]
         _require_finite({site: loc[site] for site, _ in sites} | {f"rho of {site}": rho[site] for site, _ in sites})
         means = torch.cat([loc[site].flatten() for site, _ in sites])
         scales = F.softplus(torch.cat([rho[site].flatten() for site, _ in sites])) + SMALLEST_SCALE
         own = {name: options.pop(name) for name in ("sampling", "init_scale") if name in options}
-        if "blend" in options:
-            options["between"] = options.pop("blend")
-        made = cls(model, Codebook.fit(sites, means, scales, codes, **options), **own)
+        made = cls(model, codebook_from_weights(sites, means, scales, codes, **options), **own)
         with torch.no_grad():
             for mine, theirs in ((made.coordinates(), loc), (made.widths(), rho)):
                 for name, value in mine.items():
@@ -142,8 +144,14 @@ class CodebookGuide(MixtureGuide):
     def like(self) -> Tensor:
         return self.book.loc
 
+    def repr_arguments(self) -> dict[str, object]:
+        return {"sampling": self.sampling, "codebook": self.book} | super().repr_arguments()
+
+    def forms(self) -> dict[str, Form]:
+        return dict.fromkeys(self._names, "codebook")
+
     def _named(self) -> list[tuple[str, nn.Parameter]]:
-        return super()._named() + [(f"codebook.{name}", p) for name, p in self.book.named()]
+        return super()._named() + [(f"codebook.{name}", p) for name, p in self.book.trained()]
 
     def _weights(self, take: Any) -> dict[str, dist.TorchDistribution]:
         found = dict.fromkeys(self._order) | super()._weights(take)
@@ -164,17 +172,17 @@ class CodebookGuide(MixtureGuide):
     # --------------------------------------------------------------------------------------------- storage
 
     def arguments(self) -> dict[str, Any]:
-        return {"sampling": self.sampling, "codebook": codebook_format.describe(self.book.compact())}
+        return {"sampling": self.sampling, "codebook": describe_codebook(self.book.compact())}
 
     def tensors(self) -> dict[str, Tensor]:
         own = {n: v.detach() for n, v in self.named_parameters() if not n.startswith("codebook.")}
-        return own | {f"codebook.{n}": v for n, v in codebook_format.encode(self.book.compact()).items()}
+        return own | {f"codebook.{n}": v for n, v in pack_codebook(self.book.compact()).items()}
 
     @classmethod
     def from_tensors(cls, model: Any, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> CodebookGuide:
         packed = {n.removeprefix("codebook."): v for n, v in tensors.items() if n.startswith("codebook.")}
         device = model.like().device
-        book = codebook_format.decode(arguments["codebook"], {n: v.to(device) for n, v in packed.items()})
+        book = unpack_codebook(arguments["codebook"], {n: v.to(device) for n, v in packed.items()})
         guide = cls(model, book, sampling=arguments["sampling"])
         own = {n: v for n, v in tensors.items() if not n.startswith("codebook.")}
         for name, parameter in guide.named_parameters():
@@ -185,7 +193,7 @@ class CodebookGuide(MixtureGuide):
 
     def summaries(self) -> dict[str, tuple[tuple[str, ...], Tensor]]:
         """The codes: their means, their standard deviations and the number of weights of each."""
-        columns = (self.book.means(), self.book.scales(), self.book.usage()[0])
+        columns = (self.book.means(), self.book.scales(), self.book.weights_per_code())
         return {
             name: (("code",), values.detach())
             for name, values in zip(("code_mean", "code_sd", "code_weights"), columns, strict=True)
@@ -193,25 +201,22 @@ class CodebookGuide(MixtureGuide):
 
     def figures(self) -> dict[str, Figure]:
         """Pictures of the codes, under words that say what is to be seen."""
-        from pyro_bnn.models.weight_sharing.plots import plot_plane, plot_usage  # matplotlib takes time to import
+        from pyro_bnn.models.weight_sharing.plots import (
+            plot_plane,
+            plot_weights_per_code,
+        )  # matplotlib takes time to import
 
-        held = self.book.usage(soft=True)[0]
+        held = self.book.weights_per_code(soft=True)
         alive, most = int((held > 0).sum()), float(held.max() / held.sum())
         return {
             f"Plane of {alive} codes, by mean and standard deviation": plot_plane(self.book),
-            f"Weights of each code; the most frequent one has {most:.1%} of them": plot_usage(self.book),
+            f"Weights of each code; the most frequent one has {most:.1%} of them": plot_weights_per_code(self.book),
         }
 
     def compression_report(self) -> dict[str, Any]:
-        """What the codebook saves: see :func:`~pyro_bnn.models.weight_sharing.format.report`."""
+        """What the codebook saves; see ``compression_report`` in :mod:`.storage.compression`."""
         rest = sum(p.numel() for n, p in self.named_parameters() if not n.startswith("codebook."))
-        return codebook_format.report(self.book.compact()) | {"other_trainable": rest}
-
-
-def _coded(model: Dense, coded: Select | None) -> list[str]:
-    if isinstance(model, WeightSharing):
-        return model.weights(coded)
-    return WeightSharing.weights(model, coded)  # type: ignore[arg-type]
+        return compression_report(self.book.compact()) | {"other_trainable": rest}
 
 
 def _require_finite(values: dict[str, Tensor]) -> None:

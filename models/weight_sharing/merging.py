@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_bnn.models.weight_sharing.plane import PlaneMixture
 
-Merge = Literal["moment", "average", "w2"]
+MergeRule = Literal["moment", "average", "w2"]
 
 
 def wasserstein(means: Tensor, covariances: Tensor, other_means: Tensor, other_covariances: Tensor) -> Tensor:
@@ -44,7 +44,7 @@ def root(matrix: Tensor) -> Tensor:
     return (matrix + det[..., None, None] * eye) / (_trace(matrix) + 2 * det).sqrt()[..., None, None]
 
 
-def merge_pair(first: PlaneMixture, second: PlaneMixture, how: Merge = "moment") -> PlaneMixture:
+def merge_pair(first: PlaneMixture, second: PlaneMixture, how: MergeRule = "moment") -> PlaneMixture:
     """Pairs of codes as one each, ``[...]`` of both; the weights add up. With t = pi_2 / (pi_1 + pi_2):
 
     ``"moment"``   mean and covariance of the two as a mixture, ``sum_j t_j (S_j + (c_j - c)(c_j - c)^T)``;
@@ -71,7 +71,7 @@ def merge_pair(first: PlaneMixture, second: PlaneMixture, how: Merge = "moment")
 
 def neighbour_distance(mixture: PlaneMixture) -> Tensor:
     """The median over codes of the squared 2-Wasserstein distance to the nearest other code."""
-    nearest = [_row(mixture, i, None, math.inf, math.inf).amin(1) for i in _rows(len(mixture))]
+    nearest = [merge_distances(mixture, i, None, math.inf, math.inf).amin(1) for i in _rows(len(mixture))]
     return torch.cat(nearest).median()
 
 
@@ -80,10 +80,11 @@ def _rows(count: int) -> list[slice]:
     return [slice(i, min(i + step, count)) for i in range(0, count, step)]
 
 
-def _row(mixture: PlaneMixture, rows: slice, alive: Tensor | None, distance: float, variance: float) -> Tensor:
+def merge_distances(
+    mixture: PlaneMixture, rows: slice, alive: Tensor | None, distance: float, variance: float
+) -> Tensor:
     """Distances ``[rows, K]``, infinite for a code itself and where a test forbids the merger."""
-    pick = PlaneMixture(*(v[rows, None] for v in (mixture.weights, mixture.means, mixture.covariances)))
-    every = PlaneMixture(*(v[None] for v in (mixture.weights, mixture.means, mixture.covariances)))
+    pick, every = mixture[rows, None], mixture[None]
     cost = wasserstein(pick.means, pick.covariances, every.means, every.covariances)
     index = torch.arange(len(mixture), device=cost.device)
     forbidden = (index == index[rows, None]) | (cost >= distance)
@@ -94,14 +95,14 @@ def _row(mixture: PlaneMixture, rows: slice, alive: Tensor | None, distance: flo
     return cost.masked_fill(forbidden, math.inf)
 
 
-def merge_codes(
+def merge_closest(
     mixture: PlaneMixture,
     *,
     distance: float,
     gradient: Tensor | None = None,
     gradient_limit: float = math.inf,
     variance_limit: float = math.inf,
-    how: Merge = "moment",
+    how: MergeRule = "moment",
     fixed: Tensor | None = None,
 ) -> tuple[PlaneMixture, Tensor]:
     """Merges the closest pair of codes, time and again, until no pair passes the three tests of Lin et al.:
@@ -117,8 +118,8 @@ def merge_codes(
         now part of, ``[K]``.
     :raises ValueError: for an unknown ``how``.
     """
-    if how not in get_args(Merge):
-        raise ValueError(f"merge={how!r}: expected one of {', '.join(map(repr, get_args(Merge)))}")
+    if how not in get_args(MergeRule):
+        raise ValueError(f"merge={how!r}: expected one of {', '.join(map(repr, get_args(MergeRule)))}")
     weights, means, covariances = (v.double().clone() for v in (mixture.weights, mixture.means, mixture.covariances))
     now = PlaneMixture(weights, means, covariances)
     alive = weights > 0
@@ -130,26 +131,25 @@ def merge_codes(
     into = torch.arange(len(mixture), device=weights.device)
     if int(alive.sum()) < 2:
         return now, into
-    pairs = [_row(now, rows, alive, distance, variance_limit).min(1) for rows in _rows(len(mixture))]
+    pairs = [merge_distances(now, rows, alive, distance, variance_limit).min(1) for rows in _rows(len(mixture))]
     nearest, partner = torch.cat([p.values for p in pairs]), torch.cat([p.indices for p in pairs])
     while True:
         i = int(nearest.argmin())
         if not math.isfinite(float(nearest[i])):
             return now, into
         i, j = sorted((i, int(partner[i])))
-        one, two = (PlaneMixture(*(v[c].clone() for v in (weights, means, covariances))) for c in (i, j))
-        merged = merge_pair(one, two, how)
+        merged = merge_pair(now[i], now[j], how)
         weights[i], means[i], covariances[i] = merged.weights, merged.means, merged.covariances
         weights[j] = 0
         alive[j] = False
         into[into == j] = i
         nearest[j] = math.inf
         # codes whose partner changed look again; the merged one may have become the nearest of any
-        stale = [i, *(c for c in ((partner == i) | (partner == j)).nonzero().flatten().tolist() if c != i and alive[c])]
-        for c in stale:
-            least = _row(now, slice(c, c + 1), alive, distance, variance_limit)[0].min(0)
+        changed = ((partner == i) | (partner == j)).nonzero().flatten().tolist()
+        for c in [i] + [c for c in changed if c != i and alive[c]]:
+            least = merge_distances(now, slice(c, c + 1), alive, distance, variance_limit)[0].min(0)
             nearest[c], partner[c] = least.values, least.indices
-        row = _row(now, slice(i, i + 1), alive, distance, variance_limit)[0]
+        row = merge_distances(now, slice(i, i + 1), alive, distance, variance_limit)[0]
         closer = row < nearest
         nearest[closer] = row[closer]
         partner[closer] = i

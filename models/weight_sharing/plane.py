@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 #: points in one tile, points sorted into tiles at a time, and densities evaluated at a time
-_TILE, _CHUNK, _EVALUATIONS = 512, 2**22, 2**20
+TILE, CHUNK, EVALUATIONS = 512, 2**22, 2**20
 #: responsibilities below exp(-margin) of the largest are left out of a step of EM
 _MARGIN = 16.0
 
@@ -38,6 +39,10 @@ class PlaneMixture:
     def __len__(self) -> int:
         return len(self.weights)
 
+    def __getitem__(self, index: Any) -> PlaneMixture:
+        """Some of the Gaussians: the index goes to each of the three tensors."""
+        return PlaneMixture(self.weights[index], self.means[index], self.covariances[index])
+
     def log_scores(self, rate: float = 0.0) -> tuple[Tensor, Tensor]:
         """``A [K, 2, 2]``, ``b [K]``: ``(1 + rate) log pi_k + log N(x; c_k, Sigma_k) = b_k - |A_k (x - c_k)|^2/2``."""
         root = torch.linalg.cholesky(self.covariances.double())
@@ -46,20 +51,20 @@ class PlaneMixture:
         return half, normaliser + (1 + rate) * self.weights.double().clamp_min(1e-300).log()
 
 
-def _tiles(x: Tensor) -> tuple[Tensor, Tensor]:
+def sort_into_tiles(x: Tensor) -> tuple[Tensor, Tensor]:
     """Indices ``[tiles, points]`` of neighbours in the plane, and which of them count (the others are repeated)."""
     n = len(x)
-    strips = max(1, round(math.sqrt(n / _TILE)))
-    length = _TILE * math.ceil(n / (strips * _TILE))
+    strips = max(1, round(math.sqrt(n / TILE)))
+    length = TILE * math.ceil(n / (strips * TILE))
     order = x[:, 0].argsort()
     place = torch.arange(strips * length, device=x.device)
     order = order[place.clamp_max(n - 1)].view(strips, length)
     inner = x[:, 1][order].argsort(1)
-    index = order.gather(1, inner).view(-1, _TILE)
-    return index, (place < n).view(strips, length).gather(1, inner).view(-1, _TILE)
+    index = order.gather(1, inner).view(-1, TILE)
+    return index, (place < n).view(strips, length).gather(1, inner).view(-1, TILE)
 
 
-def _candidates(points: Tensor, mixture: PlaneMixture, half: Tensor, bias: Tensor, margin: float) -> Tensor:
+def codes_near_tiles(points: Tensor, mixture: PlaneMixture, half: Tensor, bias: Tensor, margin: float) -> Tensor:
     """Which codes may come within ``margin`` of the best score of some point of each tile, ``[tiles, K]``.
 
     On a box around b with half widths h, ``|A (x - c)|`` is within ``| |A| h |`` of its value at b.
@@ -83,10 +88,10 @@ def triangular_norm(half: Tensor, d: Tensor) -> Tensor:
 
 
 @dataclass
-class _Part:
+class ScoredTiles:
     """Some tiles with the codes that matter to them.
 
-    :param index, valid: ``[t, points]``, as of :func:`_tiles`.
+    :param index, valid: ``[t, points]``, as of :func:`sort_into_tiles`.
     :param codes: ``[t, C]``, filled up with code 0 where ``used`` is false.
     :param scores: ``[t, points, C]``.
     """
@@ -97,16 +102,17 @@ class _Part:
     scores: Tensor
 
 
-def _scored(x: Tensor, mixture: PlaneMixture, rate: float, margin: float) -> Iterator[_Part]:
+def scored_tiles(x: Tensor, mixture: PlaneMixture, rate: float, margin: float) -> Iterator[ScoredTiles]:
     """Scores of all points under all codes that come within ``margin`` of their best, in parts."""
     half, bias = mixture.log_scores(rate)
     table = torch.cat([mixture.means.double(), half.flatten(1)[:, [0, 2, 3]], bias[:, None]], 1)
-    for start in range(0, len(x), _CHUNK):
-        chunk = x[start : start + _CHUNK]
-        index, valid = _tiles(chunk)
+    for start in range(0, len(x), CHUNK):
+        chunk = x[start : start + CHUNK]
+        index, valid = sort_into_tiles(chunk)
         step = max(1, 2**22 // len(mixture))
         parts = [
-            _candidates(chunk[index[i : i + step]], mixture, half, bias, margin) for i in range(0, len(index), step)
+            codes_near_tiles(chunk[index[i : i + step]], mixture, half, bias, margin)
+            for i in range(0, len(index), step)
         ]
         near = torch.cat(parts)
         counts = near.sum(1)
@@ -115,15 +121,17 @@ def _scored(x: Tensor, mixture: PlaneMixture, rate: float, margin: float) -> Ite
         i = 0
         while i < len(ends):
             stop = i + 1
-            while stop < len(ends) and (stop + 1 - i) * _TILE * ends[stop] <= _EVALUATIONS:
+            while stop < len(ends) and (stop + 1 - i) * TILE * ends[stop] <= EVALUATIONS:
                 stop += 1
             tiles = order[i:stop]
             used, codes = near[tiles].to(torch.uint8).topk(ends[stop - 1], 1)
-            yield _part(chunk, index[tiles] + start, valid[tiles], start, codes, used.bool(), table)
+            yield score_tiles(chunk, index[tiles] + start, valid[tiles], start, codes, used.bool(), table)
             i = stop
 
 
-def _part(chunk: Tensor, index: Tensor, valid: Tensor, start: int, codes: Tensor, used: Tensor, table: Tensor) -> _Part:
+def score_tiles(
+    chunk: Tensor, index: Tensor, valid: Tensor, start: int, codes: Tensor, used: Tensor, table: Tensor
+) -> ScoredTiles:
     points = chunk[index - start]
     middle = points[:, :1]  # differences to a point of the tile keep narrow codes apart in float32
     own = table[codes]
@@ -135,7 +143,7 @@ def _part(chunk: Tensor, index: Tensor, valid: Tensor, start: int, codes: Tensor
     d1 = local[..., 1].unsqueeze(-1) - m1.to(points.dtype).unsqueeze(1)
     second = (d0 * a10).addcmul_(d1, a11)
     squares = d0.mul_(a00).square_().addcmul_(second, second)
-    return _Part(index, valid, codes, torch.add(bias, squares, alpha=-0.5))
+    return ScoredTiles(index, valid, codes, torch.add(bias, squares, alpha=-0.5))
 
 
 def assign(x: Tensor, mixture: PlaneMixture, *, rate: float = 0.0) -> Tensor:
@@ -147,7 +155,7 @@ def assign(x: Tensor, mixture: PlaneMixture, *, rate: float = 0.0) -> Tensor:
         (Chou, Lookabaugh and Gray 1989). 0 takes the most probable code.
     """
     labels = torch.zeros(len(x), dtype=torch.int32, device=x.device)
-    for part in _scored(x, mixture, rate, 0.0):
+    for part in scored_tiles(x, mixture, rate, 0.0):
         best = part.codes.gather(1, part.scores.argmax(-1))
         labels[part.index[part.valid]] = best[part.valid].to(torch.int32)
     return labels
@@ -166,7 +174,7 @@ def em_step(x: Tensor, mixture: PlaneMixture, floor: Tensor) -> tuple[PlaneMixtu
     k = len(mixture)
     sums = torch.zeros(k, 6, dtype=torch.float64, device=x.device)
     likelihood = torch.zeros((), dtype=torch.float64, device=x.device)
-    for part in _scored(x, mixture, 0.0, _MARGIN):
+    for part in scored_tiles(x, mixture, 0.0, _MARGIN):
         total = part.scores.logsumexp(-1, keepdim=True)
         likelihood += (total.squeeze(-1).double() * part.valid).sum()
         shares = part.scores.sub_(total).exp_().mul_(part.valid.unsqueeze(-1))
@@ -182,10 +190,10 @@ def em_step(x: Tensor, mixture: PlaneMixture, floor: Tensor) -> tuple[PlaneMixtu
         to = middle.double() - mixture.means.double()[part.codes]
         s, s0, s1, s00, s01, s11 = local.unbind(-1)
         t0, t1 = to.unbind(-1)
-        moved = (
-            *(s, s0 + t0 * s, s1 + t1 * s, s00 + 2 * t0 * s0 + t0 * t0 * s),
-            *(s01 + t0 * s1 + t1 * s0 + t0 * t1 * s, s11 + 2 * t1 * s1 + t1 * t1 * s),
-        )
+        moved = [s, s0 + t0 * s, s1 + t1 * s]
+        moved.append(s00 + 2 * t0 * s0 + t0 * t0 * s)
+        moved.append(s01 + t0 * s1 + t1 * s0 + t0 * t1 * s)
+        moved.append(s11 + 2 * t1 * s1 + t1 * t1 * s)
         sums.index_add_(0, part.codes.flatten(), torch.stack(moved, -1).flatten(0, 1))
     mass = sums[:, 0]
     alive = mass > 1e-3

@@ -54,7 +54,7 @@ def plot_plane(book: Codebook, weights: Tensor | None = None, into: Tensor | Non
         mu, sigma = weights[::step].detach().cpu().double().unbind(1)
         axes.plot(mu, sigma, ",", color="0.6", label="weights", zorder=1)
     means, scales = (v.detach().cpu().double() for v in (book.means(), book.scales()))
-    held = book.usage(soft=True)[0].cpu()
+    held = book.weights_per_code(soft=True).cpu()
     alive = held > 0
     spread = book.spread.detach().cpu().double()
     for k in alive.nonzero().flatten().tolist():
@@ -70,20 +70,20 @@ def plot_plane(book: Codebook, weights: Tensor | None = None, into: Tensor | Non
             j = int(into[k])
             axes.plot([means[k], means[j]], [scales[k], scales[j]], color="C3", lw=0.8, zorder=2)
         axes.scatter(means[gone].tolist(), scales[gone].tolist(), s=8, color="C3", label="merged", zorder=2)
-    free = (book.labels[book.outliers] >= len(book)).cpu()
+    free = book.is_outlier().cpu()
     if bool(free.any()):
-        own = (v.detach().cpu().double()[free] for v in (book.outlier_loc, book.outlier_scales()))
-        axes.plot(*own, "x", color="C1", ms=4, label="outliers", zorder=2)
+        mu, sigma = (v.detach().cpu().double()[free] for v in (book.outlier_loc, book.outlier_scales()))
+        axes.plot(mu, sigma, "x", color="C1", ms=4, label="outliers", zorder=2)
     axes.set(xlabel="mean of a weight", ylabel="standard deviation", ylim=(0, None))
     axes.legend()
     return figure
 
 
-def plot_usage(book: Codebook) -> Figure:
+def plot_weights_per_code(book: Codebook) -> Figure:
     """How many weights each code has, the most frequent first, on logarithmic axes."""
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
-    held = book.usage(soft=True)[0].cpu()
+    held = book.weights_per_code(soft=True).cpu()
     held = held[held > 0].sort(descending=True).values
     axes.bar(range(1, len(held) + 1), held.tolist(), width=1.0)
     axes.set(xlabel="code, by rank", ylabel="weights", yscale="log", xlim=(0.5, len(held) + 0.5))
@@ -104,7 +104,8 @@ def plot_frontier(
         own = sorted(
             (float(row["bits"]), 100 - 100 * float(row["accuracy"])) for row in rows if row["network"] == network
         )
-        axes.plot(*zip(*own, strict=True), "C0-o", label="codebook posterior")
+        bits, errors = zip(*own, strict=True)
+        axes.plot(bits, errors, "C0-o", label="codebook posterior")
         for i, point in enumerate(p for p in published if p["network"] == network):
             axes.plot(32 / point["ratio"], point["error"], "s^Dv*"[i % 5], color=f"C{i + 1}", label=point["method"])
         axes.set(title=network, xlabel="bits a weight, everything included", ylabel="test error, %", xscale="log")

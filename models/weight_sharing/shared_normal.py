@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributions import Distribution, Independent, constraints, kl_divergence, register_kl
 
-from pyro_bnn.priors import CodeMixture
+from pyro_bnn.priors.gaussian_mixture import CodeMixture
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Table:
         entries of pairs.
     :param pairs: the weights between codes, where a draw takes one of their two codes at random; ``None`` where their
         entries are Gaussians.
-    :param codes: K.
+    :param num_codes: K.
     :param codebook: whose codes they are.
     """
 
@@ -53,7 +53,7 @@ class Table:
     labels: Tensor
     counts: Tensor
     pairs: Pairs | None
-    codes: int
+    num_codes: int
     codebook: Any
 
 
@@ -232,7 +232,7 @@ def code_length(table: Table, log_weights: Tensor, slab: float | Tensor) -> Tens
 
     :param log_weights: log pi, ``[K + 1]``, the slab first.
     """
-    k = table.codes
+    k = table.num_codes
     total = -(table.counts[:k] * log_weights[1:].where(table.counts[:k] > 0, 0.0)).sum()
     wide = _kl_normal(table.loc[k:], table.scale[k:], 0.0, torch.as_tensor(slab, device=table.loc.device))
     bound = wide - log_weights[0]
@@ -264,7 +264,7 @@ def _kl_of_site(q: SharedNormal, p: Distribution) -> Tensor:
         return generic
     if isinstance(base, CodeMixture) and base.codebook is not table.codebook:
         raise ValueError(
-            "the prior GaussianMixture() is the codebook of another guide: a model takes that of the last "
+            "the CodebookPrior is the codebook of another guide: a model takes that of the last "
             "CodebookGuide made for it, so make one model for each guide, and copy both together"
         )
     if isinstance(base, CodeMixture):

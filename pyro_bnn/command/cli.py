@@ -13,19 +13,29 @@ from torch import nn
 
 import pyro_bnn as pb
 from pyro_bnn.command import runs
-from pyro_bnn.command.data import IMAGE_SIZE, Task, load
-from pyro_bnn.command.options import Family, Group, Method, Network, Options, Prior, Sampling, Update, check, complete
+from pyro_bnn.command.data import IMAGE_SIZE, Task, load_task
+from pyro_bnn.command.options import (
+    FamilyName,
+    GroupName,
+    MethodName,
+    NetworkName,
+    Options,
+    PriorName,
+    SamplingName,
+    UpdateName,
+    check,
+    complete,
+)
 from pyro_bnn.command.pretrained import find_weights, image_size
-from pyro_bnn.command.recipes import Metrics, Trained, find_device, measure, new_network
-from pyro_bnn.command.recipes import fit as fit_network
-from pyro_bnn.diagnostics.pages.glossary import measured
+from pyro_bnn.command.recipes import Metrics, Trained, find_device, new_network, score, train_and_score
+from pyro_bnn.diagnostics.pages.glossary import formats_of
 from pyro_bnn.files import write_json
 
 #: metrics that `fit` and `evaluate` print; the others are in metrics.json and on the page of `report`
-PRINTED = {
-    *("accuracy", "rmse", "nll", "crps", "brier", "ece", "coverage", "width", "aurc", "ood_auroc"),
-    *("seconds", "trainable_parameters", "sparsity", "bits_per_coded_weight"),
-}
+PRINTED = frozenset(
+    "accuracy rmse nll crps brier ece coverage width aurc ood_auroc "
+    "seconds trainable_parameters sparsity bits_per_coded_weight".split()
+)
 
 app = typer.Typer(
     help="Bayesian neural networks as Pyro programs.",
@@ -43,30 +53,30 @@ def fit(
     ] = "digits",
     target: Annotated[str | None, typer.Option(help="column of a .csv that is to be predicted")] = None,
     method: Annotated[
-        Method,
+        MethodName,
         typer.Option(
             help="rank-1 factors, mean-field Normals on all weights, SGHMC under spike and slab, low-rank particles, "
             "or a codebook of Normals that all weights share"
         ),
     ] = "rank1",
-    network: Annotated[Network, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
+    network: Annotated[NetworkName, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
     epochs: Annotated[
         int, typer.Option(min=1, help="passes over the training data; spike-slab: of warm-up, then one for each draw")
     ] = 60,
     components: Annotated[int | None, typer.Option(min=1, help="of the guide's mixture; rank1: 4, dense: 1")] = None,
     prior: Annotated[
-        Prior | None,
+        PriorName | None,
         typer.Option(help="rank1: hierarchical-cauchy, dense: normal, weight-sharing: gaussian-mixture of its codes"),
     ] = None,
-    family: Annotated[Family, typer.Option(help="of the guide; cauchy for rank1 alone")] = "normal",
-    group: Annotated[Group, typer.Option(help="what a spike-and-slab prior includes together")] = "weight",
+    family: Annotated[FamilyName, typer.Option(help="of the guide; cauchy for rank1 alone")] = "normal",
+    group: Annotated[GroupName, typer.Option(help="what a spike-and-slab prior includes together")] = "weight",
     sparsity: Annotated[
         float | None, typer.Option(min=0, max=0.999, help="share of weights to remove; spike-slab alone, there 0.8")
     ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="1 is the posterior; spike-slab alone")] = 1.0,
     particles_: Annotated[int | None, typer.Option("--particles", min=1, help="of bella, there 5")] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="of what bella adds to each weight, there 4")] = None,
-    update: Annotated[Update | None, typer.Option(help="of bella's particles, there svgd")] = None,
+    update: Annotated[UpdateName | None, typer.Option(help="of bella's particles, there svgd")] = None,
     pretrained: Annotated[
         str | None,
         typer.Option(
@@ -77,7 +87,8 @@ def fit(
     ] = None,
     codes: Annotated[int | None, typer.Option(min=1, help="of weight-sharing, there 256")] = None,
     sampling: Annotated[
-        Sampling | None, typer.Option(help="of weight-sharing: weights share Normals (codebook), or values (shared)")
+        SamplingName | None,
+        typer.Option(help="of weight-sharing: weights share Normals (codebook), or values (shared)"),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows of a training step")] = 64,
     lr: Annotated[
@@ -125,7 +136,7 @@ def fit(
         if weights is not None and network != "auto":
             raise ValueError(f"--pretrained {pretrained} has a network of its own: no --network")
         place = find_device(device)
-        task = load(data, target, size=IMAGE_SIZE if weights is None else image_size(weights))
+        task = load_task(data, target, size=IMAGE_SIZE if weights is None else image_size(weights))
         folder = out or Path("runs") / f"{method}-{task.name}"
         _require_folder(folder)
         _require_free(folder / "config.json", f"{str(folder)!r} holds a run already", overwrite)
@@ -156,10 +167,12 @@ def fit(
             console.print("No --pretrained: first the deterministic network, then particles around it")
         elif method == "weight-sharing":
             console.print("No --pretrained: first the deterministic network, then codes for its weights")
-        fitted = fit_network(net, task, options, console, known, field)
+        fitted = train_and_score(net, task, options, console, known, field)
         runs.save(folder, task, options, fitted)
     console.print(_table(fitted.metrics, options, task.name))
     console.print(f"Saved in {folder}", soft_wrap=True, highlight=False)
+    with _user_errors(runs.ArvizFileError, exit_code=1):
+        runs.save_for_arviz(folder, task, options, fitted.posterior)
 
 
 @app.command()
@@ -178,8 +191,8 @@ def evaluate(
         net = run.network().to(place)
         posterior, twin = run.posterior(net), run.posterior(net, "deterministic")
         known = run.metrics() if run.is_measured else {}
-        metrics = known | measure(posterior, task, run.options)
-        metrics["deterministic"] = known.get("deterministic", {}) | measure(twin, task, run.options)
+        metrics = known | score(posterior, task, run.options)
+        metrics["deterministic"] = known.get("deterministic", {}) | score(twin, task, run.options)
         write_json(folder / ("metrics.json" if data is None else f"metrics-{task.name}.json"), metrics)
     Console(quiet=quiet).print(_table(metrics, run.options, task.name))
 
@@ -230,7 +243,7 @@ def compare(
     runs_: Annotated[
         list[Path] | None, typer.Option("--runs", help="folder of a run to take in; repeat for several")
     ] = None,
-    network: Annotated[Network, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
+    network: Annotated[NetworkName, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
     epochs: Annotated[int, typer.Option(min=1, help="passes over the training data, the same for every method")] = 60,
     batch_size: Annotated[int, typer.Option(min=1, help="rows of a training step")] = 64,
     lr: Annotated[float, typer.Option(help="as for `fit`")] = 1e-2,
@@ -256,7 +269,7 @@ def compare(
         given = [runs.read(folder) for folder in runs_ or []]
         if data is None and given:
             data, target = given[0].options.data, target or given[0].options.target
-        task = load(data or "digits", target, given[0].encoding if given else None)
+        task = load_task(data or "digits", target, given[0].encoding if given else None)
         folder = out or Path("runs") / f"compare-{task.name}"
         _require_folder(folder)
         _require_free(folder / "comparison.json", f"{str(folder)!r} holds a comparison already", overwrite)
@@ -292,7 +305,7 @@ def _pretrained(folder: Path, options: Options, net: nn.Module, task: Task) -> t
 def _table(metrics: Metrics, options: Options, name: str) -> Table:
     title = f"{name}, {options.network}, {options.epochs} epochs"
     table = Table("on test data", options.describe(), "deterministic", title=title)
-    for key, shown in measured(metrics):
+    for key, shown in formats_of(metrics):
         if key in PRINTED:
             table.add_row(shown.label, shown.text(metrics[key]), shown.text(metrics["deterministic"].get(key)))
     return table
@@ -309,14 +322,13 @@ def _require_free(path: Path, what: str, overwrite: bool) -> None:
 
 
 @contextmanager
-def _user_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turns what the user can mend into one line and exit code 2."""
+def _user_errors(*kinds: type[Exception], exit_code: int = 2) -> Iterator[None]:
+    """Turns what the user can mend into one line on standard error and an exit code."""
     try:
         yield
     except kinds as error:
-        message = " ".join(str(error).split())
-        typer.echo(f"pyro-bnn: {message}", err=True)
-        raise typer.Exit(2) from error
+        typer.echo(f"pyro-bnn: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(exit_code) from error
 
 
 if __name__ == "__main__":

@@ -17,16 +17,16 @@ from rich.table import Table
 import pyro_bnn as pb
 from pyro_bnn.command import runs
 from pyro_bnn.command.data import Task
-from pyro_bnn.command.options import Method, Options, check, complete
-from pyro_bnn.command.recipes import Trained, fit, new_network
+from pyro_bnn.command.options import MethodName, Options, check, complete
+from pyro_bnn.command.recipes import Trained, new_network, train_and_score
 from pyro_bnn.command.runs import Run
-from pyro_bnn.diagnostics.pages.comparison import Candidate, Difference, best_of, comparison
-from pyro_bnn.diagnostics.pages.glossary import measured
+from pyro_bnn.diagnostics.pages.comparison import Candidate, PairedDifference, best_of, comparison
+from pyro_bnn.diagnostics.pages.glossary import formats_of
 from pyro_bnn.files import write_json
 
-FORMAT = 1
+COMPARISON_FORMAT = 1
 #: metrics on the console; the others are on the page
-PRINTED = {"accuracy", "rmse", "nll", "crps", "ece", "coverage", "ood_auroc", "seconds"}
+COLUMNS = {"accuracy", "rmse", "nll", "crps", "ece", "coverage", "ood_auroc", "seconds"}
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Planned:
     finished: Run | None
 
 
-def parse_methods(given: Sequence[str] | None, default_all: bool) -> list[Method]:
+def parse_methods(given: Sequence[str] | None, default_all: bool) -> list[MethodName]:
     """Methods from names with commas between them, each once and in their order.
 
     :raises ValueError: for an unknown name.
     """
-    known: tuple[Method, ...] = get_args(Method)
+    known: tuple[MethodName, ...] = get_args(MethodName)
     if given is None:
         return list(known) if default_all else []
     names = [name.strip() for piece in given for name in piece.split(",") if name.strip()]
@@ -55,7 +55,7 @@ def parse_methods(given: Sequence[str] | None, default_all: bool) -> list[Method
 
 
 def plan(
-    folder: Path, methods: Sequence[Method], asked: Mapping[str, Any], task: Task, overwrite: bool
+    folder: Path, methods: Sequence[MethodName], asked: Mapping[str, Any], task: Task, overwrite: bool
 ) -> list[Planned]:
     """What there is to train, and what is there already.
 
@@ -120,9 +120,13 @@ def train_all(planned: Sequence[Planned], task: Task, console: Console) -> list[
             found.append(one.finished)
             continue
         console.print(f"{one.options.method}:", highlight=False)
-        fitted = fit(new_network(one.options, task, console), task, one.options, console, twin)
+        fitted = train_and_score(new_network(one.options, task, console), task, one.options, console, twin)
         twin = fitted.twin
         runs.save(one.folder, task, one.options, fitted)
+        try:
+            runs.save_for_arviz(one.folder, task, one.options, fitted.posterior)
+        except runs.ArvizFileError as error:  # which no comparison reads
+            Console(stderr=True).print(f"pyro-bnn: {error}", soft_wrap=True, highlight=False)
         found.append(runs.read(one.folder))
     return found
 
@@ -148,7 +152,7 @@ def write(folder: Path, found: Sequence[Run], task: Task, device: torch.device) 
         seed=found[0].options.seed,
     )
     content = {
-        "format": FORMAT,
+        "format": COMPARISON_FORMAT,
         "settings": shared,
         "runs": {name: str(run.folder.resolve()) for name, run in _labels(found).items()},
         "metrics": {name: one.metrics for name, one in candidates.items()},
@@ -190,8 +194,8 @@ def _same_weights(one: pb.Posterior, other: pb.Posterior) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def _table(candidates: Mapping[str, Candidate], gaps: Mapping[str, Difference], name: str) -> Table:
-    shown = {key: one for key, one in measured(*(c.metrics for c in candidates.values())) if key in PRINTED}
+def _table(candidates: Mapping[str, Candidate], gaps: Mapping[str, PairedDifference], name: str) -> Table:
+    shown = {key: one for key, one in formats_of(*(c.metrics for c in candidates.values())) if key in COLUMNS}
     table = Table(title=f"{name}, on test data", caption="* best", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("", no_wrap=True)
     for one in shown.values():

@@ -79,7 +79,9 @@ class Task:
         return len(self.encoding.classes) or 1
 
 
-def load(spec: str | Path, target: str | None = None, encoding: Encoding | None = None, size: int = IMAGE_SIZE) -> Task:
+def load_task(
+    spec: str | Path, target: str | None = None, encoding: Encoding | None = None, size: int = IMAGE_SIZE
+) -> Task:
     """Reads ``"digits"``, an ``.npz`` file, a ``.csv`` file or a folder of images.
 
     A ``.csv`` file needs ``target``, the name of the column to predict; nothing else takes it. ``encoding`` is that of

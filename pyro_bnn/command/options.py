@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from pyro_bnn.command.data import Task
 
-Method = Literal["rank1", "dense", "spike-slab", "bella", "weight-sharing"]
-Network = Literal["auto", "cnn", "mlp", "resnet18"]
-Family = Literal["normal", "cauchy"]
-Prior = Literal[
+MethodName = Literal["rank1", "dense", "spike-slab", "bella", "weight-sharing"]
+NetworkName = Literal["auto", "cnn", "mlp", "resnet18"]
+FamilyName = Literal["normal", "cauchy"]
+PriorName = Literal[
     "hierarchical-cauchy",
     "hierarchical-normal",
     "horseshoe",
@@ -23,11 +23,11 @@ Prior = Literal[
     "spike-and-slab",
     "gaussian-mixture",
 ]
-Group = Literal["weight", "kernel", "input", "output"]
-Update = Literal["svgd", "wgd", "ensemble"]
-Sampling = Literal["codebook", "mixture", "shared"]
+GroupName = Literal["weight", "kernel", "input", "output"]
+UpdateName = Literal["svgd", "wgd", "ensemble"]
+SamplingName = Literal["codebook", "mixture", "shared"]
 
-DEFAULT_PRIORS: dict[Method, Prior] = {
+DEFAULT_PRIORS: dict[MethodName, PriorName] = {
     "rank1": "hierarchical-cauchy",
     "dense": "normal",
     "spike-slab": "spike-and-slab",
@@ -36,7 +36,7 @@ DEFAULT_PRIORS: dict[Method, Prior] = {
 }
 
 #: methods that have an option; all have the others
-METHODS_WITH: dict[str, tuple[Method, ...]] = {
+METHODS_WITH: dict[str, tuple[MethodName, ...]] = {
     "components": ("rank1", "dense"),
     "family": ("rank1",),
     "sparsity": ("spike-slab",),
@@ -50,7 +50,7 @@ METHODS_WITH: dict[str, tuple[Method, ...]] = {
     "sampling": ("weight-sharing",),
 }
 #: the prior that the option ``group`` is of
-GROUPED: Prior = "spike-and-slab"
+GROUPED: PriorName = "spike-and-slab"
 #: what is the same as not to ask for an option
 NEUTRAL: dict[str, Any] = {"family": "normal", "temperature": 1}
 
@@ -61,13 +61,13 @@ class Options:
 
     data: str
     target: str | None
-    method: Method
+    method: MethodName
     network: str
     epochs: int
     components: int
-    prior: Prior
-    family: Family
-    group: Group
+    prior: PriorName
+    family: FamilyName
+    group: GroupName
     sparsity: float
     temperature: float
     batch_size: int
@@ -77,10 +77,10 @@ class Options:
     device: str
     particles: int = 5
     rank: int = 4
-    update: Update = "svgd"
+    update: UpdateName = "svgd"
     pretrained: str | None = None
     codes: int = 256
-    sampling: Sampling = "codebook"
+    sampling: SamplingName = "codebook"
 
     def used(self) -> dict[str, Any]:
         """The options that the method has, without those that stand for nothing, for pages."""
@@ -102,7 +102,7 @@ class Options:
         return f"{self.method}, {self.components} component{'s' if self.components > 1 else ''}"
 
 
-def check(method: Method, asked: Mapping[str, Any]) -> None:
+def check(method: MethodName, asked: Mapping[str, Any]) -> None:
     """Refuses options that do not go with each other or with the method.
 
     :param asked: options by their names in :class:`Options`; ``None`` for what was not asked for.
@@ -119,11 +119,11 @@ def check(method: Method, asked: Mapping[str, Any]) -> None:
         raise ValueError(f"--group {asked['group']} goes with --prior {GROUPED}, which includes weights or not")
 
 
-def _has(method: Method, option: str) -> bool:
+def _has(method: MethodName, option: str) -> bool:
     return method in METHODS_WITH.get(option, (method,))
 
 
-def complete(method: Method, asked: Mapping[str, Any], task: Task) -> Options:
+def complete(method: MethodName, asked: Mapping[str, Any], task: Task) -> Options:
     """Fills in what was left to choose.
 
     :param asked: options by their names in :class:`Options`; ``None`` for what was not asked for.

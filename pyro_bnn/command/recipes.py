@@ -3,7 +3,6 @@
 import copy
 import io
 import math
-import re
 import time
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import nn
 import pyro_bnn as pb
 from pyro_bnn.command import pretrained
 from pyro_bnn.command.data import Task
-from pyro_bnn.command.options import Network, Options
+from pyro_bnn.command.options import NetworkName, Options
 from pyro_bnn.models import architectures
 
 Metrics = dict[str, Any]
@@ -42,7 +41,7 @@ class Fitted:
     metrics: Metrics
 
 
-def fit(
+def train_and_score(
     net: nn.Module,
     task: Task,
     options: Options,
@@ -50,26 +49,26 @@ def fit(
     twin: Trained | None = None,
     field: pb.Posterior | None = None,
 ) -> Fitted:
-    """Trains and measures what the options ask for, and first its twin, unless that is given.
+    """Trains and scores what the options ask for, and first its twin, unless that is given.
 
     :param twin: the deterministic network, with the weights that particles or codes begin at.
     :param field: a mean field for codes to begin at, instead of the twin.
     :raises ArithmeticError, ValueError: when training diverges, or an option does not fit the network.
     """
-    twin = twin or train(deterministic(net, task), task, options, console)
+    twin = twin or train_by_svi(deterministic(net, task), task, options, console)
     compression: Metrics = {}
     match options.method:
         case "spike-slab":
-            found = sample(trained_network(twin.posterior), task, options, console)
+            found = train_spike_slab(trained_network(twin.posterior), task, options, console)
         case "bella":
             start = net if isinstance(net, pretrained.Pretrained) else trained_network(twin.posterior)
-            found = particles(start, task, options, console)
+            found = train_bella(start, task, options, console)
         case "weight-sharing":
-            found, compression = codebook(twin, field, task, options, console)
+            found, compression = train_weight_sharing(twin, field, task, options, console)
         case _:
-            found = train(bayesian(net, task, options), task, options, console)
-    metrics = measure(found.posterior, task, options) | found.cost
-    metrics["deterministic"] = measure(twin.posterior, task, options) | twin.cost
+            found = train_by_svi(bayesian(net, task, options), task, options, console)
+    metrics = score(found.posterior, task, options) | found.cost
+    metrics["deterministic"] = score(twin.posterior, task, options) | twin.cost
     if options.method == "spike-slab":
         metrics["sparsity"], metrics["deterministic"]["sparsity"] = sparsity_of(found.posterior), 0.0
     if options.method == "weight-sharing":
@@ -79,7 +78,7 @@ def fit(
     return Fitted(found.posterior, twin, metrics)
 
 
-def measure(posterior: pb.Posterior, task: Task, options: Options) -> Metrics:
+def score(posterior: pb.Posterior, task: Task, options: Options) -> Metrics:
     """Metrics on the test data, those of a regression in the target's own unit."""
     ood = task.x_ood if task.kind == "classification" else None
     metrics: Metrics = pb.diagnostics.evaluate(
@@ -143,11 +142,11 @@ def _prior(options: Options) -> pb.priors.Prior:
 def build_network(name: str, in_shape: tuple[int, ...], out_features: int, load: bool = False) -> nn.Module:
     """A network by the name in a run's options.
 
-    :param name: a :data:`Network`, or weights of torchvision, which ``load`` gives to their network.
+    :param name: a :data:`NetworkName`, or weights of torchvision, which ``load`` gives to their network.
     :raises ValueError: when it does not take such inputs.
     :raises OSError: when the weights are not to be had.
     """
-    if name not in get_args(Network):
+    if name not in get_args(NetworkName):
         return pretrained.build(name, in_shape, out_features, load)
     if name == "mlp":
         return architectures.mlp(math.prod(in_shape), (128, 128), out_features)
@@ -180,7 +179,9 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def train(model_and_guide: tuple[nn.Module, nn.Module], task: Task, options: Options, console: Console) -> Trained:
+def train_by_svi(
+    model_and_guide: tuple[nn.Module, nn.Module], task: Task, options: Options, console: Console
+) -> Trained:
     model, guide = model_and_guide
     console.print(f"{type(model).__name__} with {type(guide).__name__}, {options.network}, {options.device}")
     start = time.perf_counter()
@@ -217,7 +218,7 @@ def trained_network(posterior: pb.Posterior) -> nn.Module:
     return net.requires_grad_()
 
 
-def sample(net: nn.Module, task: Task, options: Options, console: Console) -> Trained:
+def train_spike_slab(net: nn.Module, task: Task, options: Options, console: Console) -> Trained:
     """Draws by SGHMC within EM, from the network that was trained deterministically on."""
     size = len(task.x_train)
     model = pb.models.SpikeSlab(net, _likelihood(task), size, prior=_prior(options))
@@ -240,12 +241,12 @@ def sample(net: nn.Module, task: Task, options: Options, console: Console) -> Tr
     return Trained(posterior, cost)
 
 
-def particles(net: nn.Module, task: Task, options: Options, console: Console) -> Trained:
+def train_bella(net: nn.Module, task: Task, options: Options, console: Console) -> Trained:
     """Low-rank particles around a trained network, whose last layer is the network's own, or each particle's if new."""
-    head = net.head if isinstance(net, pretrained.Pretrained) else ()
-    model = pb.models.Bella(
-        net, _likelihood(task), len(task.x_train), rank=options.rank, prior=_prior(options), head=head
-    )
+    head = net.head if isinstance(net, pretrained.Pretrained) else None
+    # Normals are chosen by what they add to weights, of the scale that the other priors of factors have.
+    prior = None if options.prior == "normal" else _prior(options)
+    model = pb.models.Bella(net, _likelihood(task), len(task.x_train), rank=options.rank, prior=prior, head=head)
     guide = pb.models.ParticleGuide(model, options.particles)
     console.print(f"Bella with {options.particles} particles by {options.update}, {options.network}, {options.device}")
     start = time.perf_counter()
@@ -261,7 +262,7 @@ def particles(net: nn.Module, task: Task, options: Options, console: Console) ->
     return Trained(posterior, {"seconds": time.perf_counter() - start, "trainable_parameters": size})
 
 
-def codebook(
+def train_weight_sharing(
     twin: Trained, field: pb.Posterior | None, task: Task, options: Options, console: Console
 ) -> tuple[Trained, Metrics]:
     """Codes for the weights of a mean field, or of the deterministic network, then trained while they merge.
@@ -273,24 +274,26 @@ def codebook(
     prior: pb.priors.PriorLike = _prior(options)
     if options.prior == "gaussian-mixture":  # the codebook is the prior of what it codes
         coded = pb.models.WeightSharing(net, likelihood, size).weights()
-        prior = {re.escape(name): pb.priors.GaussianMixture() for name in coded} | {".*": pb.priors.Normal()}
-    model = pb.models.WeightSharing(net, likelihood, size, prior=prior)
+        prior = {name: pb.priors.CodebookPrior() for name in coded} | {".*": pb.priors.Normal()}
+    model: pb.models.WeightSharing | pb.models.SharedWeights
+    model = sharing = pb.models.WeightSharing(net, likelihood, size, prior=prior)
     start = time.perf_counter()
     given: dict[str, Any] = {"codes": options.codes}
     if options.sampling == "mixture":
         given["sampling"] = "mixture"
     if field is None:
-        guide = pb.models.CodebookGuide.from_network(model, **given)
+        guide = pb.models.CodebookGuide.from_network(sharing, **given)
     else:
-        guide = pb.models.CodebookGuide.from_mean_field(model, field.guide, **given)  # type: ignore[arg-type]
+        guide = pb.models.CodebookGuide.from_mean_field(sharing, field.guide, **given)  # type: ignore[arg-type]
     console.print(
         f"WeightSharing with {len(guide.book)} codes, sampling {options.sampling}, {options.network}, "
         f"{options.device}, from the {'deterministic network' if field is None else 'mean field'}"
     )
-    merge, trained = [pb.models.MergeCodes(stop=max(1, options.epochs // 2))], guide
+    merge = [pb.models.MergeCodes(stop=max(1, options.epochs // 2))]
+    trained: pb.models.CodebookGuide | pb.models.MeanFieldGuide = guide
     if options.sampling == "shared":
-        model = pb.models.WeightSharing(net, likelihood, size, prior=_prior(options), shared=guide.book)
-        merge, trained = [], model.shared_guide(guide)  # type: ignore[assignment]
+        shared = pb.models.SharedWeights(net, likelihood, size, codebook=guide.book, prior=_prior(options))
+        model, merge, trained = shared, [], shared.shared_guide(guide)
     rate = {"lr": options.lr / CODE_SLOWER, "schedule": pb.inference.cosine()}
     posterior = _fit(model, trained, task, options, console, **rate, callbacks=merge)
     report = guide.compression_report()

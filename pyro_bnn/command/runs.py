@@ -19,14 +19,18 @@ from pathlib import Path
 from torch import nn
 
 import pyro_bnn as pb
-from pyro_bnn.command.data import Encoding, Task, load
+from pyro_bnn.command.data import Encoding, Task, load_task
 from pyro_bnn.command.options import Options
 from pyro_bnn.command.recipes import Fitted, Metrics, Trained, build_network
 from pyro_bnn.files import read_json, replacing, write_json
+from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS
 
-FORMAT = 1
-ARVIZ_DRAWS = 100
+RUN_FORMAT = 1
 ARVIZ_ROWS = 1000
+
+
+class ArvizFileError(Exception):
+    """A run is saved, but not ``posterior.nc``."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Run:
         """
         if target is None and (data is None or Path(data).suffix.lower() == ".csv"):
             target = self.options.target
-        task = load(data or self.options.data, target, self.encoding, self.in_shape[-1])
+        task = load_task(data or self.options.data, target, self.encoding, self.in_shape[-1])
         if tuple(task.x_test.shape[1:]) != self.in_shape:
             raise ValueError(
                 f"a row of {data or self.options.data!r} has shape {tuple(task.x_test.shape[1:])}, "
@@ -100,8 +104,8 @@ def read(folder: Path) -> Run:
     if not is_run(folder):
         raise FileNotFoundError(f"{str(folder)!r} is not the folder of a run: it has no config.json")
     config = read_json(path)
-    if config.get("format") != FORMAT:
-        raise ValueError(f"{str(path)!r} has format {config.get('format')!r}, this version reads format {FORMAT}")
+    if config.get("format") != RUN_FORMAT:
+        raise ValueError(f"{str(path)!r} has format {config.get('format')!r}, this version reads format {RUN_FORMAT}")
     try:
         encoding = Encoding.from_json(config["encoding"])
         return Run(folder, Options(**config["options"]), tuple(config["in_shape"]), encoding)
@@ -110,29 +114,44 @@ def read(folder: Path) -> Run:
 
 
 def save(folder: Path, task: Task, options: Options, fitted: Fitted) -> None:
-    """Writes ``config.json`` last: a folder without it is no run, whatever else a killed process left in it."""
+    """Writes all that the other commands read, ``config.json`` last: a folder without it is no run, whatever else a
+    killed process left in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in ("config.json", "report.html"):
+    for stale in ("config.json", "posterior.nc", "report.html"):
         (folder / stale).unlink(missing_ok=True)
     fitted.posterior.save(folder / "posterior")
     fitted.twin.posterior.save(folder / "deterministic")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # ArviZ announces its next release on import
-        draws = pb.diagnostics.to_arviz(
-            fitted.posterior,
-            task.x_test[:ARVIZ_ROWS],
-            task.y_test[:ARVIZ_ROWS],
-            num_samples=fitted.posterior.num_stored
-            or (1 if options.method == "bella" else math.ceil(ARVIZ_DRAWS / fitted.posterior.num_members)),
-            seed=options.seed,
-        )
-        with replacing(folder / "posterior.nc") as path:
-            draws.to_netcdf(str(path))
     write_json(folder / "metrics.json", fitted.metrics)
     config = {
-        "format": FORMAT,
+        "format": RUN_FORMAT,
         "options": asdict(options),
         "in_shape": list(task.x_train.shape[1:]),
         "encoding": asdict(task.encoding),
     }
     write_json(folder / "config.json", config)
+
+
+def save_for_arviz(folder: Path, task: Task, options: Options, posterior: pb.Posterior) -> None:
+    """Writes ``posterior.nc`` into the folder of a saved run, which is complete without it.
+
+    :raises ArvizFileError: when the file cannot be made, because ArviZ lacks a library or the disk has no room.
+    """
+    source = posterior.draw_source
+    num_samples = source.count_all(None, math.ceil(POSTERIOR_DRAWS / source.num_members))
+    try:
+        with warnings.catch_warnings(), replacing(folder / "posterior.nc") as path:
+            warnings.simplefilter("ignore", FutureWarning)  # ArviZ announces its next release on import
+            draws = pb.diagnostics.to_arviz(
+                posterior,
+                task.x_test[:ARVIZ_ROWS],
+                task.y_test[:ARVIZ_ROWS],
+                num_samples=num_samples,
+                seed=options.seed,
+            )
+            draws.to_netcdf(str(path))
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise ArvizFileError(
+            f"posterior.nc could not be written ({type(error).__name__}: {error}). The run in {str(folder)!r} is "
+            "complete without this file for ArviZ: `evaluate`, `report` and `compare` work. Once the cause is mended, "
+            f"`pyro_bnn.load` reads {str(folder / 'posterior')!r} and `pyro_bnn.diagnostics.to_arviz` makes the file"
+        ) from error

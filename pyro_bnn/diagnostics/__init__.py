@@ -1,141 +1,88 @@
-"""How good a posterior is, and whether to trust it: checks, predictive metrics, recalibration, and the way to ArviZ."""
+"""How good a posterior is, and whether to trust it.
+
+Six folders, each of which may use those before it:
+
+* ``scoring``: how good predictions are, one number for each question.
+* ``recalibration``: predictions as confident as they are right, on held-out data.
+* ``arviz``: a posterior as an ArviZ object.
+* ``checking``: whether the posterior itself can be trusted.
+* ``plots``: pictures of all that, with matplotlib.
+* ``pages``: reports and comparisons in HTML, one file each.
+
+``_MODULES`` says where each public name lives; a module is imported when one of its names is first used.
+"""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from pyro_bnn.diagnostics import plots
-    from pyro_bnn.diagnostics.arviz.conversion import to_arviz
-    from pyro_bnn.diagnostics.checking.chains import convergence
-    from pyro_bnn.diagnostics.checking.checks import check
-    from pyro_bnn.diagnostics.checking.findings import Finding
-    from pyro_bnn.diagnostics.checking.importance import compare, loo, pareto_k
-    from pyro_bnn.diagnostics.checking.prior_checks import check_prior, prior_predictive
-    from pyro_bnn.diagnostics.checking.shrinkage import contraction
-    from pyro_bnn.diagnostics.checking.simulation import SBCResult, sbc
-    from pyro_bnn.diagnostics.checking.training import loss_verdict
-    from pyro_bnn.diagnostics.pages.report import report
-    from pyro_bnn.diagnostics.recalibration.conformal import ConformalIntervals, ConformalSets
-    from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior, scale_temperature
-    from pyro_bnn.diagnostics.scoring.calibration import calibration_error, classwise_calibration_error, reliability
-    from pyro_bnn.diagnostics.scoring.metrics import evaluate
-    from pyro_bnn.diagnostics.scoring.ood import aupr, auroc, fpr95, ood_scores
-    from pyro_bnn.diagnostics.scoring.scores import crps, interval_coverage, interval_width
-    from pyro_bnn.diagnostics.scoring.selective import augrc, aurc, risk_at_coverage, risk_coverage
-    from pyro_bnn.diagnostics.scoring.similarity import (
-        agreement,
-        compare_to_reference,
-        disagreement,
-        diversity,
-        total_variation,
-    )
+if TYPE_CHECKING:  # ``_MODULES`` once more, for tools that read types
+    from pyro_bnn.diagnostics import plots as plots
+    from pyro_bnn.diagnostics.arviz.conversion import to_arviz as to_arviz
+    from pyro_bnn.diagnostics.checking.chains import convergence as convergence
+    from pyro_bnn.diagnostics.checking.checks import check as check
+    from pyro_bnn.diagnostics.checking.findings import Finding as Finding
+    from pyro_bnn.diagnostics.checking.findings import Findings as Findings
+    from pyro_bnn.diagnostics.checking.importance import compare_loo as compare_loo
+    from pyro_bnn.diagnostics.checking.importance import loo as loo
+    from pyro_bnn.diagnostics.checking.importance import pareto_k as pareto_k
+    from pyro_bnn.diagnostics.checking.prior_checks import check_prior as check_prior
+    from pyro_bnn.diagnostics.checking.prior_checks import prior_predictive as prior_predictive
+    from pyro_bnn.diagnostics.checking.shrinkage import contraction as contraction
+    from pyro_bnn.diagnostics.checking.simulation import SBCResult as SBCResult
+    from pyro_bnn.diagnostics.checking.simulation import sbc as sbc
+    from pyro_bnn.diagnostics.checking.training import loss_verdict as loss_verdict
+    from pyro_bnn.diagnostics.pages.report import report as report
+    from pyro_bnn.diagnostics.recalibration.conformal import ConformalIntervals as ConformalIntervals
+    from pyro_bnn.diagnostics.recalibration.conformal import ConformalSets as ConformalSets
+    from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior as ScaledPosterior
+    from pyro_bnn.diagnostics.recalibration.temperature import scale_temperature as scale_temperature
+    from pyro_bnn.diagnostics.scoring.calibration import calibration_error as calibration_error
+    from pyro_bnn.diagnostics.scoring.calibration import classwise_calibration_error as classwise_calibration_error
+    from pyro_bnn.diagnostics.scoring.calibration import reliability as reliability
+    from pyro_bnn.diagnostics.scoring.metrics import evaluate as evaluate
+    from pyro_bnn.diagnostics.scoring.ood import aupr as aupr
+    from pyro_bnn.diagnostics.scoring.ood import auroc as auroc
+    from pyro_bnn.diagnostics.scoring.ood import fpr95 as fpr95
+    from pyro_bnn.diagnostics.scoring.ood import ood_scores as ood_scores
+    from pyro_bnn.diagnostics.scoring.scores import crps as crps
+    from pyro_bnn.diagnostics.scoring.scores import interval_coverage as interval_coverage
+    from pyro_bnn.diagnostics.scoring.scores import interval_width as interval_width
+    from pyro_bnn.diagnostics.scoring.selective import augrc as augrc
+    from pyro_bnn.diagnostics.scoring.selective import aurc as aurc
+    from pyro_bnn.diagnostics.scoring.selective import risk_at_coverage as risk_at_coverage
+    from pyro_bnn.diagnostics.scoring.selective import risk_coverage as risk_coverage
+    from pyro_bnn.diagnostics.scoring.similarity import agreement as agreement
+    from pyro_bnn.diagnostics.scoring.similarity import compare_to_reference as compare_to_reference
+    from pyro_bnn.diagnostics.scoring.similarity import disagreement as disagreement
+    from pyro_bnn.diagnostics.scoring.similarity import diversity as diversity
+    from pyro_bnn.diagnostics.scoring.similarity import total_variation as total_variation
 
 #: where each name lives. No module has the name of a function: importing it would hide that function.
 _MODULES = {
-    "arviz.conversion": ("to_arviz",),
-    "scoring.calibration": (
-        "calibration_error",
-        "classwise_calibration_error",
-        "reliability",
-    ),
-    "checking.chains": ("convergence",),
-    "checking.checks": ("check",),
-    "recalibration.conformal": (
-        "ConformalIntervals",
-        "ConformalSets",
-    ),
-    "checking.findings": ("Finding",),
-    "checking.importance": (
-        "compare",
-        "loo",
-        "pareto_k",
-    ),
-    "scoring.metrics": ("evaluate",),
-    "scoring.ood": (
-        "aupr",
-        "auroc",
-        "fpr95",
-        "ood_scores",
-    ),
-    "checking.prior_checks": (
-        "check_prior",
-        "prior_predictive",
-    ),
-    "recalibration.temperature": (
-        "ScaledPosterior",
-        "scale_temperature",
-    ),
-    "pages.report": ("report",),
-    "scoring.scores": (
-        "crps",
-        "interval_coverage",
-        "interval_width",
-    ),
-    "scoring.selective": (
-        "augrc",
-        "aurc",
-        "risk_at_coverage",
-        "risk_coverage",
-    ),
-    "checking.shrinkage": ("contraction",),
-    "scoring.similarity": (
-        "agreement",
-        "compare_to_reference",
-        "disagreement",
-        "diversity",
-        "total_variation",
-    ),
-    "checking.simulation": (
-        "SBCResult",
-        "sbc",
-    ),
-    "checking.training": ("loss_verdict",),
+    "arviz.conversion": "to_arviz",
+    "checking.chains": "convergence",
+    "checking.checks": "check",
+    "checking.findings": "Finding Findings",
+    "checking.importance": "compare_loo loo pareto_k",
+    "checking.prior_checks": "check_prior prior_predictive",
+    "checking.shrinkage": "contraction",
+    "checking.simulation": "SBCResult sbc",
+    "checking.training": "loss_verdict",
+    "pages.report": "report",
+    "recalibration.conformal": "ConformalIntervals ConformalSets",
+    "recalibration.temperature": "ScaledPosterior scale_temperature",
+    "scoring.calibration": "calibration_error classwise_calibration_error reliability",
+    "scoring.metrics": "evaluate",
+    "scoring.ood": "aupr auroc fpr95 ood_scores",
+    "scoring.scores": "crps interval_coverage interval_width",
+    "scoring.selective": "augrc aurc risk_at_coverage risk_coverage",
+    "scoring.similarity": "agreement compare_to_reference disagreement diversity total_variation",
 }
-_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}
 
-__all__ = [
-    "ConformalIntervals",
-    "ConformalSets",
-    "Finding",
-    "SBCResult",
-    "ScaledPosterior",
-    "agreement",
-    "augrc",
-    "aupr",
-    "aurc",
-    "auroc",
-    "calibration_error",
-    "check",
-    "check_prior",
-    "classwise_calibration_error",
-    "compare",
-    "compare_to_reference",
-    "contraction",
-    "convergence",
-    "crps",
-    "disagreement",
-    "diversity",
-    "evaluate",
-    "fpr95",
-    "interval_coverage",
-    "interval_width",
-    "loo",
-    "loss_verdict",
-    "ood_scores",
-    "pareto_k",
-    "plots",
-    "prior_predictive",
-    "reliability",
-    "report",
-    "risk_at_coverage",
-    "risk_coverage",
-    "sbc",
-    "scale_temperature",
-    "to_arviz",
-    "total_variation",
-]
+__all__ = sorted([*_HOMES, "plots"])
 
 
 def __getattr__(name: str) -> Any:

@@ -63,7 +63,7 @@ class Perturb(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        rule = _RULES.get(func)
+        rule = RULES.get(func)
         if rule is None or not (rule.always or any(id(t) in self.perturbations for t in tensors((args, kwargs)))):
             return func(*args, **kwargs)
         return rule.apply(Call(self, func, args, kwargs, rule.signature))
@@ -98,8 +98,8 @@ class Perturb(TorchFunctionMode):
         ):
             raise RuntimeError(
                 f"use {use.occurrence + 1} of parameter {use.parameter!r} saw an input of shape {tuple(x.shape)}; the "
-                f"probe says that axis {layout.dim} should have {layout.outer} x {self.fold.members * self.fold.rows} rows "
-                f"x {layout.inner} entries. The network must treat every sample of the batch alike."
+                f"probe says that axis {layout.dim} should have {layout.outer} x {self.fold.members * self.fold.rows} "
+                f"rows x {layout.inner} entries. The network must treat every sample of the batch alike."
             )
         return layout
 
@@ -230,7 +230,8 @@ class _Rule(NamedTuple):
     product: bool
 
 
-_RULES: dict[Any, _Rule] = {}
+#: the rule of each torch function that has one
+RULES: dict[Any, _Rule] = {}
 
 
 def register(
@@ -255,7 +256,7 @@ def register(
 
     def decorate(rule: Callable[[Call], Any]) -> Callable[[Call], Any]:
         for function in functions:
-            _RULES[function] = _Rule(
+            RULES[function] = _Rule(
                 tuple(signature), rule, always, consumes, None if weights is None else tuple(weights), product
             )
         return rule
@@ -265,7 +266,7 @@ def register(
 
 def consumed(function: Any, args: Any, kwargs: dict[str, Any] | None) -> list[Tensor]:
     """The tensors of a call that the rule of its torch function uses up as weights; none when there is no rule."""
-    rule = _RULES.get(function)
+    rule = RULES.get(function)
     if rule is None or not rule.consumes:
         return []
     if rule.weights is None:
@@ -276,9 +277,9 @@ def consumed(function: Any, args: Any, kwargs: dict[str, Any] | None) -> list[Te
 
 def is_product(function: Any) -> bool:
     """Whether a torch function has a rule as a product, a convolution or a table look-up."""
-    return function in _RULES and _RULES[function].product
+    return function in RULES and RULES[function].product
 
 
 def passes_on(function: Any) -> bool:
     """Whether a torch function has a rule by which its result is the weight in another form."""
-    return function in _RULES and not _RULES[function].consumes and not _RULES[function].always
+    return function in RULES and not RULES[function].consumes and not RULES[function].always

@@ -13,16 +13,24 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
 from pyro_bnn.guide import MixtureGuide
-from pyro_bnn.inputs import to_device
-from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.inputs import inputs
+from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import training_mode
 from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.randomness import derive_seeds, device_of, seeded
 
 #: numbers held at once by one pass of prediction: weights of a group of draws, or the largest activation
 MAX_ELEMENTS = 2**24
-#: draws of each member where a guide makes them and nobody says how many
-DEFAULT_DRAWS = 16
+# How many draws of each member are taken when nobody says (``num_samples=None``). See DrawSource.count and count_all.
+#: for predictions, each of which is a pass of the network: the error of an average over S draws is 1 / sqrt(S) of their
+#: standard deviation, a quarter with 16
+PREDICTION_DRAWS = 16
+#: for what describes the posterior itself, such as means, inclusion probabilities, R-hat: the same error is a tenth
+POSTERIOR_DRAWS = 100
+#: for what is read from the tails of the draws, as 5 % quantiles (50 draws lie beyond each) and importance weights are
+TAIL_DRAWS = 1000
+#: for the functions that a prior implies: their 5 % quantiles have 10 draws beyond each, enough to tell a factor of 2
+PRIOR_DRAWS = 200
 
 
 class DrawSource:
@@ -59,13 +67,23 @@ class DrawSource:
         """Whether every draw of a member is the same, as of particles and of a deterministic network."""
         return isinstance(self.guide, MixtureGuide) and self.guide.is_deterministic
 
-    def count(self, asked: int | None = None, default: int = DEFAULT_DRAWS) -> int:
-        """How many draws of each member: as asked, else all stored ones or ``default``, the fewer of the two.
+    def count(self, asked: int | None = None) -> int:
+        """How many draws of each member make a prediction: as asked, else 16, or all stored ones where there are fewer.
 
         1 where all draws of a member are the same.
         """
+        return self.count_all(asked, PREDICTION_DRAWS, most=PREDICTION_DRAWS)
+
+    def count_all(self, asked: int | None, default: int, *, most: int | None = None) -> int:
+        """How many draws of each member stand for the posterior: as asked, else all stored ones, or ``default`` where a
+        guide makes them.
+
+        1 where all draws of a member are the same.
+
+        :param most: of the stored ones, where nobody asks for a number.
+        """
         if asked is None:
-            asked = default if self.stored is None else min(default, len(self.stored))
+            asked = default if self.stored is None else min(len(self.stored), most or len(self.stored))
         return min(asked, 1) if self.is_deterministic else asked
 
     def groups(self, n: int, seed: int | None = None, *, example: Any = None) -> Iterator[dict[str, Tensor]]:
@@ -122,9 +140,7 @@ class DrawSource:
     def _trace(self, n: int, seed: int | None, example: Any) -> list[poutine.Trace]:
         guide, model = self.guide, self.model
         example = self.example if example is None else example
-        if isinstance(model, BayesianNetwork) and example is not None:
-            example = to_device(example, model.like())
-        args = () if example is None else (example,)
+        args = () if example is None else (inputs(example, like_of(model)),)
         with seeded(device_of(model), seed), self.running():
             if not self._vectorises:
                 return [poutine.trace(guide).get_trace(*args) for _ in range(n)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ import torch
 from pyro.infer import MCMC
 from torch import Tensor, nn
 
-from pyro_bnn.inputs import require_finite, to_device
-from pyro_bnn.model import BayesianNetwork
+from pyro_bnn import display
+from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inputs import inputs, require_finite, targets
+from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import evaluating
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.posterior import foreign, storage
-from pyro_bnn.posterior.draw_source import DrawSource, with_members
+from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS, DrawSource, with_members
 from pyro_bnn.posterior.network_outputs import network_outputs
 from pyro_bnn.posterior.prediction import Prediction
 from pyro_bnn.posterior.statistics import Gathered, OfNetwork, Statistics, Stored
@@ -27,9 +30,6 @@ from pyro_bnn.randomness import device_of, seeded
 from pyro_bnn.sparsity.channels import Size
 from pyro_bnn.sparsity.inclusion import inclusion_log_odds
 from pyro_bnn.sparsity.sparsify import network_of_draw, sparsify, with_weight_sites
-
-#: draws for inclusion probabilities, of a guide that can make any number
-INCLUSION_DRAWS = 100
 
 
 class Posterior:
@@ -141,6 +141,33 @@ class Posterior:
         """Whether every draw of a member is the same, as of particles and of a deterministic network."""
         return self.draw_source.is_deterministic
 
+    def __repr__(self) -> str:
+        return display.text(self._title(), self._fields())
+
+    def _repr_html_(self) -> str:
+        return display.html_text(self._title(), self._fields())
+
+    def _title(self) -> str:
+        model = self.model
+        of = f" of {display.name_of(model.core().net)}" if isinstance(model, BayesianNetwork) else ""
+        return f"Posterior of {display.name_of(model)}{of}"
+
+    def _fields(self) -> dict[str, object]:
+        fields: dict[str, object] = dict(self.model.repr_fields()) if isinstance(self.model, BayesianNetwork) else {}
+        members = display.plural(self.num_members, "member")
+        if self.num_stored is None:
+            draws = f"made by the guide, for {members}"
+        else:
+            chains = f" in {display.plural(self.num_chains, 'chain')}" if self.is_sampled else ""
+            draws = f"{self.num_stored:,} stored{chains}, for {members}"
+        guide = repr(self.guide) if isinstance(self.guide, (MixtureGuide, DrawsGuide)) else display.name_of(self.guide)
+        fields |= {"guide": guide, "draws": draws}
+        if self.losses:
+            steps = display.plural(len(self.losses), "step")
+            fields["training"] = f"{steps}, last loss {display.number(float(self.losses[-1]))} nats/datum"
+        sampler = (f"{name} {display.number(value)}" for name, value in self.sampler.items())
+        return fields | {"sampler": ", ".join(sampler)}
+
     # ------------------------------------------------------------------------------------------------- draws
 
     def draws(self, n: int, seed: int | None = None, *, example: Any = None) -> dict[str, Tensor]:
@@ -155,10 +182,40 @@ class Posterior:
 
     def sample(self, n: int, seed: int | None = None) -> dict[str, Tensor]:
         """``{site: [n, *event]}``: n draws, each of a random member; a draw is a draw."""
-        draws = self.draws(n, seed)
-        with seeded(device_of(self.model), None if seed is None else seed + 1):
-            member = torch.randint(self.num_members, (n,))
+        draws, member = self.draws(n, seed), self._random_members(n, seed)
         return {name: value[torch.arange(n), member.to(value.device) % value.shape[1]] for name, value in draws.items()}
+
+    def _random_members(self, n: int, seed: int | None) -> Tensor:
+        """The member of each of n draws, ``[n]``."""
+        with seeded(device_of(self.model), None if seed is None else seed + 1):
+            return torch.randint(self.num_members, (n,))
+
+    def networks(self, n: int, seed: int | None = None) -> list[nn.Module]:
+        """n plain networks in eval mode, without Pyro: each has the weights of one draw of a random member.
+
+        Network i has the weights that :meth:`sample` of the same n and seed gives at position i, put together (rank-1:
+        ``W o (r s^T)``; low-rank: ``W_0 + scale B A``), and the statistics of normalisation layers with which that draw
+        predicts. It returns what the given network returns, whatever ``output=`` picks.
+
+        :raises TypeError: when draws are no weights, as of MC dropout, or the model is not of this package.
+        :raises ValueError: when fewer than n draws are stored.
+        """
+        model = self.model
+        if not isinstance(model, BayesianNetwork):
+            raise TypeError(
+                f"networks() is for models of this package, which know their network, not {display.name_of(model)}: "
+                "posterior.sample(n) gives values of its sites"
+            )
+        members = self._random_members(n, seed)
+        made: list[nn.Module] = []
+        with torch.no_grad(), evaluating(model):
+            for group, index in self.draw_source.indexed_groups(n, seed):
+                for part in self._statistics().parts(model, group, index):
+                    for i in range(len(next(iter(part.values())))):
+                        member = int(members[len(made)])
+                        latents = {name: value[i, member % value.shape[1]] for name, value in part.items()}
+                        made.append(_plain_network(model, latents))
+        return made
 
     def as_draws(self, n: int, seed: int | None = None) -> Posterior:
         """The same posterior as n stored draws of every member: the form that any guide can be saved in."""
@@ -191,21 +248,23 @@ class Posterior:
 
         A draw is a whole function: the same for all rows of x and for every ``batch_size``.
 
-        :param x: tensor, dict or tuple with N samples on axis 0, on any device.
+        :param x: tensor, array, frame or list with N samples on axis 0, on any device, or a dict or tuple of these;
+            see :mod:`pyro_bnn.inputs`.
         :param num_samples: draws of every member, 16 by default, or all stored ones where there are fewer; particles
             and points have one, as all their draws are the same.
         :param batch_size: number of samples in one pass; by default what fits a fixed memory budget.
         :param seed: makes the draws reproducible, and leaves the global random state alone.
         :param return_site: for a model that is not of this package, the site whose values are wanted.
-        :raises ValueError: for NaN in x, or when draws are asked for that are not stored.
+        :raises TypeError: when x does not hold numbers.
+        :raises ValueError: for NaN in x, ragged lists, or when draws are asked for that are not stored.
         """
         model, source, count = self.model, self.draw_source, self.draw_source.count(num_samples)
+        x = inputs(x, like_of(model))
         if not isinstance(model, BayesianNetwork) or model.likelihood is None and return_site is not None:
             return Prediction(foreign.predict_site(source, x, count, seed, return_site), None)
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size={batch_size!r}: expected a number of samples, at least 1")
         require_finite(x)
-        x = to_device(x, model.like())
         outputs, noise = [], []
         with torch.no_grad(), evaluating(model):
             for group, index in source.indexed_groups(count, seed, example=x):
@@ -216,20 +275,26 @@ class Posterior:
         return Prediction(torch.cat(outputs), model.likelihood, torch.cat(noise) if noise else None)
 
     def log_likelihood(
-        self, x: Any, y: Tensor, num_samples: int | None = None, batch_size: int | None = None, seed: int | None = None
+        self, x: Any, y: Any, num_samples: int | None = None, batch_size: int | None = None, seed: int | None = None
     ) -> Tensor:
-        """``[draws, members, N]``: ``log p(y | x, weights)`` under every draw of every member, in nats."""
+        """``[draws, members, N]``: ``log p(y | x, weights)`` under every draw of every member, in nats.
+
+        :param x, y: data as :meth:`predict` and :func:`~pyro_bnn.inference.fit` take them.
+        """
+        x, y = inputs(x, like_of(self.model)), targets(y, like_of(self.model))
         if not isinstance(self.model, BayesianNetwork):
             return foreign.log_likelihood(self.draw_source, x, y, self.draw_source.count(num_samples), seed)
         count_samples(x, y)
         prediction = self.predict(x, num_samples, batch_size, seed)
-        return prediction.log_prob(y.to(prediction.outputs.device))
+        return prediction.log_prob(y)
 
     def recompute_statistics(self, loader: Iterable[Any] | None) -> None:
         """From now on every draw predicts with normalisation statistics of its own, gathered over ``loader``.
 
         Costs one pass over the loader for each draw; ``None`` goes back to the statistics of training, or to those that
         a sampler stored with each draw.
+
+        :param loader: gives batches (x, y), dicts with ``labels``, or x alone, as often as it is gone through.
         """
         self._gathered = None if loader is None else Gathered(loader)
 
@@ -254,7 +319,7 @@ class Posterior:
         :param args: what a model that is not of this package is called with.
         :raises ValueError: when the model has no spike-and-slab site.
         """
-        draws = self.draw_source.groups(num_samples or self.num_stored or INCLUSION_DRAWS, seed)
+        draws = self.draw_source.groups(self.draw_source.count_all(num_samples, POSTERIOR_DRAWS), seed)
         return {name: odds.sigmoid() for name, odds in inclusion_log_odds(self.model, draws, args).items()}
 
     def sparsify(
@@ -282,7 +347,7 @@ class Posterior:
             or when an example is needed.
         """
         model = with_weight_sites(self.model)
-        guide = self._stored(num_samples or self.num_stored or INCLUSION_DRAWS, seed)
+        guide = self._stored(self.draw_source.count_all(num_samples, POSTERIOR_DRAWS), seed)
         odds = inclusion_log_odds(self.model, DrawSource(self.model, guide).groups(len(guide)))
         sparse = sparsify(model, guide.draws(), guide.statistics(), odds, sparsity, example=example, shrink=shrink)
         kept = DrawsGuide(sparse.draws, sparse.model, guide.num_chains, sparse.statistics, guide.is_sampled)
@@ -300,6 +365,15 @@ class Posterior:
         :raises FileExistsError: when ``path`` exists and is no posterior.
         """
         storage.write(path, self.model, self.guide, losses=self.losses, sampler=self.sampler, prior=prior)
+
+
+def _plain_network(model: BayesianNetwork, latents: dict[str, Tensor]) -> nn.Module:
+    """A copy of the network as it lies in the model, with the weights of one draw of one member."""
+    net = copy.deepcopy(model.core().net).eval().requires_grad_()
+    parameters = dict(net.named_parameters())
+    for name, value in model.weights_of(latents).items():
+        parameters[name].data.copy_(value)
+    return net
 
 
 @dataclass(frozen=True)

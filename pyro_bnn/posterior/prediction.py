@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_bnn import display
 from pyro_bnn.likelihoods import Bernoulli, Categorical, Likelihood, Poisson
 from pyro_bnn.randomness import seeded
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: rows and columns of the table that a notebook shows
+_ROWS_SHOWN, _COLUMNS_SHOWN = 10, 12
 _BISECTIONS = 60  # halvings of an interval: beyond the resolution of float64
 
 
@@ -24,6 +33,25 @@ class Prediction:
 
     def __init__(self, outputs: Tensor, likelihood: Likelihood | None, noise: Tensor | None = None) -> None:
         self.outputs, self.likelihood, self.noise = outputs, likelihood, noise
+
+    def __repr__(self) -> str:
+        return display.text(self._title(), self._fields())
+
+    def _repr_html_(self) -> str:
+        head = Prediction(self.outputs[:, :, :_ROWS_SHOWN], self.likelihood, self.noise)
+        rows = head.to_dataframe().to_html(max_cols=_COLUMNS_SHOWN, float_format="{:.4g}".format)
+        left = self.outputs.shape[2] - _ROWS_SHOWN
+        more = f"<p>and {display.plural(left, 'more row')}</p>" if left > 0 else ""
+        return display.html_text(self._title(), self._fields(), rows + more)
+
+    def _title(self) -> str:
+        return f"Prediction for {display.plural(self.outputs.shape[2], 'sample')}"
+
+    def _fields(self) -> dict[str, object]:
+        draws, members = self.outputs.shape[:2]
+        of = f"{display.plural(draws, 'draw')} of {display.plural(members, 'member')}"
+        meaning = "none: values of a function" if self.likelihood is None else repr(self.likelihood)
+        return {"draws": of, "likelihood": meaning, "outputs": f"[{', '.join(map(str, self.outputs.shape))}]"}
 
     def _distribution(self, y: Tensor | None = None) -> dist.TorchDistribution:
         if self.likelihood is None:
@@ -72,6 +100,30 @@ class Prediction:
         if self._classifies:
             return (self.entropy - self.aleatoric).clamp_min(0)
         return self.per_member.flatten(0, 1).var(0, correction=0)
+
+    @property
+    def variance(self) -> Tensor:
+        """``[N, ...]``: variance of y, in its units squared: expected variance plus variance of the means.
+
+        ``Var(y) = E_w Var(y | w) + Var_w E(y | w)``, :attr:`aleatoric` plus :attr:`epistemic`; of values of a function,
+        which have no noise, the second alone.
+
+        :raises TypeError: for classification.
+        """
+        if self.likelihood is None:
+            return self.epistemic
+        self._require(classification=False, what="variance")
+        return self.aleatoric + self.epistemic
+
+    @property
+    def std(self) -> Tensor:
+        """``[N, ...]``: standard deviation of y, in its units: the root of :attr:`variance`.
+
+        :raises TypeError: for classification.
+        """
+        if self._classifies:
+            self._require(classification=False, what="std")
+        return self.variance.sqrt()
 
     @property
     def mutual_information(self) -> Tensor:
@@ -129,6 +181,37 @@ class Prediction:
         with seeded(self.outputs.device, seed):
             return self._distribution().sample()
 
+    def to_dataframe(self, level: float = 0.95) -> pd.DataFrame:
+        """A table with a row for each of the N samples, in their order (index 0 to N - 1).
+
+        For regression and counts, in the units of y: ``mean``, ``std``, ``aleatoric_std`` (noise) and
+        ``epistemic_std`` (weights), with ``std^2 = aleatoric_std^2 + epistemic_std^2``, and the bounds of the central
+        interval, named by their quantiles: ``2.5%`` and ``97.5%``. Values of a function have no ``aleatoric_std``.
+
+        For classification: ``p_0``, ``p_1`` ... (a probability for each class), ``class`` (the most probable one), and
+        in nats ``entropy`` and ``mutual_information`` (its epistemic part).
+
+        Where y has several outputs, every column is there for each of them: ``mean[0]``, ``mean[1]`` ...
+
+        :param level: probability of the interval.
+        :raises ValueError: unless ``0 < level < 1``.
+        """
+        import pandas as pd  # takes time to import
+
+        if self._classifies:
+            p = self.probs
+            if isinstance(self.likelihood, Bernoulli):
+                p = torch.stack([1 - p, p], -1)
+            columns = {f"p_{i}": own for i, own in enumerate(p.unbind(-1))}
+            columns |= {"class": p.argmax(-1), "entropy": self.entropy, "mutual_information": self.mutual_information}
+        else:
+            columns = {"mean": self.mean, "std": self.std}
+            if self.likelihood is not None:
+                columns |= {"aleatoric_std": self.aleatoric.sqrt(), "epistemic_std": self.epistemic.sqrt()}
+            low, high = self.interval(level)
+            columns |= {f"{50 * (1 - level):.6g}%": low, f"{50 * (1 + level):.6g}%": high}
+        return pd.DataFrame({name: v for own, value in columns.items() for name, v in _by_output(own, value)})
+
     @property
     def _classifies(self) -> bool:
         return isinstance(self.likelihood, (Categorical, Bernoulli))
@@ -147,6 +230,14 @@ class Prediction:
         if isinstance(self.likelihood, Bernoulli):
             return -(torch.xlogy(p, p) + torch.xlogy(1 - p, 1 - p))
         return -torch.xlogy(p, p).sum(-1)
+
+
+def _by_output(name: str, value: Tensor) -> Iterator[tuple[str, np.ndarray]]:
+    """A column for each output: ``name`` where there is one, else ``name[i]`` or ``name[i, j]``."""
+    shape = value.shape[1:]
+    flat = (value.double() if value.is_floating_point() else value).reshape(len(value), -1).cpu().numpy()
+    for i, place in enumerate(np.ndindex(*shape)):
+        yield f"{name}[{', '.join(map(str, place))}]" if place else name, flat[:, i]
 
 
 def _base(d: dist.TorchDistribution) -> dist.TorchDistribution:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from pyro_bnn.inputs import to_device
+from pyro_bnn.inputs import inputs, without_labels
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size
 
@@ -95,7 +95,7 @@ def gather_statistics(model: BayesianNetwork, draw: dict[str, Tensor], batches: 
     """Leaves in the network the statistics that its normalisation layers have under a draw: plain averages.
 
     :param draw: ``{site: [1, members, *event]}``.
-    :param batches: pairs ``(x, y)``, or inputs alone.
+    :param batches: pairs ``(x, y)``, dicts with ``labels``, or inputs alone.
     """
     layers = list(model.moving_layers().values())
     latents = {name: model.plated(value) for name, value in draw.items()}
@@ -103,7 +103,7 @@ def gather_statistics(model: BayesianNetwork, draw: dict[str, Tensor], batches: 
         for layer in layers:
             layer.train()
         for batch in batches:
-            x = to_device(batch[0] if isinstance(batch, (tuple, list)) else batch, model.like())
+            x = inputs(without_labels(batch), model.like())
             model.function(x, latents, batch_size(x))
         for layer in layers:
             layer.eval()

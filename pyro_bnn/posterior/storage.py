@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -20,16 +18,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pyro_bnn import likelihoods, priors
-from pyro_bnn.files import replace_folder
+from pyro_bnn.files import replacing_folder
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.posterior import older
 from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.priors import PriorLike
 from pyro_bnn.randomness import forked
 from pyro_bnn.registry import find_class, is_storable
 
 FORMAT = "pyro_bnn posterior"
-VERSION = 1
+VERSION = 2
 _JSON, _TENSORS = "posterior.json", "tensors.safetensors"
 
 
@@ -78,17 +77,12 @@ def write(
             raise TypeError(
                 f"{error}: use save(path, prior=False) and load(path, net, prior=...), or a class of pyro_bnn.priors"
             ) from None
-    tensors, parameters = {}, {}
     net = model.core().net
-    implied = set(_implied(model, guide))
-    for name, value in [*net.named_parameters(), *_kept_buffers(net)]:
-        if name not in implied:
-            tensors[f"network.{name}"] = value.detach().cpu().contiguous()
-        parameters[name] = [str(value.dtype).removeprefix("torch."), *value.shape]
-    own = guide.tensors() if isinstance(guide, MixtureGuide) else dict(guide.named_buffers())
-    for prefix, values in (("guide", own), ("model", model.tensors())):
-        for name, value in values.items():
-            tensors[f"{prefix}.{name}"] = value.detach().cpu().contiguous()
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors_of(model, guide).items()}
+    parameters = {
+        name: [str(value.dtype).removeprefix("torch."), *value.shape]
+        for name, value in [*net.named_parameters(), *_kept_buffers(net)]
+    }
     names: dict[str, Any] = {}
     if isinstance(guide, DrawsGuide):
         names = {"names": guide.names, "statistics": guide.statistics_names}
@@ -106,15 +100,19 @@ def write(
     path = Path(path)
     if path.exists() and not (path / _JSON).is_file():
         raise FileExistsError(f"{path} exists and is no posterior; choose another path or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    with replacing_folder(path) as temporary:
         safetensors.torch.save_file(tensors, temporary / _TENSORS)
         (temporary / _JSON).write_text(json.dumps(content, indent=1) + "\n")
-        temporary.chmod(0o755)
-        replace_folder(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def tensors_of(model: BayesianNetwork, guide: MixtureGuide | DrawsGuide) -> dict[str, Tensor]:
+    """What is written as numbers: of the network, of the guide, and of the model beside these."""
+    net = model.core().net
+    implied = set(_implied(model, guide))
+    network = {name: value for name, value in [*net.named_parameters(), *_kept_buffers(net)] if name not in implied}
+    own = guide.tensors() if isinstance(guide, MixtureGuide) else dict(guide.named_buffers())
+    parts = {"network": network, "guide": own, "model": model.tensors()}
+    return {f"{part}.{name}": value for part, values in parts.items() for name, value in values.items()}
 
 
 def read(
@@ -219,7 +217,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path} was written in format version {content['version']}; this pyro_bnn reads versions up to {VERSION}. "
             "Install a newer pyro_bnn"
         )
-    return content
+    return content if content["version"] == VERSION else older.from_version_1(content)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

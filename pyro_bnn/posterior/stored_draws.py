@@ -12,6 +12,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor
 
+from pyro_bnn import display
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.registry import storable
 
@@ -44,6 +45,10 @@ class DrawsGuide(PyroModule):
         self.plate = (model.site("members"), model.members_dim) if isinstance(model, BayesianNetwork) else None
         for i, value in enumerate(draws.values()):
             self.register_buffer(f"draws_{i}", value)
+
+    def __repr__(self) -> str:
+        counts = {"draws": len(self), "members": self.num_members, "chains": self.num_chains}
+        return display.call(self, **counts, sites=len(self.names), is_sampled=self.is_sampled)
 
     def __len__(self) -> int:
         """Number of stored draws of each member."""

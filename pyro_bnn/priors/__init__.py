@@ -1,8 +1,9 @@
 """Priors for weights and for multiplicative factors, swapped through the keyword ``prior=``.
 
 A prior is one of the classes here, a Pyro distribution, a callable ``(name, tensor) -> distribution``, or a mapping
-``{regular expression: prior}``. ``loc=None`` means the centre that leaves the network as it is: 1 for a factor that
-multiplies a weight (rank-1), 0 for a weight itself.
+``{pattern: prior}`` in which a pattern is the name of a parameter or of a module (all below it), or a regular
+expression of such a name as a whole; the first that matches counts. ``loc=None`` means the centre that leaves the
+network as it is: 1 for a factor that multiplies a weight (rank-1), 0 for a weight itself.
 
 Hierarchical priors have parameters of their own as latent sites, named ``<site>_tau`` (a scale for a whole layer),
 ``<site>_lambda`` (a scale for each element) and ``<site>_inclusion`` (the share of the slab).
@@ -19,18 +20,16 @@ from pyro_bnn.priors.families import (
     Prior,
     StudentT,
 )
-from pyro_bnn.priors.gaussian_mixture import CodeMixture, GaussianMixture
-from pyro_bnn.priors.spike_and_slab import Beta, InverseGamma, SpikeAndSlab, SpikeAndSlabDistribution
+from pyro_bnn.priors.gaussian_mixture import CodebookPrior, GaussianMixture
+from pyro_bnn.priors.spike_and_slab import SpikeAndSlab, SpikeAndSlabDistribution
 
 __all__ = [
-    "Beta",
     "Cauchy",
-    "CodeMixture",
+    "CodebookPrior",
     "GaussianMixture",
     "HierarchicalCauchy",
     "HierarchicalNormal",
     "Horseshoe",
-    "InverseGamma",
     "Laplace",
     "Normal",
     "Prior",

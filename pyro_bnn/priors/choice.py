@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
@@ -23,8 +22,9 @@ from pyro_bnn.priors.families import (
     Prior,
     StudentT,
 )
-from pyro_bnn.priors.gaussian_mixture import GaussianMixture
+from pyro_bnn.priors.gaussian_mixture import CodebookPrior, GaussianMixture
 from pyro_bnn.priors.spike_and_slab import SpikeAndSlab
+from pyro_bnn.selection import pattern_matches
 
 
 class _Fixed(Prior):
@@ -32,6 +32,9 @@ class _Fixed(Prior):
 
     def __init__(self, name: str, distribution: dist.TorchDistribution) -> None:
         self.name, self.distribution = name, distribution
+
+    def __repr__(self) -> str:
+        return repr(self.distribution)
 
     def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
         d = _moved(self.distribution, like)
@@ -76,18 +79,20 @@ PriorLike = (
 def resolve(prior: PriorLike, names: tuple[str, ...], like: Tensor) -> Prior:
     """The prior of one site.
 
-    :param names: the names that a pattern may match, the most specific first (``fc.weight.s``, ``fc.weight``).
+    :param names: the names that a pattern may match, the most specific first (``fc.weight.s``, ``fc.weight``); it may
+        also match a module that they are in (``fc``), see :func:`~pyro_bnn.selection.pattern_matches`.
     :param like: a tensor with the shape of the site.
-    :raises ValueError: when a mapping has no pattern for the site, or a distribution does not have its shape.
+    :raises ValueError: when a mapping has no pattern for the site, or an invalid one, or a distribution does not have
+        its shape.
     :raises TypeError: when the prior is none of the kinds above.
     """
     if isinstance(prior, Mapping):
         for pattern, one in prior.items():
-            if any(re.fullmatch(pattern, name) for name in names):
+            if any(pattern_matches(pattern, name) for name in names):
                 return resolve(one, names, like)
         raise ValueError(
             f"no pattern of the prior matches {names[0]!r} (patterns: {', '.join(map(repr, prior))}); the whole name "
-            "must match. Add a last pattern '.*' for all others."
+            "of it or of a module that it is in must match. Add a last pattern '.*' for all others."
         )
     if isinstance(prior, Prior):
         prior.require_fit(names[0], like)
@@ -113,7 +118,7 @@ def resolve(prior: PriorLike, names: tuple[str, ...], like: Tensor) -> Prior:
 _BY_NAME = {
     c.__name__: c
     for c in (
-        *(Normal, Cauchy, Laplace, StudentT, GaussianMixture),
+        *(Normal, Cauchy, Laplace, StudentT, GaussianMixture, CodebookPrior),
         *(HierarchicalCauchy, HierarchicalNormal, Horseshoe, SpikeAndSlab),
     )
 }

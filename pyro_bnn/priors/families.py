@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import pyro.distributions as dist
 from torch import Tensor
 
+from pyro_bnn import display
+
 
 def require_numbers(owner: object, **positive: float) -> None:
     for name, value in positive.items():
@@ -41,9 +43,12 @@ class Prior:
     #: whether the share of the slab, one number for the whole layer, is itself random
     has_inclusion: ClassVar[bool] = False
     #: whether nothing but the device and dtype changes the distribution, so that it can be built once
-    constant: ClassVar[bool] = False
+    is_constant: ClassVar[bool] = False
     #: whether a Cauchy has a finite KL divergence from it
-    heavy_tails: ClassVar[bool] = True
+    has_heavy_tails: ClassVar[bool] = True
+
+    def __repr__(self) -> str:
+        return display.call(self)
 
     def require_fit(self, name: str, like: Tensor) -> None:
         """Raises ValueError when the prior is none for a site of this shape."""
@@ -86,7 +91,7 @@ class _LocationScale(Prior):
     loc: float | None = None
     scale: float = 1.0
     family: ClassVar[Any]
-    constant: ClassVar[bool] = True
+    is_constant: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_numbers(self, scale=self.scale)
@@ -100,7 +105,7 @@ class Normal(_LocationScale):
     """``N(loc, scale^2)``, independent elements."""
 
     family = dist.Normal
-    heavy_tails: ClassVar[bool] = False
+    has_heavy_tails: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class Laplace(_LocationScale):
     """``Laplace(loc, scale)``, independent elements."""
 
     family = dist.Laplace
-    heavy_tails: ClassVar[bool] = False
+    has_heavy_tails: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ class StudentT(Prior):
     df: float = 3.0
     loc: float | None = None
     scale: float = 1.0
-    constant: ClassVar[bool] = True
+    is_constant: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         require_numbers(self, df=self.df, scale=self.scale)
@@ -169,7 +174,7 @@ class HierarchicalNormal(Prior):
     rate: float = 0.02
     loc: float | None = None
     has_tau: ClassVar[bool] = True
-    heavy_tails: ClassVar[bool] = False
+    has_heavy_tails: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_numbers(self, concentration=self.concentration, rate=self.rate)
@@ -196,7 +201,7 @@ class Horseshoe(Prior):
     loc: float | None = None
     has_tau: ClassVar[bool] = True
     has_lambda: ClassVar[bool] = True
-    heavy_tails: ClassVar[bool] = False
+    has_heavy_tails: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_numbers(self, scale=self.scale)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,9 +32,47 @@ class CodeMixture(dist.MixtureSameFamily):
 class GaussianMixture(Prior):
     """``w_i ~ sum_j pi_j N(m_j, s_j^2)``, independent elements.
 
-    With ``locs`` and ``scales`` the components are fixed. Without them the prior is the codebook of the
-    :class:`~pyro_bnn.models.CodebookGuide` that is made for the model (soft weight sharing: Nowlan and Hinton 1992;
-    Ullrich, Meeds and Welling 2017), with a wide Gaussian for weights that no code holds::
+    :param locs: m, J numbers.
+    :param scales: s, J positive numbers.
+    :param weights: pi, J positive numbers, which are divided by their sum; equal by default.
+    :raises ValueError: for numbers out of range, or lists of different lengths.
+    """
+
+    locs: Sequence[float]
+    scales: Sequence[float]
+    weights: Sequence[float] | None = None
+    is_constant: ClassVar[bool] = True
+    has_heavy_tails: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        weights = [1.0] * len(self.locs) if self.weights is None else self.weights
+        if not len(self.locs) == len(self.scales) == len(weights) > 0:
+            raise ValueError(
+                f"GaussianMixture: {len(self.locs)} locs, {len(self.scales)} scales and {len(weights)} weights; "
+                "expected as many of each, at least one"
+            )
+        for name, values in (("scales", self.scales), ("weights", weights)):
+            for value in values:
+                require_numbers(self, **{name: value})
+        if not all(math.isfinite(m) for m in self.locs):
+            raise ValueError(f"GaussianMixture(locs={self.locs!r}): expected finite numbers")
+        total = math.fsum(weights)
+        # frozen, hashable, and the same after a way through JSON
+        for name, values in (("locs", self.locs), ("scales", self.scales), ("weights", [w / total for w in weights])):
+            object.__setattr__(self, name, tuple(float(v) for v in values))
+
+    def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+        assert self.weights is not None
+        locs, scales, weights = (like.new_tensor(v) for v in (self.locs, self.scales, self.weights))
+        return dist.MixtureSameFamily(dist.Categorical(logits=weights.log()), dist.Normal(locs, scales))
+
+
+@dataclass(frozen=True)
+class CodebookPrior(Prior):
+    """The codebook of the :class:`~pyro_bnn.models.CodebookGuide` made for the model, as the prior of its own weights.
+
+    Soft weight sharing (Nowlan and Hinton 1992; Ullrich, Meeds and Welling 2017), with a wide Gaussian for weights that
+    no code holds::
 
         p(w_i) = pi_0 N(w_i; 0, slab^2) + sum_k pi_k N(w_i; m_k, s_k^2),    1 / s_k^2 ~ Gamma(concentration, rate)
 
@@ -43,70 +80,27 @@ class GaussianMixture(Prior):
     the probabilities r_i with which weight i has each code: in nats, the length of an optimal code for the labels. The
     prior of the precisions keeps codes from collapsing to points, for which a code length alone would have no price.
 
-    :param locs: m, J numbers.
-    :param scales: s, J positive numbers.
-    :param weights: pi, J positive numbers, which are divided by their sum; equal by default.
     :param slab: standard deviation of what the codes do not hold.
     :param concentration, rate: of the prior of the precisions; their mode ``(concentration - 1) / rate`` is that of a
         standard deviation of 0.01 by default.
-    :raises ValueError: for numbers out of range, or lists of different lengths.
+    :raises ValueError: for numbers out of range.
     """
 
-    locs: Sequence[float] | None = None
-    scales: Sequence[float] | None = None
-    weights: Sequence[float] | None = None
     slab: float = 1.0
     concentration: float = 2.0
     rate: float = 1e-4
-    heavy_tails: ClassVar[bool] = False
+    has_heavy_tails: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_numbers(self, slab=self.slab, concentration=self.concentration, rate=self.rate)
-        if (self.locs is None) != (self.scales is None) or self.locs is None and self.weights is not None:
-            raise ValueError(
-                "GaussianMixture takes locs and scales together (and weights with them), or none of them for the codes "
-                "of a guide"
-            )
-        if self.locs is not None and self.scales is not None:
-            weights = [1.0] * len(self.locs) if self.weights is None else self.weights
-            if not len(self.locs) == len(self.scales) == len(weights) > 0:
-                raise ValueError(
-                    f"GaussianMixture: {len(self.locs)} locs, {len(self.scales)} scales and {len(weights)} weights; "
-                    "expected as many of each, at least one"
-                )
-            for name, values in (("scales", self.scales), ("weights", weights)):
-                for value in values:
-                    require_numbers(self, **{name: value})
-            if not all(math.isfinite(m) for m in self.locs):
-                raise ValueError(f"GaussianMixture(locs={self.locs!r}): expected finite numbers")
-            total = math.fsum(weights)
-            # frozen, hashable, and the same after a way through JSON
-            for name, values in (
-                ("locs", self.locs),
-                ("scales", self.scales),
-                ("weights", [w / total for w in weights]),
-            ):
-                object.__setattr__(self, name, tuple(float(v) for v in values))
-        object.__setattr__(self, "constant", self.locs is not None)
-
-    @property
-    def of_codes(self) -> bool:
-        """Whether the components are the codes of a guide."""
-        return self.locs is None
 
     def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
-        components: CodeMixture | None = self.__dict__.get("_components")
-        if components is not None:
-            return components
-        if self.locs is None or self.scales is None or self.weights is None:
-            raise RuntimeError(
-                "the prior GaussianMixture() is the codebook of a guide: make a CodebookGuide for this model first, or "
-                "give the prior locs and scales"
-            )
-        locs, scales, weights = (like.new_tensor(v) for v in (self.locs, self.scales, self.weights))
-        return dist.MixtureSameFamily(dist.Categorical(logits=weights.log()), dist.Normal(locs, scales))
+        raise RuntimeError(
+            "the prior CodebookPrior is the codebook of a guide: make a CodebookGuide for this model first "
+            "(pyro_bnn.models.WeightSharing), or take a fixed prior, such as GaussianMixture(locs, scales)"
+        )
 
-    def with_codes(self, log_weights: Tensor, locs: Tensor, scales: Tensor, codebook: Any) -> GaussianMixture:
+    def with_codes(self, log_weights: Tensor, locs: Tensor, scales: Tensor, codebook: Any) -> Prior:
         """The prior given the codes of a guide.
 
         :param log_weights: log pi, ``[K + 1]``, the slab first.
@@ -114,11 +108,9 @@ class GaussianMixture(Prior):
         """
         locs = torch.cat([locs.new_zeros(1), locs])
         scales = torch.cat([scales.new_full((1,), self.slab), scales])
-        given = copy.copy(self)
         components = CodeMixture(dist.Categorical(logits=log_weights), dist.Normal(locs, scales))
         components.codebook = codebook
-        given.__dict__["_components"] = components
-        return given
+        return _GivenCodes(components)
 
     def log_density_of_precisions(self, scales: Tensor) -> Tensor:
         """``log Gamma(s_k^-2; concentration, rate)`` of each code, ``[K]``, in nats."""
@@ -126,3 +118,15 @@ class GaussianMixture(Prior):
             scales.new_full((), self.concentration), scales.new_full((), self.rate), validate_args=False
         )
         return gamma.log_prob(scales**-2)
+
+
+class _GivenCodes(Prior):
+    """A :class:`CodebookPrior` with the codes that a guide has now."""
+
+    has_heavy_tails: ClassVar[bool] = False
+
+    def __init__(self, components: CodeMixture) -> None:
+        self.components = components
+
+    def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+        return self.components

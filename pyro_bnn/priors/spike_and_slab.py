@@ -30,8 +30,8 @@ Spike = Literal["normal", "laplace"]
 
 
 @dataclass(frozen=True)
-class Beta:
-    """``Beta(a, b)`` over a probability; ``a, b > 1`` keep its mode off 0 and 1."""
+class BetaHyperprior:
+    """The numbers of ``Beta(a, b)`` over a probability; ``a, b > 1`` keep its mode off 0 and 1."""
 
     a: float
     b: float
@@ -41,8 +41,8 @@ class Beta:
 
 
 @dataclass(frozen=True)
-class InverseGamma:
-    """``InverseGamma(concentration, rate)`` over a variance."""
+class InverseGammaHyperprior:
+    """The numbers of ``InverseGamma(concentration, rate)`` over a variance."""
 
     concentration: float
     rate: float
@@ -51,31 +51,37 @@ class InverseGamma:
         require_numbers(self, concentration=self.concentration, rate=self.rate)
 
 
+Inclusion = float | BetaHyperprior | torch.distributions.Beta | Mapping[str, float] | Tensor
+VariancePrior = InverseGammaHyperprior | dist.TorchDistribution | Mapping[str, float] | None
+
+
 @dataclass(frozen=True)
 class SpikeAndSlab(Prior):
     """Groups of weights from a wide slab or a narrow spike; the module's text has the density.
 
     :param spike_scale: standard deviation of a Normal spike, or the scale of a Laplace spike.
     :param slab_scale: standard deviation of the slab.
-    :param inclusion: theta, or :class:`Beta` (also a Pyro one) over it, which makes ``<name>_inclusion`` a latent site.
+    :param inclusion: theta, or a ``pyro.distributions.Beta(a, b)`` over it (kept as :class:`BetaHyperprior`), which
+        makes ``<name>_inclusion`` a latent site.
     :param group: what is included or not together: each ``"weight"``, each ``"kernel"`` (all axes after the first two;
         of a matrix each weight), all weights of an ``"input"`` (axis 1 of the stored weight) or an ``"output"`` (axis
         0).
     :param spike: ``"normal"`` or ``"laplace"``, independent within a group. The tails of a Laplace spike are heavier
         than those of the slab: weights beyond some ``2 slab_scale^2 / spike_scale`` count as spikes again.
-    :param scale: :class:`InverseGamma` over sigma^2, a factor on both variances, which makes its root ``<name>_tau`` a
-        latent site; by default 1.
+    :param variance_prior: ``pyro.distributions.InverseGamma(concentration, rate)`` over sigma^2 (kept as
+        :class:`InverseGammaHyperprior`), a factor on both variances, which makes its root ``<name>_tau`` a latent site;
+        by default the factor is 1.
     :raises ValueError: for numbers out of range, or unknown names.
     """
 
     spike_scale: float = 0.01
     slab_scale: float = 1.0
-    inclusion: Any = Beta(2.0, 2.0)
+    inclusion: Inclusion = BetaHyperprior(2.0, 2.0)
     group: Group = "weight"
     spike: Spike = "normal"
-    scale: InverseGamma | None = None
+    variance_prior: VariancePrior = None
     loc: float | None = None
-    heavy_tails: ClassVar[bool] = False
+    has_heavy_tails: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         require_numbers(self, spike_scale=self.spike_scale, slab_scale=self.slab_scale)
@@ -88,20 +94,10 @@ class SpikeAndSlab(Prior):
             if value not in get_args(known):
                 raise ValueError(f"SpikeAndSlab({name}={value!r}): expected one of {', '.join(get_args(known))}")
         # described as JSON, and frozen: what is given in another form is put into the one that the fields have
-        if isinstance(self.inclusion, torch.distributions.Beta):
-            a, b = float(self.inclusion.concentration1), float(self.inclusion.concentration0)
-            object.__setattr__(self, "inclusion", Beta(a, b))
-        elif isinstance(self.inclusion, Mapping):
-            object.__setattr__(self, "inclusion", Beta(**self.inclusion))
-        if isinstance(self.scale, Mapping):
-            object.__setattr__(self, "scale", InverseGamma(**self.scale))
-        if self.scale is not None and not isinstance(self.scale, InverseGamma):
-            raise ValueError(f"SpikeAndSlab(scale={self.scale!r}): expected an InverseGamma over sigma^2, or None")
-        number = isinstance(self.inclusion, (int, float)) and 0 < self.inclusion < 1
-        if not number and not isinstance(self.inclusion, Beta):
-            raise ValueError(f"SpikeAndSlab(inclusion={self.inclusion!r}): expected a number in (0, 1), or Beta(a, b)")
-        object.__setattr__(self, "has_tau", self.scale is not None)
-        object.__setattr__(self, "has_inclusion", isinstance(self.inclusion, Beta))
+        object.__setattr__(self, "inclusion", _inclusion(self.inclusion))
+        object.__setattr__(self, "variance_prior", _variance_prior(self.variance_prior))
+        object.__setattr__(self, "has_tau", self.variance_prior is not None)
+        object.__setattr__(self, "has_inclusion", isinstance(self.inclusion, BetaHyperprior))
 
     def require_fit(self, name: str, like: Tensor) -> None:
         if not like.dim():
@@ -113,32 +109,72 @@ class SpikeAndSlab(Prior):
             )
 
     def tau(self, like: Tensor) -> dist.TorchDistribution:
-        assert self.scale is not None
-        return root_of_inverse_gamma(like, self.scale.concentration, self.scale.rate)
+        assert isinstance(self.variance_prior, InverseGammaHyperprior)
+        return root_of_inverse_gamma(like, self.variance_prior.concentration, self.variance_prior.rate)
 
     def typical_tau(self) -> float:
-        assert self.scale is not None
-        return math.sqrt(self.scale.rate / self.scale.concentration)
+        assert isinstance(self.variance_prior, InverseGammaHyperprior)
+        return math.sqrt(self.variance_prior.rate / self.variance_prior.concentration)
 
     def share(self, like: Tensor) -> dist.TorchDistribution:
+        assert isinstance(self.inclusion, BetaHyperprior)
         return dist.Beta(like.new_full((), self.inclusion.a), like.new_full((), self.inclusion.b))
 
     def typical_share(self) -> float:
-        return float(self.inclusion.a / (self.inclusion.a + self.inclusion.b))
+        assert isinstance(self.inclusion, BetaHyperprior)
+        return self.inclusion.a / (self.inclusion.a + self.inclusion.b)
 
     def with_share(self, share: Tensor) -> SpikeAndSlab:
         given = copy.copy(self)
         object.__setattr__(given, "inclusion", share)
         return given
 
+    def _fixed_inclusion(self) -> float:
+        assert isinstance(self.inclusion, float), "the share of the slab is a site of its own: see with_share()"
+        return self.inclusion
+
     def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> SpikeAndSlabDistribution:
         if scale is not None:  # it comes ready to multiply elements; here it belongs to groups
             scale = scale.reshape(scale.shape[: scale.dim() - like.dim()])
-        share = self.inclusion if isinstance(self.inclusion, Tensor) else like.new_full((), self.inclusion)
+        share = self.inclusion if isinstance(self.inclusion, Tensor) else like.new_full((), self._fixed_inclusion())
         loc = center if self.loc is None else self.loc
         return SpikeAndSlabDistribution(
             loc, share, self.spike_scale, self.slab_scale, like.shape, self.group, self.spike, scale
         )
+
+
+def _inclusion(given: Inclusion) -> float | BetaHyperprior:
+    if isinstance(given, torch.distributions.Beta):
+        return BetaHyperprior(_number(given.concentration1), _number(given.concentration0))
+    if isinstance(given, Mapping):
+        return BetaHyperprior(**given)
+    if isinstance(given, BetaHyperprior) or isinstance(given, (int, float)) and 0 < given < 1:
+        return given
+    raise ValueError(
+        f"SpikeAndSlab(inclusion={given!r}): expected a number in (0, 1), or pyro.distributions.Beta(a, b)"
+    )
+
+
+def _variance_prior(given: VariancePrior) -> InverseGammaHyperprior | None:
+    if isinstance(given, (dist.InverseGamma, torch.distributions.InverseGamma)):
+        return InverseGammaHyperprior(_number(given.concentration), _number(given.rate))
+    if isinstance(given, Mapping):
+        return InverseGammaHyperprior(**given)
+    if given is None or isinstance(given, InverseGammaHyperprior):
+        return given
+    raise ValueError(
+        f"SpikeAndSlab(variance_prior={given!r}): expected pyro.distributions.InverseGamma(concentration, rate) over "
+        "sigma^2, or None"
+    )
+
+
+def _number(value: Tensor) -> float:
+    if value.numel() != 1:
+        raise ValueError(
+            f"SpikeAndSlab takes one number for each parameter of a hyperprior, got a tensor of shape "
+            f"{tuple(value.shape)}: give weights with other hyperpriors other priors, in a mapping {{pattern: prior}}"
+        )
+    return float(value)
 
 
 class SpikeAndSlabDistribution(dist.TorchDistribution):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_bnn.inputs import to_device
+from pyro_bnn.inputs import inputs
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import undisturbed
 from pyro_bnn.network import batch_size
@@ -65,7 +65,7 @@ def sparsify(
     """
     if sparsity is not None and not 0 <= sparsity < 1:
         raise ValueError(f"sparsity={sparsity!r}: expected the share of weights to remove, in [0, 1), or None")
-    network, example = model.core().net, to_device(example, model.like())
+    network, example = model.core().net, inputs(example, model.like())
     masks = _masks(model, odds, sparsity)
     before = _size(network, by_parameter(model, draws), example)
     draws = {name: _masked(value, masks.get(_parameter(model, name))) for name, value in draws.items()}

@@ -10,9 +10,7 @@ training images; ``--validate`` measures on the other 10,000, which is how setti
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,11 +23,19 @@ import pyro_bnn as pb
 from pyro_bnn.command.recipes import trained_network
 from pyro_bnn.inference import cosine, fit
 from pyro_bnn.inference.svi.elbo import MixtureELBO
-from pyro_bnn.models import CodebookGuide, Dense, MeanFieldGuide, MergeCodes, PointGuide, WeightSharing
+from pyro_bnn.models import (
+    CodebookGuide,
+    Dense,
+    MeanFieldGuide,
+    MergeCodes,
+    PointGuide,
+    SharedWeights,
+    WeightSharing,
+)
 from pyro_bnn.models.weight_sharing.plots import PUBLISHED, plot_frontier
-from pyro_bnn.priors import GaussianMixture
+from pyro_bnn.priors import CodebookPrior, GaussianMixture
 from tests.benchmarks.datasets import CLASSES, images
-from tests.benchmarks.measure import RESULTS, machine
+from tests.benchmarks.measure import read_results, write_results
 from tests.benchmarks.sparse_images import HELD_OUT
 from tests.benchmarks.sparse_images import build as lenet
 
@@ -157,7 +163,7 @@ class Study:
         if name not in self.rows:
             posterior, row = make()
             draws = 1 if isinstance(posterior.guide, PointGuide) else DRAWS
-            row |= pb.diagnostics.evaluate(posterior, self.test, self.ood, num_samples=draws, batch_size=1000)
+            row |= pb.diagnostics.evaluate(posterior, self.test, self.ood, num_samples=draws, batch_size=1000, seed=0)
             row["loss"] = self.loss(posterior)
             self.rows[name] = {"data": self.data, "network": self.network, "name": name} | row
             torch.save({"settings": asdict(self.settings), "rows": self.rows}, self.path.with_suffix(".tmp"))
@@ -183,7 +189,7 @@ class Study:
         """Codes of the mean field, trained by the ELBO under its prior, or the codebook's own, while they merge."""
         _, model, field = self.start()
         if own_prior:
-            prior = {re.escape(name): GaussianMixture() for name in model.weights()} | {".*": PRIOR}
+            prior = {name: CodebookPrior() for name in model.weights()} | {".*": PRIOR}
             state = model.state_dict()
             model = WeightSharing(model.core().net, LIKELIHOOD, len(self.train[1]), prior=prior)
             model.load_state_dict(state)
@@ -199,7 +205,7 @@ class Study:
         posterior, row = self.codebook(merge=False, frozen=True)
         codes: Any = posterior.guide
         net = posterior.model.core().net  # type: ignore[attr-defined]
-        model = WeightSharing(net, LIKELIHOOD, len(self.train[1]), prior=PRIOR, shared=codes.book)
+        model = SharedWeights(net, LIKELIHOOD, len(self.train[1]), codebook=codes.book, prior=PRIOR)
         guide = model.shared_guide(codes)
         s = self.settings
         return self.fit(model, guide, s.code_epochs, s.code_lr), row
@@ -303,13 +309,10 @@ def main() -> None:
         return
     rows = list(with_ratios(list(study.rows.values())))
     table(rows)
-    path = RESULTS / "compression.json"
-    known = json.loads(path.read_text()) if path.exists() else {"rows": []}
     key = (options.data, options.network)
-    rows += [row for row in known["rows"] if (row["data"], row["network"]) != key]
-    found = {"machine": machine(), "settings": asdict(settings), "published": PUBLISHED, "rows": rows}
-    path.with_suffix(".tmp").write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
+    rows += [row for row in read_results("compression").get("rows", []) if (row["data"], row["network"]) != key]
+    found = {"settings": asdict(settings), "published": PUBLISHED, "rows": rows}
+    write_results("compression", found, seeds=[0], part=" ".join(key), keep=True)
     points = [row for row in rows if row["name"].split()[0] == "frontier" and row["data"] == "mnist"]
     if points:
         plot_frontier(points).savefig("docs/compression.png", dpi=90)

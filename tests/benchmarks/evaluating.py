@@ -46,7 +46,7 @@ def build(draws: int, images: int) -> Callable[[], Any]:
     model = pb.models.Dense(LeNet5(), pb.likelihoods.Categorical(), IMAGES)
     posterior = pb.Posterior(model, pb.models.MeanFieldGuide(model))
     return partial(
-        pb.diagnostics.evaluate, posterior, Noise(images), Noise(images), num_samples=draws, batch_size=BATCH
+        pb.diagnostics.evaluate, posterior, Noise(images), Noise(images), num_samples=draws, batch_size=BATCH, seed=0
     )
 
 

@@ -37,7 +37,7 @@ from pyro_bnn.command.recipes import trained_network
 from pyro_bnn.inference import SVGD, cosine
 from pyro_bnn.models import Bella, Dense, ParticleGuide, PointGuide
 from tests.benchmarks.datasets import cifar10, images, minilm, reviews
-from tests.benchmarks.measure import RESULTS, machine
+from tests.benchmarks.measure import read_results, write_results
 
 RUNS = Path("runs/finetune")
 METHODS = ("deterministic", "deterministic, long", "ensemble", "svgd", "wgd")
@@ -217,8 +217,8 @@ def deterministic(net: nn.Module, rows: Rows, *, epochs: int, lr: float, batch_s
 
 
 def particles(net: nn.Module, head: str, rows: Rows, method: Any, settings: Settings, seed: int) -> pb.Posterior:
-    prior = pb.priors.Normal(0.0, settings.scale)
-    model = Bella(net, LIKELIHOOD, len(rows.y), rank=RANK, prior=prior, head=head, affine=settings.affine)
+    own = settings.affine
+    model = Bella(net, LIKELIHOOD, len(rows.y), rank=RANK, product_scale=settings.scale, head=head, affine=own)
     guide = ParticleGuide(model, PARTICLES)
     engine = SVGD(model, guide, method=method, lr=settings.particle_lr)
     return engine.fit(
@@ -230,7 +230,7 @@ def particles(net: nn.Module, head: str, rows: Rows, method: Any, settings: Sett
 
 
 def quality(posterior: pb.Posterior, rows: Rows, ood: Tensor) -> dict[str, float]:
-    found = pb.diagnostics.evaluate(posterior, (rows.x, rows.y), ood, num_samples=1, batch_size=100)
+    found = pb.diagnostics.evaluate(posterior, (rows.x, rows.y), ood, num_samples=1, batch_size=100, seed=0)
     return {name: found[name] for name in METRICS}
 
 
@@ -301,11 +301,10 @@ def main() -> None:
                         _write(path, known)
                 rows.append(known["row"])
         if not options.validate and not options.method:
-            path = RESULTS / "finetune.json"
-            found = json.loads(path.read_text()) if path.exists() else {"tasks": {}}
+            tasks = read_results("finetune").get("tasks", {})
             own = {"settings": asdict(settings), "summary": summary(rows), "rows": rows}
-            found = {"machine": machine(), "chosen": CHOSEN, "tasks": found["tasks"] | {name: own}}
-            _write(path, found)
+            found = {"chosen": CHOSEN, "tasks": tasks | {name: own}}
+            write_results("finetune", found, seeds=range(options.seeds), part=name, keep=True)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

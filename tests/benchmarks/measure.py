@@ -6,8 +6,10 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,6 +19,8 @@ from unittest.mock import patch
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+#: where the rows of a file come from when one run has measured them all
+ALL_ROWS = "all rows"
 
 
 def interleaved(
@@ -80,13 +84,60 @@ def machine() -> dict[str, Any]:
     }
 
 
-def report(name: str, rows: list[dict[str, Any]]) -> None:
-    """Prints the rows and writes them, with machine and versions, to the committed results."""
-    for row in rows:
-        print("  ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+def provenance(seeds: Sequence[int]) -> dict[str, Any]:
+    """What code made a result, when, and with which seeds.
+
+    ``commit`` and ``dirty`` are None outside a git checkout; dirty means that tracked files other than results and
+    pictures differ from the commit.
+    """
+    commit = _git("rev-parse", "HEAD")
+    changes = _git(
+        "status", "--porcelain", "--untracked-files=no", "--", ".", ":!tests/benchmarks/results", ":!docs/*.png"
+    )
+    return {
+        "commit": commit,
+        "dirty": None if changes is None else bool(changes),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": version("pyro-bnn"),
+        "seeds": list(seeds),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    root = Path(__file__).parents[2]
+    try:
+        found = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def read_results(name: str) -> dict[str, Any]:
+    """The committed results of that name, or those of nothing."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else {"provenance": {}}
+
+
+def write_results(
+    name: str, content: dict[str, Any], seeds: Sequence[int], part: str = ALL_ROWS, keep: bool = False
+) -> None:
+    """Writes a file of the committed results, with machine, versions and provenance.
+
+    :param part: which rows this run has measured, where a file gathers those of several runs.
+    :param keep: the provenance of the other parts, whose rows stay.
+    """
+    known = read_results(name)["provenance"] if keep else {}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
+    whole = {"machine": machine(), "provenance": known | {part: provenance(seeds)}} | content
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    temporary.write_text(json.dumps(whole, indent=1) + "\n")
     os.replace(temporary, path)
     print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+
+
+def report(name: str, rows: list[dict[str, Any]], seeds: Sequence[int] = (0,)) -> None:
+    """Prints the rows and writes them to the committed results."""
+    for row in rows:
+        print("  ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()))
+    write_results(name, {"rows": rows}, seeds)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import pyro_bnn as pb
 from pyro_bnn.inference import RBF, SVGD
-from pyro_bnn.inference.stein.kernels import Points
+from pyro_bnn.inference.stein.positions import Positions
 from pyro_bnn.models import Bella, ParticleGuide
 from pyro_bnn.models.architectures import resnet18
 from tests.benchmarks.measure import interleaved, peak_memory, report
@@ -75,7 +75,7 @@ def ours() -> Step:
     theta, gradients = cloud()
 
     def update() -> Tensor:
-        points = Points([theta])
+        points = Positions([theta])
         values = points.evaluate(RBF())
         (repulsion,), _ = points.gradients(values, own=False)
         return torch.addmm(repulsion, values.value.float(), gradients, beta=-1 / PARTICLES, alpha=1 / PARTICLES)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import os
 import time
@@ -35,7 +34,7 @@ from pyro_bnn.models.architectures import LeNet5, LeNet300100
 from pyro_bnn.posterior import Posterior, Prediction
 from pyro_bnn.priors import SpikeAndSlab
 from tests.benchmarks.datasets import CLASSES, images
-from tests.benchmarks.measure import RESULTS, machine
+from tests.benchmarks.measure import read_results, write_results
 
 LEVELS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99)
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"lenet300100": LeNet300100, "lenet5": LeNet5}
@@ -283,20 +282,18 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, action="append", help="by default both")
     parser.add_argument("--validate", action="store_true", help="on held-out training images; nothing is written")
     options = parser.parse_args()
-    path = RESULTS / "sparse_images.json"
     for network in options.network or NETWORKS:
         settings = SETTINGS[network]
         rows = measure(options.data, network, settings, options.validate)
         table(rows)
         if options.validate:
             continue
-        others = json.loads(path.read_text()) if path.exists() else {"rows": [], "settings": {}}
+        others = read_results("sparse_images")
         key = f"{options.data} {network}"
-        rows += [row for row in others["rows"] if f"{row['data']} {row['network']}" != key]
-        used = others["settings"] | {key: asdict(settings)}
-        found = {"machine": machine(), "chosen": CHOSEN, "settings": used, "rows": rows}
-        path.with_suffix(".tmp").write_text(json.dumps(found, indent=1) + "\n")
-        os.replace(path.with_suffix(".tmp"), path)
+        rows += [row for row in others.get("rows", []) if f"{row['data']} {row['network']}" != key]
+        used = others.get("settings", {}) | {key: asdict(settings)}
+        found = {"chosen": CHOSEN, "settings": used, "rows": rows}
+        write_results("sparse_images", found, seeds=range(len(LEVELS)), part=key, keep=True)
         plot(rows, Path("docs/sparse_images.png"))
 
 

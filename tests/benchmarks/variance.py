@@ -9,7 +9,6 @@ weights at 5 inputs, whose prior is N(0, I), again over its true value.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from typing import Any
@@ -22,7 +21,7 @@ from torch import nn
 import pyro_bnn as pb
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference import RBF, SVGD, AutoParticles
-from tests.benchmarks.measure import RESULTS, machine
+from tests.benchmarks.measure import write_results
 
 PARTICLES = 20
 DIMENSIONS = (2, 10, 100, 1_000, 10_000)
@@ -89,10 +88,7 @@ def main() -> None:
             rows.append(row)
             print("  ".join(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
     assert all(math.isfinite(row["joint"]) for row in rows)
-    path = RESULTS / "variance.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"machine": machine(), "particles": PARTICLES, "rows": rows}, indent=1) + "\n")
-    temporary.replace(path)
+    write_results("variance", {"particles": PARTICLES, "rows": rows}, seeds=[0])
 
 
 if __name__ == "__main__":

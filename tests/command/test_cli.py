@@ -6,21 +6,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from click.testing import Result
+from command_runs import metrics_of, run, small_npz, without_seconds
 from html_page import require_self_contained
 from PIL import Image
-from typer.testing import CliRunner
 
 import pyro_bnn as pb
 from pyro_bnn.command import data
 from pyro_bnn.command.cli import app
-from pyro_bnn.command.options import Method, complete
+from pyro_bnn.command.options import MethodName, complete
 from pyro_bnn.models import architectures
 
 MEASURED = {
@@ -34,31 +32,6 @@ MEASURED = {
 }
 OF_NUMBERS = {"nll", "rmse", "crps", "coverage", "width", "aleatoric", "epistemic"}
 COST = {"seconds", "trainable_parameters"}
-
-
-def run(*arguments: object, expect: int = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == expect, result.output
-    return result
-
-
-def metrics_of(folder: Path, name: str = "metrics.json") -> dict[str, Any]:
-    return json.loads((folder / name).read_text())
-
-
-def without_seconds(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {
-        key: without_seconds(value) if isinstance(value, dict) else value
-        for key, value in metrics.items()
-        if key != "seconds"
-    }
-
-
-def small_npz(path: Path, rows: int = 48) -> Path:
-    x = np.random.default_rng(0).normal(size=(rows, 2))
-    y = (x[:, 0] > 0).astype(int)
-    np.savez(path, x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +56,50 @@ def test_fit_writes_the_run_folder_and_prints_both_networks(digits_run: tuple[Pa
         assert text in output
     config = json.loads((folder / "config.json").read_text())
     assert config["options"]["prior"] == "hierarchical-cauchy" and config["options"]["network"] == "mlp"
+
+
+@pytest.mark.parametrize("error", [ImportError("No module named 'h5py'"), OSError("No space left on device")], ids=repr)
+def test_a_run_is_whole_when_the_file_for_arviz_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Proves that a failure at the last file says what is missing, and that the other commands work on the run."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    folder, source = tmp_path / "run", small_npz(tmp_path / "small.npz")
+    common = ("fit", "--data", source, "--epochs", 1, "--samples", 2, "--out", folder)
+    run(*common, "--quiet")
+    assert (folder / "posterior.nc").is_file()
+    with monkeypatch.context() as patched:
+        patched.setattr(pb.diagnostics, "to_arviz", fail, raising=False)
+        result = run(*common, "--overwrite", expect=1)
+    assert result.stderr.count("\n") == 1 and str(error) in result.stderr
+    assert "posterior.nc could not be written" in result.stderr and str(folder) in result.stderr
+    assert f"Saved in {folder}" in result.stdout, "the table is printed all the same"
+    names = {"config.json", "metrics.json", "posterior", "deterministic"}
+    assert {path.name for path in folder.iterdir()} == names, "and no file of the run that was replaced"
+    before = metrics_of(folder)
+    run("evaluate", folder, "--quiet")
+    assert metrics_of(folder) == before
+    run("report", folder, "--quiet")
+    assert (folder / "report.html").is_file()
+
+
+def test_a_comparison_goes_on_when_the_file_for_arviz_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proves that every method is trained and compared, with a warning for each run that lacks the file."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(pb.diagnostics, "to_arviz", fail, raising=False)
+    folder, source = tmp_path / "all", small_npz(tmp_path / "small.npz")
+    result = run("compare", "--data", source, "--epochs", 1, "--methods", "rank1,dense", "--out", folder, "--quiet")
+    assert result.stderr.count("No space left on device") == 2
+    assert set(metrics_of(folder, "comparison.json")["metrics"]) == {"rank1", "dense", "deterministic"}
+    assert not list(folder.rglob("posterior.nc"))
 
 
 def test_saved_run_opens_without_the_command_line(digits_run: tuple[Path, str]) -> None:
@@ -435,7 +452,7 @@ def test_a_method_has_its_own_options_alone() -> None:
     task = data.digits()
     asked = {"data": "digits", "epochs": 1, "batch_size": 8, "lr": 0.1, "seed": 0, "device": "cpu"}
     common = {*asked, "method", "network", "prior"}
-    own: dict[Method, set[str]] = {
+    own: dict[MethodName, set[str]] = {
         "rank1": {"components", "family", "samples"},
         "dense": {"components", "samples"},
         "spike-slab": {"sparsity", "temperature", "samples", "group"},

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from command_runs import metrics_of, run, small_npz, without_seconds
 from PIL import Image
-from test_cli import metrics_of, run, small_npz, without_seconds
 from torch import Tensor, nn
 
 import pyro_bnn as pb

@@ -114,6 +114,9 @@ class FakePosterior:
     def count(self, asked: int | None = None) -> int:
         return asked or 16
 
+    def count_all(self, asked: int | None, default: int) -> int:
+        return asked or default
+
     def predict(
         self, x: Any, num_samples: int | None = None, batch_size: int | None = None, seed: int | None = None
     ) -> Any:

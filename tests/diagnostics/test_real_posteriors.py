@@ -118,7 +118,7 @@ def test_other_likelihoods(likelihood: pb.likelihoods.Likelihood, columns: int) 
         model = pb.models.Dense(nn.Linear(2, columns), likelihood, 60)
         posterior = pb.Posterior(model, pb.models.MeanFieldGuide(model))
     y = (x[:, :1] > torch.tensor([0.0, 0.5, -0.5])[:columns]).float()
-    result = pb.diagnostics.evaluate(posterior, (x, y), batch_size=25)
+    result = pb.diagnostics.evaluate(posterior, (x, y), batch_size=25, seed=0)
     prediction = posterior.predict(x, seed=0)
     assert result["nll"] == pytest.approx(
         -float(prediction.log_prob(y).logsumexp((0, 1)).mean()) + math.log(16), rel=1e-5
@@ -127,7 +127,7 @@ def test_other_likelihoods(likelihood: pb.likelihoods.Likelihood, columns: int) 
         brier = 2 * (prediction.probs.reshape(y.shape) - y).square().mean()
         assert result["brier"] == pytest.approx(float(brier), rel=1e-5)
         entropy = prediction.entropy.reshape(60, -1).mean(1)
-        auroc = pb.diagnostics.evaluate(posterior, (x[:30], y[:30]), ood=x[30:])["ood_auroc"]
+        auroc = pb.diagnostics.evaluate(posterior, (x[:30], y[:30]), ood=x[30:], seed=0)["ood_auroc"]
         larger = (entropy[30:, None] > entropy[None, :30]).double().mean()
         assert auroc == pytest.approx(float(larger), abs=1e-3)
     data = pb.diagnostics.to_arviz(posterior, x, y, num_samples=5)
@@ -154,8 +154,8 @@ def test_all_draws_of_nuts() -> None:
 def test_the_global_random_state_is_left_alone(classifier: pb.Posterior) -> None:
     x = inputs(20)
     before = torch.get_rng_state()
-    pb.diagnostics.evaluate(classifier, TensorDataset(x, classes(x)), ood=TensorDataset(x))
-    pb.diagnostics.to_arviz(classifier, x, classes(x), num_samples=5)
+    pb.diagnostics.evaluate(classifier, TensorDataset(x, classes(x)), ood=TensorDataset(x), seed=0)
+    pb.diagnostics.to_arviz(classifier, x, classes(x), num_samples=5, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -1,4 +1,4 @@
-"""Bella: what is shared and what is not, the prior on the product's scale, targets as PEFT names them, and engines."""
+"""Bella: what is shared and what is not, the prior on the product's scale, which weights are adapted, and engines."""
 
 from __future__ import annotations
 
@@ -105,10 +105,10 @@ def test_each_particle_is_the_network_with_its_own_weights() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"rank": 1}, {"rank": 8, "alpha": 3.0}, {"rank": 9, "rank_stabilised": True}])
-def test_a_normal_prior_is_on_the_scale_of_the_product(options: dict[str, Any]) -> None:
-    """The standard deviation of elements of scale B A over prior draws is sigma, at every rank and alpha."""
+def test_product_scale_is_the_standard_deviation_of_the_product(options: dict[str, Any]) -> None:
+    """Of the elements of scale B A over prior draws, at every rank and alpha."""
     net = nn.Linear(40, 30).double()
-    model = Bella(net, None, prior=Normal(0.0, 0.3), **options)
+    model = Bella(net, None, product_scale=0.3, **options)
     torch.manual_seed(0)
     draws = [poutine.trace(model).get_trace(torch.zeros(1, 40, dtype=torch.float64)).nodes for _ in range(300)]
     products = torch.stack([model.scale * d["weight.B"]["value"][0, 0] @ d["weight.A"]["value"][0, 0] for d in draws])
@@ -124,6 +124,24 @@ def test_scales() -> None:
     assert Bella(net, None, rank=8, alpha=16).scale == 2.0
     assert Bella(net, None, rank=4, rank_stabilised=True).scale == 4.0
     assert Bella(net, None, rank=16, alpha=8, rank_stabilised=True).scale == 2.0
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 1}, {"rank": 8, "alpha": 3.0}, {"rank": 9, "rank_stabilised": True}])
+def test_the_default_is_a_product_of_a_tenth(options: dict[str, Any]) -> None:
+    """Of the factors ``N(0, 0.1 / (scale sqrt(rank)))``, and the same when it is given."""
+    model, given = (Bella(nn.Linear(4, 3), None, **options, **own) for own in ({}, {"product_scale": 0.1}))
+    expected = Normal(0.0, math.sqrt(0.1 / (model.scale * math.sqrt(model.rank))))
+    assert model.priors == given.priors == {"weight.A": expected, "weight.B": expected}
+
+
+def test_a_prior_is_that_of_the_factors_themselves() -> None:
+    """A Normal too, with a mean where it has one; and it takes the place of the scale of the product."""
+    _, model = small(prior=Normal(0.5, 0.3), select="0")
+    assert model.priors == {"0.weight.A": Normal(0.5, 0.3), "0.weight.B": Normal(0.5, 0.3)}
+    draws = [poutine.trace(model).get_trace(rows()[0]).nodes["0.weight.A"]["value"].flatten() for _ in range(400)]
+    values = torch.cat(draws)
+    assert abs(float(values.mean()) - 0.5) < 4 * 0.3 / math.sqrt(len(values))
+    assert abs(float(values.std()) - 0.3) < 4 * 0.3 / math.sqrt(2 * len(values))
 
 
 def test_other_priors_are_of_the_factors() -> None:
@@ -168,17 +186,17 @@ class Text(nn.Module):
 @pytest.mark.parametrize(
     ("select", "expected"),
     [
-        (["c_fc", "c_proj"], {f"blocks.{i}.{n}.weight" for i in (0, 1) for n in ("c_fc", "c_proj")}),
-        (["0.c_fc"], {"blocks.0.c_fc.weight"}),
+        ([".*c_fc", ".*c_proj"], {f"blocks.{i}.{n}.weight" for i in (0, 1) for n in ("c_fc", "c_proj")}),
+        (["blocks.0.c_fc"], {"blocks.0.c_fc.weight"}),
         (["head.weight"], {"head.weight"}),
         (r"blocks\.1\.c_.*", {"blocks.1.c_fc.weight", "blocks.1.c_proj.weight"}),
-        (["in_proj_weight"], {f"blocks.{i}.attention.in_proj_weight" for i in (0, 1)}),
+        ([".*in_proj_weight"], {f"blocks.{i}.attention.in_proj_weight" for i in (0, 1)}),
         (nn.Embedding, {"embed.weight"}),
         (lambda name, weight: weight.shape[0] == 3, {"head.weight"}),
         ([nn.Embedding, "head"], {"embed.weight", "head.weight"}),
     ],
 )
-def test_targets_are_named_as_in_peft(select: Any, expected: set[str]) -> None:
+def test_which_weights_are_adapted(select: Any, expected: set[str]) -> None:
     assert set(Bella(Text(), CLASSES, 10, select=select).weights) == expected
 
 
@@ -199,7 +217,7 @@ def test_the_size_of_the_authors_configuration() -> None:
     """368,640 numbers for each particle: both layers of the twelve perceptrons of a ViT-B/32 at rank 4."""
     with torch.device("meta"):
         net = torchvision.models.vit_b_32()
-    model = Bella(net, CLASSES, 10, select=["mlp.0", "mlp.3"])
+    model = Bella(net, CLASSES, 10, select=r".*\.mlp\.[03]")
     assert len(model.weights) == 24 and sum(site.shape.numel() for site in model.sites()) == 368_640
 
 
@@ -209,13 +227,14 @@ def test_the_size_of_the_authors_configuration() -> None:
         ({"rank": 0}, "rank=0"),
         ({"rank": 2.5}, "rank=2.5"),
         ({"alpha": -1.0}, "alpha=-1.0"),
-        ({"select": ["nothing"]}, "matches none of the weights: 0.weight, 2.weight"),
-        ({"select": "0.w"}, "matches none"),
-        ({"head": "3"}, "no module of this name"),
-        ({"head": "1"}, "is a Tanh: expected a linear layer"),
-        ({"prior": Normal(1.0, 0.1)}, "around 0"),
+        ({"select": ["nothing"]}, "matches none of the weights; no names are like it"),
+        ({"select": "0.w"}, "matches none of the weights; the nearest names are '0.weight'"),
+        ({"head": "3"}, "head='3' matches none of the weights and biases of linear layers"),
+        ({"head": "1"}, "of linear layers: '1' is a Tanh that has none"),
+        ({"prior": Normal(1.0, 0.1), "product_scale": 0.1}, "give one of them"),
+        ({"product_scale": -1.0}, "product_scale=-1.0: expected a positive"),
         ({"affine": True}, "no normalisation layer with gains or biases"),
-        ({"affine": "0.bias"}, "matches none of the parameters"),
+        ({"affine": "0.bias"}, "matches none of the gains and biases of normalisation layers"),
     ],
 )
 def test_bad_input(options: dict[str, Any], said: str) -> None:
@@ -355,7 +374,7 @@ def test_particles_with_gains_and_biases_of_their_own(name: str) -> None:
     gain and bias has an effect, and the network's own stay as they are."""
     net = normalised(name)
     before = {n: value.clone() for n, value in net.state_dict().items()}
-    model = Bella(net, CLASSES, 2, rank=2, affine=True, prior=Normal(0.0, 0.02))
+    model = Bella(net, CLASSES, 2, rank=2, affine=True, product_scale=0.02)
     norms = [m for m in net.modules() if isinstance(m, NORMALISATIONS)]
     assert len(model.affine_parameters) == sum(len([*m.parameters(recurse=False)]) for m in norms) > 0
     guide = ParticleGuide(model, particles=3, init="kaiming")
@@ -478,6 +497,22 @@ def test_gains_and_biases_under_other_engines() -> None:
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
+@pytest.mark.parametrize("scale", [0.003, 0.25])
+def test_particles_start_with_the_spread_that_was_asked_for(scale: float) -> None:
+    """B is normal with the standard deviation ``init_scale``: of n draws the mean has a standard error of
+    ``s / sqrt(n)`` and the standard deviation one of ``s / sqrt(2 n)``. A is as in a new layer, uniform."""
+    torch.manual_seed(0)
+    model = Bella(nn.Linear(12, 50), None, rank=8)
+    values = ParticleGuide(model, particles=20, init_scale=scale).coordinates()
+    a, b = values["weight.A"].flatten(), values["weight.B"].flatten()
+    assert abs(float(b.mean())) < 4 * scale / math.sqrt(len(b))
+    assert abs(float(b.std()) - scale) < 4 * scale / math.sqrt(2 * len(b))
+    bound = 1 / math.sqrt(12)
+    assert float(a.abs().max()) <= bound
+    # a uniform has a kurtosis of 9/5, and n draws of it a relative error of sqrt(1 / 5 n) in the standard deviation
+    assert abs(float(a.std()) - bound / math.sqrt(3)) < 4 * bound / math.sqrt(3) * math.sqrt(0.2 / len(a))
+
+
 def test_heads_and_gains_differ_from_the_start() -> None:
     """By `init_scale`: from one place the kernel of a tensor would move all particles alike, and never part them."""
     net = normalised("window")
@@ -553,7 +588,7 @@ def test_a_transformer_is_tuned_by_its_particles() -> None:
     y = (tokens == 3).any(1).long()
     net = Text()
     net.head = nn.Linear(4, 2)
-    model = Bella(net, CLASSES, 40, head="head", prior=Normal(0.0, 1.0))
+    model = Bella(net, CLASSES, 40, head="head", product_scale=1.0)
     guide = ParticleGuide(model, particles=4)
     engine = pb.inference.SVGD(model, guide, lr=0.02)
     assert (engine.space, engine.scope) == ("product", "tensor")

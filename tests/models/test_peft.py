@@ -49,11 +49,11 @@ IMAGES = torch.randn(4, 2, 6, 6, generator=torch.Generator().manual_seed(0))
 CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "convolutions": (Images, IMAGES, {"select": ["stem", "mix", "head"]}),
     "a head of their own": (Images, IMAGES, {"select": ["stem"], "head": "head"}),
-    "layers that store [in, out]": (gpt, TOKENS, {"select": ["c_attn", "c_proj"]}),
-    "attention and embeddings": (bert, TOKENS, {"select": ["query", "value", "word_embeddings"], "head": "classifier"}),
+    "layers that store [in, out]": (gpt, TOKENS, {"select": r".*\.c_(attn|proj)"}),
+    "attention and embeddings": (bert, TOKENS, {"select": ".*query|.*value|.*word_embeddings", "head": "classifier"}),
     "gains and biases": (Images, IMAGES, {"select": ["stem"], "affine": True}),
-    "biases and a head": (bert, TOKENS, {"select": ["query"], "head": "classifier", "affine": r".*Norm\.bias"}),
-    "rank-stabilised": (bert, TOKENS, {"select": ["dense"], "rank_stabilised": True, "alpha": 3.0}),
+    "biases and a head": (bert, TOKENS, {"select": [".*query"], "head": "classifier", "affine": r".*Norm\.bias"}),
+    "rank-stabilised": (bert, TOKENS, {"select": [r".*\.dense"], "rank_stabilised": True, "alpha": 3.0}),
 }
 
 

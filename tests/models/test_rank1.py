@@ -108,7 +108,7 @@ def test_paper_settings_train() -> None:
     x, y = data()
     model = Rank1(chain(2, 4, 3).float(), Categorical(), N, **s["model"])
     options = {**s["fit"], "epochs": 2, "batch_size": 8}
-    schedule = pb.inference.warmup_steps(**s["schedule"])
+    schedule = pb.inference.multistep(**s["schedule"])
     elbo = MixtureELBO(**s["elbo"])
     labels = (y > 0).long()
     posterior = fit(
@@ -227,11 +227,12 @@ def test_clipping_is_where_factors_are_used() -> None:
     [
         (None, ["0.weight", "2.weight"]),
         (r"0\..*", ["0.weight"]),
+        ("0", ["0.weight"]),
         (nn.Linear, ["0.weight", "2.weight"]),
         (lambda name, p: p.shape[0] == 1, ["2.weight"]),
         ([r"2\.weight", r"0\.weight"], ["0.weight", "2.weight"]),
     ],
-    ids=["all", "pattern", "type", "function", "several"],
+    ids=["all", "pattern", "module", "type", "function", "several"],
 )
 def test_select(select: Any, weights: list[str]) -> None:
     model = Rank1(network(), Gaussian(), N, select=select)
@@ -359,9 +360,9 @@ def test_bad_guides(make: Any, error: Any, message: str) -> None:
         (lambda: Rank1(network(), "gaussian", N), TypeError, "likelihood must be one of pyro_bnn.likelihoods"),
         (lambda: Rank1(lambda x: x, Gaussian(), N), TypeError, "net must be a torch.nn.Module, got function"),
         (lambda: Rank1(network(), Gaussian(), N, members_dim=-1), ValueError, "members_dim=-1: axis -1 belongs"),
-        (lambda: Rank1(network(), Gaussian(), N, select="fc"), ValueError, "select='fc' matches none of the par"),
+        (lambda: Rank1(network(), Gaussian(), N, select="fc"), ValueError, "select='fc' matches none of the weights"),
         (lambda: Rank1(network(), Gaussian(), N, select=nn.Conv2d), ValueError, "matches none"),
-        (lambda: Rank1(network(), Gaussian(), N, select=3), TypeError, "select takes a pattern, a module type or"),
+        (lambda: Rank1(network(), Gaussian(), N, select=3), TypeError, "select takes a name, a pattern, a"),
         (lambda: Rank1(nn.ReLU(), Gaussian(), N), ValueError, "the network has no weights that take factors"),
         (lambda: Rank1(nn.LayerNorm(3), Gaussian(), N), ValueError, "the network has no weights that take factors"),
         (lambda: Rank1(network(), Gaussian(), N, clip=0.0), ValueError, "clip=0.0: expected a positive number"),
@@ -376,7 +377,7 @@ def test_bad_guides(make: Any, error: Any, message: str) -> None:
             ValueError,
             r"the prior of '0.weight.s' has shape \(3,\), the site has \(2,\)",
         ),
-        (lambda: Rank1(network(), None).members_plate(), RuntimeError, r"members\(\) belongs to a call"),
+        (lambda: Rank1(network(), None).members_plate(), RuntimeError, r"members_plate\(\) belongs to a call"),
     ],
 )  # fmt: skip
 def test_bad_models(make: Any, error: Any, message: str) -> None:

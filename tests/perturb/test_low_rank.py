@@ -15,7 +15,8 @@ from explicit import (
     relative,
     row_by_row,
 )
-from test_exactness import (
+from perturb.layer_cases import CASES, MEMBERS, ROWS, SKIPPED, randn
+from perturb.whole_networks import (
     ARCHITECTURES,
     SEQUENCES,
     Subject,
@@ -25,7 +26,6 @@ from test_exactness import (
     randomise,
     without_noise,
 )
-from test_perturb import _SKIP, CASES, MEMBERS, ROWS, randn
 from torch import nn
 
 from pyro_bnn.network import Network
@@ -58,7 +58,7 @@ def test_rule(name: str, members: int) -> None:
     """Proves one rule in one form, with factors of every member's own and with factors that all share."""
     make, x = CASES[name]
     net = make().double()
-    weights, biases = parameters_of(net, _SKIP)
+    weights, biases = parameters_of(net, SKIPPED)
     for rank in (1, 3):
         perturbations = perturb_low_rank(net, weights, members, rank)
         shifts: Any = perturb(net, [], biases, MEMBERS, ROWS, "member")
@@ -72,7 +72,7 @@ def test_rule(name: str, members: int) -> None:
 def test_what_has_no_rule_is_refused(name: str) -> None:
     make, x = CASES[name]
     net = make().double()
-    weights, _ = parameters_of(net, _SKIP)
+    weights, _ = parameters_of(net, SKIPPED)
     with pytest.raises(ValueError, match="no low-rank rule"):
         Network(net).perturbed(x, ROWS, perturb_low_rank(net, weights, MEMBERS), MEMBERS)
 
@@ -138,7 +138,7 @@ def test_gradients(name: str) -> None:
     """Proves the gradients of A, B, the shared parameters and the input, against those through explicit weights."""
     make, x = CASES[name]
     net = make().double()
-    weights, _ = parameters_of(net, _SKIP)
+    weights, _ = parameters_of(net, SKIPPED)
     perturbations: Any = perturb_low_rank(net, weights, MEMBERS)
     network = Network(net)
     own = network.parameters_by_name()

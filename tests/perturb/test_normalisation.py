@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from explicit import DRAWS, TOLERANCE, assert_exact, perturb, perturb_low_rank, relative
-from test_perturb import Function, randn
+from perturb.layer_cases import Function, randn
 from torch import Tensor, nn
 
 from pyro_bnn.models import Rank1

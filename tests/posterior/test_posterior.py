@@ -90,7 +90,7 @@ def test_prediction_equals_the_network_with_the_explicit_weights_of_each_draw() 
 def test_large_networks_are_drawn_in_groups_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves that draws, predict and sample agree when the memory budget cuts them into groups."""
     posterior = dense()
-    monkeypatch.setattr("pyro_bnn.posterior.posterior.MAX_ELEMENTS", 100)
+    monkeypatch.setattr("pyro_bnn.posterior.draw_source.MAX_ELEMENTS", 100)
     x, _ = data()
     outputs = posterior.predict(x, 5, seed=1).outputs
     groups = list(posterior.draw_source.groups(5, seed=1))

@@ -351,3 +351,68 @@ def test_a_distribution_as_prior_is_named_in_the_refusal(tmp_path: Path) -> None
     loaded = pb.load(tmp_path / "q", nn.Sequential(nn.Linear(2, 3, dtype=torch.float64)), prior=pb.priors.Laplace(0, 1))
     x = normal(N, 2)
     assert loaded.predict(x, 2).outputs.shape == (2, 1, N, 3)
+
+
+# -------------------------------------------------------------------------------------- variance and tables
+
+
+def test_the_variance_is_that_of_the_mixture_of_all_members() -> None:
+    """Law of total variance, worked out for two members of two draws; counts have the variance of a mixture too."""
+    means = torch.tensor([[[1.0], [3.0]], [[2.0], [6.0]]]).double()
+    noise = torch.tensor([[1.0, 1.0], [2.0, 4.0]]).double()
+    p = pb.Prediction(means, Gaussian(), noise)
+    aleatoric, epistemic = (1 + 1 + 4 + 16) / 4, (4 + 0 + 1 + 9) / 4  # of 1, 3, 2, 6 around 3
+    assert p.variance.tolist() == [aleatoric + epistemic] and p.std.tolist() == [math.sqrt(aleatoric + epistemic)]
+    rates = torch.tensor([[[2.0]], [[4.0]]]).double()
+    assert pb.Prediction(rates.log(), Poisson()).variance.tolist() == pytest.approx([3 + 1])
+    assert pb.Prediction(means, None).variance.tolist() == [epistemic]
+
+
+@pytest.mark.parametrize("likelihood", [Categorical(), Bernoulli()], ids=repr)
+@pytest.mark.parametrize("what", ["std", "variance"])
+def test_labels_have_no_variance(likelihood: Any, what: str) -> None:
+    with pytest.raises(TypeError, match=f"{what} is not defined for.*use .probs"):
+        getattr(pb.Prediction(normal(2, 1, 4, 3), likelihood), what)
+
+
+def test_a_table_of_a_regression_has_its_moments_and_quantiles() -> None:
+    means, noise = torch.tensor([[[0.0, 1.0]], [[2.0, 1.0]]]).double(), torch.tensor([[1.0], [1.0]]).double()
+    table = pb.Prediction(means, Gaussian(), noise).to_dataframe(level=0.5)
+    assert list(table.columns) == ["mean", "std", "aleatoric_std", "epistemic_std", "25%", "75%"]
+    assert list(table.index) == [0, 1]
+    assert table.loc[0, :"epistemic_std"].tolist() == pytest.approx([1, math.sqrt(2), 1, 1])
+    assert table.loc[1, :"epistemic_std"].tolist() == [1, 1, 1, 0]
+    assert table.loc[1, ["25%", "75%"]].tolist() == pytest.approx(stats.norm.ppf([0.25, 0.75], 1, 1).tolist())
+    usual = pb.Prediction(means, Gaussian(), noise).to_dataframe()
+    assert list(usual.columns[-2:]) == ["2.5%", "97.5%"]
+
+
+def test_a_table_of_several_outputs_has_every_column_for_each() -> None:
+    f = normal(3, 2, 4, 2)
+    table = pb.Prediction(f, Gaussian(0.5)).to_dataframe()
+    assert list(table.columns[:4]) == ["mean[0]", "mean[1]", "std[0]", "std[1]"] and len(table) == 4
+    assert table["mean[1]"].tolist() == pytest.approx(f.mean((0, 1))[:, 1].tolist())
+    values = pb.Prediction(f, None).to_dataframe()
+    assert not any("aleatoric" in name for name in values.columns)
+    assert values["std[0]"].tolist() == pytest.approx(f.flatten(0, 1).std(0, correction=0)[:, 0].tolist())
+
+
+def test_a_table_of_a_classification_has_probabilities_and_parts_of_the_uncertainty() -> None:
+    p = torch.tensor([[[[0.5, 0.3, 0.2]]], [[[0.1, 0.3, 0.6]]]]).double()  # two draws of one member, one sample
+    table = pb.Prediction(p.log(), Categorical()).to_dataframe()
+    assert list(table.columns) == ["p_0", "p_1", "p_2", "class", "entropy", "mutual_information"]
+    assert table.loc[0, ["p_0", "p_1", "p_2"]].tolist() == pytest.approx([0.3, 0.3, 0.4])
+    assert table.loc[0, "class"] == 2
+    whole, parts = stats.entropy([0.3, 0.3, 0.4]), [stats.entropy([0.5, 0.3, 0.2]), stats.entropy([0.1, 0.3, 0.6])]
+    assert table.loc[0, "entropy"] == pytest.approx(whole)
+    assert table.loc[0, "mutual_information"] == pytest.approx(whole - sum(parts) / 2)
+
+
+def test_a_table_of_a_coin_has_both_sides() -> None:
+    table = pb.Prediction(torch.tensor([[[0.0, 4.0]]]).double(), Bernoulli()).to_dataframe()
+    assert list(table.columns) == ["p_0", "p_1", "class", "entropy", "mutual_information"]
+    assert table["p_1"].tolist() == pytest.approx([0.5, 1 / (1 + math.exp(-4))])
+    assert (table["p_0"] + table["p_1"]).tolist() == pytest.approx([1, 1])
+    assert table.loc[1, "class"] == 1
+    several = pb.Prediction(normal(2, 1, 3, 2), Bernoulli()).to_dataframe()
+    assert list(several.columns[:4]) == ["p_0[0]", "p_0[1]", "p_1[0]", "p_1[1]"]

@@ -293,7 +293,7 @@ def test_first_pattern_that_matches_the_whole_name_wins() -> None:
     names = ("layer1.fc.weight.s", "layer1.fc.weight")
     mapping = {
         "fc": Normal(0, 9),
-        "layer1": Normal(0, 7),
+        "layer": Normal(0, 7),
         "weight": Normal(0, 6),
         r".*\.r": Normal(0, 8),
         r".*\.weight": Normal(0, 1),
@@ -302,6 +302,8 @@ def test_first_pattern_that_matches_the_whole_name_wins() -> None:
     assert resolve(mapping, names, vector()) == Normal(0, 1), "the weight's name counts, a part of a name does not"
     assert resolve({r".*\.s": Cauchy(), **mapping}, names, vector()) == Cauchy()
     assert resolve(mapping, ("layer1.fc.weight.r", "layer1.fc.weight"), vector()) == Normal(0, 8)
+    for module in ("layer1", "layer1.fc", r"layer\d"):
+        assert resolve({module: Cauchy(), **mapping}, names, vector()) == Cauchy(), "a module means all below it"
     assert resolve({".*": dist.Laplace(0.0, 1.0)}, names, vector()).elements(0, vector(), None).loc == 0
 
 

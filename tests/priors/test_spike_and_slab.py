@@ -18,7 +18,8 @@ from scipy.special import logsumexp
 from torch import Tensor, nn
 
 import pyro_bnn as pb
-from pyro_bnn.priors import Beta, InverseGamma, SpikeAndSlab, SpikeAndSlabDistribution, describe, from_description
+from pyro_bnn.priors import SpikeAndSlab, SpikeAndSlabDistribution, describe, from_description
+from pyro_bnn.priors.spike_and_slab import BetaHyperprior, InverseGammaHyperprior
 
 GROUPS = ("weight", "kernel", "input", "output")
 #: the axes of a weight [out, in, k, k] that a group sums over
@@ -59,7 +60,7 @@ def test_members_have_rates_and_scales_of_their_own(group: str, spike: str) -> N
     w = torch.stack([weights(4, 3, 2, 2, seed=i) for i in range(3)])[:, None]
     share, sigma = torch.tensor([[0.1], [0.5], [0.8]]).double(), torch.tensor([[0.5], [1.0], [3.0]]).double()
     like = w[0, 0]
-    own = prior(group, spike, inclusion=Beta(2, 5), scale=InverseGamma(2, 2)).with_share(share)
+    own = prior(group, spike, inclusion=dist.Beta(2, 5), variance_prior=dist.InverseGamma(2, 2)).with_share(share)
     d = own.elements(0.0, like, sigma.reshape(3, 1, 1, 1, 1, 1))
     assert d.batch_shape == (3, 1)
     for i in range(3):
@@ -165,7 +166,7 @@ def test_the_scale_is_the_mode_of_what_the_density_says() -> None:
     [
         SpikeAndSlab(),
         SpikeAndSlab(0.1, 2.0, inclusion=0.2, group="input", spike="laplace", loc=0.5),
-        SpikeAndSlab(0.1, 2.0, inclusion=Beta(3, 4), group="kernel", scale=InverseGamma(2, 3)),
+        SpikeAndSlab(0.1, 2.0, inclusion=dist.Beta(3, 4), group="kernel", variance_prior=dist.InverseGamma(2, 3)),
     ],
 )
 def test_json(one: SpikeAndSlab) -> None:
@@ -174,8 +175,30 @@ def test_json(one: SpikeAndSlab) -> None:
     assert from_description(json.loads(json.dumps(describe(one)))) == one
 
 
-def test_a_beta_of_pyro_is_the_same_prior() -> None:
-    assert SpikeAndSlab(inclusion=dist.Beta(2.0, 3.0)) == SpikeAndSlab(inclusion=Beta(2, 3))
+def test_a_distribution_of_pyro_is_kept_by_its_numbers() -> None:
+    for given, kept in (
+        (dist.Beta(2.0, 3.0), BetaHyperprior(2, 3)),
+        (torch.distributions.Beta(2.0, 3.0), BetaHyperprior(2, 3)),
+    ):
+        one = SpikeAndSlab(inclusion=given)
+        assert one == SpikeAndSlab(inclusion=kept) and one.inclusion == kept and one.has_inclusion
+    for given in (dist.InverseGamma(2.0, 3.0), torch.distributions.InverseGamma(torch.tensor(2.0), torch.tensor(3.0))):
+        one = SpikeAndSlab(variance_prior=given)
+        assert one == SpikeAndSlab(variance_prior=InverseGammaHyperprior(2, 3)) and one.has_tau
+        assert one.variance_prior == InverseGammaHyperprior(2, 3)
+
+
+def test_a_hyperprior_of_several_numbers_is_refused() -> None:
+    for options in (
+        {"inclusion": dist.Beta(torch.ones(2), torch.ones(2))},
+        {"variance_prior": dist.InverseGamma(torch.ones(2), 1.0)},
+    ):
+        with pytest.raises(ValueError, match=r"one number for each parameter of a hyperprior, got .*\(2,\)"):
+            SpikeAndSlab(**options)
+
+
+def test_what_is_no_prior_of_weights_is_not_among_the_priors() -> None:
+    assert not {"Beta", "InverseGamma", "CodeMixture"} & {*pb.priors.__all__, *vars(pb.priors)}
 
 
 @pytest.mark.parametrize(
@@ -187,14 +210,16 @@ def test_a_beta_of_pyro_is_the_same_prior() -> None:
         ({"inclusion": "half"}, r"\(0, 1\)"),
         ({"group": "row"}, "weight, kernel"),
         ({"spike": "dirac"}, "normal, laplace"),
-        ({"scale": 1.0}, "InverseGamma"),
+        ({"variance_prior": 1.0}, "InverseGamma"),
     ],
 )
 def test_bad_numbers(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         SpikeAndSlab(**options)
     with pytest.raises(ValueError, match="positive"):
-        Beta(0.0, 1.0)
+        BetaHyperprior(0.0, 1.0)
+    with pytest.raises(ValueError, match="positive"):
+        InverseGammaHyperprior(1.0, 0.0)
 
 
 def test_columns_of_a_bias_are_an_error() -> None:
@@ -208,7 +233,7 @@ def test_columns_of_a_bias_are_an_error() -> None:
 def small(**options: Any) -> pb.models.SpikeSlab:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
-    one = SpikeAndSlab(0.1, 1.0, scale=InverseGamma(3, 3))
+    one = SpikeAndSlab(0.1, 1.0, variance_prior=dist.InverseGamma(3, 3))
     return pb.models.SpikeSlab(net, pb.likelihoods.Gaussian(scale=0.5), 10, prior=one, **options)
 
 
@@ -274,7 +299,7 @@ def test_the_guide_of_a_rate_is_normal_in_its_logit() -> None:
 
 def test_rank1_factors_around_one() -> None:
     torch.manual_seed(0)
-    one = SpikeAndSlab(0.01, 0.3, inclusion=Beta(1, 9))
+    one = SpikeAndSlab(0.01, 0.3, inclusion=dist.Beta(1, 9))
     model = pb.models.Rank1(nn.Linear(3, 2), pb.likelihoods.Gaussian(scale=1.0), 10, prior=one)
     trace: Any = poutine.trace(model).get_trace(torch.randn(4, 3))
     assert isinstance(trace.nodes["weight.s"]["fn"], SpikeAndSlabDistribution)

@@ -52,6 +52,7 @@ from pyro_bnn.models import (
     PointGuide,
     Rank1,
     Rank1Guide,
+    SharedWeights,
     SpikeSlab,
     WeightSharing,
     save_adapters,
@@ -193,7 +194,7 @@ def weight_sharing_by_mixture(net: Any, data: Any) -> pb.Posterior:
 def weight_sharing_by_value(net: Any, data: Any) -> pb.Posterior:
     start = CodebookGuide(WeightSharing(net, Categorical(), ROWS), codes=5, blend=0.2, outliers=0.1)
     prior = {"codes": Normal(0.0, 0.5), "outliers": StudentT(), ".*": Normal()}
-    model = WeightSharing(net, Categorical(), ROWS, prior=prior, shared=start.book)
+    model = SharedWeights(net, Categorical(), ROWS, codebook=start.book, prior=prior)
     return pb.inference.fit(model, model.shared_guide(start), data, **SHORT)
 
 

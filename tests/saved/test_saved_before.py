@@ -171,7 +171,7 @@ def run_rank1(data: Any, epochs: int, **options: Any) -> pb.Posterior:
 
 
 def run_weight_sharing(data: Any, epochs: int, **options: Any) -> pb.Posterior:
-    prior = {r".*weight": pb.priors.GaussianMixture(), ".*": pb.priors.Normal()}
+    prior = {r".*weight": pb.priors.CodebookPrior(), ".*": pb.priors.Normal()}
     model = pb.models.WeightSharing(NETWORKS["table"](1), pb.likelihoods.Categorical(), ROWS, prior=prior)
     guide = pb.models.CodebookGuide(model, codes=6, blend=0.1, outliers=0.1, init_scale=0.1)
     callbacks = [pb.models.MergeCodes(tightness=0.5), *options.pop("callbacks")]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import pyro_bnn as pb
-from pyro_bnn.priors import Beta, InverseGamma, SpikeAndSlab
+from pyro_bnn.priors import SpikeAndSlab
 from pyro_bnn.sparsity.inclusion import inclusion_log_odds
 
 
@@ -37,7 +37,7 @@ def by_hand(draws: dict[str, Tensor], weight: str, within: tuple[int, ...], v0: 
 def test_mean_over_draws_and_members(group: Any, within: tuple[int, ...], shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(16, 2))
-    prior = SpikeAndSlab(0.1, 1.0, group=group, scale=InverseGamma(2.0, 2.0))
+    prior = SpikeAndSlab(0.1, 1.0, group=group, variance_prior=dist.InverseGamma(2.0, 2.0))
     model = pb.models.SpikeSlab(net, pb.likelihoods.Categorical(), 10, prior=prior, prefix="net")
     posterior = pb.Posterior(model, pb.models.MeanFieldGuide(model, components=3, init_scale=0.1))
     found = posterior.inclusion_probabilities(7, seed=4)
@@ -57,7 +57,7 @@ def test_removed_groups_and_saturated_ones() -> None:
     w = torch.randn(6, 40, 3) * torch.tensor([0.0, 1.0, 2.0])
     posterior = pb.Posterior.from_draws(model, {"weight": w})
     assert posterior.inclusion_probabilities()["weight"].tolist() == [0.0, 1.0, 1.0]
-    odds = inclusion_log_odds(posterior)["weight"]
+    odds = inclusion_log_odds(model, [posterior.draws(6)])["weight"]
     assert odds[0] == -torch.inf and 100 < float(odds[1]) < float(odds[2])
     some = pb.Posterior.from_draws(model, {"weight": torch.cat([w, torch.randn(18, 40, 3)])})
     assert float(some.inclusion_probabilities()["weight"][0]) == pytest.approx(18 / 24)
@@ -88,7 +88,7 @@ def test_a_rate_for_every_member() -> None:
     """Rank-1 factors of two components: the sites are the factors."""
     torch.manual_seed(0)
     model = pb.models.Rank1(
-        nn.Linear(3, 2), pb.likelihoods.Gaussian(scale=1.0), 10, prior=SpikeAndSlab(0.01, 0.3, Beta(1, 9))
+        nn.Linear(3, 2), pb.likelihoods.Gaussian(scale=1.0), 10, prior=SpikeAndSlab(0.01, 0.3, dist.Beta(1, 9))
     )
     posterior = pb.Posterior(model, pb.models.Rank1Guide(model, components=2))
     found = posterior.inclusion_probabilities(20)

@@ -120,7 +120,7 @@ def test_padding_holds_a_constant() -> None:
     assert found.network()[0].weight.shape[0] == 2, "the negative one is silenced by the ReLU, the positive one is not"
 
 
-def test_level_removes_the_least_probable() -> None:
+def test_a_sparsity_removes_the_least_probable() -> None:
     """A share of the weights, those of the lowest posterior log odds over all layers; by default those below 1/2."""
     torch.manual_seed(0)
     net = architectures.mlp(6, (12,), 10)
@@ -129,11 +129,11 @@ def test_level_removes_the_least_probable() -> None:
     before = pb.Posterior.from_draws(model, values)
     p = before.inclusion_probabilities()
     flat = torch.cat([p[name].flatten() for name in p])
-    for level in (0.0, 0.3, 0.75):
-        masks = before.sparsify(level, shrink=False).masks
+    for sparsity in (0.0, 0.3, 0.75):
+        masks = before.sparsify(sparsity, shrink=False).masks
         kept = torch.cat([masks[name].flatten() for name in p])
-        assert int((~kept).sum()) == int(level * 192)
-        assert level == 0 or float(flat[kept].min()) >= float(flat[~kept].max())
+        assert int((~kept).sum()) == int(sparsity * 192)
+        assert sparsity == 0 or float(flat[kept].min()) >= float(flat[~kept].max())
     masks = before.sparsify(shrink=False).masks
     assert all(torch.equal(masks[name], p[name] >= 0.5) for name in p) and not all(m.all() for m in masks.values())
 
@@ -156,7 +156,7 @@ def test_members_prefix_and_a_guide(tmp_path: Any) -> None:
 
 def test_bad_input() -> None:
     before, _ = hand()
-    with pytest.raises(ValueError, match="level=1"):
+    with pytest.raises(ValueError, match="sparsity=1"):
         before.sparsify(1.0)
     moved = pb.models.SpikeSlab(nn.Linear(2, 1), None, prior=SpikeAndSlab(loc=1.0))
     with pytest.raises(ValueError, match="centred at 1.0"):

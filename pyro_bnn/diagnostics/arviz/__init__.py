@@ -1,1 +1,7 @@
-"""A posterior as an ArviZ object: names of axes, sites in short form, densities of draws."""
+"""A posterior as an ArviZ object.
+
+* ``conversion``: ``to_arviz``, all groups.
+* ``sites``: latent sites in short form, by layer.
+* ``densities``: log densities of draws under prior and guide.
+* ``arrays``: names of axes, and how many numbers may be stored.
+"""

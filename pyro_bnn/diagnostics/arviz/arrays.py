@@ -7,7 +7,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-Group = dict[str, xr.DataArray]
+Variables = dict[str, xr.DataArray]
 
 
 class Budget:

@@ -11,15 +11,18 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from pyro_bnn.diagnostics.arviz.arrays import Budget, Group, array, enumerated, outputs, plain, safe, sampled
+from pyro_bnn.diagnostics.arviz.arrays import Budget, Variables, array, enumerated, outputs, plain, safe, sampled
 from pyro_bnn.diagnostics.arviz.densities import log_densities
 from pyro_bnn.diagnostics.arviz.sites import posterior_group
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
-from pyro_bnn.diagnostics.scoring.stream import log_density, predictions, predictions_of_inputs, require_posterior
+from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, predict_inputs, require_posterior
 from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inputs import labels, tensors
 from pyro_bnn.likelihoods import Categorical
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size as count_rows
+from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS
+from pyro_bnn.randomness import some_seed
 from pyro_bnn.sparsity.inclusion import has_inclusion
 
 if TYPE_CHECKING:
@@ -30,14 +33,12 @@ if TYPE_CHECKING:
 GROUPS = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "observed_data", "constant_data")
 #: groups that come with others
 COMPANIONS = ("inclusion", "guide", "function", "training")
-#: draws of each member, from a posterior that can make any number
-DRAWS = 100
 
 
 def to_arviz(
     posterior: Posterior,
     x: Any = None,
-    y: Tensor | None = None,
+    y: Any = None,
     *,
     sites: str | Sequence[str] | None = None,
     groups: str | Sequence[str] = GROUPS,
@@ -45,7 +46,7 @@ def to_arviz(
     num_samples: int | None = None,
     batch_size: int | None = None,
     max_values: int = 10_000_000,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> Any:
     """The posterior, its predictions for x and how likely they make y, for ArviZ.
 
@@ -82,8 +83,8 @@ def to_arviz(
     layer ``fc``, and ``fc.weight.s`` gives ``weight.s_mean`` and ``weight.s_sd`` there. A quantity of other layers than
     those of the first one is along ``<quantity>_layer``.
 
-    :param x: inputs of the network, any nesting of dicts and tuples of tensors. Not needed for the groups
-        ``posterior`` and ``sample_stats``.
+    :param x: inputs of the network, as ``Posterior.predict`` takes them. Not needed for the groups ``posterior`` and
+        ``sample_stats``.
     :param y: the targets of x, ``[N, ...]``. Needed for ``log_likelihood`` and ``observed_data``.
     :param sites: names of sites to store whole, under their own names, or regular expressions that match whole names.
     :param groups: which groups to make; ``function`` and ``training`` come with others, as said above.
@@ -94,20 +95,23 @@ def to_arviz(
     :param batch_size: the most rows of x in one forward pass.
     :param max_values: most numbers to store, over all groups. ``function``, ``inclusion`` and ``constant_data`` are
         left out, with a warning, when they do not fit; anything else that does not fit is an error.
-    :param seed: of the draws, here and in the predictions.
+    :param seed: of the draws, here and in the predictions; ``None`` takes another one at each call. The result has it
+        as the attribute ``seed``.
     :returns: ``arviz.InferenceData``, or with ArviZ 1.x ``xarray.DataTree``; ``.to_netcdf(path)`` writes either.
-    :raises TypeError: when x holds no tensor, y is none, or the posterior is none.
+    :raises TypeError: when x or y does not hold numbers, or the posterior is none.
     :raises ValueError: when a group or site is unknown, x or y is missing for a group, they differ in length, a
         prediction or log-likelihood is NaN, or the result has more than ``max_values`` numbers.
 
     Source: the InferenceData schema of ArviZ, https://python.arviz.org.
     """
     require_posterior(posterior)
+    x, y = None if x is None else tensors(x), None if y is None else labels(y)
     wanted = _checked_groups(groups, x, y)
-    num_samples = posterior.draw_source.count(posterior.num_stored or DRAWS if num_samples is None else num_samples)
+    seed = some_seed(seed)
+    num_samples = posterior.draw_source.count_all(num_samples, POSTERIOR_DRAWS)
     chains = posterior.num_chains if num_samples == posterior.num_stored else 1
     budget = Budget(max_values)
-    tree: dict[str, Group] = {}
+    tree: dict[str, Variables] = {}
     if "posterior" in wanted:
         tree["posterior"] = posterior_group(posterior, sites, num_samples, seed, x, chains, budget)
         if probes is not None:
@@ -147,8 +151,6 @@ def _checked_groups(groups: str | Sequence[str], x: Any, y: Tensor | None) -> tu
     wanted = (groups,) if isinstance(groups, str) else tuple(groups)
     if unknown := [group for group in wanted if group not in GROUPS]:
         raise ValueError(f"unknown group {unknown[0]!r}; groups= takes any of {', '.join(GROUPS)}")
-    if y is not None and not isinstance(y, Tensor):
-        raise TypeError(f"y is a tensor, got {type(y).__name__}: torch.as_tensor(y) makes one of an array")
     for missing, argument, needed_by in (
         (x is None, "x", ("posterior_predictive", "log_likelihood", "constant_data")),
         (y is None, "y", ("log_likelihood", "observed_data")),
@@ -170,20 +172,20 @@ def _at_probes(prediction: Prediction, chains: int, budget: Budget) -> xr.DataAr
     return sampled(values, chains, "probe", *outputs(values.dim() - 3 - len(classes)), *classes)
 
 
-def _guide(guide: Any, budget: Budget) -> Group:
+def _guide(guide: Any, budget: Budget) -> Variables:
     if not isinstance(guide, MixtureGuide):
         return {}
-    group: Group = {}
+    group: Variables = {}
     for name, (dims, values) in guide.summaries().items():
         budget.take(f"guide/{name}", values.numel())
         group[name] = array(values, *dims)
     return group
 
 
-def _inclusion(posterior: Posterior, num_samples: int, seed: int, budget: Budget) -> Group:
+def _inclusion(posterior: Posterior, num_samples: int, seed: int, budget: Budget) -> Variables:
     if not has_inclusion(posterior.model):
         return {}
-    group: Group = {}
+    group: Variables = {}
     for parameter, values in posterior.inclusion_probabilities(num_samples, seed).items():
         name = safe(parameter)
         if budget.offer(f"inclusion/{name}", values.numel()):
@@ -196,8 +198,8 @@ def _num_data(posterior: Posterior) -> int | None:
 
 
 def _sample_stats(
-    posterior: Posterior, num_samples: int, seed: int, x: Any, chains: int, joint: Group | None, budget: Budget
-) -> Group:
+    posterior: Posterior, num_samples: int, seed: int, x: Any, chains: int, joint: Variables | None, budget: Budget
+) -> Variables:
     """:param joint: the log-likelihood of all training data, if that is known."""
     model = posterior.model
     if not isinstance(model, BayesianNetwork):
@@ -214,7 +216,7 @@ def _sample_stats(
     return {name: sampled(values, chains) for name, values in stats.items()}
 
 
-def _training(losses: Sequence[float], budget: Budget) -> Group:
+def _training(losses: Sequence[float], budget: Budget) -> Variables:
     if not losses:
         return {}
     budget.take("training/loss", len(losses))
@@ -229,7 +231,7 @@ def _predictive(
     settings: dict[str, Any],
     chains: int,
     budget: Budget,
-) -> dict[str, Group]:
+) -> dict[str, Variables]:
     """The groups ``posterior_predictive``, ``function`` and ``log_likelihood``, in one pass over x."""
     with_y, with_log_likelihood = "posterior_predictive" in wanted, "log_likelihood" in wanted
     if not (with_y or with_log_likelihood):
@@ -254,9 +256,9 @@ def _predictive(
 
     stream: Iterable[tuple[Prediction, Any]]
     if y is None:
-        stream = ((prediction, None) for prediction in predictions_of_inputs(posterior, x, like=x, **settings))
+        stream = ((prediction, None) for prediction in predict_inputs(posterior, x, like=x, **settings))
     else:
-        stream = ((prediction, target) for _, prediction, target in predictions(posterior, (x, y), **settings))
+        stream = ((prediction, target) for _, prediction, target in predict_batches(posterior, (x, y), **settings))
 
     parts: dict[str, list[Tensor]] = {"log_likelihood": [], "obs": [], "function": []}
     function, keep_function = "probs" if likelihood.kind == "classification" else "mean", False
@@ -275,7 +277,7 @@ def _predictive(
                 parts["function"].append(prediction.per_member.flatten(0, 1).cpu())
 
     whole = {name: torch.cat(part, 1) for name, part in parts.items() if part}
-    tree: dict[str, Group] = {}
+    tree: dict[str, Variables] = {}
     if with_log_likelihood:
         tree["log_likelihood"] = {"obs": enumerated(whole["log_likelihood"], posterior.num_members, chains)}
     if with_y:
@@ -291,7 +293,7 @@ def _predictive(
 
 def _log_likelihood_of_ones_own(
     posterior: Posterior, x: Any, y: Tensor, settings: dict[str, Any], chains: int, budget: Budget
-) -> Group:
+) -> Variables:
     """Of a Pyro model that is not of this package, at its one site that observes y."""
     values = posterior.log_likelihood(x, y, settings["num_samples"], seed=settings["seed"]).flatten(0, 1)
     if values.isnan().any():
@@ -300,9 +302,9 @@ def _log_likelihood_of_ones_own(
     return {"obs": enumerated(values.cpu().double(), 1, chains)}
 
 
-def _constant_data(x: Any, budget: Budget) -> Group:
+def _constant_data(x: Any, budget: Budget) -> Variables:
     rows = count_rows(x)
-    group: Group = {}
+    group: Variables = {}
     for name, values in _named_tensors("x", x):
         if budget.offer(f"constant_data/{name}", values.numel()):
             dims = [f"{name}_dim_{axis}" for axis in range(values.dim())]

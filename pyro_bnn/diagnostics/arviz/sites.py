@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_bnn.diagnostics.arviz.arrays import Budget, Group, at_least_float32, safe, sampled
+from pyro_bnn.diagnostics.arviz.arrays import Budget, Variables, at_least_float32, safe, sampled
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
@@ -23,7 +23,7 @@ def posterior_group(
     example: Any,
     chains: int,
     budget: Budget,
-) -> Group:
+) -> Variables:
     """The sites, of whose draws only as many are in memory at once as fit a fixed budget, but for those asked for."""
     whole: set[str] | None = None
     prefix = getattr(posterior.model, "prefix", "")
@@ -45,7 +45,7 @@ def posterior_group(
                     parts.setdefault(site, []).append(summary.cpu())
                 else:
                     short.setdefault(name, {}).setdefault(layer, []).append(summary.cpu())
-    group: Group = {}
+    group: Variables = {}
     for site, pieces in parts.items():
         values, name = torch.cat(pieces), safe(site)
         if site not in (whole or ()):
@@ -72,9 +72,9 @@ def _place(site: str) -> tuple[str, str]:
     return (match[1] or "", match[2]) if match else ("", site)
 
 
-def _layered(short: dict[str, dict[str, list[Tensor]]], chains: int, budget: Budget) -> Group:
+def _layered(short: dict[str, dict[str, list[Tensor]]], chains: int, budget: Budget) -> Variables:
     """One variable a quantity, along the layers that have it."""
-    group: Group = {}
+    group: Variables = {}
     first: list[str] | None = None
     for quantity, layers in short.items():
         name, names = safe(quantity), list(layers)

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import arviz
 import numpy as np
+import scipy.stats
 import xarray as xr
 from torch import Tensor
 
 from pyro_bnn.diagnostics.arviz.arrays import at_least_float32, outputs, plain, safe
 from pyro_bnn.diagnostics.scoring.stream import require_posterior
 from pyro_bnn.likelihoods import Categorical
+from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS
+from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
 
 #: fewest draws of a chain whose halves can be compared
 FEWEST = 4
-#: draws of each member of a posterior that draws anew
-DRAWS = 100
+#: R-hat up to which chains agree (Vehtari et al. 2021)
+RHAT = 1.01
 
 
 def convergence(
@@ -32,7 +36,7 @@ def convergence(
     num_samples: int | None = None,
     batch_size: int | None = None,
     max_values: int = 50_000_000,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> xr.Dataset:
     r"""Rank-normalised split R-hat, effective sample sizes and Monte Carlo standard errors.
 
@@ -64,6 +68,7 @@ def convergence(
     Source: Vehtari, Gelman, Simpson, Carpenter and Buerkner (2021), as implemented by ArviZ; Izmailov et al. (2021) for
     the space of functions.
     """
+    seed = some_seed(seed)
     posteriors = list(runs) if isinstance(runs, Sequence) else [runs]
     for posterior in posteriors:
         require_posterior(posterior)
@@ -120,8 +125,23 @@ def comparable(posterior: Posterior) -> bool:
     return posterior.num_chains > 1 and (posterior.num_stored or 0) >= FEWEST * posterior.num_chains
 
 
+def rhat_limit(draws: int, chains: int, quantities: int) -> float:
+    """The R-hat up to which chains agree: 1.01, or what the largest of several R-hats stays below with a probability of
+    99 % when all draws are independent.
+
+    With n draws in each of 2 M half chains ``R-hat^2 = (n - 1) / n + F / n``, in which ``(2 M - 1) F`` is chi-square
+    with 2 M - 1 degrees of freedom; there are two R-hats for each quantity, of ranks and of folded ranks.
+
+    :param draws: over all M chains.
+    """
+    freedom = 2 * chains - 1
+    n = draws / (2 * chains)
+    largest = float(scipy.stats.chi2.isf(0.01 / (2 * quantities), freedom)) / freedom
+    return max(RHAT, math.sqrt((n - 1 + largest) / n))
+
+
 def _count(posterior: Posterior, num_samples: int | None) -> int:
-    return num_samples or posterior.num_stored or (1 if posterior.is_deterministic else DRAWS)
+    return posterior.draw_source.count_all(num_samples, POSTERIOR_DRAWS)
 
 
 def _function(posterior: Posterior, probes: Any, num_samples: int, batch_size: int | None, seed: int) -> xr.DataArray:

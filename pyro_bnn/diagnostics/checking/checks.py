@@ -6,33 +6,32 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import scipy.stats
 import torch
-from torch import Tensor
 
 from pyro_bnn.diagnostics.arviz.densities import has_density
-from pyro_bnn.diagnostics.checking.chains import FEWEST, comparable, convergence, effective_size
-from pyro_bnn.diagnostics.checking.findings import SEVERITIES, Finding
+from pyro_bnn.diagnostics.checking.chains import FEWEST, comparable, convergence, effective_size, rhat_limit
+from pyro_bnn.diagnostics.checking.findings import Finding, Findings, gravest_first
 from pyro_bnn.diagnostics.checking.importance import fixed_weights, pareto_k
 from pyro_bnn.diagnostics.checking.predictive_checks import ERRORS, Predicted, out_of_domain
 from pyro_bnn.diagnostics.checking.training import loss_verdict
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.diagnostics.scoring.metrics import evaluate
 from pyro_bnn.diagnostics.scoring.stream import (
-    batches,
     first_rows,
-    predictions,
+    input_batches,
+    predict_batches,
     require_posterior,
     require_repeatable,
 )
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.posterior.stored_draws import DrawsGuide
+from pyro_bnn.randomness import some_seed
 
 #: rows at which the functions of chains are compared
 PROBES = 20
-#: R-hat up to which chains agree (Vehtari et al. 2021), and from which they do not agree at all
-RHAT, RHAT_BAD = 1.01, 1.1
+#: R-hat from which chains do not agree at all
+RHAT_BAD = 1.1
 #: effective draws that are wanted of each chain (Vehtari et al. 2021, section 4.1)
 ESS = 100
 #: coordinates whose effective sample size stands for that of all
@@ -48,13 +47,13 @@ def check(
     data: Any = None,
     *,
     x_train: Any = None,
-    y_train: Tensor | None = None,
+    y_train: Any = None,
     ood: Any = None,
     num_samples: int | None = None,
     batch_size: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     metrics: Mapping[str, float] | None = None,
-) -> list[Finding]:
+) -> Findings:
     """Looks at all that can be looked at, and says what was found and what to do.
 
     ===============  ==============================================================================================
@@ -85,12 +84,12 @@ def check(
     require_repeatable(ood, "ood")
     if (x_train is None) != (y_train is None):
         raise ValueError("x_train and y_train go together: give both, or neither")
-    count = posterior.draw_source.count(num_samples)
+    count, seed = posterior.draw_source.count(num_samples), some_seed(seed)
     settings: dict[str, Any] = {"num_samples": count, "batch_size": batch_size, "seed": seed}
     findings = [*_training(posterior), *_sampler(posterior), *_fit(posterior, x_train, y_train, batch_size, seed)]
     if data is not None:
         predicted: Predicted | None = None
-        for x, prediction, y in predictions(posterior, data, **settings):
+        for x, prediction, y in predict_batches(posterior, data, **settings):
             if predicted is None:
                 predicted, probes = Predicted(str(getattr(prediction.likelihood, "kind", ""))), first_rows(x, PROBES)
             predicted.add(prediction, y)
@@ -100,9 +99,9 @@ def check(
         findings += _chains(posterior, probes, batch_size, seed)
         findings += [*_spread(found, count * posterior.num_members), *predicted.findings()]
         if "ood_auroc" in found:
-            foreign = predicted.rows if ood is None else sum(count_rows(x) for x, _ in batches(ood, batch_size))
+            foreign = predicted.rows if ood is None else sum(count_rows(x) for x, _ in input_batches(ood, batch_size))
             findings += out_of_domain(found, predicted.rows, foreign)
-    return sorted(findings, key=lambda finding: -SEVERITIES.index(finding.severity))
+    return gravest_first(findings)
 
 
 def _training(posterior: Posterior) -> Iterator[Finding]:
@@ -187,7 +186,7 @@ def _noise_of_heat(posterior: Posterior) -> float:
     return ERRORS * math.sqrt(3 / (coordinates * max(1.0, effective_size(some, posterior.num_chains))))
 
 
-def _fit(posterior: Posterior, x: Any, y: Tensor | None, batch_size: int | None, seed: int) -> Iterator[Finding]:
+def _fit(posterior: Posterior, x: Any, y: Any, batch_size: int | None, seed: int) -> Iterator[Finding]:
     inside = posterior.posterior if isinstance(posterior, ScaledPosterior) else posterior
     if x is None or y is None or not has_density(inside):
         return
@@ -228,7 +227,8 @@ def _chains(posterior: Posterior, probes: Any, batch_size: int | None, seed: int
         return
     found = convergence(posterior, probes, batch_size=batch_size, seed=seed)
     rhat, ess = float(found["rhat"].max()), float(found["ess_bulk"].min())
-    limit, wanted = _largest_rhat(posterior, found["rhat"].size), ESS * posterior.num_chains
+    limit = rhat_limit(posterior.num_stored or 0, posterior.num_chains, found["rhat"].size)
+    wanted = ESS * posterior.num_chains
     text = f"R-hat of the functions is at most {rhat:.3f}, the effective sample size at least {ess:.0f}"
     if rhat <= limit and ess >= wanted:
         yield Finding("good", topic, f"{text}, over {posterior.num_chains} chains.")
@@ -239,18 +239,6 @@ def _chains(posterior: Posterior, probes: Any, batch_size: int | None, seed: int
             f"{text}; up to {limit:.3f} and at least {wanted} are wanted.",
             "Sample longer; if R-hat stays, chains are in different modes, and more of them are needed.",
         )
-
-
-def _largest_rhat(posterior: Posterior, quantities: int) -> float:
-    """1.01, or what the largest of so many R-hats stays below with 99 % when all draws are independent.
-
-    With n draws in each of 2 M half chains ``R-hat^2 = (n - 1) / n + F / n``, in which ``(2 M - 1) F`` is chi-square
-    with 2 M - 1 degrees of freedom; there are two R-hats for each quantity, of ranks and of folded ranks.
-    """
-    freedom = 2 * posterior.num_chains - 1
-    n = (posterior.num_stored or 0) / (2 * posterior.num_chains)
-    largest = float(scipy.stats.chi2.isf(0.01 / (2 * quantities), freedom)) / freedom
-    return max(RHAT, math.sqrt((n - 1 + largest) / n))
 
 
 def _spread(metrics: Mapping[str, float], functions: int) -> Iterator[Finding]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
 from typing import Literal
+
+import pandas as pd
 
 Severity = Literal["good", "note", "warning", "problem"]
 #: from what needs no attention to what makes results wrong
@@ -29,3 +32,25 @@ class Finding:
     def __str__(self) -> str:
         remedy = f" {self.remedy}" if self.remedy else ""
         return f"[{self.severity}] {self.topic}: {self.message}{remedy}"
+
+
+class Findings(list[Finding]):
+    """A list of findings that is printed as one line for each, and as a table in a notebook."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self)) or "Nothing was looked at."
+
+    __repr__ = __str__
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row for each finding: ``severity``, ``topic``, ``message``, ``remedy``."""
+        return pd.DataFrame([asdict(finding) for finding in self], columns=[part.name for part in fields(Finding)])
+
+    def _repr_html_(self) -> str:
+        with pd.option_context("display.max_colwidth", None):  # sentences are shown whole
+            return self.to_dataframe().to_html(index=False, border=0)
+
+
+def gravest_first(findings: Iterable[Finding]) -> Findings:
+    """Problems, then warnings, notes and what is good; in the given order among equals."""
+    return Findings(sorted(findings, key=lambda finding: -SEVERITIES.index(finding.severity)))

@@ -13,21 +13,21 @@ import numpy as np
 import pandas as pd
 import torch
 import xarray as xr
-from torch import Tensor
 
 from pyro_bnn.diagnostics.arviz.conversion import to_arviz
 from pyro_bnn.diagnostics.arviz.densities import has_density, log_densities
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.diagnostics.scoring.precision import wide
-from pyro_bnn.diagnostics.scoring.stream import log_density, predictions, require_posterior
+from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, require_posterior
+from pyro_bnn.inputs import labels, tensors
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size as count_rows
+from pyro_bnn.posterior.draw_source import TAIL_DRAWS
+from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
 
-#: draws over all members, from a posterior that draws anew
-DRAWS = 1000
 #: R-hat of log densities from which chains do not agree
 APART = 1.1
 #: fewest draws from whose tail a Pareto shape can be read
@@ -56,11 +56,11 @@ class ParetoK:
 def pareto_k(
     posterior: Posterior,
     x: Any,
-    y: Tensor,
+    y: Any,
     *,
     num_samples: int | None = None,
     batch_size: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> ParetoK:
     r"""k-hat of a variational posterior: the tail of ``p(y, theta) / q(theta)`` over draws of q.
 
@@ -84,11 +84,13 @@ def pareto_k(
             "(convergence) or at the diversity of members"
         )
     _require_training_data(posterior, x, y)
-    count = _enough_draws(posterior, num_samples)
+    count, seed = _enough_draws(posterior, num_samples), some_seed(seed)
     log_p, log_q = log_densities(posterior, count, seed, example=x)
     assert log_q is not None
     temperature = posterior.model.likelihood.temperature  # type: ignore[attr-defined]
-    for _, prediction, target in predictions(posterior, (x, y), num_samples=count, batch_size=batch_size, seed=seed):
+    for _, prediction, target in predict_batches(
+        posterior, (x, y), num_samples=count, batch_size=batch_size, seed=seed
+    ):
         log_p += wide(log_density(prediction, target)).sum(-1) / temperature
     log_weights, k = _smooth((log_p - log_q).cpu().reshape(1, -1).numpy())
     draws = log_weights.shape[-1]
@@ -99,11 +101,11 @@ def pareto_k(
 def loo(
     posterior: Posterior,
     x: Any,
-    y: Tensor,
+    y: Any,
     *,
     num_samples: int | None = None,
     batch_size: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> Any:
     r"""PSIS-LOO: the expected log predictive density of a datum that was left out, in nats over all data.
 
@@ -147,7 +149,7 @@ def loo(
             stacklevel=2,
         )
     count = _enough_draws(posterior, num_samples)
-    data = _in_arviz(posterior, x, y, count, batch_size, seed)
+    data = _in_arviz(posterior, x, y, count, batch_size, some_seed(seed))
     if not variational:
         _warn_of_chains_apart(data)
         return arviz.loo(_for_arviz(data), pointwise=True)
@@ -159,11 +161,11 @@ def loo(
     return newer.loo_approximate_posterior(data, log_p[0], log_q[0], pointwise=True)
 
 
-def compare(posteriors: Mapping[str, Posterior], x: Any, y: Tensor, **settings: Any) -> pd.DataFrame:
+def compare_loo(posteriors: Mapping[str, Posterior], x: Any, y: Any, **settings: Any) -> pd.DataFrame:
     """Posteriors of several models of the same data, ranked by PSIS-LOO: ``arviz.compare`` of :func:`loo` of each.
 
     :param posteriors: at least two, by name.
-    :param settings: of :func:`loo`.
+    :param settings: of :func:`loo`; one seed for all where none is given.
     :returns: ArviZ's table: elpd, its difference from the best with the standard error of that, stacking weights.
     :raises TypeError: when they have no names.
     :raises ValueError: with fewer than two posteriors.
@@ -171,9 +173,12 @@ def compare(posteriors: Mapping[str, Posterior], x: Any, y: Tensor, **settings: 
     Source: Yao, Vehtari, Simpson and Gelman (2018) for the stacking weights.
     """
     if not isinstance(posteriors, Mapping):
-        raise TypeError(f"compare ranks posteriors by name: give {{name: posterior}}, got {type(posteriors).__name__}")
+        raise TypeError(
+            f"compare_loo ranks posteriors by name: give {{name: posterior}}, got {type(posteriors).__name__}"
+        )
     if len(posteriors) < 2:
-        raise ValueError(f"compare ranks posteriors: give at least two, got {len(posteriors)}")
+        raise ValueError(f"compare_loo ranks posteriors: give at least two, got {len(posteriors)}")
+    settings["seed"] = some_seed(settings.get("seed"))
     return arviz.compare({name: loo(posterior, x, y, **settings) for name, posterior in posteriors.items()})
 
 
@@ -186,10 +191,12 @@ def fixed_weights(posterior: Posterior) -> int:
     return sum(p.numel() for name, p in model.core().net.named_parameters() if model.site(name) not in random)
 
 
-def _require_training_data(posterior: Posterior, x: Any, y: Tensor) -> None:
+def _require_training_data(posterior: Posterior, x: Any, y: Any) -> None:
     if isinstance(posterior, ScaledPosterior):
         raise ValueError("scaled predictions are of no density that was inferred: give the posterior inside")
-    rows, expected = count_rows(x, y), getattr(posterior.model, "num_data", None)
+    if y is None:
+        raise ValueError("y is missing: give the targets that the model was trained on, beside x")
+    rows, expected = count_rows(tensors(x), labels(y)), getattr(posterior.model, "num_data", None)
     if rows != expected:
         raise ValueError(
             f"x and y hold {rows} data, the model was trained on num_data={expected}: the density that a variational "
@@ -209,22 +216,17 @@ def _require_untempered(posterior: Posterior) -> None:
 
 
 def _enough_draws(posterior: Posterior, num_samples: int | None) -> int:
-    if num_samples is None:
-        num_samples = posterior.num_stored or (
-            1 if posterior.is_deterministic else math.ceil(DRAWS / posterior.num_members)
-        )
+    num_samples = posterior.draw_source.count_all(num_samples, math.ceil(TAIL_DRAWS / posterior.num_members))
     if num_samples * posterior.num_members < FEWEST:
         raise ValueError(
             f"{num_samples} draws of {posterior.num_members} members are {num_samples * posterior.num_members}: "
-            f"smoothing takes at least {FEWEST}. Give a larger num_samples; particles and points are too few by nature, so "
-            "compare their scores on held-out data (evaluate)"
+            f"smoothing takes at least {FEWEST}. Give a larger num_samples; particles and points are too few by "
+            "nature, so compare their scores on held-out data (evaluate)"
         )
     return num_samples
 
 
-def _in_arviz(
-    posterior: Posterior, x: Any, y: Tensor, num_samples: int, batch_size: int | None, seed: int
-) -> xr.DataTree:
+def _in_arviz(posterior: Posterior, x: Any, y: Any, num_samples: int, batch_size: int | None, seed: int) -> xr.DataTree:
     groups = ("posterior", "log_likelihood", "sample_stats")
     data = to_arviz(
         posterior,

@@ -12,14 +12,15 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_bnn.diagnostics.checking.findings import Finding
+from pyro_bnn.diagnostics.checking.findings import Finding, Findings
+from pyro_bnn.inputs import inputs, targets
 from pyro_bnn.likelihoods import Bernoulli
-from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import frozen
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior import Posterior, Prediction
-from pyro_bnn.posterior.draw_source import MAX_ELEMENTS, in_groups
-from pyro_bnn.randomness import device_of, seeded
+from pyro_bnn.posterior.draw_source import MAX_ELEMENTS, PRIOR_DRAWS, in_groups
+from pyro_bnn.randomness import device_of, seeded, some_seed
 
 #: probability between the quantiles whose distance is the scale of a distribution
 CENTRAL = 0.9
@@ -30,17 +31,22 @@ FAR, NEAR = 3.0, 0.1
 
 
 def prior_predictive(
-    model: BayesianNetwork, x: Any, *, num_samples: int = 200, batch_size: int | None = None, seed: int = 0
+    model: BayesianNetwork,
+    x: Any,
+    *,
+    num_samples: int = PRIOR_DRAWS,
+    batch_size: int | None = None,
+    seed: int | None = None,
 ) -> Prediction:
     """What the prior predicts at x: the functions ``f = net(x; w)``, ``w ~ prior``, as a posterior's prediction.
 
     What is no latent site is as the network has it: the W of a rank-1 network, normalisation layers, W_0 of a Bella.
 
     :param model: a model of this package.
-    :param x: tensor, dict or tuple with N rows on axis 0, any number of them.
+    :param x: tensor, array, frame, dict or tuple with N rows on axis 0, any number of them.
     :param num_samples: number S of functions; ``.outputs`` is ``[S, 1, N, *output]``.
     :param batch_size: the most rows of x in one forward pass; by default what fits a fixed memory budget.
-    :param seed: of the draws; the global random state is left alone.
+    :param seed: of the draws; ``None`` takes another one at each call, from torch's global generator.
     :raises TypeError: for a model that is not of this package.
     :raises ValueError: for NaN in x, or a prior that has no draws since it is improper.
     """
@@ -51,7 +57,7 @@ def prior_predictive(
         )
     parts = []
     with frozen(model):
-        for draws in prior_draws(model, num_samples, seed):
+        for draws in prior_draws(model, num_samples, some_seed(seed)):
             group = Posterior.from_draws(model, draws)
             parts.append(group.predict(x, len(next(iter(draws.values()))), batch_size))
     noise = [part.noise for part in parts if part.noise is not None]
@@ -63,11 +69,11 @@ def prior_predictive(
 def prior_summary(
     model: BayesianNetwork,
     x: Any,
-    y: Tensor | None = None,
+    y: Any = None,
     *,
-    num_samples: int = 200,
+    num_samples: int = PRIOR_DRAWS,
     batch_size: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> dict[str, float]:
     """Numbers about the functions that a prior implies at x; those that overflow enter ``finite`` alone.
 
@@ -97,8 +103,10 @@ def prior_summary(
         raise ValueError(
             "the model has no likelihood, so that nothing says what its functions mean: look at prior_predictive(...)"
         )
+    x, y = inputs(x, like_of(model)), None if y is None else targets(y, like_of(model))
     if (rows := count_rows(x, y)) < 2:
         raise ValueError(f"x has {rows} rows: how a function differs from row to row takes at least 2")
+    seed = some_seed(seed)
     everything = prior_predictive(model, x, num_samples=num_samples, batch_size=batch_size, seed=seed)
     finite = everything.per_member.isfinite().flatten(1).all(1) & everything.outputs.isfinite().flatten(1).all(1)
     numbers = {"finite": float(finite.double().mean())}
@@ -125,12 +133,12 @@ def prior_summary(
 def check_prior(
     model: BayesianNetwork,
     x: Any,
-    y: Tensor | None = None,
+    y: Any = None,
     *,
-    num_samples: int = 200,
+    num_samples: int = PRIOR_DRAWS,
     batch_size: int | None = None,
-    seed: int = 0,
-) -> list[Finding]:
+    seed: int | None = None,
+) -> Findings:
     """Whether the functions that a prior implies at x are such as one can believe in before any data.
 
     The numbers are those of :func:`prior_summary`, and the bounds:
@@ -148,7 +156,7 @@ def check_prior(
     """
     settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
     numbers = prior_summary(model, x, y, **settings)
-    found = []
+    found = Findings()
     if (infinite := 1 - numbers["finite"]) > 0:
         found.append(
             Finding(
@@ -166,7 +174,7 @@ def check_prior(
 
 
 def prior_draws(
-    model: Callable[..., Any], n: int, seed: int = 0, *, example: Any = None
+    model: Callable[..., Any], n: int, seed: int | None = None, *, example: Any = None
 ) -> Iterator[dict[str, Tensor]]:
     """``{site: [group, 1, *event]}``: n draws of all latent sites from the prior, in groups of bounded size.
 

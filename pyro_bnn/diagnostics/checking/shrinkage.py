@@ -15,9 +15,9 @@ from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.diagnostics.scoring.stream import require_posterior
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.posterior import Posterior
+from pyro_bnn.posterior.draw_source import TAIL_DRAWS
+from pyro_bnn.randomness import some_seed
 
-#: draws of the prior and of each member, where the posterior does not store a number of them
-DRAWS = 1000
 #: contraction below which an element counts as not informed by the data
 UNINFORMED = 0.05
 #: standard deviation of the ratio of two squared widths, of n Normal draws each, times sqrt(n)
@@ -42,7 +42,12 @@ class Contraction:
 
 
 def contraction(
-    posterior: Posterior, x: Any = None, *, num_samples: int | None = None, batch_size: int | None = None, seed: int = 0
+    posterior: Posterior,
+    x: Any = None,
+    *,
+    num_samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
 ) -> dict[str, Contraction]:
     """Posterior contraction ``1 - (s_posterior / s_prior)^2`` of every latent site, and with x of ``function``.
 
@@ -72,9 +77,11 @@ def contraction(
     Psychological Methods 26.
     """
     require_posterior(posterior)
-    n = posterior.num_stored or DRAWS if num_samples is None else num_samples
+    # Points are drawn as often as others: quantiles of few draws of the prior would lie too close together.
+    n = posterior.num_stored or TAIL_DRAWS if num_samples is None else num_samples
     if n < 2:
         raise ValueError(f"num_samples={n}: a width takes at least 2 draws, and a good one some hundred")
+    seed = some_seed(seed)
     if isinstance(posterior, ScaledPosterior):
         posterior = posterior.posterior
     model, draws = posterior.model, n * posterior.num_members

@@ -23,16 +23,16 @@ from pyro.optim import LambdaLR  # type: ignore[attr-defined]
 from rich.progress import track
 from torch import Tensor, nn
 
-from pyro_bnn.diagnostics.checking.findings import Finding
+from pyro_bnn.diagnostics.checking.findings import Finding, Findings
 from pyro_bnn.diagnostics.checking.prior_checks import proper_priors
 from pyro_bnn.diagnostics.checking.training import loss_verdict
 from pyro_bnn.diagnostics.checking.uniformity import EcdfDifference, RankBand, chi_square, where_ranks_pile_up
-from pyro_bnn.inputs import to_device
-from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.inputs import inputs
+from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import frozen
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior import Posterior
-from pyro_bnn.randomness import derive_seeds, device_of, seeded
+from pyro_bnn.randomness import derive_seeds, device_of, seeded, some_seed
 
 #: rows of x at which the outputs of a network are ranked
 PROBES = 5
@@ -92,7 +92,7 @@ def sbc(
     lr: float = 5e-2,
     warmup: int = 200,
     thinning: int = 1,
-    seed: int = 0,
+    seed: int | None = None,
     progress: bool = True,
 ) -> SBCResult:
     """Draws theta and y from the model, infers theta from y, and ranks theta among the draws; again and again.
@@ -122,7 +122,7 @@ def sbc(
     :param warmup: steps in which a kernel adapts.
     :param thinning: every thinning-th state of a chain is a draw. Ranks among correlated draws pile up at both ends
         although the sampler is right: thin until the draws are nearly independent.
-    :param seed: each simulation has a seed of its own that follows from it; the global random state is left alone.
+    :param seed: each simulation has a seed of its own that follows from it.
     :raises TypeError: when what the factory returns is none of the above.
     :raises ValueError: for counts out of range, x without its ``num_data`` rows, a model without ``obs``, with an
         improper prior or with discrete latent sites, a site that does not exist, or a name that is taken.
@@ -140,6 +140,7 @@ def sbc(
     if not lr > 0:
         raise ValueError(f"lr={lr!r}: expected a positive learning rate")
     ranks: dict[str, list[Tensor]] = {}
+    seed = some_seed(seed)
     with seeded(device_of(model), seed):
         experiment = _Experiment(model, x, sites, functions or {})
         for i, own in enumerate(track(derive_seeds(seed, simulations), "SBC", disable=not progress)):
@@ -158,7 +159,7 @@ def sbc(
     return SBCResult({name: torch.stack(rank) for name, rank in ranks.items()}, draws, experiment.falling)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SBCResult:
     """Ranks of what the data were made from, among draws of the posteriors that were inferred from the data.
 
@@ -171,6 +172,13 @@ class SBCResult:
     ranks: dict[str, Tensor]
     draws: int
     falling: int = 0
+
+    def __repr__(self) -> str:
+        least = ", ".join(f"{name} {float(p.min()):.2g}" for name, p in self.p_values().items() if p.numel())
+        return (
+            f"SBCResult(simulations={self.simulations}, draws={self.draws}, falling={self.falling}; least p-value of "
+            f"uniform ranks: {least})"
+        )
 
     @property
     def simulations(self) -> int:
@@ -202,7 +210,7 @@ class SBCResult:
             raise ValueError(f"no quantity {name!r}; there are {', '.join(self.ranks)}")
         return self._band.ecdf_difference(self.ranks[name], level)
 
-    def findings(self, level: float = 0.05) -> list[Finding]:
+    def findings(self, level: float = 0.05) -> Findings:
         """What is wrong with the posteriors, in words.
 
         The chance that an exact posterior has anything wrong with it is at most ``level``: p-values are multiplied by
@@ -212,7 +220,7 @@ class SBCResult:
         intervals of the posterior hold the truth in more than 10 percentage points too many or too few simulations.
         """
         p = {name: min(1.0, float(values.min()) * values.numel()) for name, values in self.p_values().items()}
-        found, fine, corrected = [], [], 0.0
+        found, fine, corrected = Findings(), [], 0.0
         if self.falling > UNTRAINED * self.simulations:
             found.append(
                 Finding(
@@ -269,6 +277,7 @@ class _Experiment:
         self.model, self.functions = model, functions
         self.falling = 0
         self.network = model if isinstance(model, BayesianNetwork) else None
+        x = inputs(x, like_of(model))
         self.obs = self.network.site("obs") if self.network is not None else "obs"
         if self.network is not None and self.network.num_data is not None and count_rows(x) != self.network.num_data:
             raise ValueError(
@@ -281,7 +290,7 @@ class _Experiment:
                 f"the likelihood has the temperature {likelihood.temperature}: data are simulated from the model "
                 "without it, and the tempered posterior is another one than theirs. Leave temperature= out"
             )
-        self.x = to_device(x, self.network.like()) if self.network is not None else x
+        self.x = x
         store = pyro.get_param_store()
         with frozen(model), store.scope(store.get_state()), torch.no_grad():
             nodes = self._trace()

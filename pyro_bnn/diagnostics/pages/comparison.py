@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.etree.ElementTree import Element
 
 from torch import Tensor
 
 from pyro_bnn.diagnostics.pages import gallery, page
-from pyro_bnn.diagnostics.pages.glossary import Measure, measured
-from pyro_bnn.diagnostics.pages.page import Cell, Head
+from pyro_bnn.diagnostics.pages.glossary import MetricFormat, formats_of
+from pyro_bnn.diagnostics.pages.page import Cell, Head, Picture, Table
 from pyro_bnn.diagnostics.scoring.scored import Scored, score
 from pyro_bnn.diagnostics.scoring.stream import require_repeatable
+from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
@@ -26,18 +26,18 @@ class Candidate:
     """One of the posteriors that are compared.
 
     :param metrics: what ``evaluate`` says of it.
-    :param num_samples: draws of every member, those of its metrics.
+    :param num_samples: draws of every member, as many as its metrics are of.
     :param description: a few words beside its name.
     """
 
     posterior: Posterior
     metrics: Mapping[str, Any]
-    num_samples: int = 16
+    num_samples: int | None = None
     description: str = ""
 
 
 @dataclass(frozen=True)
-class Difference:
+class PairedDifference:
     """By how much more nats per datum a posterior misses the data than the best one.
 
     :param mean: (1/N) sum_n d_n with d_n = -log p(y_n) + log p_best(y_n); 0 for the best itself.
@@ -51,7 +51,7 @@ class Difference:
         return f"{self.mean:.4f} ± {self.se:.4f}" if self.mean or self.se else "best"
 
 
-def differences(nll: Mapping[str, Tensor]) -> dict[str, Difference]:
+def differences(nll: Mapping[str, Tensor]) -> dict[str, PairedDifference]:
     """Paired differences of test NLL from the posterior with the lowest, in nats per datum.
 
     Data on which all do alike drop out, so that the standard error is far below that of each NLL.
@@ -66,7 +66,9 @@ def differences(nll: Mapping[str, Tensor]) -> dict[str, Difference]:
         raise ValueError(f"expected the same data, at least two, for all: their numbers are {lengths}")
     best = min(nll.values(), key=lambda values: float(values.mean()))
     gaps = {name: values - best for name, values in nll.items()}
-    return {name: Difference(float(gap.mean()), float(gap.std()) / math.sqrt(len(gap))) for name, gap in gaps.items()}
+    return {
+        name: PairedDifference(float(gap.mean()), float(gap.std()) / math.sqrt(len(gap))) for name, gap in gaps.items()
+    }
 
 
 def comparison(
@@ -78,8 +80,8 @@ def comparison(
     title: str = "Comparison of posteriors",
     settings: Mapping[str, Any] | None = None,
     batch_size: int | None = None,
-    seed: int = 0,
-) -> dict[str, Difference]:
+    seed: int | None = None,
+) -> dict[str, PairedDifference]:
     """Writes one HTML file about all candidates, that needs nothing else.
 
     :param data: as for :func:`evaluate`, in an order that stays the same, and no iterator, as it is passed over for
@@ -97,24 +99,27 @@ def comparison(
     path = page.require_file(path)
     if len(candidates) < 2:
         raise ValueError(f"a comparison takes at least two posteriors, got {len(candidates)}")
+    seed = some_seed(seed)
     scored = {
         name: score(one.posterior, data, ood, num_samples=one.num_samples, batch_size=batch_size, seed=seed)
         for name, one in candidates.items()
     }
     gaps = differences({name: one.nll for name, one in scored.items()})
-    blocks = [
-        page.section("Result", page.paragraph(verdict(gaps))),
-        page.section("Metrics", metrics_table(candidates, gaps)),
-        page.pictures("Pictures", list(_pictures(scored, ood is not None))),
-    ]
-    if settings:
-        blocks.append(page.section("Settings", page.settings_table("What all have in common", settings)))
     rows = len(next(iter(scored.values())).nll)
-    page.write(path, page.document(title, *blocks, subtitle=f"{len(candidates)} networks on {rows:,} test rows"))
+    html = page.render(
+        "comparison.html",
+        title=title,
+        subtitle=f"{len(candidates)} networks on {rows:,} test rows",
+        verdict=verdict(gaps),
+        metrics=metrics_table(candidates, gaps),
+        pictures=list(_pictures(scored, ood is not None)),
+        settings=page.settings_table("What all have in common", settings) if settings else None,
+    )
+    page.write(path, html)
     return gaps
 
 
-def verdict(gaps: Mapping[str, Difference]) -> str:
+def verdict(gaps: Mapping[str, PairedDifference]) -> str:
     """Which is best by test NLL, and which cannot be told from it."""
     best = min(gaps, key=lambda name: gaps[name].mean)
     close = [name for name, gap in gaps.items() if name != best and gap.mean <= 2 * gap.se]
@@ -127,39 +132,39 @@ def verdict(gaps: Mapping[str, Difference]) -> str:
     )
 
 
-def best_of(measure: Measure, values: Iterable[float | None]) -> float | None:
+def best_of(shown: MetricFormat, values: Iterable[float | None]) -> float | None:
     """The best of the values that are there; ``None`` for what is no merit, or when all are the same."""
     known = [value for value in values if value is not None]
-    if not measure.better or len(set(known)) < 2:
+    if not shown.better or len(set(known)) < 2:
         return None
-    return min(known, key=measure.loss)
+    return min(known, key=shown.loss)
 
 
-def metrics_table(candidates: Mapping[str, Candidate], gaps: Mapping[str, Difference]) -> Element:
+def metrics_table(candidates: Mapping[str, Candidate], gaps: Mapping[str, PairedDifference]) -> Table:
     """One column for each candidate; the best of each row says so."""
-    measures = dict(measured(*(one.metrics for one in candidates.values())))
+    formats = dict(formats_of(*(one.metrics for one in candidates.values())))
     differing = [
-        Cell(str(gap), gap.mean, {"metric": "nll_difference", "network": label, "se": repr(gap.se)})
-        for label, gap in ((label, gaps[label]) for label in candidates)
+        Cell(
+            str(gaps[label]),
+            gaps[label].mean,
+            {"metric": "nll_difference", "network": label, "se": repr(gaps[label].se)},
+        )
+        for label in candidates
     ]
-    rows = [(Head("NLL − best ± SE", "paired, lower is better"), differing)]
-    for name, measure in measures.items():
+    rows: list[tuple[Head, Sequence[Cell | str]]] = [(Head("NLL − best ± SE", "paired, lower is better"), differing)]
+    for name, shown in formats.items():
         values = {label: one.metrics.get(name) for label, one in candidates.items()}
-        best = best_of(measure, values.values())
+        best = best_of(shown, values.values())
         cells = [
-            Cell(measure.text(value), value, {"metric": name, "network": label}, value is not None and value == best)
+            Cell(shown.text(value), value, {"metric": name, "network": label}, value is not None and value == best)
             for label, value in values.items()
         ]
-        rows.append((Head(measure.label, f"{measure.better} is better" if measure.better else ""), cells))
+        rows.append((Head(shown.label, f"{shown.better} is better" if shown.better else ""), cells))
     columns = [Head("metric"), *(Head(label, one.description) for label, one in candidates.items())]
-    return page.table("On the same test data; ★ marks the best of a row", columns, rows)
+    return Table("On the same test data; ★ marks the best of a row", columns, rows)
 
 
-def as_json(gaps: Mapping[str, Difference]) -> dict[str, dict[str, float]]:
-    return {name: asdict(gap) for name, gap in gaps.items()}
-
-
-def _pictures(scored: Mapping[str, Scored], with_ood: bool) -> Iterable[Element]:
+def _pictures(scored: Mapping[str, Scored], with_ood: bool) -> Iterable[Picture]:
     yield gallery.selection(scored)
     for name, one in scored.items():
         yield gallery.calibration(one, f": {name}")

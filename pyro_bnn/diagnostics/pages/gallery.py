@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
-from xml.etree.ElementTree import Element
 
 import torch
 from torch import Tensor
@@ -15,13 +14,14 @@ from pyro_bnn.diagnostics.arviz.conversion import to_arviz
 from pyro_bnn.diagnostics.checking.chains import comparable, convergence
 from pyro_bnn.diagnostics.checking.checks import PROBES
 from pyro_bnn.diagnostics.checking.training import loss_verdict
-from pyro_bnn.diagnostics.pages.page import picture
+from pyro_bnn.diagnostics.pages.page import Picture
 from pyro_bnn.diagnostics.plots.canvas import WIDTH
 from pyro_bnn.diagnostics.scoring.calibration import reliability
 from pyro_bnn.diagnostics.scoring.ood import auroc
 from pyro_bnn.diagnostics.scoring.scored import Scored
 from pyro_bnn.diagnostics.scoring.selective import aurc
 from pyro_bnn.diagnostics.scoring.stream import first_rows
+from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.sparsity.inclusion import has_inclusion
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 _NAMED_LEVEL = 0.9
 
 
-def calibration(scored: Scored, of: str = "") -> Element:
+def calibration(scored: Scored, of: str = "") -> Picture:
     """Whether confidence, or the level of intervals, is what comes true."""
     if scored.probs is not None:
         bins = reliability(scored.probs, scored.y)
         accuracy, confidence = 1 - float(scored.loss.mean()), float(scored.confidence.mean())
-        return picture(
+        return Picture(
             f"Reliability{of}",
             plots.plot_reliability(bins),
             f"Accuracy against confidence in {len(bins.count)} bins: accuracy {accuracy:.3f}, mean confidence "
@@ -46,7 +46,7 @@ def calibration(scored: Scored, of: str = "") -> Element:
     if scored.pit is None:
         raise ValueError("there are neither class probabilities nor a predictive distribution function to draw")
     inside = float(((2 * scored.pit - 1).abs() <= _NAMED_LEVEL).double().mean())
-    return picture(
+    return Picture(
         f"Coverage of intervals{of}",
         plots.plot_calibration_curve(scored.pit.clamp(0, 1)),
         f"Share of data inside central intervals against their level: {inside:.1%} are inside the "
@@ -55,11 +55,11 @@ def calibration(scored: Scored, of: str = "") -> Element:
     )
 
 
-def selection(scored: Mapping[str, Scored]) -> Element:
+def selection(scored: Mapping[str, Scored]) -> Picture:
     """How the loss falls when only the most confident predictions are kept."""
     areas = ", ".join(f"{name} {aurc(one.confidence, one.loss):.4g}" for name, one in scored.items())
     loss = "squared error" if next(iter(scored.values())).probs is None else "error"
-    return picture(
+    return Picture(
         "Risk and coverage",
         plots.plot_risk_coverage({name: (one.confidence, one.loss) for name, one in scored.items()}),
         f"Mean {loss} of the most confident predictions against the share that is kept. Area under the curve: {areas}.",
@@ -67,14 +67,14 @@ def selection(scored: Mapping[str, Scored]) -> Element:
     )
 
 
-def elsewhere(scored: Scored, of: str = "") -> Element:
+def elsewhere(scored: Scored, of: str = "") -> Picture:
     """Whether inputs from elsewhere are less certain.
 
     :raises ValueError: when none were scored.
     """
     if scored.inside is None or scored.outside is None:
         raise ValueError("no inputs from elsewhere were scored: give ood=")
-    return picture(
+    return Picture(
         f"Inputs from elsewhere{of}",
         plots.plot_ood(scored.inside, scored.outside),
         f"Predictive entropy of {len(scored.inside):,} test inputs, mean {float(scored.inside.mean()):.3f} nats, "
@@ -84,13 +84,13 @@ def elsewhere(scored: Scored, of: str = "") -> Element:
     )
 
 
-def posterior_pictures(posterior: Posterior, x: Any, prediction: Prediction, y: Tensor, seed: int) -> Iterator[Element]:
+def posterior_pictures(posterior: Posterior, x: Any, prediction: Prediction, y: Tensor, seed: int) -> Iterator[Picture]:
     """What there is to see of the posterior itself and of the run that found it.
 
     :param x: some test inputs, for a band where they are one number each, and for how far members are apart.
     """
     if _is_line(x, prediction):
-        yield picture(
+        yield Picture(
             "Regression band",
             plots.plot_band(x, prediction, y),
             f"Mean and intervals of the prediction over the only input, with {len(y):,} test data.",
@@ -99,7 +99,7 @@ def posterior_pictures(posterior: Posterior, x: Any, prediction: Prediction, y: 
     if posterior.num_members > 1:
         distances = plots.member_distances(prediction)
         apart = distances[~torch.eye(len(distances), dtype=torch.bool, device=distances.device)]
-        yield picture(
+        yield Picture(
             "Members apart",
             plots.plot_particles(prediction),
             f"How far apart the predictions of each two of {posterior.num_members} members are: between "
@@ -111,7 +111,7 @@ def posterior_pictures(posterior: Posterior, x: Any, prediction: Prediction, y: 
         rhat, ess = (torch.as_tensor(found[name].values).flatten() for name in ("rhat", "ess_bulk"))
         moving = ess.isfinite() & rhat.isfinite()  # some classes may have the same probability in all draws
         if bool(moving.any()):
-            yield picture(
+            yield Picture(
                 "Convergence",
                 plots.plot_rhat(rhat[moving], ess[moving]),
                 f"R-hat of the function at {PROBES} inputs, at most {float(rhat[moving].max()):.3f}, and its effective "
@@ -121,7 +121,7 @@ def posterior_pictures(posterior: Posterior, x: Any, prediction: Prediction, y: 
     if posterior.losses:
         losses = posterior.losses
         tail = losses[-max(1, len(losses) // 20) :]
-        yield picture(
+        yield Picture(
             "Training",
             plots.plot_losses(losses, loss_verdict(losses)),
             f"Negative ELBO per datum over {len(losses):,} steps: {losses[0]:.4g} nats at the first, "
@@ -130,7 +130,7 @@ def posterior_pictures(posterior: Posterior, x: Any, prediction: Prediction, y: 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # ArviZ announces its next release on import
         draws = to_arviz(posterior, x, groups="posterior", seed=seed)
-    yield picture(
+    yield Picture(
         "Forest of sites",
         plots.plot_forest(draws),
         "Medians with central 50 % and 94 % intervals of scales, and of the mean and spread of the weights of each "
@@ -139,18 +139,18 @@ def posterior_pictures(posterior: Posterior, x: Any, prediction: Prediction, y: 
     if has_inclusion(posterior.model):
         inclusion = posterior.inclusion_probabilities()
         every = torch.cat([values.flatten() for values in inclusion.values()])
-        yield picture(
+        yield Picture(
             "Inclusion",
             plots.plot_inclusion(inclusion),
             f"Posterior inclusion probabilities of {len(every):,} groups of weights: "
             f"{float((every > 0.5).float().mean()):.1%} are above one half.",
         )
-    # A guide of a method may have pictures of its own, whose names are what they show.
-    for name, figure in getattr(posterior.guide, "figures", dict)().items():
+    own = posterior.guide.figures() if isinstance(posterior.guide, MixtureGuide) else {}
+    for name, figure in own.items():
         width, height = figure.get_size_inches()
         if width > WIDTH:  # smaller on the page its text would be smaller too
             figure.set_size_inches(WIDTH, height * WIDTH / width)
-        yield picture(name, figure, name)
+        yield Picture(name, figure, name)
 
 
 def _is_line(x: Any, prediction: Prediction) -> bool:

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from xml.etree.ElementTree import Element
 
 from pyro_bnn.diagnostics.checking.checks import check
 from pyro_bnn.diagnostics.checking.findings import SEVERITIES, Finding
 from pyro_bnn.diagnostics.pages import gallery, page
-from pyro_bnn.diagnostics.pages.glossary import measured
-from pyro_bnn.diagnostics.pages.page import Cell, Head
+from pyro_bnn.diagnostics.pages.glossary import formats_of
+from pyro_bnn.diagnostics.pages.page import Cell, Head, Table
 from pyro_bnn.diagnostics.scoring.metrics import evaluate
 from pyro_bnn.diagnostics.scoring.scored import score
-from pyro_bnn.diagnostics.scoring.stream import predictions, require_posterior, require_repeatable
+from pyro_bnn.diagnostics.scoring.stream import predict_batches, require_posterior, require_repeatable
+from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
@@ -33,7 +33,7 @@ def report(
     settings: Mapping[str, Any] | None = None,
     num_samples: int | None = None,
     batch_size: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> Path:
     """Writes one HTML file that needs nothing else: findings, metrics, and what the posterior looks like.
 
@@ -55,7 +55,7 @@ def report(
     require_repeatable(data, "data")
     require_repeatable(ood, "ood")
     path = page.require_file(path)
-    num_samples = posterior.draw_source.count(num_samples)
+    num_samples, seed = posterior.draw_source.count(num_samples), some_seed(seed)
     given: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
     measured_here = None
     if metrics is None:
@@ -68,21 +68,24 @@ def report(
         findings = check(posterior, data, ood=ood, metrics=measured_here, **given)
     scored = score(posterior, data, ood, **given)
     other = None if twin is None else score(twin, data, **given)
-    x, prediction, y = next(predictions(posterior, data, **given))
-    shown = [
+    x, prediction, y = next(predict_batches(posterior, data, **given))
+    pictures = [
         gallery.calibration(scored),
         gallery.selection({"Bayesian": scored} | ({} if other is None else {"deterministic": other})),
         *([] if ood is None else [gallery.elsewhere(scored)]),
         *gallery.posterior_pictures(posterior, x, prediction, y, seed),
     ]
-    blocks = [
-        page.section("Verdicts", page.paragraph(summary(findings)), page.findings(findings)),
-        page.section("Metrics", metrics_table(metrics)),
-        page.pictures("Pictures", shown),
-    ]
-    if settings:
-        blocks.append(page.section("Settings", page.settings_table("How it came about", settings)))
-    return page.write(path, page.document(title, *blocks, subtitle=f"{len(scored.nll):,} test rows"))
+    html = page.render(
+        "report.html",
+        title=title,
+        subtitle=f"{len(scored.nll):,} test rows",
+        summary=summary(findings),
+        findings=findings,
+        metrics=metrics_table(metrics),
+        pictures=pictures,
+        settings=page.settings_table("How it came about", settings) if settings else None,
+    )
+    return page.write(path, html)
 
 
 def summary(findings: Sequence[Finding]) -> str:
@@ -96,16 +99,16 @@ def _counted(count: int, severity: str) -> str:
     return f"{count} good" if severity == "good" else f"{count} {severity}{'s' if count > 1 else ''}"
 
 
-def metrics_table(metrics: Mapping[str, Any]) -> Element:
+def metrics_table(metrics: Mapping[str, Any]) -> Table:
     """The metrics of the posterior, beside those of its twin where there are any."""
     twin = metrics.get("deterministic")
     columns = {"Bayesian": metrics} | ({"deterministic": twin} if twin else {})
     rows = []
-    for name, measure in measured(metrics):
-        note = f"{measure.better} is better" if measure.better else ""
+    for name, shown in formats_of(metrics):
+        note = f"{shown.better} is better" if shown.better else ""
         cells = [
-            Cell(measure.text(of.get(name)), of.get(name), {"metric": name, "network": network})
+            Cell(shown.text(of.get(name)), of.get(name), {"metric": name, "network": network})
             for network, of in columns.items()
         ]
-        rows.append((Head(measure.label, "; ".join(filter(None, (measure.meaning, note)))), cells))
-    return page.table("On test data", [Head("metric"), *map(Head, columns)], rows)
+        rows.append((Head(shown.label, "; ".join(filter(None, (shown.meaning, note)))), cells))
+    return Table("On test data", [Head("metric"), *map(Head, columns)], rows)

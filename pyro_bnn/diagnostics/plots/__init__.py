@@ -2,6 +2,11 @@
 
 Every function returns a ``matplotlib.figure.Figure``, the caller's own: ``plot_losses(losses).savefig("elbo.svg")``.
 Figures are white, 5 inches wide and free of ``pyplot``; what colours tell apart, styles or markers do too.
+
+* ``posteriors``: forests of sites, inclusion, how far members are apart.
+* ``predictions``: calibration, selection, out-of-distribution scores, regression bands.
+* ``runs``: losses, R-hat, k-hat, ranks.
+* ``canvas``: what all pictures share.
 """
 
 from __future__ import annotations

@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_bnn.diagnostics.scoring.stream import log_density, predictions, predictions_of_inputs, require_posterior
+from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, predict_inputs, require_posterior
 from pyro_bnn.likelihoods import Bernoulli
+from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior, Prediction
@@ -49,7 +50,7 @@ class _SplitConformal:
         *,
         num_samples: int | None = None,
         batch_size: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if not 0 < level < 1:
             raise ValueError(f"level={level!r}: expected a probability strictly between 0 and 1")
@@ -61,18 +62,31 @@ class _SplitConformal:
                 "ConformalSets is for classification, ConformalIntervals for regression and count"
             )
         self.posterior, self.level = posterior, level
-        self._settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
+        settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": some_seed(seed)}
+        self._settings = settings
         scores = []
-        for x, prediction, y in predictions(posterior, data, **self._settings):
+        for x, prediction, y in predict_batches(posterior, data, **self._settings):
             self._example = x
             scores.append(self._score(prediction, y))
-        self.threshold = _threshold(_joined(scores, "data"), level)
+        joined = _joined(scores, "data")
+        self.num_rows, self.threshold = len(joined), _threshold(joined, level)
+
+    def __repr__(self) -> str:
+        """Level, what is special, number of held-out rows, threshold."""
+        values = self.threshold.flatten()
+        some = ", ".join(f"{float(value):.4g}" for value in values[:4]) + (", ..." if len(values) > 4 else "")
+        threshold = some if self.threshold.dim() == 0 else f"[{some}]"
+        kind = "".join(f"{name}={value!r}, " for name, value in self._kind().items())
+        return f"{type(self).__name__}(level={self.level}, {kind}num_rows={self.num_rows}, threshold={threshold})"
+
+    def _kind(self) -> dict[str, object]:
+        return {}
 
     def _score(self, prediction: Prediction, y: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define _score()")
 
     def _predictions(self, x: Any) -> Iterable[Prediction]:
-        return predictions_of_inputs(self.posterior, x, like=self._example, **self._settings)
+        return predict_inputs(self.posterior, x, like=self._example, **self._settings)
 
 
 class ConformalSets(_SplitConformal):
@@ -89,7 +103,7 @@ class ConformalSets(_SplitConformal):
     the smallest sets on average; they can be empty where the posterior is unsure, and are too small for hard x.
 
     :param posterior: any posterior with a Categorical likelihood, or a Bernoulli of one output (classes 0 and 1).
-    :param data: held-out data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair of tensors;
+    :param data: held-out data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair;
         one label for each row.
     :param level: the probability to cover y.
     :param score: ``"aps"`` or ``"lac"``.
@@ -101,7 +115,7 @@ class ConformalSets(_SplitConformal):
     :raises ValueError: when data has too few rows for the level (ceil(level / (1 - level)) are needed), y does not fit
         the likelihood or has several labels a row, a prediction holds NaN, or level or score is out of range.
 
-    ``threshold`` is the k-th smallest score, a scalar.
+    ``threshold`` is the k-th smallest score, a scalar, of ``num_rows`` held-out data.
 
     Source: Romano, Sesia and Candes (2020) for APS; Sadinle, Lei and Wasserman (2019) for LAC.
     """
@@ -118,12 +132,13 @@ class ConformalSets(_SplitConformal):
         randomised: bool = False,
         num_samples: int | None = None,
         batch_size: int | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         if score not in get_args(SetScore):
             raise ValueError(f"score={score!r}: expected one of {', '.join(get_args(SetScore))}")
         if randomised and score != "aps":
             raise ValueError(f"randomised=True goes with score='aps'; {score!r} has nothing to randomise")
+        seed = some_seed(seed)
         self.score, self.randomised = score, randomised
         # One stream for held-out and new data, whose u must be independent, and not that of the draws.
         self._uniforms = torch.Generator().manual_seed(seed + 1)
@@ -143,11 +158,14 @@ class ConformalSets(_SplitConformal):
         :param data: ``(x, y)`` that neither trained nor calibrated, in any form that calibration takes.
         """
         covered, sizes = [], []
-        for _, prediction, y in predictions(self.posterior, data, **self._settings):
+        for _, prediction, y in predict_batches(self.posterior, data, **self._settings):
             sets = self._sets(prediction)
             covered.append(sets.gather(1, _labels(prediction, y)))
             sizes.append(sets.sum(1))
         return {"coverage": _mean(_joined(covered, "data")), "size": _mean(_joined(sizes, "data"))}
+
+    def _kind(self) -> dict[str, object]:
+        return {"score": self.score, "randomised": self.randomised}
 
     def _score(self, prediction: Prediction, y: Tensor) -> Tensor:
         return self._scores(prediction).gather(1, _labels(prediction, y)).squeeze(1)
@@ -177,7 +195,7 @@ class ConformalIntervals(_SplitConformal):
     several numbers each has a threshold of its own, and is covered by itself.
 
     :param posterior: any posterior with a likelihood of regression or counts.
-    :param data: held-out data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair of tensors.
+    :param data: held-out data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair.
     :param level: the probability to cover y.
     :param num_samples: draws from every member.
     :param batch_size: the most rows in one forward pass.
@@ -186,7 +204,7 @@ class ConformalIntervals(_SplitConformal):
     :raises ValueError: when data has too few rows for the level (ceil(level / (1 - level)) are needed), y does not fit
         the likelihood, a prediction holds NaN, or level is out of range.
 
-    ``threshold`` is q, shaped as the y of one row.
+    ``threshold`` is q, shaped as the y of one row, from ``num_rows`` held-out data.
 
     Source: Romano, Patterson and Candes (2019), eqs. 6 and 7, with the quantiles of the posterior predictive.
     """
@@ -212,7 +230,7 @@ class ConformalIntervals(_SplitConformal):
         :param data: ``(x, y)`` that neither trained nor calibrated, in any form that calibration takes.
         """
         covered, widths = [], []
-        for _, prediction, y in predictions(self.posterior, data, **self._settings):
+        for _, prediction, y in predict_batches(self.posterior, data, **self._settings):
             low, high = self._bounds(prediction)
             target = _targets(prediction, y, low)
             covered.append((low <= target) & (target <= high))

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from pyro_bnn.diagnostics.scoring.stream import log_density, predictions
+from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches
 from pyro_bnn.posterior import Posterior, Prediction
+from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Sparsified
@@ -77,7 +78,12 @@ class ScaledPosterior(Posterior):
 
 
 def scale_temperature(
-    posterior: Posterior, data: Any, *, num_samples: int | None = None, batch_size: int | None = None, seed: int = 0
+    posterior: Posterior,
+    data: Any,
+    *,
+    num_samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
 ) -> ScaledPosterior:
     r"""Fits a temperature on held-out data, by the negative log-likelihood of the averaged prediction.
 
@@ -89,11 +95,11 @@ def scale_temperature(
 
     Holds the logits of all data at once, S K N C numbers, on their device; sums are in float64.
 
-    :param data: held-out data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair of tensors. On
+    :param data: held-out data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair. On
         the training data T comes out too small.
     :param num_samples: draws from every member, S; T belongs to predictions from about as many.
     :param batch_size: the most rows in one forward pass.
-    :param seed: of the draws.
+    :param seed: of the draws; ``None`` takes another one at each call.
     :raises TypeError: when the likelihood is neither Categorical nor Bernoulli, or data or y has the wrong type.
     :raises ValueError: when data is empty, y does not fit the likelihood, a prediction holds NaN, or no T between 0.01
         and 100 is best: the likelihood still rises at an end, does not depend on T, or is 0 at every T.
@@ -102,8 +108,8 @@ def scale_temperature(
     with.
     """
     _require_logits(posterior)
-    batches = []
-    for _, prediction, y in predictions(posterior, data, num_samples=num_samples, batch_size=batch_size, seed=seed):
+    batches, seed = [], some_seed(seed)
+    for _, prediction, y in predict_batches(posterior, data, num_samples=num_samples, batch_size=batch_size, seed=seed):
         log_density(prediction, y)  # refuses labels that do not fit
         outputs = prediction.outputs
         if outputs.device.type == "mps":  # which has no float64

@@ -18,7 +18,8 @@ from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities
 from pyro_bnn.diagnostics.scoring.scores import crps, interval_coverage, interval_width
 from pyro_bnn.diagnostics.scoring.selective import augrc, aurc, risk_at_coverage
 from pyro_bnn.diagnostics.scoring.similarity import disagreement
-from pyro_bnn.diagnostics.scoring.stream import log_density, predictions, predictions_of_inputs
+from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, predict_inputs
+from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
@@ -37,7 +38,7 @@ def evaluate(
     *,
     num_samples: int | None = None,
     batch_size: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> dict[str, float]:
     r"""How good the predictions of a posterior are on data that it has not seen.
 
@@ -93,14 +94,15 @@ def evaluate(
     Every batch sees the same draws. Of a batch that is done, at most two numbers for each label and three for each row
     stay in memory, whatever the number of draws and classes.
 
-    :param data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair of tensors; x may be any
-        nesting of dicts and tuples of tensors. Everything runs on the device of the model.
+    :param data: a ``DataLoader`` of pairs ``(x, y)`` or of dicts with ``labels``, a ``Dataset`` of such, or one pair or
+        dict itself; :mod:`pyro_bnn.inputs` says what x and y may be. Everything runs on the device of the model.
     :param ood: inputs from elsewhere: a loader, a dataset, or x itself; labels beside them are left out.
     :param num_samples: draws from every member, S; by default 16, fewer where fewer are stored, and 1 of particles and
         points.
     :param batch_size: the most rows in one forward pass; a loader keeps its own batches otherwise, and other data are
         cut into batches of 256.
-    :param seed: of the draws.
+    :param seed: of the draws, the same for all batches; ``None`` takes another one at each call, from torch's global
+        generator.
     :raises TypeError: when data or ood is none of the forms above, or y has the wrong dtype.
     :raises ValueError: when data or ood is empty, y does not fit the likelihood, y or a prediction holds NaN, or ood
         is given for a regression.
@@ -109,10 +111,10 @@ def evaluate(
     aleatoric and epistemic. The modules ``calibration``, ``selective``, ``ood``, ``scores`` and ``similarity`` name
     those of the other metrics, and compute each from tensors.
     """
-    settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
+    settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": some_seed(seed)}
     quality: _Classification | _Regression | None = None
     example: Any = None
-    for x, prediction, y in predictions(posterior, data, **settings):
+    for x, prediction, y in predict_batches(posterior, data, **settings):
         if quality is None:
             quality, example = _quality(prediction, ood is not None), x
         quality.update(prediction, y)
@@ -120,7 +122,7 @@ def evaluate(
         raise ValueError("data is empty: evaluate needs at least one row; look at the filter or split that made it")
     if ood is not None and isinstance(quality, _Classification):
         rows = 0
-        for prediction in predictions_of_inputs(posterior, ood, like=example, **settings):
+        for prediction in predict_inputs(posterior, ood, like=example, **settings):
             quality.update_ood(prediction)
             rows += prediction.mean.shape[0]
         if rows == 0:

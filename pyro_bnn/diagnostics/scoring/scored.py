@@ -12,7 +12,7 @@ from pyro_bnn.diagnostics.scoring.metrics import log_predictive_density
 from pyro_bnn.diagnostics.scoring.ood import ood_scores
 from pyro_bnn.diagnostics.scoring.precision import wide
 from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities
-from pyro_bnn.diagnostics.scoring.stream import predictions, predictions_of_inputs
+from pyro_bnn.diagnostics.scoring.stream import predict_batches, predict_inputs
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior, Prediction
@@ -47,7 +47,7 @@ class Scored:
 
 
 def score(
-    posterior: Posterior, data: Any, ood: Any = None, *, num_samples: int, batch_size: int | None, seed: int
+    posterior: Posterior, data: Any, ood: Any = None, *, num_samples: int | None, batch_size: int | None, seed: int
 ) -> Scored:
     """Scores every datum under the very draws that ``evaluate`` with the same settings uses.
 
@@ -56,7 +56,7 @@ def score(
     settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
     rows: list[dict[str, Tensor]] = []
     example: Any = None
-    for batch, (x, prediction, y) in enumerate(predictions(posterior, data, **settings)):
+    for batch, (x, prediction, y) in enumerate(predict_batches(posterior, data, **settings)):
         example = x
         found = {"nll": -log_predictive_density(prediction, y)}
         if prediction.likelihood is not None and prediction.likelihood.kind == "classification":
@@ -76,7 +76,7 @@ def score(
     if ood is not None:
         entropies = [
             wide(ood_scores(prediction)["entropy"]).cpu()
-            for prediction in predictions_of_inputs(posterior, ood, like=example, **settings)
+            for prediction in predict_inputs(posterior, ood, like=example, **settings)
         ]
         if not entropies:
             raise ValueError("ood is empty: give at least one row of inputs, or leave out ood=")

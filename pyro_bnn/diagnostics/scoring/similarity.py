@@ -12,7 +12,8 @@ from torchmetrics import Metric
 
 from pyro_bnn.diagnostics.scoring.precision import running_mean, wide
 from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities, member_probabilities, require_probabilities
-from pyro_bnn.diagnostics.scoring.stream import batches, predict, require_posterior
+from pyro_bnn.diagnostics.scoring.stream import input_batches, predict_batch, require_posterior
+from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior, Prediction
@@ -66,7 +67,7 @@ def compare_to_reference(
     num_samples: int | None = None,
     reference_samples: int | None = None,
     batch_size: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> dict[str, float]:
     """:func:`agreement` with and :func:`total_variation` from another posterior of the same task, batch by batch.
 
@@ -76,7 +77,7 @@ def compare_to_reference(
     :param reference_samples: draws of the reference; by default all that it stores, as after MCMC, else
         ``num_samples``.
     :param batch_size: the most rows in one forward pass.
-    :param seed: of both posteriors' draws.
+    :param seed: of both posteriors' draws; ``None`` takes another one at each call.
     :returns: ``agreement`` and ``total_variation``. A target of several labels counts each of them.
     :raises TypeError: when data has another form, or the likelihood is no classification.
     :raises ValueError: when data is empty, the classes differ, or a prediction holds NaN.
@@ -85,10 +86,11 @@ def compare_to_reference(
     """
     require_posterior(reference)
     reference_samples = reference_samples or reference.num_stored or num_samples
+    seed = some_seed(seed)
     means: dict[str, Metric] = {}
-    for x, _ in batches(data, batch_size):
-        first = predict(posterior, x, num_samples, batch_size, seed)
-        second = predict(reference, x, reference_samples, batch_size, seed)
+    for x, _ in input_batches(data, batch_size):
+        first = predict_batch(posterior, x, num_samples, batch_size, seed)
+        second = predict_batch(reference, x, reference_samples, batch_size, seed)
         _require_classes(first, "compare_to_reference")
         p, q = _both(first, second)
         means = means or {name: running_mean(p.device) for name in ("agreement", "total_variation")}
@@ -103,7 +105,7 @@ def diversity(
     *,
     num_samples: int | None = None,
     batch_size: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> dict[str, float]:
     """How different the functions (draws and members) of a posterior are, batch by batch.
 
@@ -123,9 +125,10 @@ def diversity(
 
     Source: Fort, Hu and Lakshminarayanan (2019), section 4.2; Depeweg et al. (2018) for the information.
     """
+    seed = some_seed(seed)
     means: dict[str, Metric] = {}
-    for x, y in batches(data, batch_size):
-        prediction = predict(posterior, x, num_samples, batch_size, seed)
+    for x, y in input_batches(data, batch_size):
+        prediction = predict_batch(posterior, x, num_samples, batch_size, seed)
         if not means:
             _require_classes(prediction, "diversity")
             means = defaultdict(partial(running_mean, prediction.per_member.device))

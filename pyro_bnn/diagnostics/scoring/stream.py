@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +10,18 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
+from pyro_bnn.inputs import (
+    LABELS,
+    inputs,
+    is_array,
+    is_numbers,
+    labels,
+    split,
+    targets,
+    tensors,
+    without_labels,
+)
+from pyro_bnn.model import like_of
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.perturb.probe import batched
 
@@ -21,29 +33,31 @@ if TYPE_CHECKING:
 ROWS = 256
 
 
-def predictions(
+def predict_batches(
     posterior: Posterior, data: Any, *, num_samples: int | None, batch_size: int | None, seed: int
 ) -> Iterator[tuple[Any, Prediction, Tensor]]:
-    """Yields ``(x, prediction, y)`` for every batch, with y on the device of the prediction.
+    """Yields ``(x, prediction, y)`` for every batch, as tensors on the device of the model.
 
     Every batch is predicted with the same seed and so with the same draws: the functions that are looked at do not
     change from batch to batch.
 
-    :param data: a ``DataLoader`` or another iterable of pairs ``(x, y)``, a ``Dataset`` of such pairs, or one pair of
-        tensors, in which x may be any nesting of dicts and tuples of tensors.
+    :param data: a ``DataLoader`` or another iterable of pairs ``(x, y)`` or of dicts with ``labels``, a ``Dataset`` of
+        such, or one pair or dict itself. :mod:`pyro_bnn.inputs` says what x and y may be.
     :raises TypeError: when data is none of these, or the posterior is none.
     :raises ValueError: when x and y differ in length, a prediction holds NaN, or batch_size is below 1.
     """
+    like = _like(posterior)
     for batch in _pairs(data, _rows(batch_size)):
-        if not _is_pair(batch):
+        pair = _pair(batch)
+        if pair is None:
             raise TypeError(_no_pair(batch))
-        x, y = batch
+        x, y = inputs(pair[0], like), targets(pair[1], like)
         count_rows(x, y)
-        prediction = predict(posterior, x, num_samples, batch_size, seed)
+        prediction = predict_batch(posterior, x, num_samples, batch_size, seed)
         yield x, prediction, y.to(prediction.per_member.device)
 
 
-def predictions_of_inputs(
+def predict_inputs(
     posterior: Posterior, data: Any, *, like: Any, num_samples: int | None, batch_size: int | None, seed: int
 ) -> Iterator[Prediction]:
     """Yields the prediction for every batch of inputs; labels that stand beside the inputs are left out.
@@ -54,28 +68,33 @@ def predictions_of_inputs(
     :raises ValueError: when a prediction holds NaN, or batch_size is below 1.
     """
     for x in _inputs(data, like, _rows(batch_size)):
-        yield predict(posterior, x, num_samples, batch_size, seed)
+        yield predict_batch(posterior, x, num_samples, batch_size, seed)
 
 
-def batches(data: Any, batch_size: int | None) -> Iterator[tuple[Any, Tensor | None]]:
+def input_batches(data: Any, batch_size: int | None) -> Iterator[tuple[Any, Tensor | None]]:
     """Yields ``(x, y)`` for every batch of data with labels or without; y is None where there are none.
 
     :param data: a ``DataLoader`` or another iterable of batches, a ``Dataset``, one pair ``(x, y)``, or x itself as a
-        tensor or dict. A pair whose second part is a tensor is taken for ``(x, y)``.
+        tensor, array, frame or dict. A pair whose second part is an array is taken for ``(x, y)``, and the key
+        ``labels`` of a dict for y.
     :raises TypeError: when data is none of these.
     :raises ValueError: when x and y differ in length, or batch_size is below 1.
     """
     rows = _rows(batch_size)
-    alone = isinstance(data, (Tensor, dict))
-    for batch in _slices(data, count_rows(data), rows) if alone else _pairs(data, rows):
-        if _is_pair(batch):
-            count_rows(*batch)
-            yield batch[0], batch[1]
+    alone = _is_inputs(data) and _pair(data) is None
+    for batch in _cut(tensors(data), rows) if alone else _pairs(data, rows):
+        pair = _pair(batch)
+        if pair is not None:
+            x, y = tensors(pair[0]), labels(pair[1])
+            count_rows(x, y)
+            yield x, y
         else:
-            yield _without_label(batch, None), None
+            yield tensors(_without_label(batch, None)), None
 
 
-def predict(posterior: Posterior, x: Any, num_samples: int | None, batch_size: int | None, seed: int) -> Prediction:
+def predict_batch(
+    posterior: Posterior, x: Any, num_samples: int | None, batch_size: int | None, seed: int
+) -> Prediction:
     """The prediction for one batch.
 
     :raises TypeError: when the posterior is none.
@@ -135,16 +154,22 @@ def log_density(prediction: Prediction, y: Tensor) -> Tensor:
     return log_prob
 
 
+def _like(posterior: Any) -> Tensor | None:
+    require_posterior(posterior)
+    return like_of(getattr(posterior, "model", None))
+
+
 def _pairs(data: Any, rows: int) -> Iterable[Any]:
-    if _is_pair(data):
-        return _slices(data, count_rows(*data), rows)
-    return _loader(data, rows)
+    pair = _pair(data)
+    if pair is None:
+        return _loader(data, rows)
+    x, y = tensors(pair[0]), labels(pair[1])
+    return _slices((x, y), count_rows(x, y), rows)
 
 
 def _inputs(data: Any, like: Any, rows: int) -> Iterable[Any]:
-    if isinstance(data, (Tensor, dict, tuple)):
-        x = _without_label(data, like)
-        return _slices(x, count_rows(x), rows)
+    if _is_inputs(data) or isinstance(data, tuple):
+        return _cut(tensors(_without_label(data, like)), rows)
     return (_without_label(batch, like) for batch in _loader(data, rows))
 
 
@@ -152,19 +177,27 @@ def _loader(data: Any, rows: int) -> Iterable[Any]:
     if isinstance(data, Dataset):
         # A loader takes a seed for its workers, from the global generator unless it has one of its own.
         return DataLoader(data, batch_size=rows, generator=torch.Generator())
-    is_array = hasattr(data, "__array__")  # as tensors, arrays of numpy and tables of pandas have
-    if isinstance(data, Iterable) and not is_array and not isinstance(data, (dict, tuple, str)):
+    if isinstance(data, Iterable) and not _is_inputs(data) and not isinstance(data, (tuple, str)):
         return data
     raise TypeError(
-        f"data is a DataLoader, a Dataset or a pair (x, y) of tensors, got {_describe(data)}. torch.as_tensor(array) "
-        "makes a tensor of an array"
+        f"data is a DataLoader, a Dataset or a pair (x, y), got {_describe(data)}. Labels go with their inputs: give "
+        f"(x, y), or a dict with {LABELS!r}"
     )
+
+
+def _is_inputs(data: Any) -> bool:
+    """Whether data are what a network takes, by themselves, and not batches of it."""
+    return is_array(data) or isinstance(data, Mapping) or is_numbers(data)
 
 
 def _rows(batch_size: int | None) -> int:
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r}: expected a number of rows, at least 1")
     return batch_size or ROWS
+
+
+def _cut(x: Any, rows: int) -> Iterator[Any]:
+    return _slices(x, count_rows(x), rows)
 
 
 def _slices(tree: Any, size: int, rows: int) -> Iterator[Any]:
@@ -174,12 +207,17 @@ def _slices(tree: Any, size: int, rows: int) -> Iterator[Any]:
     return (cut(start) for start in range(0, size, rows))
 
 
-def _is_pair(batch: Any) -> bool:
-    return isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], Tensor) and batch[1].dim() > 0
+def _pair(batch: Any) -> tuple[Any, Any] | None:
+    """``(x, y)``; ``None`` where y is no array with an axis of rows, nor a list of numbers in a tuple."""
+    pair = split(batch)
+    if pair is None or isinstance(batch, Mapping):
+        return pair
+    y = pair[1]
+    return pair if is_array(y) and len(y.shape) > 0 or isinstance(batch, tuple) and is_numbers(y) else None
 
 
 def _no_pair(batch: Any) -> str:
-    got = f"expected pairs (x, y) in which y is a tensor with an axis of rows, got {_describe(batch)}"
+    got = f"expected pairs (x, y) in which y has an axis of rows, or dicts with {LABELS!r}, got {_describe(batch)}"
     one_row = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], (Tensor, int, float))
     if one_row:
         return f"{got}, which is one row: give a Dataset, or DataLoader(data, batch_size={ROWS}), which makes batches"
@@ -187,10 +225,12 @@ def _no_pair(batch: Any) -> str:
 
 
 def _without_label(batch: Any, like: Any) -> Any:
-    if not isinstance(batch, (tuple, list)):
+    """:param like: an input of the network, which may be a tuple itself, or a dict with ``labels`` among its inputs."""
+    if isinstance(batch, Mapping):
+        return batch if isinstance(like, Mapping) and LABELS in like else without_labels(batch)
+    if isinstance(batch, (tuple, list)) and isinstance(like, (tuple, list)) and not isinstance(batch[0], (tuple, list)):
         return batch
-    takes_several = isinstance(like, (tuple, list))
-    return batch if takes_several and not isinstance(batch[0], (tuple, list)) else batch[0]
+    return without_labels(batch)
 
 
 def _describe(data: Any) -> str:

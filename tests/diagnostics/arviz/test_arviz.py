@@ -56,7 +56,7 @@ def labels() -> Tensor:
 
 
 def export(posterior: FakePosterior | None = None, **settings: Any) -> Any:
-    settings = {"num_samples": DRAWS} | settings
+    settings = {"num_samples": DRAWS, "seed": 0} | settings
     return to_arviz(posterior or classifier(), rows(N), labels(), **settings)
 
 
@@ -357,12 +357,15 @@ def test_errors() -> None:
         to_arviz(posterior, x, y)
 
 
-def test_arrays_and_models_are_no_tensors_and_posteriors() -> None:
+def test_arrays_are_data_and_strings_and_models_are_none() -> None:
     posterior, x, y = classifier(), rows(N), labels()
-    with pytest.raises(TypeError, match="y is a tensor, got ndarray: torch.as_tensor"):
-        to_arviz(posterior, x, y.numpy())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="x holds no tensor with a batch axis: got ndarray"):
-        to_arviz(posterior, x.numpy(), y)
+    ours, theirs = to_arviz(posterior, x.numpy(), y.numpy()), to_arviz(posterior, x, y)
+    assert ours["observed_data"].equals(theirs["observed_data"])
+    assert ours["log_likelihood"].equals(theirs["log_likelihood"])
+    with pytest.raises(TypeError, match="y is str; expected tensors, NumPy arrays"):
+        to_arviz(posterior, x, "y")
+    with pytest.raises(TypeError, match="x holds no tensor with a batch axis: got str"):
+        to_arviz(posterior, "x", y)
     with pytest.raises(TypeError, match="expected a posterior, got Linear"):
         to_arviz(nn.Linear(2, 2), x, y)  # type: ignore[arg-type]
 

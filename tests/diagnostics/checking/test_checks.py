@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import pyro_bnn as pb
 from pyro_bnn import likelihoods
-from pyro_bnn.diagnostics.checking.checks import _largest_rhat, check
+from pyro_bnn.diagnostics.checking.chains import rhat_limit
+from pyro_bnn.diagnostics.checking.checks import check
 from pyro_bnn.diagnostics.checking.findings import Finding
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -186,10 +187,10 @@ def test_chains_of_independent_draws(draws: int, chains: int, shift: float, seve
 def test_the_largest_rhat_that_chance_gives() -> None:
     """Of 200 sets of four chains of 100 independent draws some 2 pass the limit, and more than 8 are improbable."""
     values = np.random.default_rng(0).normal(size=(200, 4, 100, 10))
-    limit = _largest_rhat(chained(100, 4), 10)
+    limit = rhat_limit(400, 4, 10)
     rhat = np.array([arviz.rhat(arviz.convert_to_dataset({"x": part}))["x"].max() for part in values])
     assert (rhat > limit).sum() <= 8 and (rhat > 1.01).mean() > 0.5
-    assert _largest_rhat(chained(4000, 4), 10) == 1.01
+    assert rhat_limit(16_000, 4, 10) == 1.01
 
 
 @pytest.mark.parametrize(("ratio", "severity"), [(1.0, "good"), (1.2, "good"), (1.35, "warning"), (0.65, "warning")])

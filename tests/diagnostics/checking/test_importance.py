@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import pyro_bnn as pb
 from pyro_bnn.diagnostics.arviz.densities import log_densities, log_prior
-from pyro_bnn.diagnostics.checking.importance import compare, fixed_weights, loo, pareto_k
+from pyro_bnn.diagnostics.checking.importance import compare_loo, fixed_weights, loo, pareto_k
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -216,6 +216,22 @@ def test_loo_of_a_variational_posterior_is_that_of_the_exact_one() -> None:
     assert elpd(draws) == pytest.approx(expected, abs=0.1)
 
 
+def test_standard_error_of_loo_is_that_of_a_sum_over_data() -> None:
+    """Proves ``se = sqrt(N var(elpd_i))`` by hand, and with it that of draws of the exact posterior."""
+    model, x, y, mean, covariance = regression()
+    posterior = mean_field(model, mean, 1.2 * covariance.diagonal().sqrt())
+    result = loo(posterior, x, y, num_samples=4000, seed=0)
+    each = np.asarray(result.loo_i if hasattr(result, "loo_i") else result.elpd_i)
+    assert each.shape == (N,) and each.sum() == pytest.approx(elpd(result))
+    by_hand = math.sqrt(N * sum((value - each.mean()) ** 2 for value in each) / N)
+    assert float(result.se) == pytest.approx(by_hand, rel=1e-9)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4000, 2, generator=generator, dtype=torch.float64)
+    stored = mean.flatten() + noise @ torch.linalg.cholesky(covariance).T
+    exact = loo(pb.Posterior.from_draws(model, {"weight": stored.reshape(4000, 1, 2)}), x, y)
+    assert float(exact.se) == pytest.approx(by_hand, rel=0.02)
+
+
 def test_loo_flags_a_posterior_that_was_shrunk_to_a_quarter() -> None:
     """Its draws agree with one another, so that smoothing without p / q calls it reliable."""
     model, x, y, mean, covariance = regression()
@@ -303,11 +319,11 @@ def test_weights_that_are_not_random_are_told() -> None:
     rank1 = models.Rank1(net, pb.likelihoods.Categorical(), N)
     dense = models.Dense(net, pb.likelihoods.Categorical(), N)
     plain = models.Dense(nn.Linear(2, 3), pb.likelihoods.Categorical(), N)
-    shared = models.WeightSharing(
+    shared = models.SharedWeights(
         net,
         pb.likelihoods.Categorical(),
         N,
-        shared=models.CodebookGuide.from_network(
+        codebook=models.CodebookGuide.from_network(
             models.WeightSharing(net, pb.likelihoods.Categorical(), N), codes=4
         ).book,
     )
@@ -351,12 +367,12 @@ def test_models_are_compared() -> None:
     good = mean_field(model, mean, covariance.diagonal().sqrt())
     stored = {"weight": torch.distributions.MultivariateNormal(mean.flatten() + 0.3, covariance).sample((500,))}
     worse = pb.Posterior.from_draws(model, {"weight": stored["weight"].reshape(500, 1, 2)})
-    table = compare({"shifted": worse, "good": good}, x, y)
+    table = compare_loo({"shifted": worse, "good": good}, x, y)
     assert table.index.tolist() == ["good", "shifted"]
     with pytest.raises(ValueError, match="at least two, got 1"):
-        compare({"one": good}, x, y)
+        compare_loo({"one": good}, x, y)
     with pytest.raises(TypeError, match="give {name: posterior}, got list"):
-        compare([good, good], x, y)  # type: ignore[arg-type]
+        compare_loo([good, good], x, y)  # type: ignore[arg-type]
     for function in (loo, pareto_k):
         with pytest.raises(TypeError, match="expected a posterior, got Dense"):
             function(model, x, y)

@@ -76,6 +76,14 @@ def test_a_curve_leaves_the_band_when_its_p_value_says_so() -> None:
         result.ecdf_difference("theta", level=1.0)
 
 
+def test_a_result_prints_the_least_p_value_of_each_quantity() -> None:
+    ranks = {"theta": torch.arange(16).repeat(4), "bad": torch.zeros(64, 2, dtype=torch.long)}
+    text = repr(SBCResult(ranks, 15, falling=1))
+    least = {name: float(p.min()) for name, p in SBCResult(ranks, 15).p_values().items()}
+    assert text.startswith("SBCResult(simulations=64, draws=15, falling=1; least p-value of uniform ranks: theta ")
+    assert f"bad {least['bad']:.2g}" in text and least["bad"] < 1e-6 and "tensor" not in text
+
+
 def test_chi_square_is_that_of_scipy() -> None:
     ranks = torch.randint(0, 64, (100, 3), generator=torch.Generator().manual_seed(2))
     found = SBCResult({"theta": ranks}, 63).chi_square()["theta"]
@@ -139,7 +147,7 @@ def solved(scale: float = 1.0, bias: float = 0.0, data: float = 1.0, draws: int 
 
 
 def run(factory: Any, model: Any = None, **options: Any) -> SBCResult:
-    options = {"simulations": 100, "draws": 31, "progress": False} | options
+    options = {"simulations": 100, "draws": 31, "progress": False, "seed": 0} | options
     return sbc(model or linear(), factory, inputs(), **options)
 
 

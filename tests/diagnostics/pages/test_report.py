@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import pyro_bnn as pb
 from pyro_bnn.diagnostics.checking.findings import Finding
 from pyro_bnn.diagnostics.pages.comparison import Candidate, best_of, comparison, differences, verdict
-from pyro_bnn.diagnostics.pages.glossary import MEASURES, Measure, measured
+from pyro_bnn.diagnostics.pages.glossary import METRIC_FORMATS, MetricFormat, formats_of
 from pyro_bnn.diagnostics.pages.report import report, summary
 from pyro_bnn.diagnostics.scoring.metrics import evaluate
 from pyro_bnn.diagnostics.scoring.scored import score
@@ -54,7 +54,7 @@ def test_report_says_verdicts_then_numbers_then_shows_pictures(tmp_path: Path) -
     posterior, twin, data = posterior_of(likelihood, 3), point(3, likelihood), labelled()
     ood = 5 + torch.randn(20, 1)
     given: dict[str, Any] = {"title": "A <b> & c", "findings": FINDINGS, "settings": {"prior": "<none>", "epochs": 3}}
-    path = report(posterior, data, path=tmp_path / "r.html", ood=ood, twin=twin, num_samples=3, **given)
+    path = report(posterior, data, path=tmp_path / "r.html", ood=ood, twin=twin, num_samples=3, seed=0, **given)
     assert path == tmp_path / "r.html" and list(tmp_path.iterdir()) == [path]
     html = path.read_text(encoding="utf-8")
     reader = require_self_contained(html)
@@ -71,8 +71,8 @@ def test_report_says_verdicts_then_numbers_then_shows_pictures(tmp_path: Path) -
     places = [reader.text.index(text) for text in order]
     assert places == sorted(places) and "A <b> & c" in reader.text
     expected = {
-        "Bayesian": evaluate(posterior, data, ood, num_samples=3),
-        "deterministic": evaluate(twin, data, ood, num_samples=3),
+        "Bayesian": evaluate(posterior, data, ood, num_samples=3, seed=0),
+        "deterministic": evaluate(twin, data, ood, num_samples=3, seed=0),
     }
     assert reader.numbers() == {(name, of): value for of, found in expected.items() for name, value in found.items()}
     words = [image["alt"] for image in reader.all("img")]
@@ -110,9 +110,9 @@ def test_every_likelihood_has_a_report(
     data = (torch.linspace(-2, 2, 30).unsqueeze(1), y)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pyro_bnn.diagnostics.pages.report.check", lambda *_, **__: FINDINGS)
-        path = report(posterior_of(likelihood), data, path=tmp_path / "r.html", num_samples=2)
+        path = report(posterior_of(likelihood), data, path=tmp_path / "r.html", num_samples=2, seed=0)
     reader = require_self_contained(path.read_text(encoding="utf-8"))
-    found = evaluate(posterior_of(likelihood), data, num_samples=2)
+    found = evaluate(posterior_of(likelihood), data, num_samples=2, seed=0)
     assert reader.numbers() == {(name, "Bayesian"): value for name, value in found.items()} and names <= found.keys()
     continuous = likelihood.kind != "classification"
     assert ("Regression band" in reader.text) == continuous == ("Coverage of intervals" in reader.text)
@@ -123,8 +123,10 @@ def test_report_looks_for_itself_when_no_findings_are_given(tmp_path: Path) -> N
     from pyro_bnn.diagnostics.checking.checks import check
 
     posterior, data = posterior_of(pb.likelihoods.Categorical(), 3), labelled()
-    text = Reader(report(posterior, data, path=tmp_path / "r.html", num_samples=2).read_text(encoding="utf-8")).text
-    found = check(posterior, data, num_samples=2)
+    text = Reader(
+        report(posterior, data, path=tmp_path / "r.html", num_samples=2, seed=0).read_text(encoding="utf-8")
+    ).text
+    found = check(posterior, data, num_samples=2, seed=0)
     assert found and all(finding.message in text for finding in found) and summary(found) in text
 
 
@@ -141,7 +143,7 @@ def test_report_shows_what_is_special_about_a_posterior(tmp_path: Path) -> None:
     )
     shared = pb.models.WeightSharing(network(3), likelihood, 30)
     posterior = pb.Posterior(shared, pb.models.CodebookGuide(shared, codes=4))
-    path = report(posterior, data, path=tmp_path / "b.html", findings=FINDINGS, num_samples=2)
+    path = report(posterior, data, path=tmp_path / "b.html", findings=FINDINGS, num_samples=2, seed=0)
     images = require_self_contained(path.read_text(encoding="utf-8")).all("img")
     (plane,) = (image for image in images if "Plane of 4 codes" in image["alt"])
     assert plane["width"] == "480" and any("Weights of each code" in image["alt"] for image in images)
@@ -212,7 +214,7 @@ def test_pages_refuse_before_they_measure(tmp_path: Path) -> None:
 def test_scores_of_data_average_to_the_metrics() -> None:
     """Proves that what pictures are made of is what evaluate measures, whatever the size of a batch."""
     posterior, data = posterior_of(pb.likelihoods.Categorical(), 3), labelled()
-    found = evaluate(posterior, data, num_samples=3)
+    found = evaluate(posterior, data, num_samples=3, seed=0)
     for size in (None, 7):
         scored = score(posterior, data, **(SETTINGS | {"batch_size": size}))
         assert scored.probs is not None and scored.probs.shape == (30, 3)
@@ -272,28 +274,27 @@ def test_paired_differences_are_those_worked_by_hand() -> None:
 )
 def test_best_value_is_found_in_its_direction(better: str, values: list[float | None], expected: float | None) -> None:
     """Proves that up, down and near a level are told apart, and that nothing is best where all are alike."""
-    assert best_of(Measure("m", better=better), values) == expected
+    assert best_of(MetricFormat("m", better=better), values) == expected
 
 
 def test_glossary_knows_every_metric_there_is() -> None:
     """Proves that no metric of evaluate goes without a name and a way to be written."""
     data = labelled()
-    classes = evaluate(posterior_of(pb.likelihoods.Categorical(), 3), data, data[0] + 9, num_samples=2)
-    numbers = evaluate(posterior_of(pb.likelihoods.Gaussian()), (data[0], data[0][:, 0]), num_samples=2)
-    assert classes.keys() | numbers.keys() <= MEASURES.keys()
-    assert [name for name, _ in measured({"x": 1, "nll": 2, "b": True, "none": None}, {"accuracy": 1.0})] == [
-        *("accuracy", "nll", "x"),
-    ]  # fmt: skip
-    assert MEASURES["trainable_parameters"].text(12345) == "12,345" and MEASURES["nll"].text(None) == "–"
+    classes = evaluate(posterior_of(pb.likelihoods.Categorical(), 3), data, data[0] + 9, num_samples=2, seed=0)
+    numbers = evaluate(posterior_of(pb.likelihoods.Gaussian()), (data[0], data[0][:, 0]), num_samples=2, seed=0)
+    assert classes.keys() | numbers.keys() <= METRIC_FORMATS.keys()
+    named = [name for name, _ in formats_of({"x": 1, "nll": 2, "b": True, "none": None}, {"accuracy": 1.0})]
+    assert named == ["accuracy", "nll", "x"]
+    assert METRIC_FORMATS["trainable_parameters"].text(12345) == "12,345" and METRIC_FORMATS["nll"].text(None) == "–"
 
 
 def test_comparison_shows_every_number_and_marks_the_best(tmp_path: Path) -> None:
     """Proves that all candidates stand in one table with what each measured, and that pictures show each of them."""
     likelihood, data, ood = pb.likelihoods.Categorical(), labelled(), torch.randn(9, 1) + 4
     both = {"one <1>": posterior_of(likelihood, 3), "two": point(3, likelihood)}
-    metrics = {name: evaluate(of, data, ood, num_samples=2) for name, of in both.items()}
+    metrics = {name: evaluate(of, data, ood, num_samples=2, seed=0) for name, of in both.items()}
     candidates = {name: Candidate(of, metrics[name], 2, f"kind of {name}") for name, of in both.items()}
-    gaps = comparison(candidates, data, path=tmp_path / "c.html", ood=ood, settings={"epochs": 3})
+    gaps = comparison(candidates, data, path=tmp_path / "c.html", ood=ood, seed=0, settings={"epochs": 3})
     reader = require_self_contained((tmp_path / "c.html").read_text(encoding="utf-8"))
     expected = {(name, of): value for of, found in metrics.items() for name, value in found.items()}
     expected |= {("nll_difference", of): gap.mean for of, gap in gaps.items()}
@@ -305,7 +306,7 @@ def test_comparison_shows_every_number_and_marks_the_best(tmp_path: Path) -> Non
     assert len(reader.all("img")) == 5 and "one <1> " in words and "kind of one <1>" in reader.text
     for name in ("Reliability: one <1>", "Reliability: two", "Inputs from elsewhere: two", "higher is better"):
         assert name in reader.text
-    merits = [name for name, measure in measured(*metrics.values()) if measure.better]
+    merits = [name for name, shown in formats_of(*metrics.values()) if shown.better]
     assert 1 <= len(reader.all("strong")) <= 2 * len(merits)
     with pytest.raises(ValueError, match="at least two posteriors, got 1"):
         comparison({"one": candidates["two"]}, data, path=tmp_path / "d.html")

@@ -21,7 +21,7 @@ from pyro_bnn.diagnostics.recalibration.conformal import ConformalIntervals, Con
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.likelihoods import Bernoulli, Categorical, Gaussian, HeteroscedasticGaussian, Poisson
 
-ONE = {"num_samples": 1}
+ONE = {"num_samples": 1, "seed": 0}
 
 
 def classifier(factor: float = 1.0, classes: int = 3) -> pb.Posterior:
@@ -83,6 +83,18 @@ def test_randomised_aps_takes_the_last_class_as_often_as_the_threshold_says() ->
     assert 0.02 < share[2] < 0.98
     for column, probability in zip(found.T, share, strict=True):
         assert stats.binomtest(int(column.sum()), n, probability).pvalue > 1e-3
+
+
+def test_conformal_objects_say_their_level_rows_and_threshold() -> None:
+    """Proves that a console shows what was asked for and what came out."""
+    sets = ConformalSets(classifier(), labelled(60, 0), 0.8, score="lac", **ONE)
+    words = f"ConformalSets(level=0.8, score='lac', randomised=False, num_rows=60, threshold={sets.threshold:.4g})"
+    assert repr(sets) == words and sets.num_rows == 60
+    x = normal(50, 1)
+    intervals = ConformalIntervals(regression(), (x, x[:, 0] + 1), **ONE)
+    assert repr(intervals) == f"ConformalIntervals(level=0.9, num_rows=50, threshold={intervals.threshold:.4g})"
+    several = repr(ConformalIntervals(regression(columns=2), (torch.cat((x, x), 1), torch.cat((x, x), 1)), **ONE))
+    assert several.count("threshold=[") == 1 and several.endswith("])")
 
 
 def test_probabilities_of_all_draws_and_members_are_averaged() -> None:
@@ -200,7 +212,7 @@ def sets(factor: float, **options: Any) -> Trial:
 
     def make(seed: int, n: int, m: int) -> dict[str, float]:
         x, y = labelled(n + m, seed)
-        return ConformalSets(classifier(factor), (x[:n], y[:n]), 0.8, seed=seed, **options, **ONE).evaluate(
+        return ConformalSets(classifier(factor), (x[:n], y[:n]), 0.8, num_samples=1, seed=seed, **options).evaluate(
             (x[n:], y[n:])
         )
 
@@ -325,7 +337,7 @@ def test_a_fitted_regression() -> None:
         guide = pb.models.Rank1Guide(model, components=2)
     train, held, new = ((x[a:b], y[a:b]) for a, b in ((0, 100), (100, 300), (300, 1300)))
     posterior = pb.inference.fit(model, guide, train, epochs=20, lr=2e-2, progress=False, seed=0)
-    found = ConformalIntervals(posterior, held, num_samples=4)
+    found = ConformalIntervals(posterior, held, num_samples=4, seed=0)
     low, high = stats.betabinom(1000, 181, 20).ppf([1e-4, 1 - 1e-4])
     assert low <= 1000 * found.evaluate(new)["coverage"] <= high
     own = posterior.predict(x[:50], 4, seed=0).interval(0.9)
@@ -504,5 +516,7 @@ def test_what_is_no_posterior() -> None:
     data = labelled(20, 0)
     with pytest.raises(TypeError, match="expected a posterior, got Linear"):
         ConformalSets(nn.Linear(3, 3), data)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="got ndarray. torch.as_tensor"):
-        ConformalSets(classifier(), data, **ONE).predict(data[0].numpy())
+    sets = ConformalSets(classifier(), data, **ONE)
+    assert torch.equal(sets.predict(data[0].numpy()), sets.predict(data[0]))
+    with pytest.raises(TypeError, match="got str"):
+        sets.predict("data")

@@ -224,7 +224,7 @@ def test_draws_and_a_sparser_network_keep_the_temperature() -> None:
         torch.manual_seed(0)
         model = pb.models.SpikeSlab(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), Categorical(), 100)
         whole = pb.Posterior(model, pb.models.MeanFieldGuide(model)).as_draws(4, seed=0)
-    settings = {"level": 0.5, "example": x[:1].float(), "num_samples": 4}
+    settings = {"sparsity": 0.5, "example": x[:1].float(), "num_samples": 4}
     sparse, plain = ScaledPosterior(whole, 2.5).sparsify(**settings), whole.sparsify(**settings)
     assert sparse.after == plain.after
     outputs = (s.posterior.predict(x.float(), 4).outputs for s in (sparse, plain))

@@ -138,6 +138,19 @@ def test_on_disk_it_is_the_same_bit_for_bit(tmp_path: Path) -> None:
     assert torch.equal(posterior.as_draws(3).predict(inputs(), num_samples=3).per_member, expected)
 
 
+def test_on_disk_its_networks_do_not_become_draws_of_a_sampler(tmp_path: Path) -> None:
+    """Proves that leave-one-out refuses a loaded ensemble, and that draws of a sampler stay what they are."""
+    posterior = fitted()
+    posterior.save(tmp_path / "ensemble")
+    loaded = pb.load(tmp_path / "ensemble", normalised())
+    assert not posterior.is_sampled and not loaded.is_sampled
+    with pytest.raises(ValueError, match="networks of an ensemble"):
+        pb.diagnostics.loo(loaded, inputs(), torch.zeros(len(inputs()), dtype=torch.long))
+    assert pb.Posterior.from_draws(posterior.model, posterior.draws(3)).is_sampled
+    pb.Posterior.from_draws(posterior.model, posterior.draws(3)).save(tmp_path / "chain")
+    assert pb.load(tmp_path / "chain", normalised()).is_sampled
+
+
 def test_seeds_reproduce_and_leave_the_global_state_alone() -> None:
     before = torch.get_rng_state()
     one, two, other = fitted(), fitted(), fitted(seed=1)
@@ -192,7 +205,7 @@ def test_vision_transformers_are_built_anew() -> None:
 
 def test_bad_input() -> None:
     net, data = normalised(), (inputs(), classes())
-    with pytest.raises(ValueError, match="members=0: expected a number of networks"):
+    with pytest.raises(ValueError, match="num_networks=0: expected a number of networks"):
         DeepEnsemble(net, Categorical(), N, num_networks=0)
     with pytest.raises(TypeError, match=r"net must be a torch.nn.Module, got int"):
         DeepEnsemble(3, Categorical(), N)  # type: ignore[arg-type]

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_bnn as pb
 from pyro_bnn.inference import SGHMC, SGHMCEM, KeFanSGHMC, sample
-from pyro_bnn.inference.sgmcmc.pruning import SiteGroups, InclusionRule, MagnitudeRule, KeFanRule
-from pyro_bnn.priors import Beta, InverseGamma, SpikeAndSlab, SpikeAndSlabDistribution
+from pyro_bnn.inference.sgmcmc.pruning import InclusionRule, KeFanRule, MagnitudeRule, SiteGroups
+from pyro_bnn.priors import SpikeAndSlab, SpikeAndSlabDistribution
+from pyro_bnn.priors.spike_and_slab import InverseGammaHyperprior
 
 NOISE = 0.25
 
@@ -89,11 +90,11 @@ def test_it_is_sghmc_on_the_collapsed_prior() -> None:
 
 
 def test_stale_indicators_miss_the_target() -> None:
-    """What the E-step at every step is for: with indicators that stay where they begin, the law is another."""
+    """What the E-step at every step is for: with indicators that stay where they start, the law is another."""
 
     class Stale(SGHMCEM):
         def expect(self, rate: float) -> None:
-            """Does nothing: all groups stay in the slab."""
+            """Leaves all groups in the slab."""
 
     kernel = Stale(copies(0.45, "normal"), step_size=0.06, friction=0.2, thinning=300)
     w = run(kernel, 1, 1)["w"][-1].numpy()
@@ -195,11 +196,11 @@ def linear(x: Tensor, y: Tensor, prior: SpikeAndSlab) -> Any:
     return model
 
 
-@pytest.mark.parametrize("scale", [None, InverseGamma(3.0, 4.0)])
-def test_at_temperature_zero_it_is_emvs(scale: InverseGamma | None) -> None:
+@pytest.mark.parametrize("scale", [None, InverseGammaHyperprior(3.0, 4.0)])
+def test_at_temperature_zero_it_is_emvs(scale: InverseGammaHyperprior | None) -> None:
     """The fixed point of E, M and (X'X + s^2 D)^-1 X'y, iterated in NumPy: weights, probabilities, rate and scale."""
     x, y = regression()
-    prior = SpikeAndSlab(0.1, 1.0, inclusion=Beta(2.0, 5.0), scale=scale)
+    prior = SpikeAndSlab(0.1, 1.0, inclusion=dist.Beta(2.0, 5.0), variance_prior=scale)
     kernel = SGHMCEM(linear(x, y, prior), step_size=0.03, friction=0.05, temperature=0, thinning=4000)
     draws = run(kernel, 1, 1)
     X, t, w, share, sigma2 = x.numpy(), y.numpy(), np.linalg.lstsq(x.numpy(), y.numpy(), rcond=None)[0], 2 / 7, 1.0
@@ -233,7 +234,8 @@ def test_the_m_step_maximises_the_expected_log_posterior(spike: Any, group: Any,
     torch.manual_seed(0)
     like = torch.zeros(7, 9, dtype=torch.float64)
     w = torch.randn_like(like) * torch.rand(9, dtype=torch.float64) ** 3
-    prior = SpikeAndSlab(0.1, 0.8, inclusion=Beta(2.5, 4.0), group=group, spike=spike, scale=InverseGamma(2.0, 3.0))
+    hyper: Any = {"inclusion": dist.Beta(2.5, 4.0), "variance_prior": dist.InverseGamma(2.0, 3.0)}
+    prior = SpikeAndSlab(0.1, 0.8, group=group, spike=spike, **hyper)
 
     def model() -> None:
         tau = pyro.sample("w_tau", prior.tau(like))
@@ -265,7 +267,7 @@ def test_the_m_step_maximises_the_expected_log_posterior(spike: Any, group: Any,
 def test_where_rates_and_scales_start() -> None:
     """At a / (a + b) and sqrt(r / c), or where the user says; without an E-step they stay there."""
     x, y = regression()
-    prior = SpikeAndSlab(0.1, 1.0, inclusion=Beta(2.0, 6.0), scale=InverseGamma(3.0, 12.0))
+    prior = SpikeAndSlab(0.1, 1.0, inclusion=dist.Beta(2.0, 6.0), variance_prior=dist.InverseGamma(3.0, 12.0))
     for given in (False, True):
         kernel = SGHMCEM(linear(x, y, prior), step_size=0.01, friction=0.3, em_start=5)
         kernel.setup(10)
@@ -280,7 +282,7 @@ def test_where_rates_and_scales_start() -> None:
 def test_stochastic_approximation_averages() -> None:
     """p and theta after steps with rates omega_t are the weighted averages, by the recursion in NumPy."""
     x, y = regression()
-    prior = SpikeAndSlab(0.1, 1.0, inclusion=Beta(2.0, 5.0))
+    prior = SpikeAndSlab(0.1, 1.0, inclusion=dist.Beta(2.0, 5.0))
     kernel = SGHMCEM(
         linear(x, y, prior), step_size=0.02, friction=0.3, rate=lambda t: 1 / (t + 2), em_start=2, em_every=3
     )
@@ -301,7 +303,7 @@ def test_stochastic_approximation_averages() -> None:
 
 def test_rates_and_masks_are_frozen_after_warm_up() -> None:
     x, y = regression()
-    prior = SpikeAndSlab(0.1, 1.0, inclusion=Beta(2.0, 5.0), scale=InverseGamma(3.0, 3.0))
+    prior = SpikeAndSlab(0.1, 1.0, inclusion=dist.Beta(2.0, 5.0), variance_prior=dist.InverseGamma(3.0, 3.0))
     kernel = SGHMCEM(
         linear(x, y, prior), step_size=0.05, friction=0.2, prune=MagnitudeRule(0.5), prune_start=30, prune_every=10
     )
@@ -544,7 +546,7 @@ def test_a_diverged_chain_starts_again() -> None:
     """Indicators, rates and masks are those of the last good state, and nothing was removed for being NaN."""
     x, y = regression()
     kernel = SGHMCEM(
-        linear(x, y, SpikeAndSlab(0.1, 1.0, inclusion=Beta(2.0, 5.0))),
+        linear(x, y, SpikeAndSlab(0.1, 1.0, inclusion=dist.Beta(2.0, 5.0))),
         step_size=0.02,
         friction=0.1,
         prune=KeFanRule(1e-12),
@@ -570,7 +572,7 @@ def test_a_diverged_chain_starts_again() -> None:
 
 def test_a_rate_that_is_left_out_of_the_start() -> None:
     x, y = regression()
-    kernel = SGHMCEM(linear(x, y, SpikeAndSlab(inclusion=Beta(2.0, 6.0))), step_size=0.02, friction=0.1)
+    kernel = SGHMCEM(linear(x, y, SpikeAndSlab(inclusion=dist.Beta(2.0, 6.0))), step_size=0.02, friction=0.1)
     kernel.initial_params = {"w": torch.zeros(12, dtype=torch.float64)}
     assert sample(kernel, 3, 0, progress=False, seed=0).draws(3)["w_inclusion"].tolist() == [[pytest.approx(0.25)]] * 3
 
@@ -625,7 +627,7 @@ def scale_itself() -> None:
 
 
 def flat_rate() -> None:
-    prior = SpikeAndSlab(0.1, 1.0, inclusion=Beta(0.5, 0.5))
+    prior = SpikeAndSlab(0.1, 1.0, inclusion=dist.Beta(0.5, 0.5))
     given = prior.with_share(pyro.sample("w_inclusion", prior.share(torch.zeros(3))))
     pyro.sample("w", given.elements(0.0, torch.zeros(3), None))
 

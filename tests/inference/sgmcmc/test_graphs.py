@@ -13,7 +13,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_bnn.inference.sgmcmc.graphs import fill_shapes, fold_constants, record, script, writes_in_place
 
-WEIGHTS, X = torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.5, -1.0, 2.0])
+#: what a function reads, which its graph holds as a constant, and what it is given
+WEIGHTS = torch.tensor([1.0, 2.0, 3.0])
+INPUT = torch.tensor([0.1, 0.2, 0.3])
 
 
 def find_operations(function: Any, x: Tensor, *passes: Any) -> tuple[list[str], GraphModule]:
@@ -34,18 +36,18 @@ def test_operations_on_constants_are_done_once() -> None:
     def function(x: Tensor) -> Tensor:
         return x * (WEIGHTS.exp() + 1).sum()
 
-    before, _ = find_operations(function, X)
-    after, traced = find_operations(function, X, fold_constants)
+    before, _ = find_operations(function, INPUT)
+    after, traced = find_operations(function, INPUT, fold_constants)
     assert before == ["exp", "add", "sum", "mul"] and after == ["mul"]
-    other = torch.tensor([0.1, 0.2, -4.0])
-    assert torch.equal(traced(other), function(other))
+    x = torch.tensor([0.5, -1.0, 2.0])
+    assert torch.equal(traced(x), function(x))
 
 
 def test_random_numbers_are_never_constants() -> None:
     """Proves that noise of the shape of a constant is drawn anew at every call."""
-    after, traced = find_operations(lambda x: x + torch.rand_like(WEIGHTS), X, fill_shapes, fold_constants)
+    after, traced = find_operations(lambda x: x + torch.rand_like(WEIGHTS), INPUT, fill_shapes, fold_constants)
     assert after == ["rand_like", "add"]
-    assert not torch.equal(traced(X), traced(X))
+    assert not torch.equal(traced(WEIGHTS), traced(WEIGHTS))
 
 
 def test_what_depends_on_a_shape_alone_is_a_constant() -> None:
@@ -54,8 +56,8 @@ def test_what_depends_on_a_shape_alone_is_a_constant() -> None:
     def function(x: Tensor) -> Tensor:
         return x + 2 * torch.ones_like(x) + x.new_full((3,), 0.5)
 
-    assert find_operations(function, X, fill_shapes)[0] == ["mul", "add", "add"]
-    after, traced = find_operations(function, X, fill_shapes, fold_constants)
+    assert find_operations(function, INPUT, fill_shapes)[0] == ["mul", "add", "add"]
+    after, traced = find_operations(function, INPUT, fill_shapes, fold_constants)
     assert after == ["add", "add"]
     assert torch.equal(traced(WEIGHTS), WEIGHTS + 2.5)
 
@@ -90,7 +92,7 @@ def test_a_recording_replays_the_function_at_other_inputs() -> None:
 
 def test_constants_that_are_not_used_are_not_kept() -> None:
     """Proves that a recording does not hold what was folded on the way."""
-    kept = record(lambda x: x + (WEIGHTS.expand(50, 3) * 2).sum(), X)
+    kept = record(lambda x: x + (WEIGHTS.expand(50, 3) * 2).sum(), WEIGHTS)
     assert sum(value.numel() for value in kept.state_dict().values()) <= 3  # type: ignore[attr-defined]
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_bnn.inference.stein.kernels import IMQ, RBF, Kernel, Linear, Mixture, Points, ScaledMedian
+from pyro_bnn.inference.stein.kernels import IMQ, RBF, Kernel, KernelSum, LinearKernel, ScaledMedian
+from pyro_bnn.inference.stein.positions import Positions
 
 H = 1.7
 #: each kernel with its formula for two vectors; medians are those of the test's own distances
@@ -23,9 +24,9 @@ CASES: dict[str, tuple[Kernel, Callable[[Tensor, Tensor, float], Tensor]]] = {
     "rbf, function": (RBF(lambda d: d.max()), lambda a, b, h: (-(a - b).square().sum() / (LARGEST[0])).exp()),
     "imq": (IMQ(H), lambda a, b, h: (1 + (a - b).square().sum() / H) ** -0.5),
     "imq, median": (IMQ(exponent=1.5), lambda a, b, h: (1 + (a - b).square().sum() / h) ** -1.5),
-    "linear": (Linear(), lambda a, b, h: a @ b / len(a) + 1),
+    "linear": (LinearKernel(), lambda a, b, h: a @ b / len(a) + 1),
     "mixture": (
-        Mixture([RBF(H), Linear(), IMQ()], [0.5, 2.0, 1.0]),
+        KernelSum([RBF(H), LinearKernel(), IMQ()], [0.5, 2.0, 1.0]),
         lambda a, b, h: (
             0.5 * (-(a - b).square().sum() / H).exp()
             + 2 * (a @ b / len(a) + 1)
@@ -33,7 +34,7 @@ CASES: dict[str, tuple[Kernel, Callable[[Tensor, Tensor, float], Tensor]]] = {
         ),
     ),
     "mixture, equal": (
-        Mixture([RBF(H), IMQ(H)]),
+        KernelSum([RBF(H), IMQ(H)]),
         lambda a, b, h: ((-(a - b).square().sum() / H).exp() + (1 + (a - b).square().sum() / H) ** -0.5) / 2,
     ),
 }
@@ -81,7 +82,7 @@ def test_values_and_gradients_are_those_of_the_formula(name: str, own: bool) -> 
     for n in (4, 3):
         torch.manual_seed(n)
         parts = [torch.randn(n, 5, dtype=torch.float64) + 3, torch.randn(n, 2, dtype=torch.float64)]
-        points = Points(parts)
+        points = Positions(parts)
         values = points.evaluate(kernel)
         found, pairs = points.gradients(values, own)
         gram, sums = expected(formula, parts, torch.cat, own)
@@ -104,7 +105,7 @@ def test_products_are_never_formed_and_yet_exact(name: str, own: bool) -> None:
     def embed(p: list[Tensor]) -> Tensor:
         return torch.cat([(0.5 * p[1] @ p[0]).flatten(), (2.0 * p[3] @ p[2]).flatten(), p[4]])
 
-    points = Points([parts[4]], [(parts[0], parts[1], 0.5), (parts[2], parts[3], 2.0)])
+    points = Positions([parts[4]], [(parts[0], parts[1], 0.5), (parts[2], parts[3], 2.0)])
     explicit = torch.stack([embed([p[i] for p in parts]) for i in range(n)])
     torch.testing.assert_close(points.distances, torch.cdist(explicit, explicit).square(), rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(points.products, explicit @ explicit.T, rtol=1e-12, atol=1e-12)
@@ -138,7 +139,7 @@ def test_memory_is_that_of_the_coordinates_and_of_the_pairs(name: str, own: bool
     n, rank, side = 20, 2, 400
     x, a, b = torch.randn(n, 3000), torch.randn(n, rank, side), torch.randn(n, side, rank)
     with Largest() as largest:
-        points = Points([x], [(a, b, 1.0)])
+        points = Positions([x], [(a, b, 1.0)])
         points.gradients(points.evaluate(CASES[name][0]), own)
     assert 0 < largest.elements <= max(x.numel(), (n * rank) ** 2, n * rank * side)
 
@@ -147,17 +148,17 @@ def test_single_precision_far_from_the_origin() -> None:
     """Proves that nearby particles far from 0 keep their distances: float32 Gram matrices would lose them all."""
     torch.manual_seed(0)
     x = 1000 + 1e-2 * torch.randn(6, 300)
-    points = Points([x])
+    points = Positions([x])
     truth = (x.double()[:, None] - x.double()).square().sum(-1)
     torch.testing.assert_close(points.distances, truth, rtol=1e-9, atol=0)
     (found,), _ = points.gradients(points.evaluate(RBF()), own=True)
-    wide = Points([x.double()])
+    wide = Positions([x.double()])
     (exact,), _ = wide.gradients(wide.evaluate(RBF()), own=True)
     assert found.dtype == torch.float32
     assert float((found - exact).norm() / exact.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("kernel", [RBF(), IMQ(), RBF(2.0), Linear(), Mixture([RBF(), IMQ(0.3)])])
+@pytest.mark.parametrize("kernel", [RBF(), IMQ(), RBF(2.0), LinearKernel(), KernelSum([RBF(), IMQ(0.3)])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_coinciding_particles_and_a_single_one(kernel: Kernel, dtype: torch.dtype) -> None:
     """Proves that no bandwidth of 0 gives NaN, and that particles at one place do not move each other: all of them,
@@ -167,13 +168,13 @@ def test_coinciding_particles_and_a_single_one(kernel: Kernel, dtype: torch.dtyp
         if same == 4:
             x = torch.cat([torch.full_like(x[:1], 2.1), x])
         zero = torch.zeros(len(x), 3, 2, dtype=dtype), torch.zeros(len(x), 4, 3, dtype=dtype), 1.0
-        points = Points([x], [zero])
+        points = Positions([x], [zero])
         values = points.evaluate(kernel)
         for own in (True, False):
             (flat,), ((a, b),) = points.gradients(values, own)
             assert flat.dtype == a.dtype == dtype
             assert all(bool(torch.isfinite(t).all()) for t in (*values[:2], flat, a, b))
-            if not isinstance(kernel, Linear):
+            if not isinstance(kernel, LinearKernel):
                 assert same == 4 or not flat.any()
                 assert not a.any() and not b.any()
                 torch.testing.assert_close(values.value.diagonal(), torch.ones(len(x), dtype=torch.float64))
@@ -182,8 +183,8 @@ def test_coinciding_particles_and_a_single_one(kernel: Kernel, dtype: torch.dtyp
 def test_ranges() -> None:
     """Proves k = 1 at distance 0 and 0 < k < 1 beyond, symmetry, and positive semi-definite Gram matrices."""
     torch.manual_seed(0)
-    points = Points([torch.randn(9, 40)])
-    for kernel in (RBF(), IMQ(), Mixture([RBF(), IMQ(2.0)])):
+    points = Positions([torch.randn(9, 40)])
+    for kernel in (RBF(), IMQ(), KernelSum([RBF(), IMQ(2.0)])):
         k = points.evaluate(kernel).value
         off = k[~torch.eye(9, dtype=torch.bool)]
         assert bool((off > 0).all() and (off < 1).all()) and torch.equal(k, k.T)
@@ -195,7 +196,7 @@ def test_ranges() -> None:
 def test_the_median_rule_holds_in_any_dimension(dim: int) -> None:
     """Proves that the typical pair has k = 1 / (n + 1), in 1e5 coordinates as in 10: the repulsion does not vanish."""
     torch.manual_seed(0)
-    points = Points([torch.randn(5, dim)])
+    points = Positions([torch.randn(5, dim)])
     k = points.evaluate(RBF()).value
     row, column = torch.triu_indices(5, 5, 1)
     logs = k[row, column].log().sort().values
@@ -208,7 +209,7 @@ def test_convolutions_have_factors_with_kernels() -> None:
     """Proves that A ``[r, in, h, w]`` and B ``[out, r, 1, 1]`` are matrices once flattened, as the engine does."""
     torch.manual_seed(0)
     a, b = torch.randn(3, 2, 4, 3, 3, dtype=torch.float64), torch.randn(3, 5, 2, 1, 1, dtype=torch.float64)
-    points = Points([], [(a.flatten(2), b.flatten(2), 1.5)])
+    points = Positions([], [(a.flatten(2), b.flatten(2), 1.5)])
     explicit = torch.einsum("nor,nrihw->noihw", b[..., 0, 0], 1.5 * a).flatten(1)
     torch.testing.assert_close(points.products, explicit @ explicit.T)
 
@@ -221,10 +222,10 @@ def test_convolutions_have_factors_with_kernels() -> None:
         (lambda: IMQ("mean"), "bandwidth='mean': expected 'median'"),
         (lambda: IMQ(exponent=-1.0), "exponent=-1.0"),
         (lambda: ScaledMedian(0.0), "factor=0.0"),
-        (lambda: Mixture([]), "expected one kernel or more"),
-        (lambda: Mixture([RBF()], [1.0, 2.0]), "expected 1 numbers"),
-        (lambda: Mixture([RBF(), IMQ()], [0.0, 0.0]), "not all of them 0"),
-        (lambda: Mixture([RBF(), IMQ()], [1.0, -1.0]), "of at least 0"),
+        (lambda: KernelSum([]), "expected one kernel or more"),
+        (lambda: KernelSum([RBF()], [1.0, 2.0]), "expected 1 numbers"),
+        (lambda: KernelSum([RBF(), IMQ()], [0.0, 0.0]), "not all of them 0"),
+        (lambda: KernelSum([RBF(), IMQ()], [1.0, -1.0]), "of at least 0"),
     ],
 )
 def test_numbers_out_of_range(make: Callable[[], Any], message: str) -> None:
@@ -238,7 +239,7 @@ def test_the_same_product_of_other_factors_is_the_same_place() -> None:
     torch.manual_seed(0)
     a, b = torch.randn(3, 7, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
     turns = [torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64))[0] for _ in range(6)]
-    points = Points([], [(torch.stack([q.T @ a for q in turns]), torch.stack([b @ q for q in turns]), 2.0)])
+    points = Positions([], [(torch.stack([q.T @ a for q in turns]), torch.stack([b @ q for q in turns]), 2.0)])
     assert not bool(points.distances.any())
     for own in (True, False):
         _, ((of_a, of_b),) = points.gradients(points.evaluate(RBF()), own=own)
@@ -246,14 +247,14 @@ def test_the_same_product_of_other_factors_is_the_same_place() -> None:
 
 
 @pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize("kernel", [RBF(), Linear()])
+@pytest.mark.parametrize("kernel", [RBF(), LinearKernel()])
 def test_sums_over_a_few_columns_at_a_time(own: bool, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Distances and gradients do not depend on how many coordinates are worked on at a time."""
     x = torch.randn(6, 23, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = []
     for columns in (100, 4):
-        monkeypatch.setattr("pyro_bnn.inference.stein.kernels._COLUMNS", columns)
-        points = Points([x])
+        monkeypatch.setattr("pyro_bnn.inference.stein.positions.COLUMNS", columns)
+        points = Positions([x])
         (gradient,), _ = points.gradients(points.evaluate(kernel), own)
         found.append((points.distances, gradient))
     for a, b in zip(*found, strict=True):

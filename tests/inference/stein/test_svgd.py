@@ -19,7 +19,7 @@ from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.inference.schedules import cosine
 from pyro_bnn.inference.stein.autoparticles import AutoParticles
-from pyro_bnn.inference.stein.kernels import IMQ, RBF, Kernel, Linear, Mixture, ScaledMedian
+from pyro_bnn.inference.stein.kernels import IMQ, RBF, Kernel, KernelSum, LinearKernel, ScaledMedian
 from pyro_bnn.inference.stein.svgd import SVGD, cyclical_annealing
 from pyro_bnn.models import Dense, Rank1
 
@@ -28,8 +28,9 @@ Method = Literal["svgd", "wgd", "ensemble"]
 
 
 def converge(engine: SVGD, *args: Any, schedule: tuple[tuple[float, int], ...] = ((0.1, 300), (0.01, 200))) -> None:
+    engine.setup(*args)
     for lr, steps in schedule:
-        engine._setup(args)[1].param_groups[0]["lr"] = lr
+        engine.optimizer.param_groups[0]["lr"] = lr
         for _ in range(steps):
             engine.step(*args)
 
@@ -92,7 +93,7 @@ def correlated() -> None:
     pyro.sample("z", dist.MultivariateNormal(MEAN, COVARIANCE))
 
 
-@pytest.mark.parametrize("space", [RBF(), IMQ(), Mixture([RBF(ScaledMedian(0.5)), Linear()])])
+@pytest.mark.parametrize("space", [RBF(), IMQ(), KernelSum([RBF(ScaledMedian(0.5)), LinearKernel()])])
 def test_moments_of_a_correlated_gaussian(space: Kernel) -> None:
     """Proves means and covariances within 7 % at n = 200 for every family of kernels, from one small cloud."""
     torch.manual_seed(0)
@@ -107,7 +108,7 @@ def test_the_linear_kernel_is_exact_for_a_gaussian() -> None:
     """Proves that five particles under the linear kernel have mean and covariance of the target (Liu & Wang 2018)."""
     torch.manual_seed(0)
     guide = AutoParticles(correlated, 5, init="small")
-    converge(SVGD(correlated, guide, kernel=Linear()), schedule=((0.1, 500), (0.01, 300), (0.001, 300)))
+    converge(SVGD(correlated, guide, kernel=LinearKernel()), schedule=((0.1, 500), (0.01, 300), (0.001, 300)))
     z = guide.particles()["z"]
     torch.testing.assert_close(z.mean(0), MEAN, rtol=1e-4, atol=0)
     torch.testing.assert_close(z.T.cov(correction=0), COVARIANCE, rtol=1e-4, atol=0)
@@ -270,8 +271,9 @@ def test_minibatches_have_the_scale_of_the_data(own: bool) -> None:
     if own:
         converge(engine, schedule=schedule)
     else:
+        engine.setup(problem.x[:50], problem.y[:50])
         for lr, steps in schedule:
-            engine._setup((problem.x[:50], problem.y[:50]))[1].param_groups[0]["lr"] = lr
+            engine.optimizer.param_groups[0]["lr"] = lr
             posterior = engine.fit((problem.x, problem.y), steps // 4, batch_size=50, progress=False, seed=0)
         assert posterior.num_stored == 50
         assert torch.equal(posterior.draws(50)["b"][:, 0], guide.particles()["b"])
@@ -404,7 +406,7 @@ def test_a_step_is_the_published_formula(method: Method, space: Any, scope: Any)
     groups: dict[str, list[str]] = {}
     for name in before:
         groups.setdefault(group(name), []).append(name)
-    assert len(engine._groups) == len(groups) and (len(groups) == 1) == (scope == "joint")
+    assert engine.num_kernels == len(groups) and (len(groups) == 1) == (scope == "joint")
     after = coordinates(guide)
     for names in groups.values():
 
@@ -452,7 +454,9 @@ def test_repulsion_in_function_space(sequential: bool) -> None:
     for name, pushed in zip(names, force, strict=True):
         phi = -gradients[name] - 2.0 * pushed
         torch.testing.assert_close(after[name] - before[name], phi / 12, rtol=1e-8, atol=1e-10)
-    assert "function" not in model.__dict__
+    with model.recording_outputs() as outputs:
+        model(x, y)
+    assert len(outputs) == 1, "the engine has left the model as it was"
 
 
 @pytest.mark.parametrize("sequential", [False, True])
@@ -553,7 +557,8 @@ def test_a_schedule_moves_the_learning_rate_and_is_resumed_with_the_run(tmp_path
             engine = SVGD(model, guide, lr=0.01)
             ending = [note, lambda state, stop=stop: state.epoch == stop]
             engine.fit(
-                *((x, y), 6),
+                (x, y),
+                6,
                 batch_size=5,
                 schedule=cosine(),
                 callbacks=ending,
@@ -562,7 +567,7 @@ def test_a_schedule_moves_the_learning_rate_and_is_resumed_with_the_run(tmp_path
                 checkpoint=tmp_path / f"{len(stops)}.pt",
             )
         assert rates == pytest.approx([0.005 * (1 + math.cos(math.pi * epoch / 6)) for epoch in range(1, 7)])
-        assert engine.optimizer is not None and engine.optimizer.param_groups[0]["lr"] == 0.01
+        assert engine.optimizer.param_groups[0]["lr"] == 0.01
         found.append(torch.cat([v.flatten() for v in guide.coordinates().values()]))
     assert torch.equal(found[0], found[1])
 
@@ -703,6 +708,28 @@ def test_energies_that_are_not_finite_name_the_particle() -> None:
     assert bool(torch.isfinite(particles.theta).all())
 
 
+@pytest.mark.parametrize("kernel", [RBF, "median", 2.0, lambda d: d])
+def test_a_kernel_that_is_none_is_refused_with_the_remedy(kernel: Any) -> None:
+    model, _, _ = network()
+    with pytest.raises(TypeError, match=r"expected a kernel of pyro_bnn.inference .* such as RBF\('median'\)"):
+        SVGD(model, MixtureGuide(model, 2, family="point"), kernel=kernel)
+
+
+def test_the_set_up_gives_the_optimiser_and_the_kernels() -> None:
+    model, x, y = network()
+    engine = SVGD(model, spread(model, 2), lr=0.02)
+    with pytest.raises(RuntimeError, match=r"no optimiser before the particles are set up: call setup\(x, y\)"):
+        engine.optimizer  # noqa: B018
+    assert engine.num_kernels == 0
+    engine.setup(x, y)
+    optimizer = engine.optimizer
+    assert optimizer.param_groups[0]["lr"] == 0.02 and engine.steps == 0
+    assert engine.num_kernels == len(model.sites())
+    engine.setup(x, y)
+    engine.step(x, y)
+    assert engine.optimizer is optimizer and engine.steps == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -715,7 +742,7 @@ def test_energies_that_are_not_finite_name_the_particle() -> None:
         ({"space": "product"}, r"needs a guide with pairs\(\)"),
         ({"space": "function"}, "goes with method='wgd'"),
         ({"space": "function", "method": "wgd", "scope": "layer"}, "scope='joint'"),
-        ({"kernel": Linear(), "method": "wgd"}, "divides by a density"),
+        ({"kernel": LinearKernel(), "method": "wgd"}, "divides by a density"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
@@ -733,7 +760,7 @@ def test_programs_that_do_not_fit() -> None:
         pyro.sample("k", dist.Bernoulli(0.5))
 
     normal = gaussian(torch.ones(2))
-    with pytest.raises(ValueError, match="particles=0"):
+    with pytest.raises(ValueError, match="num_particles=0"):
         AutoParticles(normal, 0)
     with pytest.raises(ValueError, match="init='zero'"):
         AutoParticles(normal, init="zero")  # type: ignore[arg-type]
@@ -785,10 +812,11 @@ def test_a_second_try_after_a_divergence_begins_anew() -> None:
     net = torch.nn.Linear(2, 1).double()
     model = pb.models.Dense(net, pb.likelihoods.Gaussian(scale=0.1), 40)
     guide = MixtureGuide(model, 2, family="point")
-    engine = SVGD(model, guide, lambda p: torch.optim.SGD(p, lr=engine.lr, momentum=0.9), lr=1e3)
+    rate = 1e3
+    engine = SVGD(model, guide, lambda groups: torch.optim.SGD(groups, lr=rate, momentum=0.9))
     with pytest.raises(FloatingPointError, match="back at the end of epoch 0"):
         engine.fit((x, y), 2, batch_size=1, progress=False, seed=0)
-    engine.lr = 1e-4
+    rate = 1e-4
     losses = engine.fit((x, y), 20, batch_size=10, progress=False, seed=0).losses
     assert losses[-1] < losses[0]
 

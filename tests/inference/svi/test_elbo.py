@@ -270,6 +270,34 @@ def test_masks_and_scales_of_users_reach_every_bound() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-10)
 
 
+def test_a_masked_site_does_not_join_the_closed_form_of_its_block() -> None:
+    """Proves that hiding one site in model and guide takes away its own divergence, in full and nothing else, although
+    it lies in one block with the other weights."""
+    x, y = data()
+    model = Dense(chain(2, 3, 1), Gaussian(0.4), N, prior=Normal(0.2, 0.7))
+    guide = MeanFieldGuide(model, 3)
+    scatter(guide)
+    hidden = "0.weight"
+
+    class Hide(poutine.messenger.Messenger):
+        def _pyro_sample(self, msg: Any) -> None:
+            if msg["name"] == hidden:
+                msg["mask"] = torch.tensor(False)
+
+    (block,) = guide.blocks()
+    assert len(block.sites) > 1
+    whole, values = at_seed(MixtureELBO(), model, guide, x, y)
+    with Hide():
+        rest, same = at_seed(MixtureELBO(), model, guide, x, y)
+    assert torch.equal(values[hidden], same[hidden])
+    deviation = torch.nn.functional.softplus(guide.widths()[hidden]) + 1e-7
+    q = dist.Normal(guide.coordinates()[hidden], deviation)
+    p = dist.Normal(torch.tensor(0.2, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64))
+    divergence = float(torch.distributions.kl_divergence(q, p).sum()) / 3
+    assert divergence > 0.1
+    assert rest - whole == pytest.approx(divergence, rel=1e-9)
+
+
 def test_elbo_of_points_is_the_log_joint_density() -> None:
     """A guide without spread turns the ELBO into what MAP maximises: log likelihood + log prior."""
     x, y = data()

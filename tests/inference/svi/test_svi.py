@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import pyro_bnn as pb
-from pyro_bnn.inference import FitState, MixtureELBO, cosine, fit, warmup_steps
+from pyro_bnn.inference import FitState, MixtureELBO, cosine, fit, multistep
 from pyro_bnn.likelihoods import Bernoulli, Categorical, Gaussian, Poisson
 from pyro_bnn.models import Dense, MeanFieldGuide, Rank1, Rank1Guide
 from pyro_bnn.priors import HierarchicalCauchy
@@ -226,8 +226,8 @@ BAD_PAIRS: list[tuple[Any, type[Exception], str]] = [
     (lambda x, y: (x, CLASSES[:-1]), ValueError, "disagree on the number of samples: y has 19, x has 20"),
     (lambda x, y: x, TypeError, r"must be a DataLoader, a Dataset or a pair \(x, y\), got Tensor"),
     (lambda x, y: [x, CLASSES], TypeError, r"must be a DataLoader, a Dataset or a pair \(x, y\), got list"),
-    (lambda x, y: (x, CLASSES, y), TypeError, r"must be \(x, y\) with a tensor y"),
-    (lambda x, y: (x, CLASSES.tolist()), TypeError, r"must be \(x, y\) with a tensor y"),
+    (lambda x, y: (x, CLASSES, y), TypeError, r"data in memory must be \(x, y\) or a dict with 'labels'"),
+    (lambda x, y: (x, str(CLASSES.tolist())), TypeError, "y is str; expected tensors, NumPy arrays, pandas frames or"),
     (lambda x, y: ("text", CLASSES), TypeError, "x holds no tensor with a batch axis: got str"),
 ]
 
@@ -292,7 +292,7 @@ def test_bad_loaders() -> None:
     [
         ({"epochs": 0}, "epochs=0: expected at least 1"),
         ({"epochs": 1, "batch_size": 0}, "batch_size=0: expected at least 1"),
-        ({"epochs": 1, "optim": "lion"}, "optim='lion': expected 'adamw', 'sgd', an optimiser or a function"),
+        ({"epochs": 1, "optim": "lion"}, "optim='lion': expected 'adamw', 'adam', 'sgd', a class of"),
         ({"epochs": 1, "decay": "biases"}, "decay='biases': expected 'weights' or 'all'"),
     ],
 )
@@ -510,7 +510,7 @@ def test_schedules_step_with_the_optimiser() -> None:
 
     # 3 steps in an epoch
     expected = [1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0, *[1.0] * 3, *[0.2] * 3, *[0.04] * 3]
-    assert run(warmup_steps(2, (3, 4), 0.2), 5) == pytest.approx(expected)
+    assert run(multistep(2, (3, 4), 0.2), 5) == pytest.approx(expected)
     wave = [0.5 * (1 + math.cos(math.pi * k / 9)) for k in range(9)]
     assert run(cosine(1), 4) == pytest.approx([1 / 3, 2 / 3, 1.0, *wave])
     assert run(None, 2) == pytest.approx([1.0] * 6)

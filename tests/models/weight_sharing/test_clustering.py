@@ -45,8 +45,8 @@ def scores(x: Tensor, m: PlaneMixture, rate: float = 0.0) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_step_of_em_is_that_of_scikit_learn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also over several chunks and tiles; in float32 to 1e-4 of the spread of a code."""
-    monkeypatch.setattr(planes, "_CHUNK", 1100)
-    monkeypatch.setattr(planes, "_TILE", 64)
+    monkeypatch.setattr(planes, "CHUNK", 1100)
+    monkeypatch.setattr(planes, "TILE", 64)
     x = plane(3000, dtype)
     floor = torch.full((2,), 1e-7, dtype=torch.float64)
     start = mixture(7)
@@ -89,8 +89,8 @@ def test_em_never_lowers_the_likelihood_and_finds_what_generated_the_points() ->
 @pytest.mark.parametrize("rate", [0.0, 2.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_assignment_is_that_of_brute_force(dtype: torch.dtype, rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planes, "_CHUNK", 2000)
-    monkeypatch.setattr(planes, "_TILE", 32)
+    monkeypatch.setattr(planes, "CHUNK", 2000)
+    monkeypatch.setattr(planes, "TILE", 32)
     x = plane(5000, dtype)
     m = clustering.fit_plane(x, 150)
     values = scores(x, m, rate)
@@ -328,7 +328,7 @@ def test_merged_codes() -> None:
 
 def naive_merge(m: PlaneMixture, distance: float) -> list[tuple[float, ...]]:
     """The closest pair of all, until none is close."""
-    codes = [PlaneMixture(*(v[i] for v in (m.weights, m.means, m.covariances))) for i in range(len(m))]
+    codes = [m[i] for i in range(len(m))]
     while True:
         best = (distance, -1, -1)
         for i in range(len(codes)):
@@ -344,7 +344,7 @@ def naive_merge(m: PlaneMixture, distance: float) -> list[tuple[float, ...]]:
 def test_merging_is_greedy_over_all_pairs() -> None:
     m = clustering.fit_plane(plane(4000), 40)
     distance = 3 * float(merging.neighbour_distance(m))
-    merged, into = merging.merge_codes(m, distance=distance)
+    merged, into = merging.merge_closest(m, distance=distance)
     alive = merged.weights > 0
     left = [(*c.tolist(), float(w)) for c, w in zip(merged.means[alive], merged.weights[alive], strict=True)]
     np.testing.assert_allclose(sorted(left), naive_merge(m, distance), rtol=1e-9)
@@ -365,13 +365,13 @@ def test_merging_is_greedy_over_all_pairs() -> None:
 def test_the_tests_of_a_merger() -> None:
     m = clustering.fit_plane(plane(4000), 20)
     kept = {"distance": math.inf, "gradient": torch.ones(20, 2, dtype=torch.float64)}
-    assert int((merging.merge_codes(m, distance=math.inf)[0].weights > 0).sum()) == 1
-    assert int((merging.merge_codes(m, **kept, gradient_limit=1e-9)[0].weights > 0).sum()) == 20  # type: ignore[arg-type]
-    limit = float(merging._trace(m.covariances).min())
-    assert int((merging.merge_codes(m, distance=math.inf, variance_limit=limit)[0].weights > 0).sum()) == 20
+    assert int((merging.merge_closest(m, distance=math.inf)[0].weights > 0).sum()) == 1
+    assert int((merging.merge_closest(m, **kept, gradient_limit=1e-9)[0].weights > 0).sum()) == 20  # type: ignore[arg-type]
+    limit = float(m.covariances.diagonal(dim1=-2, dim2=-1).sum(-1).min())
+    assert int((merging.merge_closest(m, distance=math.inf, variance_limit=limit)[0].weights > 0).sum()) == 20
     fixed = torch.zeros(20, dtype=torch.bool).index_fill_(0, torch.tensor([3]), True)
-    merged, into = merging.merge_codes(m, distance=math.inf, fixed=fixed)
+    merged, into = merging.merge_closest(m, distance=math.inf, fixed=fixed)
     assert int((merged.weights > 0).sum()) == 2 and torch.equal(merged.means[3], m.means[3])
     assert int((into == 3).sum()) == 1
     with pytest.raises(ValueError, match="merge='mean': expected one of 'moment', 'average', 'w2'"):
-        merging.merge_codes(m, distance=1.0, how="mean")  # type: ignore[arg-type]
+        merging.merge_closest(m, distance=1.0, how="mean")  # type: ignore[arg-type]

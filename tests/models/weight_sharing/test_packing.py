@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pyro_bnn as pb
-from pyro_bnn.models import Codebook, CodebookGuide, WeightSharing, coding, entropy_coding, packing
+from pyro_bnn.models import Codebook, CodebookGuide, WeightSharing
+from pyro_bnn.models.weight_sharing.storage import entropy_coding, packing
+from pyro_bnn.models.weight_sharing.storage.packed_codebook import describe_codebook, pack_codebook, unpack_codebook
 
 
 @settings(deadline=None, max_examples=60)
@@ -22,7 +24,7 @@ def test_every_value_comes_back(bits: int, count: int, seed: int) -> None:
     values = torch.randint(2**bits, (count,), generator=torch.Generator().manual_seed(seed))
     for chunk in (8, 2**19):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(packing, "_CHUNK", chunk)
+            patch.setattr(packing, "CHUNK", chunk)
             packed = packing.pack(values, bits)
             assert packed.dtype == torch.uint8 and len(packed) == -(-count * bits // 8)
             assert torch.equal(packing.unpack(packed, bits, count).long(), values)
@@ -64,7 +66,7 @@ def test_entropy_coding(count: int, skew: float) -> None:
     assert int(freq.sum()) == 2**16 and torch.equal(freq > 0, counts > 0)
     stream, states = entropy_coding.encode(values, freq)
     assert torch.equal(entropy_coding.decode(stream, states, freq, count), values)
-    length, ideal = entropy_coding.code_length(counts, freq), entropy_in_bits(counts) * count
+    length, ideal = entropy_coding.coded_bits(counts, freq), entropy_in_bits(counts) * count
     assert ideal - 1e-6 <= length <= ideal * 1.001 + 1e-6
     # what the states hold at the end, beyond the 16 bits that they start with, and what the stream does
     bits = 8 * len(stream) + float((states.double() / 2**16).log2().sum())
@@ -148,7 +150,7 @@ def test_a_codebook_comes_back_bit_for_bit(codes: int, zero: bool) -> None:
     if codes == 40:
         book.merge(tightness=3.0)
     book = book.compact()
-    other = coding.decode(coding.describe(book), coding.encode(book))
+    other = unpack_codebook(describe_codebook(book), pack_codebook(book))
     assert isinstance(other, Codebook) and other.sites == book.sites and other.zero == zero
     for (name, a), (_, b) in zip(book.state_dict().items(), other.state_dict().items(), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b), name
@@ -162,12 +164,12 @@ def test_an_entropy_coded_codebook_comes_back(tmp_path: Path) -> None:
             parameter *= torch.rand(parameter.shape) < 0.1
     model = WeightSharing(net, pb.likelihoods.Gaussian(0.3), 10)
     guide = CodebookGuide(model, 32, blend=0.0, outliers=0.0, smallest=0, zero=True)
-    parts = coding.encode(guide.book)
+    parts = pack_codebook(guide.book)
     labels = [parts[name] for name in ("labels", "label_states", "label_frequencies")]
     report = guide.compression_report()
     assert report["bytes"]["labels"] == sum(v.numel() * v.element_size() for v in labels)
     assert report["label_entropy"] < report["label_bits"] < 1.6 < packing.width(report["codes"])
-    other = coding.decode(coding.describe(guide.book), parts)
+    other = unpack_codebook(describe_codebook(guide.book), parts)
     assert torch.equal(other.labels, guide.book.labels) and torch.equal(other.units, guide.book.units)
     pb.Posterior(model, guide).save(tmp_path / "p")
     loaded = pb.load(tmp_path / "p", net)
@@ -177,7 +179,7 @@ def test_an_entropy_coded_codebook_comes_back(tmp_path: Path) -> None:
     )
     damaged = parts | {"label_frequencies": parts["label_frequencies"][:-1]}
     with pytest.raises(ValueError, match="the frequencies of its labels are not those of"):
-        coding.decode(coding.describe(guide.book), damaged)
+        unpack_codebook(describe_codebook(guide.book), damaged)
 
 
 def test_the_report_is_what_is_on_disk(tmp_path: Path) -> None:
@@ -188,9 +190,9 @@ def test_the_report_is_what_is_on_disk(tmp_path: Path) -> None:
     report = guide.compression_report()
     n, k, o, e = (report[name] for name in ("weights", "codes", "outliers", "between"))
     assert n == 64 * 2 + 64 * 64 + 64 and k == 100 and e == int(0.02 * (n - o) + 1e-6) and o == int(0.005 * n)
-    bits = coding.describe(guide.book)
+    bits = describe_codebook(guide.book)
     assert report["bytes"] == {
-        "labels": coding.encode(guide.book.compact())["labels"].numel(),  # a fixed width
+        "labels": pack_codebook(guide.book.compact())["labels"].numel(),  # a fixed width
         "codes": 20 * k,
         "outliers": 8 * o + -(-bits["outlier_bits"] * o // 8),
         "between": e + -(-7 * e // 8) + -(-bits["between_bits"] * e // 8),

@@ -11,7 +11,7 @@ from matplotlib.patches import Ellipse
 
 import pyro_bnn as pb
 from pyro_bnn.models import Codebook, CodebookGuide, WeightSharing
-from pyro_bnn.models.weight_sharing.plots import PUBLISHED, plot_frontier, plot_plane, plot_usage
+from pyro_bnn.models.weight_sharing.plots import PUBLISHED, plot_frontier, plot_plane, plot_weights_per_code
 
 
 def book() -> Codebook:
@@ -40,14 +40,14 @@ def test_the_plane() -> None:
     (axes,) = figure.axes
     ellipses = [p for p in axes.patches if isinstance(p, Ellipse)]
     assert len(ellipses) == len(before) - gone
-    k = int((codes.usage()[0] > 0).nonzero()[0])
+    k = int((codes.weights_per_code() > 0).nonzero()[0])
     values = torch.linalg.eigvalsh(codes.spread[k]).clamp_min(0).sqrt().detach()
     assert (
         abs(ellipses[0].width - 4 * float(values[1])) < 1e-9 and abs(ellipses[0].height - 4 * float(values[0])) < 1e-9
     )
     assert ellipses[0].center == (float(codes.means().detach()[k]), float(codes.scales().detach()[k]))
     lines = {line.get_label(): line for line in axes.lines}
-    assert len(lines["outliers"].get_xdata()) == int((codes.labels[codes.outliers] >= len(codes)).sum()) > 0  # type: ignore[arg-type]
+    assert len(lines["outliers"].get_xdata()) == int(codes.is_outlier().sum()) > 0  # type: ignore[arg-type]
     assert len(lines["weights"].get_xdata()) <= 20_000  # type: ignore[arg-type]
     assert sum(len(line.get_xdata()) == 2 and line.get_color() == "C3" for line in axes.lines) == gone  # type: ignore[arg-type]
     assert [t.get_text() for t in axes.get_legend().get_texts()] == ["weights", "codes", "merged", "outliers"]  # type: ignore[union-attr]
@@ -56,8 +56,8 @@ def test_the_plane() -> None:
 
 def test_the_usage() -> None:
     codes = book()
-    heights = [bar.get_height() for bar in plot_usage(codes).axes[0].patches]  # type: ignore[attr-defined]
-    held = codes.usage(soft=True)[0]
+    heights = [bar.get_height() for bar in plot_weights_per_code(codes).axes[0].patches]  # type: ignore[attr-defined]
+    held = codes.weights_per_code(soft=True)
     assert heights == sorted(held[held > 0].tolist(), reverse=True)
 
 

@@ -45,7 +45,7 @@ def frequencies(counts: Tensor) -> Tensor:
     return found.to(torch.int32)
 
 
-def code_length(counts: Tensor, freq: Tensor) -> float:
+def coded_bits(counts: Tensor, freq: Tensor) -> float:
     """Bits that symbols with these counts take: ``sum_s counts_s log2(2^16 / f_s)``, without the states of lanes."""
     used = counts > 0
     return float((counts[used].double() * (BITS - freq[used].double().log2())).sum())

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 from torch.optim import Optimizer
 
+from pyro_bnn import display
 from pyro_bnn.models.weight_sharing.clustering import least_divergence
 from pyro_bnn.models.weight_sharing.codebook import Codebook
 from pyro_bnn.models.weight_sharing.guide import CodebookGuide
-from pyro_bnn.models.weight_sharing.merging import Merge
-from pyro_bnn.models.weight_sharing.plane import PlaneMixture
+from pyro_bnn.models.weight_sharing.merging import MergeRule
 
 #: entries of an optimiser's state that average squares of gradients, or their largest
 _SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
@@ -26,8 +26,8 @@ class MergeCodes:
     ``fit(model, guide, data, epochs=30, callbacks=[MergeCodes(start=5, stop=20)])``
 
     Shapes stay as they are (see :class:`~pyro_bnn.models.Codebook`), and the optimiser's state follows, as of
-    :func:`follow`. Training ends with the codes that are left; ``guide.compression_report()`` and storage leave out the
-    others.
+    :func:`merge_state`. Training ends with the codes that are left; ``guide.compression_report()`` and storage leave
+    out the others.
 
     :param start, stop, every: epochs, counted from 1: at ``start``, then every so many, up to ``stop``.
     :param tightness, variance_limit, how: as of :meth:`~pyro_bnn.models.Codebook.merge`.
@@ -46,7 +46,7 @@ class MergeCodes:
         tightness: float = 0.25,
         gradient_limit: float = math.inf,
         variance_limit: float = math.inf,
-        how: Merge = "moment",
+        how: MergeRule = "moment",
         absorb: float = 0.5,
     ) -> None:
         if start < 1 or every < 1 or stop is not None and stop < start:
@@ -59,6 +59,10 @@ class MergeCodes:
         self.options: dict[str, Any] = {"tightness": tightness, "variance_limit": variance_limit, "how": how}
         #: ``(epoch, codes that are left, outliers that are left)`` after every merger
         self.history: list[tuple[int, int, int]] = []
+
+    def __repr__(self) -> str:
+        own = {"start": self.start, "stop": self.stop, "every": self.every, **self.options}
+        return display.call(self, **own, gradient_limit=self.gradient_limit, absorb=self.absorb)
 
     def __call__(self, state: Any) -> None:
         """Merges, when the schedule says so.
@@ -78,11 +82,11 @@ class MergeCodes:
             gradient = self._gradient(guide, getattr(state.model, "num_data", None))
         into = book.merge(gradient=gradient, gradient_limit=self.gradient_limit, **self.options)
         for parameter in (book.loc, book.rho):
-            follow(state.optimizer, parameter, into)
+            merge_state(state.optimizer, parameter, into)
         if self.absorb > 0:
             absorb_outliers(book, self.absorb)
-        left = int((book.labels[book.outliers] >= len(book)).sum())
-        self.history.append((state.epoch, int((book.usage(soft=True)[0] > 0).sum()), left))
+        left = int(book.is_outlier().sum())
+        self.history.append((state.epoch, int((book.weights_per_code(soft=True) > 0).sum()), left))
 
     def _gradient(self, guide: CodebookGuide, num_data: int | None) -> Tensor:
         """Of the negative ELBO with respect to (m, s), ``[K, 2]``; fit divides its loss by the size of the data."""
@@ -103,21 +107,21 @@ def absorb_outliers(book: Codebook, limit: float = 0.5) -> int:
 
     :param limit: of that divergence, in nats; 0.5 is a mean one deviation away from the code's, and equal deviations.
     """
-    alive = (book.usage(soft=True)[0] > 0).nonzero().flatten()
+    alive = (book.weights_per_code(soft=True) > 0).nonzero().flatten()
     if not len(book.outliers) or not len(alive):
         return 0
-    now = book.mixture()
-    living = PlaneMixture(*(v[alive] for v in (now.weights, now.means, now.covariances)))
+    now = book.in_plane()
+    living = now[alive]
     with torch.no_grad():
         x = torch.stack([book.outlier_loc, book.outlier_scales()], 1).double()
         label = least_divergence(x, living, 0.0).long()
         code, own = (Normal(v[:, 0], v[:, 1], validate_args=False) for v in (living.means[label], x))
-        near = (kl_divergence(code, own) < limit) & (book.labels[book.outliers] >= len(book))
+        near = (kl_divergence(code, own) < limit) & book.is_outlier()
         book.labels[book.outliers[near]] = alive[label[near]].to(torch.int32)
     return int(near.sum())
 
 
-def follow(optimizer: Optimizer, parameter: nn.Parameter, into: Tensor) -> None:
+def merge_state(optimizer: Optimizer, parameter: nn.Parameter, into: Tensor) -> None:
     """Moves the state of an optimiser along with rows of a parameter that have merged.
 
     The gradient of a merged code is the sum of those of its parts, and so is its momentum. Averages of squares become

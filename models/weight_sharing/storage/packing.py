@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 #: values packed at a time
-_CHUNK = 2**19
+CHUNK = 2**19
 
 
 def width(count: int) -> int:
@@ -26,7 +26,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
     place = torch.arange(bits, device=values.device)
     powers = 2 ** torch.arange(8, device=values.device)
     parts = []
-    for part in values.split(_CHUNK):  # a multiple of 8 values ends on a whole byte
+    for part in values.split(CHUNK):  # a multiple of 8 values ends on a whole byte
         found = ((part.long()[:, None] >> place) & 1).flatten()
         found = torch.nn.functional.pad(found, (0, -len(found) % 8))
         parts.append((found.view(-1, 8) * powers).sum(1).to(torch.uint8))
@@ -48,8 +48,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     place = torch.arange(8, device=packed.device)
     powers = 2 ** torch.arange(bits, device=packed.device)
     parts = []
-    for start in range(0, count, _CHUNK):
-        size = min(_CHUNK, count - start)
+    for start in range(0, count, CHUNK):
+        size = min(CHUNK, count - start)
         first = start * bits // 8
         part = packed[first : first + (size * bits + 7) // 8]
         found = ((part.long()[:, None] >> place) & 1).flatten()[: size * bits]

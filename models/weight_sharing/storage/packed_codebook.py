@@ -1,4 +1,4 @@
-"""A codebook on disk: labels in the bits they need, sorted positions as gaps; and an account of what it saves."""
+"""A codebook on disk: labels in the bits they need, and sorted positions as gaps."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_bnn.models.weight_sharing import entropy_coding, packing
-from pyro_bnn.models.weight_sharing.codebook import Codebook
+from pyro_bnn.models.weight_sharing.codebook import Between, Codebook, Codes, Outliers
+from pyro_bnn.models.weight_sharing.storage import entropy_coding, packing
 
 
-def describe(book: Codebook) -> dict[str, Any]:
-    """What :func:`decode` must know of a codebook beside its tensors, as JSON."""
+def describe_codebook(book: Codebook) -> dict[str, Any]:
+    """What :func:`unpack_codebook` must know of a codebook beside its tensors, as JSON."""
     return {
         "sites": [[name, list(shape)] for name, shape in book.sites],
         "codes": len(book),
@@ -25,7 +25,7 @@ def describe(book: Codebook) -> dict[str, Any]:
     }
 
 
-def encode(book: Codebook) -> dict[str, Tensor]:
+def pack_codebook(book: Codebook) -> dict[str, Tensor]:
     """The tensors of a codebook without anything dead (:meth:`Codebook.compact`), packed.
 
     Labels have a fixed width, or are entropy coded where that takes fewer bytes.
@@ -36,7 +36,7 @@ def encode(book: Codebook) -> dict[str, Tensor]:
     labels = {"labels": packing.pack(codes, bits)}
     if int((counts > 0).sum()) <= 2**entropy_coding.BITS:
         freq = entropy_coding.frequencies(counts)
-        size = entropy_coding.code_length(counts, freq) / 8 + 4 * len(freq) + 8 * (len(codes) / entropy_coding.LANE + 1)
+        size = entropy_coding.coded_bits(counts, freq) / 8 + 4 * len(freq) + 8 * (len(codes) / entropy_coding.LANE + 1)
         if size < len(labels["labels"]):
             stream, states = entropy_coding.encode(codes, freq)
             labels = {"labels": stream, "label_states": states, "label_frequencies": freq}
@@ -53,8 +53,8 @@ def encode(book: Codebook) -> dict[str, Tensor]:
     }
 
 
-def decode(description: dict[str, Any], tensors: dict[str, Tensor]) -> Codebook:
-    """The codebook that :func:`encode` was given, on the device of the tensors.
+def unpack_codebook(description: dict[str, Any], tensors: dict[str, Tensor]) -> Codebook:
+    """The codebook that :func:`pack_codebook` was given, on the device of the tensors.
 
     :raises ValueError: when tensors are missing, or do not agree with each other or the description.
     """
@@ -63,10 +63,8 @@ def decode(description: dict[str, Any], tensors: dict[str, Tensor]) -> Codebook:
     if missing:
         raise ValueError(f"the packed codebook is damaged: {', '.join(missing)} is missing")
     k, o, e = (int(description[name]) for name in ("codes", "outliers", "between"))
-    for name, shape in (
-        *(("loc", (k,)), ("rho", (k,)), ("spread", (k, 3)), ("alpha", (e,))),
-        *(("outlier_loc", (o,)), ("outlier_rho", (o,))),
-    ):
+    shapes = {"loc": (k,), "rho": (k,), "spread": (k, 3), "alpha": (e,), "outlier_loc": (o,), "outlier_rho": (o,)}
+    for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(
                 f"the packed codebook is damaged: {name} has shape {tuple(tensors[name].shape)}, expected {shape}"
@@ -90,42 +88,11 @@ def decode(description: dict[str, Any], tensors: dict[str, Tensor]) -> Codebook:
     spread = torch.stack([a, b, b, c], 1).view(k, 2, 2)
     pair = torch.stack([codes[between], packing.unpack(tensors["second"], bits, e)], 1)
     return Codebook(
-        *(sites, tensors["loc"], tensors["rho"], codes, outliers, tensors["outlier_loc"], tensors["outlier_rho"]),
-        *(between, pair, (tensors["alpha"].to(tensors["loc"].dtype) / 255), spread, bool(description["zero"])),
-        torch.tensor(description["units"], dtype=torch.float64, device=spread.device),
+        sites,
+        codes,
+        Codes(tensors["loc"], tensors["rho"], spread),
+        Outliers(outliers, tensors["outlier_loc"], tensors["outlier_rho"]),
+        Between(between, pair, tensors["alpha"].to(tensors["loc"].dtype) / 255),
+        zero=bool(description["zero"]),
+        units=torch.tensor(description["units"], dtype=torch.float64, device=spread.device),
     )
-
-
-def report(book: Codebook) -> dict[str, Any]:
-    """What a codebook takes, in numbers and bytes, against the two ways of storing its weights without one.
-
-    ``weights`` N, ``codes`` K, ``outliers`` and ``between``; ``trainable`` numbers for the weights; ``bytes`` by part
-    with their ``total``; ``of_mean_field`` and ``of_network``, the total divided by that of a mean-field posterior (of
-    mean and deviation of every weight) and of the deterministic network; ``per_trainable`` N / trainable;
-    ``label_bits`` of a stored label, and ``label_entropy``, what an ideal entropy coder takes for one.
-    """
-    n = len(book.labels)
-    size = book.loc.element_size()
-    parts = {name: value.numel() * value.element_size() for name, value in encode(book).items()}
-    grouped = {
-        "labels": sum(parts.get(name, 0) for name in ("labels", "label_states", "label_frequencies")),
-        "codes": parts["loc"] + parts["rho"] + parts["spread"],
-        "outliers": parts["outliers"] + parts["outlier_loc"] + parts["outlier_rho"],
-        "between": parts["between"] + parts["second"] + parts["alpha"],
-    }
-    total = sum(grouped.values())
-    p = torch.bincount(book.codes(), minlength=len(book)).double() / n
-    trainable = 2 * len(book) + 2 * len(book.outliers) - int(book.zero)
-    return {
-        "weights": n,
-        "codes": len(book),
-        "outliers": len(book.outliers),
-        "between": len(book.between),
-        "trainable": trainable,
-        "per_trainable": n / trainable,
-        "bytes": grouped | {"total": total},
-        "of_mean_field": total / (2 * size * n),
-        "of_network": total / (size * n),
-        "label_bits": 8 * grouped["labels"] / n,
-        "label_entropy": float(torch.special.entr(p).sum() / torch.log(p.new_tensor(2.0))),
-    }

@@ -1,0 +1,234 @@
+"""The particles of a network: the members of a guide of points, with the energy and gradient of each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import pyro
+import torch
+import torch.nn.functional as F
+from pyro import poutine
+from torch import Tensor, nn
+
+from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inference.potential import LogJoint
+from pyro_bnn.inference.stein.particles import RandomState, Segment
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import RunningStatistics, training_mode
+
+#: ``outputs of the networks on a batch [n, d] -> force on them [n, d]``, which counts as a constant
+Force = Callable[[Tensor], Tensor]
+
+
+class MemberParticles:
+    """The blocks of a guide as coordinates theta of its members, and what they stand for.
+
+    :param model: a network of this package, or a Pyro program around one.
+    :param guide: whose members the particles are, all of them points.
+    """
+
+    def __init__(self, model: Callable[..., Any], guide: MixtureGuide) -> None:
+        self.model, self.guide = model, guide
+        self.plate = f"{guide.prefix}.members" if guide.prefix else "members"
+        self.kinds = [block.kind for block in guide.blocks()]
+        self.blocks = [block.parameter for block in guide.blocks()]
+        self.segments: list[Segment] = []
+        for number, block in enumerate(guide.blocks()):
+            start = 0
+            for site in block.sites:
+                stop = start + site.shape.numel()
+                self.segments.append(Segment(site.name, number, start, stop, site.shape))
+                start = stop
+        own = model.parameters() if isinstance(model, nn.Module) else ()
+        #: weights that all particles share, point estimates
+        self.shared = [p for p in own if p.requires_grad]
+
+    def backward(self, args: tuple[Any, ...], attraction: float = 1.0, force: Force | None = None) -> Tensor:
+        """Sets the gradient of every block to those of ``attraction * U - <force(f), f>``; U of each particle, ``[n]``.
+
+        f are the outputs of the networks on this batch. Weights that all particles share get the gradient of
+        ``mean_i U_i``.
+        """
+        for parameter in (*self.blocks, *self.shared):
+            parameter.grad = None
+        with _inside_an_engine(train=True):
+            energies = self._differentiate(args, attraction, force)
+        for parameter in self.shared:
+            if parameter.grad is not None:
+                parameter.grad /= self.guide.num_members * attraction
+        for block in self.blocks:
+            block.grad = torch.zeros_like(block) if block.grad is None else block.grad
+        return energies.detach()
+
+    def _differentiate(self, args: tuple[Any, ...], attraction: float, force: Force | None) -> Tensor:
+        """Adds the gradients of ``attraction * sum_i U_i - <force(f), f>``; U of each particle, ``[n]``."""
+        raise NotImplementedError(f"{type(self).__name__} must define _differentiate()")
+
+    def _pull(
+        self, objective: Tensor, outputs: list[Tensor], force: Tensor | None, leaves: Sequence[nn.Parameter | Tensor]
+    ) -> None:
+        """Adds the gradients of ``objective - <force, f>``; no force acts on what all particles share."""
+        if force is None:
+            objective.backward()
+            return
+        work = (force * _rows(outputs, len(leaves[0]))).sum()
+        if not self.shared:
+            (objective - work).backward()
+        else:
+            objective.backward(retain_graph=True)
+            (-work).backward(inputs=leaves)
+
+    def offending_site(self, particle: int, args: tuple[Any, ...]) -> str:
+        """The first site that is not finite in this particle, or whose log density is not."""
+        values = self.natural([block.detach()[particle : particle + 1] for block in self.blocks])
+        for name, value in values.items():
+            if not bool(torch.isfinite(value).all()):
+                return name
+        with torch.no_grad(), _inside_an_engine(train=False):
+            trace = poutine.trace(poutine.condition(self.model, data=values)).get_trace(*args)
+            trace.compute_log_prob()
+        nodes: dict[str, Any] = trace.nodes
+        for name, site in nodes.items():
+            if "log_prob_sum" in site and not bool(torch.isfinite(site["log_prob_sum"])):
+                return name
+        return "unknown"
+
+    def natural(self, rows: list[Tensor]) -> dict[str, Tensor]:
+        """``{site: [1, 1 ..., *shape]}`` in the model's units, from one row of every block."""
+        plates = (1,) * -self.guide.members_dim
+        values = {}
+        for segment in self.segments:
+            value = rows[segment.block][:, segment.start : segment.stop]
+            kind = self.kinds[segment.block]
+            natural = value.exp() if kind == "scale_loc" else value.sigmoid() if kind == "share_loc" else value
+            values[segment.name] = natural.reshape(plates + segment.shape)
+        return values
+
+    def log_jacobian(self, rows: Sequence[Tensor]) -> Tensor:
+        """``log |dz / dtheta|`` of each row of the blocks: z = exp(theta) for scales, sigmoid(theta) for shares."""
+        total = rows[0].new_zeros(len(rows[0]))
+        for kind, values in zip(self.kinds, rows, strict=True):
+            if kind == "scale_loc":
+                total = total + values.sum(1)
+            elif kind == "share_loc":
+                total = total + (F.logsigmoid(values) + F.logsigmoid(-values)).sum(1)
+        return total
+
+    @contextlib.contextmanager
+    def outputs(self) -> Iterator[list[Tensor]]:
+        """What the network returns inside, call by call; nothing of a program that is none."""
+        if isinstance(self.model, BayesianNetwork):
+            with self.model.recording_outputs() as outputs:
+                yield outputs
+        else:
+            yield []
+
+
+class Together(MemberParticles):
+    """All members in one pass, in Pyro's members plate."""
+
+    def _differentiate(self, args: tuple[Any, ...], attraction: float, force: Force | None) -> Tensor:
+        draw = poutine.trace(self.guide).get_trace(*args)
+        with self.outputs() as outputs, _MemberDensities(self.plate, draw.nodes) as joint:
+            poutine.replay(self.model, trace=draw)(*args)
+        energies: Tensor = -(joint.total + self.log_jacobian(self.blocks))
+        pull = None if force is None else force(_rows(outputs, self.guide.num_members).detach())
+        self._pull(attraction * energies.sum(), outputs, pull, self.blocks)
+        return energies
+
+
+class OneByOne(MemberParticles):
+    """One member after the other, in the memory of one.
+
+    The force needs the outputs of all members, and so a pass before, without gradients and with the same noise.
+    """
+
+    def _differentiate(self, args: tuple[Any, ...], attraction: float, force: Force | None) -> Tensor:
+        n = self.guide.num_members
+        # a program that is none of ours may draw a subsample, which is to be the same for all members
+        same = None if isinstance(self.model, BayesianNetwork) else RandomState(self.guide.like())
+        noise: Sequence[RandomState | None] = [same] * n
+        forces: Sequence[Tensor | None] = [None] * n
+        if force is not None:
+            f, noise = self._outputs_of_all(args, same)
+            forces = [*force(f)]
+        statistics = RunningStatistics(self._moving_layers())
+        found = []
+        for i in range(n):
+            with statistics.one_pass():
+                energy, outputs, rows = self._energy(i, args, noise[i])
+                self._pull(attraction * energy, outputs, forces[i], rows)
+            for block, row in zip(self.blocks, rows, strict=True):
+                block.grad = torch.zeros_like(block) if block.grad is None else block.grad
+                if row.grad is not None:
+                    block.grad[i] = row.grad[0]
+            found.append(energy.detach())
+        statistics.average()
+        return torch.stack(found)
+
+    def _outputs_of_all(self, args: tuple[Any, ...], same: RandomState | None) -> tuple[Tensor, list[RandomState]]:
+        """The outputs of all members, ``[n, d]``, and the random state before each."""
+        statistics = RunningStatistics(self._moving_layers())  # which these passes do not move
+        outputs, noise = [], []
+        for i in range(self.guide.num_members):
+            noise.append(same or RandomState(self.guide.like()))
+            with torch.no_grad(), statistics.one_pass():
+                outputs.append(_rows(self._energy(i, args, noise[i])[1], 1))
+        return torch.cat(outputs), noise
+
+    def _energy(
+        self, i: int, args: tuple[Any, ...], noise: RandomState | None
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """U of particle i, a scalar, what the network returns, and the leaves that they depend on."""
+        if noise is not None:
+            noise.restore()
+        rows = [block.detach()[i : i + 1].requires_grad_() for block in self.blocks]
+        values = self.natural(rows)
+        with self.outputs() as outputs, _MemberDensities(self.plate, values) as joint:
+            poutine.condition(self.model, data=values)(*args)
+        energy = -(joint.total.sum() + self.log_jacobian(rows).sum())
+        return energy, outputs, rows
+
+    def _moving_layers(self) -> list[nn.Module]:
+        return [*self.model.moving_layers().values()] if isinstance(self.model, BayesianNetwork) else []
+
+
+class _MemberDensities(LogJoint):
+    """Adds up the log densities of each member, ``[n]``.
+
+    Pyro's plate rule weighs n members by 1/n; here each counts in full, and so does what lies outside of the plate.
+    """
+
+    def __init__(self, plate: str, known: Collection[str]) -> None:
+        super().__init__()
+        self._plate, self._known = plate, known
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        latent = not msg["is_observed"] and not poutine.util.site_is_subsample(msg)
+        if latent and msg["name"] not in self._known:
+            raise ValueError(
+                f"the guide has no particles of the latent site {msg['name']!r}: use AutoParticles, which has them of "
+                "all sites of a model"
+            )
+        super()._pyro_post_sample(msg)
+
+    def _sum(self, density: Tensor, msg: Any) -> Tensor:
+        frame = next((f for f in msg["cond_indep_stack"] if f.name == self._plate), None)
+        if frame is None:
+            return density.sum()
+        return density.movedim(frame.dim, 0).reshape(frame.size, -1).sum(1) * frame.size
+
+
+def _rows(outputs: list[Tensor], n: int) -> Tensor:
+    """What n networks return, ``[n, d]``."""
+    return torch.cat([f.reshape(n, -1) for f in outputs], 1)
+
+
+@contextlib.contextmanager
+def _inside_an_engine(train: bool) -> Iterator[None]:
+    """Where the model runs: unseen by outer handlers, and with Pyro's parameter store as the user will find it."""
+    store = pyro.get_param_store()
+    with poutine.block(), pyro.validation_enabled(False), training_mode(train), store.scope(store.get_state()):
+        yield

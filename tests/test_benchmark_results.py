@@ -1,0 +1,54 @@
+"""Committed results of benchmarks say what code made them, when, where and with which seeds."""
+
+import json
+import re
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.benchmarks import measure
+
+FILES = sorted(measure.RESULTS.glob("*.json"))
+
+
+def require_provenance(content: dict[str, Any]) -> None:
+    assert {"cpu", "threads", "cores", "gpu", "python", "torch", "pyro"} <= set(content["machine"])
+    assert content["provenance"], "at least one run has made the rows"
+    for record in content["provenance"].values():
+        assert {"commit", "dirty", "date", "version", "seeds"} <= set(record)
+        assert record["commit"] is None or re.fullmatch("[0-9a-f]{40}", record["commit"])
+        assert record["dirty"] in (True, False, None)
+        assert datetime.fromisoformat(record["date"]).tzinfo is not None
+        assert re.fullmatch(r"\d+\.\d+\.\d+\S*", record["version"])
+        assert record["seeds"] and all(isinstance(seed, int) for seed in record["seeds"])
+
+
+def test_there_are_results() -> None:
+    assert len(FILES) >= 12
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_committed_results_say_where_they_come_from(path: Path) -> None:
+    content = json.loads(path.read_text())
+    require_provenance(content)
+    for record in content["provenance"].values():
+        assert record["commit"] is not None, "results that are committed were made in a checkout"
+
+
+def test_a_new_result_says_where_it_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that a run writes its own record, and that one of some rows keeps the records of the others."""
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    measure.report("some", [{"step": "one", "seconds": 1.0}], seeds=range(2))
+    content = json.loads((tmp_path / "some.json").read_text())
+    require_provenance(content)
+    assert content["rows"] == [{"step": "one", "seconds": 1.0}]
+    record = content["provenance"][measure.ALL_ROWS]
+    assert record["seeds"] == [0, 1] and record["version"] == version("pyro-bnn")
+    measure.write_results("some", {"rows": []}, seeds=[7], part="digits", keep=True)
+    both = json.loads((tmp_path / "some.json").read_text())["provenance"]
+    assert both[measure.ALL_ROWS] == record and both["digits"]["seeds"] == [7]
+    measure.report("some", [], seeds=[3])
+    assert set(json.loads((tmp_path / "some.json").read_text())["provenance"]) == {measure.ALL_ROWS}
