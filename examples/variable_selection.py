@@ -76,9 +76,14 @@ def main() -> None:
         prior={r"0\.weight": columns, ".*": pb.priors.Normal(0.0, 1.0)},
     )
     kernel = pb.inference.SGHMCEM(
-        *(model, (x, y)),
-        **{"step_size": options.step_size, "friction": 0.1, "batch_size": 1024, "thinning": 10},
-        **{"prune": "inclusion", "prune_every": 100},
+        model,
+        (x, y),
+        step_size=options.step_size,
+        friction=0.1,
+        batch_size=1024,
+        thinning=10,
+        prune="inclusion",
+        prune_every=100,
     )
     start = time.perf_counter()
     posterior = pb.inference.sample(kernel, options.samples, options.warmup, seed=options.seed)

@@ -37,42 +37,23 @@ class Potential:
         self.model = model
         self._store = pyro.get_param_store().get_state()
         self._arguments = args, kwargs
-        trace = self.prior_trace()
         self.transforms: dict[str, Transform] = {}
         self.shapes: dict[str, torch.Size] = {}
         values: dict[str, Tensor] = {}
-        nodes: dict[str, Any] = trace.nodes
-        for name, site in nodes.items():
-            if site["type"] != "sample" or site["is_observed"] or poutine.util.site_is_subsample(site):
-                continue
-            partial = next((f for f in site["cond_indep_stack"] if f.full_size not in (None, f.size)), None)
-            if partial is not None:
-                raise ValueError(
-                    f"the latent site {name!r} lies in the plate {partial.name!r}, which shows {partial.size} of its "
-                    f"{partial.full_size} rows at a time: a state for each row is needed. Take it out of the plate, or "
-                    "give the plate all its rows"
-                )
-            support = site["fn"].support
-            if support.is_discrete:
-                raise ValueError(
-                    f"the latent site {name!r} is discrete ({type(site['fn']).__name__}), and has no gradient: sum it "
-                    "out (a mixture distribution, or pyro.infer.config_enumerate under another engine)"
-                )
-            self.transforms[name] = biject_to(support)
+        for name, site in _latent_sites(self.prior_trace()):
+            _require_a_state(name, site)
+            self.transforms[name] = biject_to(site["fn"].support)
             values[name] = self.transforms[name].inv(site["value"])
             self.shapes[name] = values[name].shape
         if not self.shapes:
             raise ValueError("the model has no latent sites: there is nothing to sample")
         self.held: dict[str, Tensor] = {}
         self._unscored: frozenset[str] = frozenset()
-        like = next(iter(values.values()))
-        mixed = [n for n, v in values.items() if v.dtype != like.dtype or v.device != like.device]
-        if mixed:
-            raise ValueError(
-                f"the latent sites {next(iter(self.shapes))!r} and {mixed[0]!r} differ in dtype or device: "
-                f"{like.dtype}, {like.device} and {values[mixed[0]].dtype}, {values[mixed[0]].device}"
-            )
-        self.like = like
+        self.like = _require_one_type(values)
+        self._require_fixed_supports(values)
+
+    def _require_fixed_supports(self, values: dict[str, Tensor]) -> None:
+        """A second draw from the prior must have the same transforms."""
         second: dict[str, Any] = self.prior_trace().nodes
         for name, transform in self.transforms.items():
             other = biject_to(second[name]["fn"].support) if name in second else None
@@ -207,3 +188,38 @@ def _is_identity(transform: Transform) -> bool:
     while isinstance(base, torch.distributions.transforms.IndependentTransform):
         base = base.base_transform
     return isinstance(base, torch.distributions.transforms.ComposeTransform) and not base.parts
+
+
+def _latent_sites(trace: poutine.Trace) -> Iterator[tuple[str, Any]]:
+    nodes: dict[str, Any] = trace.nodes
+    for name, site in nodes.items():
+        if site["type"] == "sample" and not site["is_observed"] and not poutine.util.site_is_subsample(site):
+            yield name, site
+
+
+def _require_a_state(name: str, site: Any) -> None:
+    """A latent has one value for the whole data, and a gradient."""
+    partial = next((f for f in site["cond_indep_stack"] if f.full_size not in (None, f.size)), None)
+    if partial is not None:
+        raise ValueError(
+            f"the latent site {name!r} lies in the plate {partial.name!r}, which shows {partial.size} of its "
+            f"{partial.full_size} rows at a time: a state for each row is needed. Take it out of the plate, or "
+            "give the plate all its rows"
+        )
+    if site["fn"].support.is_discrete:
+        raise ValueError(
+            f"the latent site {name!r} is discrete ({type(site['fn']).__name__}), and has no gradient: sum it "
+            "out (a mixture distribution, or pyro.infer.config_enumerate under another engine)"
+        )
+
+
+def _require_one_type(values: dict[str, Tensor]) -> Tensor:
+    """One of the values, whose dtype and device all have."""
+    first, like = next(iter(values.items()))
+    for name, value in values.items():
+        if value.dtype != like.dtype or value.device != like.device:
+            raise ValueError(
+                f"the latent sites {first!r} and {name!r} differ in dtype or device: {like.dtype}, {like.device} and "
+                f"{value.dtype}, {value.device}"
+            )
+    return like

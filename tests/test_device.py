@@ -293,8 +293,12 @@ def test_sampling_and_cutting_on_a_gpu(tmp_path, chains: int) -> None:  # type: 
     prior = pb.priors.SpikeAndSlab(0.02, 1.0, group="output")
     model = pb.models.SpikeSlab(net, pb.likelihoods.Categorical(), 96, prior=prior)
     kernel = pb.inference.SGHMCEM(
-        *(model, (x, y)),
-        **{"step_size": 0.05, "friction": 0.1, "batch_size": 32, "thinning": 10},
+        model,
+        (x, y),
+        step_size=0.05,
+        friction=0.1,
+        batch_size=32,
+        thinning=10,
         prune=pb.inference.pruning.MagnitudeRule(0.4),
     )
     posterior = pb.inference.sample(kernel, 10, 10, chains, seed=0, progress=False)
@@ -324,8 +328,14 @@ def test_weight_sharing_on_a_gpu(tmp_path, sampling: str) -> None:  # type: igno
     assert all(v.is_cuda for v in [*guide.parameters(), *guide.buffers()])
     torch.testing.assert_close(guide.book.loc.cpu(), on_cpu.book.loc, rtol=1e-3, atol=1e-5)
     posterior = pb.inference.fit(
-        *(model, guide, (x, y)),
-        **{"epochs": 8, "batch_size": 32, "progress": False, "seed": 0, "kl_annealing": 8},
+        model,
+        guide,
+        (x, y),
+        epochs=8,
+        batch_size=32,
+        progress=False,
+        seed=0,
+        kl_annealing=8,
         callbacks=[MergeCodes(start=4, every=2)],
     )
     before = posterior.predict(x, num_samples=2, seed=1).probs

@@ -2,7 +2,8 @@
 
 Small networks spend most of a step in Python and Pyro, which decide the same things at every call. The graph of
 :func:`record` holds the decisions; :func:`fill_shapes` and :func:`fold_constants` compute beforehand what no input
-changes, and :func:`script` replays the rest without Python's cost for each operation.
+changes, :func:`drop_identities` leaves out what changes nothing, and :func:`script` replays the rest without Python's
+cost for each operation.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def record(function: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
     if not writes_in_place(traced):  # what is written into is no constant
         fill_shapes(traced)
         fold_constants(traced)
+        drop_identities(traced)
     traced.graph.eliminate_dead_code()
     return script(GraphModule(traced, traced.graph), inputs)  # a new module leaves constants behind that are unused
 
@@ -65,6 +67,20 @@ def fold_constants(traced: GraphModule) -> None:
         ):
             args, kwargs = map_arg((node.args, node.kwargs), lambda source: getattr(traced, str(source.target)))
             _replace(traced, node, node.target(*args, **kwargs))
+
+
+def drop_identities(traced: GraphModule) -> None:
+    """Takes out views to the shape that a tensor has already, views that another view follows, and first powers."""
+    aten = torch.ops.aten
+    for node in traced.graph.nodes:
+        if node.target in (aten.view.default, aten.expand.default):
+            source = node.args[0]
+            if _value(source).shape == _value(node).shape:
+                node.replace_all_uses_with(source)
+            elif node.target is source.target is aten.view.default:
+                node.replace_input_with(source, source.args[0])
+        elif node.target is aten.pow.Tensor_Scalar and node.args[1] == 1:
+            node.replace_all_uses_with(node.args[0])
 
 
 def script(traced: GraphModule, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:

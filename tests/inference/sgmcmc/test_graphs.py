@@ -11,7 +11,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_bnn.inference.sgmcmc.graphs import fill_shapes, fold_constants, record, script, writes_in_place
+from pyro_bnn.inference.sgmcmc.graphs import (
+    drop_identities,
+    fill_shapes,
+    fold_constants,
+    record,
+    script,
+    writes_in_place,
+)
 
 #: what a function reads, which its graph holds as a constant, and what it is given
 WEIGHTS = torch.tensor([1.0, 2.0, 3.0])
@@ -60,6 +67,21 @@ def test_what_depends_on_a_shape_alone_is_a_constant() -> None:
     after, traced = find_operations(function, INPUT, fill_shapes, fold_constants)
     assert after == ["add", "add"]
     assert torch.equal(traced(WEIGHTS), WEIGHTS + 2.5)
+
+
+def test_what_changes_nothing_is_left_out() -> None:
+    """Proves that views to the same shape, all but the last of several views and first powers go, and others stay."""
+
+    def function(x: Tensor) -> Tensor:
+        same = x.view(3).expand(3) ** 1
+        return same.view(3, 1).view(1, 3).expand(2, 3) ** 2
+
+    before, _ = find_operations(function, INPUT)
+    after, traced = find_operations(function, INPUT, drop_identities)
+    assert before == ["view", "expand", "pow", "view", "view", "expand", "pow"]
+    assert after == ["view", "expand", "pow"]
+    x = torch.tensor([0.5, -1.0, 2.0])
+    assert torch.equal(traced(x), function(x))
 
 
 def test_a_graph_that_writes_into_a_tensor_is_left_alone() -> None:
