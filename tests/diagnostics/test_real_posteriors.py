@@ -127,7 +127,7 @@ def test_other_likelihoods(likelihood: pb.likelihoods.Likelihood, columns: int) 
         brier = 2 * (prediction.probs.reshape(y.shape) - y).square().mean()
         assert result["brier"] == pytest.approx(float(brier), rel=1e-5)
         entropy = prediction.entropy.reshape(60, -1).mean(1)
-        auroc = pb.diagnostics.evaluate(posterior, (x[:30], y[:30]), ood=x[30:])["ood_auroc"]
+        auroc = pb.diagnostics.evaluate(posterior, (x[:30], y[:30]), ood=x[30:], seed=0)["ood_auroc"]
         larger = (entropy[30:, None] > entropy[None, :30]).double().mean()
         assert auroc == pytest.approx(float(larger), abs=1e-3)
     data = pb.diagnostics.to_arviz(posterior, x, y, num_samples=5)
@@ -154,8 +154,8 @@ def test_all_draws_of_nuts() -> None:
 def test_the_global_random_state_is_left_alone(classifier: pb.Posterior) -> None:
     x = inputs(20)
     before = torch.get_rng_state()
-    pb.diagnostics.evaluate(classifier, TensorDataset(x, classes(x)), ood=TensorDataset(x))
-    pb.diagnostics.to_arviz(classifier, x, classes(x), num_samples=5)
+    pb.diagnostics.evaluate(classifier, TensorDataset(x, classes(x)), ood=TensorDataset(x), seed=0)
+    pb.diagnostics.to_arviz(classifier, x, classes(x), num_samples=5, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -170,9 +170,11 @@ def test_data_on_the_cpu_and_a_network_on_the_gpu() -> None:
         model = pb.models.Rank1(nn.Linear(2, columns).cuda(), likelihood, 50)
         posterior = pb.Posterior(model, pb.models.Rank1Guide(model, components=2))
         ood = x if columns == 3 else None
-        result = pb.diagnostics.evaluate(posterior, (x, y), ood=ood)
+        result = pb.diagnostics.evaluate(posterior, (x, y), ood=ood, seed=0)
         assert all(math.isfinite(value) for value in result.values())
-        assert pb.diagnostics.evaluate(posterior, (x.cuda(), y.cuda()), ood=ood) == pytest.approx(result, rel=1e-5)
+        assert pb.diagnostics.evaluate(posterior, (x.cuda(), y.cuda()), ood=ood, seed=0) == pytest.approx(
+            result, rel=1e-5
+        )
         data = pb.diagnostics.to_arviz(posterior, x, y, num_samples=5)
         assert data["log_likelihood"]["obs"].shape == (1, 10, 50)
 

@@ -147,7 +147,7 @@ def solved(scale: float = 1.0, bias: float = 0.0, data: float = 1.0, draws: int 
 
 
 def run(factory: Any, model: Any = None, **options: Any) -> SBCResult:
-    options = {"simulations": 100, "draws": 31, "progress": False} | options
+    options = {"simulations": 100, "draws": 31, "progress": False, "seed": 0} | options
     return sbc(model or linear(), factory, inputs(), **options)
 
 
