@@ -122,19 +122,12 @@ def _reset(net: nn.Module) -> nn.Module:
     """
     net = copy.deepcopy(net)
     before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
-    owned: set[int] = set()
-    for module in net.modules():
-        # attention and nn.Transformer have the underscore
-        reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
-        if callable(reset):
-            reset()
-            owned.update(id(p) for p in module.parameters(recurse=False))
-    stuck = []
+    stuck = _unchanged_by_reset(net, before)
+    if stuck:  # perhaps it was made from the very random state that it was reset from: that state has moved on now
+        stuck = _unchanged_by_reset(net, before)
     for name, parameter in net.named_parameters():
         if not parameter.requires_grad:
             parameter.data.copy_(before[name])
-        elif torch.equal(parameter, before[name]) and (id(parameter) not in owned or _varies(parameter)):
-            stuck.append(name)
     if stuck:
         raise ValueError(
             f"the modules of the network cannot give {stuck[0]!r} a new starting value"
@@ -142,6 +135,24 @@ def _reset(net: nn.Module) -> nn.Module:
             + ", and an ensemble needs different ones: give build=, a function that makes a new network"
         )
     return net
+
+
+def _unchanged_by_reset(net: nn.Module, before: dict[str, Tensor]) -> list[str]:
+    """Resets the modules. The names of parameters that still have the values before, unless they always start there."""
+    owned: set[int] = set()
+    for module in net.modules():
+        # attention and nn.Transformer have the underscore
+        reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
+        if callable(reset):
+            reset()
+            owned.update(id(p) for p in module.parameters(recurse=False))
+    return [
+        name
+        for name, parameter in net.named_parameters()
+        if parameter.requires_grad
+        and torch.equal(parameter, before[name])
+        and (id(parameter) not in owned or _varies(parameter))
+    ]
 
 
 def _varies(value: Tensor) -> bool:

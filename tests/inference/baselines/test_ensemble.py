@@ -227,3 +227,14 @@ def test_bad_input() -> None:
     gated.register_parameter("gate", nn.Parameter(torch.tensor([1.0, 2.0, 3.0])))
     with pytest.raises(ValueError, match="cannot give 'gate' a new starting value"):
         fitted(net=gated)
+
+
+def test_a_network_made_from_the_random_state_that_it_is_reset_from_is_reset_all_the_same() -> None:
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    torch.manual_seed(3)
+    engine = DeepEnsemble(net, Gaussian(0.5), 20, num_networks=2)
+    posterior = engine.fit((torch.zeros(20, 2).double(), torch.zeros(20).double()), epochs=1, lr=1e-9, progress=False)
+    for name, own in net.named_parameters():
+        first, second = posterior.draws(2)[name][:, 0]
+        assert (first - second).abs().max() > 1e-3 and (first - own.reshape(first.shape)).abs().max() > 1e-3
