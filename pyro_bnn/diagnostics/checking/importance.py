@@ -123,7 +123,8 @@ def loo(
     :param x: the training inputs; for a variational posterior all ``num_data`` of them.
     :param y: their targets.
     :param num_samples: draws of each member; by default all stored ones, or 1,000 over all members.
-    :returns: ArviZ's ``ELPDData`` with ``pareto_k`` of each datum, for ``arviz.compare``.
+    :returns: ArviZ's ``ELPDData`` with ``pareto_k`` of each datum, for ``arviz.compare``. Its ``se`` is
+        ``sqrt(N var(elpd_i))``, whose variance divides by N in ArviZ 0.x and by N - 1 in 1.x.
     :raises ValueError: when a variational posterior is not given all its training data, draws are neither of a sampler
         nor of a guide with a density (particles, networks of an ensemble), the predictions, the likelihood or the
         sampler have a temperature, or there are fewer than 100 draws over all members.
