@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from arviz_names import groups
 from pretend_device import DEVICE, PretendDevice, PretendTensor
 from pyro.infer import NUTS
 from pyro.infer.autoguide import AutoNormal
@@ -148,7 +149,7 @@ def test_an_engine_and_all_diagnostics_give_the_numbers_of_the_processor(engine:
         assert {value.device for value in posterior.draws(1).values()} == {DEVICE}
         assert dg.evaluate(posterior, (x, y), ood=ood, seed=0) == pytest.approx(expected, rel=1e-5, abs=1e-6)
         assert dg.check(posterior, (x, y), x_train=x, y_train=y, ood=ood)
-        assert {"posterior", "log_likelihood"} <= set(dg.to_arviz(posterior, x, y, probes=x[:2]).groups())
+        assert {"posterior", "log_likelihood"} <= set(groups(dg.to_arviz(posterior, x, y, probes=x[:2])))
         assert set(dg.diversity(posterior, (x, y))) >= {"disagreement"}
         if posterior.num_chains > 1:
             assert dg.convergence(posterior, x[:2])["rhat"].shape == (2, CLASSES)

@@ -13,6 +13,7 @@ import pytest
 import scipy.stats
 import torch
 import xarray as xr
+from arviz_names import groups
 from diagnostics.fake import FakePosterior, rows
 from torch import Tensor, nn
 
@@ -60,13 +61,9 @@ def export(posterior: FakePosterior | None = None, **settings: Any) -> Any:
     return to_arviz(posterior or classifier(), rows(N), labels(), **settings)
 
 
-def group_names(data: Any) -> list[str]:
-    return list(data.groups()) if callable(data.groups) else [name.strip("/") for name in data.groups if name != "/"]
-
-
 def test_groups_variables_and_dimensions() -> None:
     data = export()
-    assert set(group_names(data)) == {
+    assert set(groups(data)) == {
         *(
             "posterior",
             "posterior_predictive",
@@ -79,7 +76,7 @@ def test_groups_variables_and_dimensions() -> None:
     }
     found = {
         f"{group}/{name}": dict(zip(array.dims, array.shape, strict=True))
-        for group in group_names(data)
+        for group in groups(data)
         for name, array in data[group].data_vars.items()
     }
     sampled = {"chain": 1, "draw": DRAWS, "member": MEMBERS}
@@ -96,7 +93,7 @@ def test_groups_variables_and_dimensions() -> None:
         "constant_data/x": {"obs_id": N},
         "training/loss": {"step": 3},
     }
-    for group in group_names(data):
+    for group in groups(data):
         for dim, size in data[group].sizes.items():
             if not str(dim).endswith("layer"):
                 assert data[group].coords[dim].values.tolist() == list(range(size))
@@ -278,7 +275,7 @@ def test_a_million_weights_become_two_numbers() -> None:
 
 
 def size(data: Any) -> int:
-    return sum(array.size for group in group_names(data) for array in data[group].data_vars.values())
+    return sum(array.size for group in groups(data) for array in data[group].data_vars.values())
 
 
 def test_what_was_not_asked_for_by_name_is_left_out_first() -> None:
@@ -287,12 +284,12 @@ def test_what_was_not_asked_for_by_name_is_left_out_first() -> None:
     probs = DRAWS * MEMBERS * N * CLASSES
     with pytest.warns(UserWarning, match=rf"left out.*max_values={full - 1:,}.*constant_data/x \({N}\)"):
         data = export(max_values=full - 1)
-    assert "constant_data" not in group_names(data)
+    assert "constant_data" not in groups(data)
     assert data.attrs["left_out"] == "constant_data/x"
     with pytest.warns(UserWarning, match=rf"function/probs \({probs:,}\)"):
         data = export(max_values=full - N - 1)
-    assert "function" not in group_names(data)  # and without it, x fits
-    assert "constant_data" in group_names(data)
+    assert "function" not in groups(data)  # and without it, x fits
+    assert "constant_data" in groups(data)
     assert size(data) <= full - N - 1
     with pytest.raises(ValueError, match=r"the largest: .*log_likelihood/obs with 4,800.*Give fewer rows of x"):
         export(max_values=2 * DRAWS * MEMBERS * N)
@@ -310,8 +307,8 @@ def test_files_hold_everything(az: Any, tmp_path: Path) -> None:
     path = tmp_path / "posterior.nc"
     data.to_netcdf(str(path))
     loaded = az.from_netcdf(str(path))
-    assert set(group_names(loaded)) == set(group_names(data))
-    for group in group_names(data):
+    assert set(groups(loaded)) == set(groups(data))
+    for group in groups(data):
         one, two = (xr.Dataset(dict(tree[group].data_vars)) for tree in (data, loaded))
         xr.testing.assert_equal(one, two)
     assert loaded.attrs["inference_library"] == "pyro_bnn"
@@ -320,8 +317,8 @@ def test_files_hold_everything(az: Any, tmp_path: Path) -> None:
 
 
 def test_groups_can_be_chosen() -> None:
-    assert group_names(export(groups=("log_likelihood",))) == ["log_likelihood"]
-    assert group_names(to_arviz(classifier(), groups="posterior", num_samples=DRAWS)) == ["posterior"]
+    assert groups(export(groups=("log_likelihood",))) == ["log_likelihood"]
+    assert groups(to_arviz(classifier(), groups="posterior", num_samples=DRAWS)) == ["posterior"]
     predictive = to_arviz(classifier(), rows(N), groups=("posterior_predictive",), num_samples=DRAWS)
     assert predictive["posterior_predictive"]["obs"].shape == (1, DRAWS * MEMBERS, N)
 

@@ -12,6 +12,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
+from arviz_names import elpd
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from torch import Tensor, nn
 
@@ -384,10 +385,6 @@ def test_models_are_compared() -> None:
         pb.diagnostics.contraction(model)
     with pytest.raises(TypeError, match="expected a posterior, got dict"):
         pb.diagnostics.convergence({"good": good}, x)  # type: ignore[arg-type]
-
-
-def elpd(result: Any) -> float:
-    return float(result.elpd_loo if hasattr(result, "elpd_loo") else result.elpd)
 
 
 def test_bad_input() -> None:
