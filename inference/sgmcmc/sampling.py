@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -14,9 +15,9 @@ import numpy as np
 import torch
 from pyro.infer import MCMC
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
+from pyro_bnn.inference.progress import progress_bar
 from pyro_bnn.inference.sgmcmc.sghmc import SGHMC
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import device_of, seeded
@@ -82,15 +83,6 @@ def _run(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """``{site: [num_chains * num_samples, *event]}``, chain after chain, and statistics of normalisation likewise."""
     statistics: dict[str, list[Tensor]] = {}
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        disable=not progress,
-    )
     kernel.chains = num_chains if num_chains > 1 else None
     with contextlib.ExitStack() as stack:
         stack.callback(setattr, kernel, "chains", None)
@@ -101,15 +93,15 @@ def _run(
             name: _storage(num_chains, num_samples, value if num_chains > 1 else value.unsqueeze(0), name, stream)
             for name, value in kernel.potential.constrain(params).items()
         }
-        stack.enter_context(bar)
-        task = bar.add_task(type(kernel).__name__, total=warmup_steps + num_samples, state="warm-up")
-        shown = time.monotonic()
+        bar = stack.enter_context(progress_bar(type(kernel).__name__, warmup_steps + num_samples, progress=progress))
+        shown = -math.inf
         for i in range(-warmup_steps, num_samples):
             params = kernel.sample(params)
-            if progress and time.monotonic() > shown + 0.5:
+            text = None
+            if progress and (time.monotonic() > shown + 0.5 or i == num_samples - 1):
                 shown = time.monotonic()
-                bar.update(task, state=" ".join(" ".join(pair) for pair in kernel.logging().items()))
-            bar.advance(task)
+                text = " ".join(" ".join(pair) for pair in kernel.logging().items())
+            bar.advance(text)
             if i < 0:
                 continue
             for name, value in kernel.potential.constrain(params).items():

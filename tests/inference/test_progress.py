@@ -5,9 +5,15 @@ from __future__ import annotations
 import io
 import re
 
+import pyro
+import pyro.distributions as dist
 import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
 from rich.console import Console
 
+from pyro_bnn.diagnostics import sbc
+from pyro_bnn.inference import SGHMC, sample
 from pyro_bnn.inference.progress import progress_bar
 
 
@@ -50,3 +56,21 @@ def test_no_progress_shows_nothing(jupyter: bool, capsys: pytest.CaptureFixture[
     with progress_bar("SVI", 1, progress=False, console=Console(force_jupyter=jupyter)) as bar:
         bar.advance("ELBO -1 nats/datum")
     assert capsys.readouterr().out == ""
+
+
+def normal(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+    mean = pyro.sample("mean", dist.Normal(torch.zeros(()), 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("obs", dist.Normal(mean.expand(len(x)), 1.0), obs=y)
+
+
+def test_chains_leave_their_last_state(capsys: pytest.CaptureFixture[str]) -> None:
+    kernel = SGHMC(normal, (torch.zeros(20, 1), torch.zeros(20)), step_size=0.1, friction=0.3, batch_size=10)
+    sample(kernel, 3, 2, seed=0)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "SGHMC" in shown and "5/5" in shown and all(name in shown for name in kernel.logging())
+
+
+def test_simulation_based_calibration_counts_its_simulations(capsys: pytest.CaptureFixture[str]) -> None:
+    sbc(normal, AutoNormal, torch.zeros(20, 1), simulations=2, draws=3, steps=10, seed=0)
+    assert "SBC" in (shown := capsys.readouterr().out) and "2/2" in shown

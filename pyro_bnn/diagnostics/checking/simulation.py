@@ -20,13 +20,13 @@ from pyro import poutine
 from pyro.infer import MCMC, SVI, Trace_ELBO
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from pyro.optim import LambdaLR  # type: ignore[attr-defined]
-from rich.progress import track
 from torch import Tensor, nn
 
 from pyro_bnn.diagnostics.checking.findings import Finding, Findings
 from pyro_bnn.diagnostics.checking.prior_checks import proper_priors
 from pyro_bnn.diagnostics.checking.training import loss_verdict
 from pyro_bnn.diagnostics.checking.uniformity import EcdfDifference, RankBand, chi_square, where_ranks_pile_up
+from pyro_bnn.inference.progress import progress_bar
 from pyro_bnn.inputs import inputs
 from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import frozen
@@ -141,9 +141,9 @@ def sbc(
         raise ValueError(f"lr={lr!r}: expected a positive learning rate")
     ranks: dict[str, list[Tensor]] = {}
     seed = some_seed(seed)
-    with seeded(device_of(model), seed):
+    with seeded(device_of(model), seed), progress_bar("SBC", simulations, progress=progress) as bar:
         experiment = _Experiment(model, x, sites, functions or {})
-        for i, own in enumerate(track(derive_seeds(seed, simulations), "SBC", disable=not progress)):
+        for i, own in enumerate(derive_seeds(seed, simulations)):
             try:
                 with seeded(device_of(model), own), experiment.one():
                     truth, y = experiment.simulate()
@@ -156,6 +156,7 @@ def sbc(
                 raise
             for name, rank in found.items():
                 ranks.setdefault(name, []).append(rank)
+            bar.advance()
     return SBCResult({name: torch.stack(rank) for name, rank in ranks.items()}, draws, experiment.falling)
 
 
