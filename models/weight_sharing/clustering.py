@@ -14,6 +14,7 @@ from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
 from pyro_bnn.models.weight_sharing.plane import PlaneMixture, assign, em_step, mahalanobis, triangular_norm
+from pyro_bnn.randomness import some_seed
 
 Distance = Literal["wasserstein", "divergence"]
 
@@ -99,7 +100,7 @@ def covariance_floor(x: Tensor, codes: int) -> Tensor:
     return (0.01 * spread / codes).square()
 
 
-def start_mixture(x: Tensor, codes: int, *, seed: int = 0) -> PlaneMixture:
+def start_mixture(x: Tensor, codes: int, *, seed: int) -> PlaneMixture:
     """Centres by k-means++ (of scikit-learn) on a sample of the points, with the moments of their Voronoi cells.
 
     Axes are divided by their standard deviations first. The sample has 8 points for each code, at least 4096.
@@ -160,7 +161,7 @@ def fit_plane(
     iterations: int = 20,
     tolerance: float = 2e-3,
     sample: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> PlaneMixture:
     """K Gaussians in the plane by EM, in float64, on the device of the points.
 
@@ -170,6 +171,7 @@ def fit_plane(
     :param iterations: largest number of steps of EM.
     :param tolerance: EM ends once a step raises the mean log-likelihood of a point by less, in nats.
     :param sample: EM runs on that many points, drawn at random; by default 64 for each code, at least 2^17.
+    :param seed: of the starting codes and the sample; by default torch's global generator gives one.
     :raises ValueError: for NaN, or more codes than distinct points.
     """
     if not isinstance(codes, int) or codes < 1:
@@ -178,6 +180,7 @@ def fit_plane(
         raise ValueError(f"codes={codes}, but there are only {len(x)} weights to share them: ask for fewer codes")
     if not bool(torch.isfinite(x).all()):
         raise ValueError(f"{int((~torch.isfinite(x)).sum())} means or standard deviations of weights are not finite")
+    seed = some_seed(seed)
     mixture = pin_first_code(start_mixture(x, codes, seed=seed), zero)
     floor = covariance_floor(x, codes)
     part = x

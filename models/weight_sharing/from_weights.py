@@ -28,7 +28,7 @@ def codebook_from_weights(
     rate: float = 0.0,
     distance: clustering.Distance = "wasserstein",
     iterations: int = 20,
-    seed: int = 0,
+    seed: int | None = None,
 ) -> Codebook:
     """All stages up to training: outliers, EM, labels, weights between codes.
 

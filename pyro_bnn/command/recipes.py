@@ -278,7 +278,7 @@ def train_weight_sharing(
     model: pb.models.WeightSharing | pb.models.SharedWeights
     model = sharing = pb.models.WeightSharing(net, likelihood, size, prior=prior)
     start = time.perf_counter()
-    given: dict[str, Any] = {"codes": options.codes}
+    given: dict[str, Any] = {"codes": options.codes, "seed": options.seed}
     if options.sampling == "mixture":
         given["sampling"] = "mixture"
     if field is None:

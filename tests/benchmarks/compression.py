@@ -194,7 +194,7 @@ class Study:
             model = WeightSharing(model.core().net, LIKELIHOOD, len(self.train[1]), prior=prior)
             model.load_state_dict(state)
         s = self.settings
-        guide = CodebookGuide.from_mean_field(model, field, **({"codes": s.codes} | options))
+        guide = CodebookGuide.from_mean_field(model, field, **({"codes": s.codes, "seed": 0} | options))
         posterior = pb.Posterior(model, guide)
         if not frozen:
             callbacks = [MergeCodes(stop=max(1, s.code_epochs // 2))] if merge else []

@@ -171,7 +171,7 @@ def test_merging_on_a_schedule(tmp_path: Any) -> None:
 
     def train(epochs: int, checkpoint: Any = None) -> tuple[Any, MergeCodes]:
         model = WeightSharing(chain(2, 16, 8, 1).float(), Gaussian(0.3), N)
-        guide = CodebookGuide(model, 24, blend=0.05, outliers=0.05)
+        guide = CodebookGuide(model, 24, blend=0.05, outliers=0.05, seed=0)
         merge = MergeCodes(start=2, stop=6, every=2, tightness=2.0)
         posterior = fit(
             model,

@@ -186,7 +186,7 @@ def test_the_report_is_what_is_on_disk(tmp_path: Path) -> None:
     """Bytes by hand, and the file's size up to its header."""
     net = chain(2, 64, 64, 1).float()
     model = WeightSharing(net, pb.likelihoods.Gaussian(0.3), 10)
-    guide = CodebookGuide(model, 100, blend=0.02, outliers=0.01, smallest=0)
+    guide = CodebookGuide(model, 100, blend=0.02, outliers=0.01, smallest=0, seed=0)
     report = guide.compression_report()
     n, k, o, e = (report[name] for name in ("weights", "codes", "outliers", "between"))
     assert n == 64 * 2 + 64 * 64 + 64 and k == 100 and e == int(0.02 * (n - o) + 1e-6) and o == int(0.005 * n)
