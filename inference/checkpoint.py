@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,8 +15,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_bnn.files import replacing
+from pyro_bnn.inference.settings import differences
 
-VERSION = 1
+VERSION = 2
+#: what stands behind the content: a digest of all before it, which readers of the content do not see
+_TRAILER, _LENGTH = b"\nsha256 ", 73
 
 
 class TrainingRun:
@@ -22,6 +27,8 @@ class TrainingRun:
 
     :param parameters: all that the optimiser moves.
     :param step: steps that were taken before this run.
+    :param settings: what the run is made with, see :func:`~pyro_bnn.inference.settings.settings_of`. A checkpoint of a
+        run with others is refused.
     """
 
     def __init__(
@@ -32,11 +39,13 @@ class TrainingRun:
         optimizer: Optimizer,
         scheduler: LRScheduler | None = None,
         step: int = 0,
+        settings: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.model, self.guide = model, guide
         self.parameters, self.optimizer, self.scheduler = list(parameters), optimizer, scheduler
         self.buffers = [b for program in (model, guide) if isinstance(program, nn.Module) for b in program.buffers()]
         self.epoch, self.step = 0, step
+        self.settings = dict(settings)
         self.losses: list[float] = []
         self._good: list[Tensor] = []
         self.remembered_epoch, self.remembered_step = 0, step
@@ -56,37 +65,80 @@ class TrainingRun:
         self.optimizer.state.clear()
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the state to a file, which appears whole or not at all."""
-        write(
-            path,
-            {
-                "epoch": self.epoch,
-                "step": self.step,
-                "losses": self.losses,
-                "values": [v.detach() for v in (*self.parameters, *self.buffers)],
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-                "random": torch.get_rng_state(),
-                "cuda_random": [torch.cuda.get_rng_state(device) for device in self._cuda_devices()],
-            },
-        )
+        """Writes the state to a file, which appears whole or not at all.
 
-    def resume(self, path: str | os.PathLike[str]) -> None:
+        :raises OSError: when the disk refuses it; the file is as it was.
+        """
+        try:
+            write(
+                path,
+                {
+                    "epoch": self.epoch,
+                    "step": self.step,
+                    "losses": self.losses,
+                    "values": [v.detach() for v in (*self.parameters, *self.buffers)],
+                    "names": self._names(),
+                    "settings": self.settings,
+                    "optimizer": self.optimizer.state_dict(),
+                    "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+                    "random": torch.get_rng_state(),
+                    "cuda_random": [torch.cuda.get_rng_state(device) for device in self._cuda_devices()],
+                },
+            )
+        except OSError as error:
+            error.add_note(
+                f"Model and guide hold what training found in {self.epoch} epochs, and the checkpoint is the last one "
+                "that could be written: make room, or choose another path, and train on"
+            )
+            raise
+
+    def resume(self, path: str | os.PathLike[str], epochs: int | None = None) -> None:
         """Takes the state from a file, where there is one.
 
-        :raises ValueError: when the file is no checkpoint of this model and guide; see :func:`read`.
+        :param epochs: that the run is to have in all; at least those that the checkpoint has.
+        :raises ValueError: when the file is no checkpoint of this run, or is damaged; see :func:`read`. The message
+            names what differs.
         """
         state = read(path)
         if state is None:
             return
-        values = [*self.parameters, *self.buffers]
-        if [v.shape for v in values] != [v.shape for v in state["values"]]:
+        try:
+            self._require_same(state, path, epochs)
+            self._take(state)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
             raise ValueError(
-                f"{path} is the checkpoint of another model or guide (its tensors have other shapes); remove it to "
-                "start afresh"
+                f"{path} is a damaged checkpoint ({type(error).__name__}: {error}); remove it to start afresh"
+            ) from error
+
+    def _require_same(self, state: Mapping[str, Any], path: str | os.PathLike[str], epochs: int | None) -> None:
+        values, saved = [*self.parameters, *self.buffers], state["values"]
+        own = [(name, v.dtype, v.shape) for name, v in zip(self._names(), values, strict=True)]
+        names = state.get("names", self._names())
+        if own != [(name, v.dtype, v.shape) for name, v in zip(names, saved, strict=False)] or len(own) != len(saved):
+            raise ValueError(
+                f"{path} is the checkpoint of another model or guide (its tensors have other names, shapes or dtypes); "
+                "remove it to start afresh"
             )
+        if differ := differences(state.get("settings", self.settings), self.settings):
+            raise ValueError(
+                f"{path} is the checkpoint of a run with other settings: {'; '.join(differ)}. Use the same settings to "
+                "resume it, or remove it to start afresh"
+            )
+        groups = zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False)
+        if unknown := [name for before, now in groups for name in before if name not in now and name != "initial_lr"]:
+            raise ValueError(
+                f"{path} is the checkpoint of a run with another optimiser, which had {unknown[0]!r}. Use the same to "
+                "resume it, or remove it to start afresh"
+            )
+        if epochs is not None and "settings" in state and epochs < state["epoch"]:
+            raise ValueError(
+                f"{path} is the checkpoint of a run that has {state['epoch']} epochs, and epochs={epochs} is fewer: "
+                "give as many or more, or remove it to start afresh"
+            )
+
+    def _take(self, state: Mapping[str, Any]) -> None:
         with torch.no_grad():
-            for value, saved in zip(values, state["values"], strict=True):
+            for value, saved in zip([*self.parameters, *self.buffers], state["values"], strict=True):
                 value.copy_(saved)
         self.epoch, self.step, self.losses = state["epoch"], state["step"], list(state["losses"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -96,14 +148,33 @@ class TrainingRun:
         for device, saved in zip(self._cuda_devices(), state["cuda_random"], strict=True):
             torch.cuda.set_rng_state(saved, device)
 
+    def _names(self) -> list[str]:
+        """Of parameters and buffers; those that only Pyro's store knows have none."""
+        known: dict[int, str] = {}
+        for program, of in ((self.model, "model"), (self.guide, "guide")):
+            if isinstance(program, nn.Module):
+                for name, value in [*program.named_parameters(), *program.named_buffers()]:
+                    known.setdefault(id(value), f"{of}.{name}")
+        return [known.get(id(value), "") for value in (*self.parameters, *self.buffers)]
+
     def _cuda_devices(self) -> list[torch.device]:
         return sorted({p.device for p in self.parameters if p.is_cuda}, key=str)
 
 
 def write(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Writes tensors, numbers, strings and containers of them; the file appears whole or not at all."""
+    """Writes tensors, numbers, strings and containers of them; the file appears whole or not at all.
+
+    :raises OSError: when the disk refuses it.
+    """
     with replacing(Path(path)) as temporary:
-        torch.save({"format": "pyro_bnn checkpoint", "version": VERSION, **state}, temporary)
+        try:
+            torch.save({"format": "pyro_bnn checkpoint", "version": VERSION, **state}, temporary)
+        except RuntimeError as error:  # what torch makes of an error of the disk
+            raise OSError(str(error).splitlines()[0]) from error
+        with temporary.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with temporary.open("ab") as file:
+            file.write(_TRAILER + digest.encode() + b"\n")
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -111,14 +182,40 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any] | None:
 
     :raises ValueError: when the file is damaged, no checkpoint, or of a newer version.
     """
-    if not Path(path).exists():
+    path = Path(path)
+    if not path.exists():
         return None
+    is_sealed = _require_digest(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} is not a readable checkpoint ({error}); remove it to start afresh") from error
     if not isinstance(state, dict) or state.get("format") != "pyro_bnn checkpoint":
         raise ValueError(f"{path} is not a pyro_bnn checkpoint; choose another path or remove it")
-    if state["version"] > VERSION:
-        raise ValueError(f"{path} was written by a newer pyro_bnn (checkpoint version {state['version']})")
+    version = state.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise ValueError(f"{path} was written by a newer pyro_bnn (checkpoint version {version})")
+    if version > 1 and not is_sealed:
+        raise ValueError(f"{path} is a damaged checkpoint (its digest is missing); remove it to start afresh")
     return state
+
+
+def _require_digest(path: Path) -> bool:
+    """Whether the file has a digest, which is then right; the first version had none.
+
+    :raises ValueError: when it is wrong.
+    """
+    length = path.stat().st_size - _LENGTH
+    with path.open("rb") as file:
+        file.seek(max(0, length))
+        trailer = file.read()
+        if not trailer.startswith(_TRAILER):
+            return False
+        file.seek(0)
+        found = hashlib.sha256()
+        while length > 0 and (part := file.read(min(length, 2**20))):
+            found.update(part)
+            length -= len(part)
+    if trailer != _TRAILER + found.hexdigest().encode() + b"\n":
+        raise ValueError(f"{path} is a damaged checkpoint (its digest is another); remove it to start afresh")
+    return True

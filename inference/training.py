@@ -77,9 +77,11 @@ def train(
     :param callbacks: called after each epoch, all of them; one that returns True ends the training.
     :param checkpoint: file that is written after each epoch, and resumed from when it exists.
     :raises FloatingPointError: when a step does; see :func:`train_epoch`.
+    :raises ValueError: when the checkpoint is damaged, or that of a run with other settings or more epochs.
+    :raises OSError: when the checkpoint cannot be written.
     """
     if checkpoint is not None:
-        run.resume(checkpoint)
+        run.resume(checkpoint, epochs)
     run.remember()
     with progress_bar(label, epochs, done=run.epoch, progress=progress) as bar:
         while run.epoch < epochs:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from pyro_bnn.files import replacing_folder
+from pyro_bnn.files import replacing_folder, write_tensors
 from pyro_bnn.models.bella import Bella, ParticleGuide, draw_factor
 from pyro_bnn.selection import is_linear
 
@@ -48,7 +48,7 @@ def save_adapters(model: Bella, guide: ParticleGuide, path: str | os.PathLike[st
     if path.exists() and not all(re.fullmatch(r"particle_\d+", child.name) for child in path.iterdir()):
         raise FileExistsError(f"{path} exists and holds other files; choose another path or remove it")
     values = {name: value.cpu() for name, value in guide.coordinates().items()}
-    with replacing_folder(path) as temporary:
+    with replacing_folder(path, last=_CONFIG) as temporary:
         for i, name in enumerate(names):
             tensors: dict[str, Tensor] = {}
             for weight, kind in kinds.items():
@@ -59,8 +59,14 @@ def save_adapters(model: Bella, guide: ParticleGuide, path: str | os.PathLike[st
             for parameter, value in (_given(model) | own).items():
                 tensors[_PREFIX + parameter] = value.cpu().clone(memory_format=torch.contiguous_format)
             (temporary / name).mkdir()
-            safetensors.torch.save_file(tensors, temporary / name / _TENSORS, metadata={"format": "pt"})
+            write_tensors(temporary / name / _TENSORS, tensors, {"format": "pt"})
             (temporary / name / _CONFIG).write_text(json.dumps(_config(model, kinds), indent=1) + "\n")
+    for stale in path.glob("particle_*"):
+        if stale.name not in names:
+            for file in (_CONFIG, _TENSORS):
+                (stale / file).unlink(missing_ok=True)
+            if not any(stale.iterdir()):
+                stale.rmdir()
     return [path / name for name in names]
 
 

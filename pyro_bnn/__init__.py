@@ -2,6 +2,7 @@
 
 from pyro_bnn import diagnostics, inference, likelihoods, models, perturb, priors
 from pyro_bnn.posterior import Posterior, Prediction, load
+from pyro_bnn.registry import storable
 from pyro_bnn.summary import Summary, summary
 
 __version__ = "0.1.0"
@@ -17,5 +18,6 @@ __all__ = [
     "models",
     "perturb",
     "priors",
+    "storable",
     "summary",
 ]

@@ -1,70 +1,203 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and digests by which damage is found.
+
+What is new is written to a folder of its own, ``.NAME.TOKEN.partial``, on the same file system, and renamed from there.
+Its writer holds a lock in it. So the next one who writes to the same place can tell what a killed process left there,
+and removes it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import hashlib
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
 
-@contextmanager
+if sys.platform != "win32":
+    import fcntl
+
+_LOCK = "lock"
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """The name of a file to write, which takes the place of ``path`` once all is written.
 
-    After an error ``path`` is as it was. The folders above it are made.
+    After an error ``path`` is as it was. The folders above it are made, a symbolic link stays one, and the permissions
+    are those that the umask gives to a new file.
+
+    :raises OSError: when it cannot be written; the message names ``path``.
     """
-    temporary = _beside(path)
-    try:
+    place = Path(os.path.realpath(path))
+    with _naming(path), _workspace(place.parent, place.name) as workspace:
+        temporary = workspace / place.name
         yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        _permit(workspace)
+        os.replace(temporary, place)
 
 
-@contextmanager
-def replacing_folder(path: Path) -> Iterator[Path]:
-    """An empty folder to write to, which takes the place of ``path``, with all that is there, once all is written.
+@contextlib.contextmanager
+def replacing_folder(path: Path, last: str = "") -> Iterator[Path]:
+    """An empty folder to write to, whose files take their places in ``path`` once all are written.
 
-    After an error ``path`` is as it was. The folders above it are made.
+    A folder that is not there appears whole. In one that is there, files of the same names are replaced one after the
+    other, ``last`` after all others, and everything else stays. After an error ``path`` is as it was. The folders above
+    it are made, a symbolic link stays one, and permissions are those that the umask gives.
+
+    :raises OSError: when it cannot be written; the message names ``path``.
     """
-    temporary = _beside(path)
-    temporary.mkdir()
+    place = Path(os.path.realpath(path))
+    with _naming(path):
+        _sweep(place.parent, place.name)
+        home = place if place.is_dir() else place.parent
+        with _workspace(home, place.name) as workspace:
+            temporary = workspace / place.name
+            temporary.mkdir()
+            yield temporary
+            _permit(workspace)
+            if not place.exists():
+                try:
+                    os.rename(temporary, place)
+                    return
+                except OSError:
+                    if not place.is_dir():  # another process was faster, and has made the folder
+                        raise
+            written = sorted(temporary.rglob("*"), key=lambda file: file.name == last)
+            for file in written:
+                if not file.is_dir():
+                    own = place / file.relative_to(temporary)
+                    own.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(file, own)
+
+
+@contextlib.contextmanager
+def _workspace(folder: Path, name: str) -> Iterator[Path]:
+    """A folder that nobody else uses, locked while it is in use, for what is to become ``name`` in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _sweep(folder, name)
+    while True:
+        workspace = folder / f".{name}.{uuid.uuid4().hex[:12]}.partial"
+        workspace.mkdir()
+        try:
+            lock = os.open(workspace / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue  # swept in the moment between folder and lock
+        _hold(lock, wait=True)
+        if (workspace / _LOCK).exists():
+            break
+        os.close(lock)
     try:
-        yield temporary
-        _replace_folder(temporary, path)
+        yield workspace
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+        shutil.rmtree(workspace, ignore_errors=True)
 
 
-def _beside(path: Path) -> Path:
-    """A name on the same file system that no other process uses."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-
-
-def _replace_folder(new: Path, path: Path) -> None:
-    """No system call replaces a folder that holds something: the old one steps aside first."""
-    if not path.exists():
-        os.replace(new, path)
-        return
-    old = _beside(path)
-    os.replace(path, old)
+def _hold(lock: int, wait: bool) -> bool:
+    """Whether the lock is ours now; never on Windows and on file systems without locks, where leftovers stay."""
+    if sys.platform == "win32":
+        return False
     try:
-        os.replace(new, path)
-    except BaseException:
-        os.replace(old, path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _sweep(folder: Path, name: str) -> None:
+    """Removes what killed processes left when they wrote ``name``. What cannot be removed harms nobody, and stays."""
+    for workspace in folder.glob(f".{glob.escape(name)}.*.partial"):
+        try:
+            lock = os.open(workspace / _LOCK, os.O_RDWR)
+        except OSError:
+            with contextlib.suppress(OSError):
+                workspace.rmdir()  # killed before it had a lock, and so empty
+            continue
+        if _hold(lock, wait=False):
+            shutil.rmtree(workspace, ignore_errors=True)
+        os.close(lock)
+
+
+def _permit(workspace: Path) -> None:
+    """Gives all files the permissions of a new one; libraries that write to temporary files have others."""
+    mode = (workspace / _LOCK).stat().st_mode & 0o777
+    for file in workspace.rglob("*"):
+        if not file.is_dir():
+            file.chmod(mode)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Errors of the system name the place that was to be written, and not the file beside it."""
+    try:
+        yield
+    except OSError as error:
+        kept = "what was there before is as it was" if os.path.lexists(path) else "nothing is left of it"
+        if error.errno is None:
+            raise OSError(f"{str(path)!r} could not be written ({error}); {kept}") from error
+        raise OSError(error.errno, f"could not be written ({error.strerror}); {kept}", str(path)) from error
+
+
+# ------------------------------------------------------------------------------------------------------ content
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a file of safetensors.
+
+    :raises OSError: when the disk refuses it.
+    """
+    try:
+        safetensors.torch.save_file(dict(tensors), path, dict(metadata))
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, dtypes, shapes and numbers."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        found.update(f"{len(name)} {name} {value.dtype} {list(value.shape)}\n".encode())
+        found.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content, as JSON has it, with a digest of itself under ``digest``."""
+    as_json: dict[str, Any] = json.loads(json.dumps(content))
+    return {**as_json, "digest": _seal(as_json)}
+
+
+def require_seal(content: Mapping[str, Any], path: Path) -> None:
+    """
+    :raises ValueError: unless the content is what :func:`sealed` gave.
+    """
+    own = {name: value for name, value in content.items() if name != "digest"}
+    if content.get("digest") != _seal(own):
+        raise ValueError(
+            f"{str(path)!r} is damaged or was edited: its digest is not that of its content. Save it again, or restore "
+            "it from a copy"
+        )
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -74,9 +207,9 @@ def read_json(path: Path) -> dict[str, Any]:
     :raises ValueError: when it does not hold one.
     """
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not JSON ({error})") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{str(path)!r} is not JSON ({error}): it is damaged, or no file of pyro_bnn") from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds {type(content).__name__}, expected an object with names")
     return content

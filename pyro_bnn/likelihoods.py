@@ -8,13 +8,15 @@ event axes. ``temperature=T`` raises the likelihood to the power 1/T, and is the
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pyro_bnn.registry import build_value, describe_value
 
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "HeteroscedasticGaussian", "Likelihood", "Poisson"]
 
@@ -80,21 +82,19 @@ class Likelihood:
         """
 
     def describe(self) -> dict[str, Any]:
-        """The likelihood as JSON."""
-        return {"class": type(self).__name__, **asdict(self)}
+        """The likelihood as JSON: the name of its class and its fields.
+
+        :raises TypeError: for an own class that is no dataclass of numbers, strings and tuples of these.
+        """
+        return describe_value(self, "likelihood")
 
 
 def from_description(description: dict[str, Any]) -> Likelihood:
     """The inverse of :meth:`Likelihood.describe`.
 
-    :raises ValueError: when the description names no likelihood of this version.
+    :raises ValueError: when the description names no likelihood that is defined.
     """
-    arguments = dict(description)
-    known = {c.__name__: c for c in (Categorical, Bernoulli, Gaussian, HeteroscedasticGaussian, Poisson)}
-    cls = known.get(arguments.pop("class", ""))
-    if cls is None or set(arguments) - {f.name for f in fields(cls)}:
-        raise ValueError(f"unknown likelihood {description!r}; known are {', '.join(known)}")
-    return cls(**arguments)
+    return build_value(description, Likelihood, "likelihood")
 
 
 def _require_finite(y: Tensor, name: str) -> None:

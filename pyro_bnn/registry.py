@@ -1,15 +1,32 @@
-"""The classes that ``pb.load`` can build again, by the name under which a file knows them."""
+"""The classes that ``pb.load`` can build again, by the names under which files know them.
+
+Models and guides are registered by :func:`storable`. Likelihoods and priors are values: every subclass of their base
+class that is a dataclass is known, and a file has its name and its fields. Names of classes outside of this package
+have that of their module before them.
+"""
 
 from __future__ import annotations
 
-from typing import TypeVar
+import inspect
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, fields, is_dataclass
+from typing import Any, TypeVar
 
 _CLASSES: dict[str, type] = {}
 _Class = TypeVar("_Class", bound=type)
+_Value = TypeVar("_Value")
+_WANTED = (
+    "A file has the name of the class and its fields: decorate the class with @dataclass(frozen=True), and keep all "
+    "that it holds in fields that are numbers, strings, None or tuples of these"
+)
 
 
 def storable(cls: _Class) -> _Class:
-    """Class decorator: files know the class by its name, and ``pb.load`` finds it there.
+    """Class decorator for a model or a guide: files know the class by its name, and ``pb.load`` finds it there.
+
+    A model has ``arguments`` and ``tensors``, and is built by ``from_arguments``; a guide has ``arguments`` and
+    ``tensors``, and is built by ``from_tensors``.
 
     :raises ValueError: when another class has this name already.
     """
@@ -31,3 +48,81 @@ def find_class(name: str) -> type | None:
 def is_storable(cls: type) -> bool:
     """Whether files know this very class."""
     return _CLASSES.get(cls.__name__) is cls
+
+
+# ------------------------------------------------------------------------------------------------------- values
+
+
+def describe_value(value: object, what: str) -> dict[str, Any]:
+    """``{"class": name, **fields}`` of an object of a dataclass, as JSON that :func:`build_value` takes back.
+
+    :param what: the word for it in messages, such as ``"likelihood"``.
+    :raises TypeError: when the fields are not all that it holds, or JSON cannot hold one of them.
+    """
+    problem = f"the {what} {type(value).__name__} cannot be written to JSON"
+    if not is_dataclass(value) or isinstance(value, type):
+        raise TypeError(f"{problem}, as it is no dataclass. {_WANTED}")
+    try:
+        held = json.loads(json.dumps(asdict(value)))
+        again = type(value)(**{field.name: _frozen(held[field.name]) for field in fields(value)})
+        before, after = vars(value), vars(again)
+        changed = [name for name in before if name not in after or _frozen(after[name]) != _frozen(before[name])]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{problem} ({error}). {_WANTED}") from error
+    if changed:
+        raise TypeError(f"{problem}: from its fields it would come back with another {changed[0]!r}. {_WANTED}")
+    return {"class": _name_of(type(value)), **held}
+
+
+def build_value(description: object, base: type[_Value], what: str) -> _Value:
+    """The inverse of :func:`describe_value`, for subclasses of ``base``.
+
+    :raises ValueError: when the description names no subclass that is defined, or not its fields.
+    """
+    if not isinstance(description, dict) or not isinstance(description.get("class"), str):
+        description = {"class": "", "found": description}
+    name = str(description["class"])
+    cls = _find_subclass(base, name)
+    known = ", ".join(dict.fromkeys(_name_of(one) for one in _subclasses(base)))
+    if cls is None:
+        raise ValueError(
+            f"unknown {what} {description!r}; known are {known}. Import the module that defines a class of your own "
+            f"before you load, or give load(path, net, {what}=...)"
+        )
+    arguments = {key: _frozen(held) for key, held in description.items() if key != "class"}
+    if extra := set(arguments) - set(inspect.signature(cls).parameters):
+        raise ValueError(f"unknown {what} {description!r}: it has no {', '.join(sorted(extra))}; known are {known}")
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ValueError(f"the {what} {description!r} cannot be built ({error})") from error
+
+
+def _frozen(value: object) -> object:
+    """Lists of JSON are the tuples that frozen dataclasses have."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def _subclasses(base: type[_Value]) -> Iterator[type[_Value]]:
+    """Those that a file may name."""
+    for cls in base.__subclasses__():
+        if is_dataclass(cls) and not cls.__name__.startswith("_"):
+            yield cls
+        yield from _subclasses(cls)
+
+
+def _name_of(cls: type) -> str:
+    is_ours = cls.__module__.partition(".")[0] == "pyro_bnn"
+    return cls.__name__ if is_ours else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _find_subclass(base: type[_Value], name: str) -> type[_Value] | None:
+    """The class of this name, the latest one where a notebook has defined it several times.
+
+    A class that lay in another module when it was saved is found by its own name, where that is unambiguous.
+    """
+    found = {_name_of(cls): cls for cls in _subclasses(base)}
+    if name in found:
+        return found[name]
+    alike = [cls for own, cls in found.items() if "." in own and cls.__name__ == name.rpartition(".")[2]]
+    return alike[0] if len(alike) == 1 else None

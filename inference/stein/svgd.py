@@ -18,6 +18,7 @@ from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.schedules import Schedule
+from pyro_bnn.inference.settings import settings_of
 from pyro_bnn.inference.stein.autoparticles import AutoParticles
 from pyro_bnn.inference.stein.groups import Group, divide
 from pyro_bnn.inference.stein.kernels import RBF, Kernel
@@ -276,12 +277,15 @@ class SVGD:
         with contextlib.ExitStack() as stack:
             stack.enter_context(seeded(device_of(self.model), seed))
             particles, optimizer, _ = self._set_up(batches.first)
+            settings: dict[str, str] = {}
+            if checkpoint is not None:
+                settings = self._settings(data, optimizer, batch_size, schedule, seed)
             scheduler = None
             if schedule is not None:
                 scheduler = schedule(optimizer, batches.steps, epochs)
                 stack.callback(_restart_rates, optimizer)
             parameters = [*particles.blocks, *particles.shared]
-            run = TrainingRun(self.model, self.guide, parameters, optimizer, scheduler, self.steps)
+            run = TrainingRun(self.model, self.guide, parameters, optimizer, scheduler, self.steps, settings)
             try:
                 train(
                     run,
@@ -304,6 +308,14 @@ class SVGD:
             posterior.losses = list(run.losses)
             return posterior
         return Posterior(self.model, self.guide, losses=run.losses, example=first_row(batches))
+
+    def _settings(
+        self, data: Any, optimizer: Optimizer, batch_size: int, schedule: Schedule | None, seed: int | None
+    ) -> dict[str, str]:
+        own = ("kernel", "space", "scope", "method", "repulsion", "annealing", "num_data")
+        options: dict[str, object] = {name: getattr(self, name) for name in own}
+        size = {} if isinstance(data, DataLoader) else {"batch_size": batch_size}
+        return settings_of(self.model, self.guide, optimizer, data, **options, **size, schedule=schedule, seed=seed)
 
     # --------------------------------------------------------------------------------------------------- parts
 

@@ -20,6 +20,7 @@ from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.schedules import Schedule
+from pyro_bnn.inference.settings import settings_of
 from pyro_bnn.inference.svi.elbo import MixtureELBO, ScaleLatents
 from pyro_bnn.inference.training import Callback, Optim, Step, build_optimizer, first_row, require_epochs, train
 from pyro_bnn.model import BayesianNetwork
@@ -74,9 +75,12 @@ def fit(
     :param clip_norm: largest norm of the whole gradient.
     :param callbacks: called with a :class:`~pyro_bnn.inference.FitState` after each epoch; one that returns True ends
         the training.
-    :param checkpoint: file that is written after each epoch, and resumed from when it exists.
+    :param checkpoint: file that is written after each epoch, and resumed from when it exists. It keeps the settings,
+        and a run with others is refused; more epochs are welcome.
     :param seed: makes the run reproducible, and leaves the global random state alone.
-    :raises ValueError: for empty or inconsistent data, labels outside the likelihood's range, or NaN in the data.
+    :raises ValueError: for empty or inconsistent data, labels outside the likelihood's range, NaN in the data, or a
+        checkpoint that is damaged or of a run with other settings.
+    :raises OSError: when the checkpoint cannot be written; model and guide hold what was found until then.
     :raises FloatingPointError: when the loss is not finite; the message names the step and the site, and model and
         guide are as they were at the end of the last good epoch.
     """
@@ -87,9 +91,14 @@ def fit(
         store = stack.enter_context(pyro.get_param_store().scope())
         parameters = _initialise(model, guide, batches.first)
         optimizer = _optimizer(optim, parameters, model, guide, lr, weight_decay, decay)
-        scheduler = schedule(optimizer, batches.steps, epochs) if schedule is not None else None
-        run = TrainingRun(model, guide, parameters, optimizer, scheduler)
         objective = MixtureELBO() if elbo is None else elbo
+        settings: dict[str, str] = {}
+        if checkpoint is not None:
+            options = {"schedule": schedule, "kl_annealing": kl_annealing, "elbo": objective, "clip_norm": clip_norm}
+            size = {} if isinstance(data, DataLoader) else {"batch_size": batch_size}
+            settings = settings_of(model, guide, optimizer, data, **options, **size, method="SVI", seed=seed)
+        scheduler = schedule(optimizer, batches.steps, epochs) if schedule is not None else None
+        run = TrainingRun(model, guide, parameters, optimizer, scheduler, settings=settings)
         step = _elbo_step(objective, batches.size, kl_annealing * batches.steps, clip_norm)
         train(
             run,

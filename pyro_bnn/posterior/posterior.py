@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyro_bnn import display
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import inputs, require_finite, targets
+from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import evaluating
 from pyro_bnn.network import batch_size as count_samples
@@ -359,10 +360,14 @@ class Posterior:
     def save(self, path: str | os.PathLike[str], *, prior: bool = True) -> None:
         """Writes a folder with safetensors and JSON, whole or not at all; :func:`load` reads it.
 
-        :param path: a folder, which may hold an older posterior.
+        Likelihoods and priors of one's own are saved by the names of their classes, which are dataclasses; models and
+        guides are decorated with :func:`~pyro_bnn.storable`. Their modules must be imported before the file is loaded.
+
+        :param path: a folder, which may hold an older posterior. Other files in it stay.
         :param prior: ``False`` leaves the prior out, and :func:`load` then needs ``prior=``.
         :raises TypeError: when model, guide, output or prior cannot be described in JSON; the message names the remedy.
         :raises FileExistsError: when ``path`` exists and is no posterior.
+        :raises OSError: when the disk refuses it; a posterior that was there before still loads.
         """
         storage.write(path, self.model, self.guide, losses=self.losses, sampler=self.sampler, prior=prior)
 
@@ -402,15 +407,17 @@ def load(
     net: nn.Module,
     *,
     prior: PriorLike | None = None,
+    likelihood: Likelihood | None = None,
     device: torch.device | str | None = None,
 ) -> Posterior:
     """The posterior that :meth:`Posterior.save` wrote; the same ``seed`` gives the same predictions, bit for bit.
 
     :param net: a network of the same architecture; it is copied, its own weights do not matter.
-    :param prior: the prior, when it was not saved.
+    :param prior: the prior, when it was not saved, or in place of the saved one.
+    :param likelihood: in place of the saved one, where the class of an own likelihood is not to be had.
     :param device: where to put it; by default where ``net`` is.
     :raises FileNotFoundError: when there is nothing at ``path``.
     :raises ValueError: when it is no posterior, is damaged, was written by a newer version, or is for another network.
     """
-    stored = storage.read(path, net, prior=prior, device=device)
+    stored = storage.read(path, net, prior=prior, likelihood=likelihood, device=device)
     return Posterior(stored.model, stored.guide, losses=stored.losses, sampler=stored.sampler)

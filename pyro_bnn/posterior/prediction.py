@@ -164,13 +164,22 @@ class Prediction:
     def cdf(self, y: Tensor) -> Tensor:
         """``[draws, members, N, ...]``: probability of values up to y ``[N, ...]``, under every member.
 
-        :raises TypeError: for classification, and for values of a function.
+        :raises TypeError: for classification, for values of a function, and for an own likelihood whose distribution
+            has no distribution function.
         """
         self._require(classification=False, what="cdf")
         d = _base(self._distribution())
         if isinstance(self.likelihood, Poisson):
             return torch.special.gammaincc(y.floor().clamp_min(0) + 1, d.rate) * (y >= 0)
-        return d.cdf(y)
+        try:
+            return d.cdf(y)
+        except NotImplementedError as error:
+            kind = type(d).__name__
+            raise TypeError(
+                f"{kind}, the distribution of {type(self.likelihood).__name__}, has no cdf(y), from which "
+                f"intervals and quantiles are found: let distribution() return a subclass of {kind} that defines "
+                "cdf(self, y), or take quantiles of draws, as prediction.sample().flatten(0, 1).quantile(0.975, 0)"
+            ) from error
 
     def log_prob(self, y: Tensor) -> Tensor:
         """``[draws, members, N]``: log density of y under every member, in nats."""

@@ -1,6 +1,8 @@
 """Posteriors on disk: a folder with ``posterior.json`` (what it is) and ``tensors.safetensors`` (its numbers).
 
-Nothing is pickled. The folder is written under another name and renamed when it is whole.
+Nothing is pickled. ``posterior.json`` has a digest of itself and one of the numbers. The file of numbers holds the same
+description once more, so that it is a whole posterior from the moment at which it takes the place of an older one: a
+save that is killed leaves the old or the new posterior, even between the two files.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pyro_bnn import likelihoods, priors
-from pyro_bnn.files import replacing_folder
+from pyro_bnn.files import digest_of, read_json, replacing_folder, require_seal, sealed, write_tensors
 from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.posterior import older
 from pyro_bnn.posterior.stored_draws import DrawsGuide
@@ -28,8 +31,26 @@ from pyro_bnn.randomness import forked
 from pyro_bnn.registry import find_class, is_storable
 
 FORMAT = "pyro_bnn posterior"
-VERSION = 2
+VERSION = 3
 _JSON, _TENSORS = "posterior.json", "tensors.safetensors"
+#: where the file of numbers has the description
+_EMBEDDED = "posterior"
+
+
+#: the first version with digests
+_FIRST_SEALED = 3
+#: what is raised by descriptions and numbers that do not fit together
+_MISFITS = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+_REGISTER = "a class of your own needs the decorator pyro_bnn.storable, and its module must be imported before you load"
 
 
 class Stored(NamedTuple):
@@ -59,13 +80,13 @@ def write(
     """
     if not isinstance(model, BayesianNetwork) or not is_storable(type(model)):
         raise TypeError(
-            f"only models of pyro_bnn can be saved, not {type(model).__name__}; save posterior.sample(n) with "
-            "safetensors instead"
+            f"only models of pyro_bnn can be saved, not {type(model).__name__}: decorate a class of your own with "
+            "pyro_bnn.storable, or save posterior.sample(n) with safetensors instead"
         )
     if not isinstance(guide, (MixtureGuide, DrawsGuide)) or not is_storable(type(guide)):
         raise TypeError(
             f"a guide of type {type(guide).__name__} cannot be saved; save draws of it: "
-            "posterior.as_draws(n).save(path)"
+            "posterior.as_draws(n).save(path), or decorate a class of your own with pyro_bnn.storable"
         )
     description: dict[str, Any] = {"class": type(model).__name__, **model.arguments()}
     if callable(description["output"]):
@@ -88,21 +109,24 @@ def write(
         names = {"names": guide.names, "statistics": guide.statistics_names}
         names |= {"chains": guide.num_chains, "sampled": guide.is_sampled}
     arguments = guide.arguments() if isinstance(guide, MixtureGuide) else {}
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": description,
-        "guide": {"class": type(guide).__name__, **arguments, **names},
-        "network": parameters,
-        "losses": list(losses),
-        "sampler": dict(sampler),
-    }
+    content = sealed(
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": description,
+            "guide": {"class": type(guide).__name__, **arguments, **names},
+            "network": parameters,
+            "losses": list(losses),
+            "sampler": dict(sampler),
+            "tensors": digest_of(tensors),
+        }
+    )
     path = Path(path)
     if path.exists() and not (path / _JSON).is_file():
         raise FileExistsError(f"{path} exists and is no posterior; choose another path or remove it")
-    with replacing_folder(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary / _TENSORS)
-        (temporary / _JSON).write_text(json.dumps(content, indent=1) + "\n")
+    with replacing_folder(path, last=_JSON) as temporary:
+        write_tensors(temporary / _TENSORS, tensors, {_EMBEDDED: json.dumps(content)})
+        (temporary / _JSON).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def tensors_of(model: BayesianNetwork, guide: MixtureGuide | DrawsGuide) -> dict[str, Tensor]:
@@ -120,12 +144,14 @@ def read(
     net: nn.Module,
     *,
     prior: PriorLike | None = None,
+    likelihood: Likelihood | None = None,
     device: torch.device | str | None = None,
 ) -> Stored:
     """What :func:`write` wrote; the same ``seed`` gives the same predictions, bit for bit.
 
     :param net: a network of the same architecture; it is copied, its own weights do not matter.
-    :param prior: the prior, when it was not saved.
+    :param prior: the prior, when it was not saved, or in place of the saved one.
+    :param likelihood: in place of the saved one, where the class of an own likelihood is not to be had.
     :param device: where to put it; by default where ``net`` is.
     :raises FileNotFoundError: when there is nothing at ``path``.
     :raises ValueError: when it is no posterior, is damaged, was written by a newer version, or is for another network.
@@ -133,63 +159,114 @@ def read(
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"there is no posterior at {path}")
-    content = _read_json(path)
-    tensors = _read_tensors(path)
-    _require_same_network(content["network"], net, path)
-    description = dict(content["model"])
-    cls = find_class(description.pop("class"))
-    if cls is None or not issubclass(cls, BayesianNetwork):
-        raise ValueError(f"{path} holds a model of the class {content['model']['class']!r}, which is not registered")
-    saved = description.pop("prior", None)
-    if saved is None and prior is None:
-        raise ValueError(f"{path} was saved without its prior: load(path, net, prior=...) with the prior of training")
-    description["prior"] = prior if prior is not None else priors.from_description(saved)
-    likelihood = description["likelihood"]
-    description["likelihood"] = None if likelihood is None else likelihoods.from_description(likelihood)
-    extra = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    if extra:
-        description["tensors"] = extra
+    content, tensors = _contents(path)
     try:
-        model = cls.from_arguments(net, description)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"the model in {path} is damaged or for another network ({error})") from error
-    own = model.core().net
-    implied = []
-    for name, value in [*own.named_parameters(), *_kept_buffers(own)]:
-        if f"network.{name}" in tensors:
-            value.data = tensors[f"network.{name}"].to(value.device)
-        else:
-            implied.append((name, value))
-    try:
+        _require_same_network(content["network"], net, path)
+        model = _model(content["model"], net, tensors, prior, likelihood, path)
+        _take_network(model, content["network"], tensors, path)
         guide = _guide(dict(content["guide"]), model, tensors)
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"the guide in {path} is damaged or for another model ({error})") from error
-    means = _implied(model, guide) if implied else {}
-    for name, value in implied:
-        if name not in means:
-            raise ValueError(f"{path} is damaged: the values of {name!r} are missing; save the posterior again")
-        value.data = means[name]
+        _take_implied(model, guide, tensors, path)
+        losses = [float(loss) for loss in content["losses"]]
+        sampler = {str(name): float(value) for name, value in content.get("sampler", {}).items()}
+    except _MISFITS as error:
+        raise ValueError(
+            f"the posterior in {path} is damaged or for another network ({type(error).__name__}: {error})"
+        ) from error
     if device is not None:
         model.to(device)
         guide.to(device)
-    return Stored(model, guide, content["losses"], content.get("sampler", {}))
+    return Stored(model, guide, losses, sampler)
+
+
+def _model(
+    description: Mapping[str, Any],
+    net: nn.Module,
+    tensors: Mapping[str, Tensor],
+    prior: PriorLike | None,
+    likelihood: Likelihood | None,
+    path: Path,
+) -> BayesianNetwork:
+    arguments = dict(description)
+    name = arguments.pop("class")
+    cls = find_class(name)
+    if cls is None or not issubclass(cls, BayesianNetwork):
+        raise ValueError(f"{path} holds a model of the class {name!r}, which is not registered: {_REGISTER}")
+    saved = arguments.pop("prior", None)
+    if saved is None and prior is None:
+        raise ValueError(f"{path} was saved without its prior: load(path, net, prior=...) with the prior of training")
+    arguments["prior"] = prior if prior is not None else priors.from_description(saved)
+    if likelihood is not None:
+        arguments["likelihood"] = likelihood
+    elif arguments["likelihood"] is not None:
+        arguments["likelihood"] = likelihoods.from_description(arguments["likelihood"])
+    extra = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    if extra:
+        arguments["tensors"] = extra
+    return cls.from_arguments(net, arguments)
+
+
+def _take_network(
+    model: BayesianNetwork, saved: Mapping[str, list[Any]], tensors: Mapping[str, Tensor], path: Path
+) -> None:
+    """The stored values of parameters and buffers of the network, of the shapes and dtypes that they had."""
+    net = model.core().net
+    for name, value in [*net.named_parameters(), *_kept_buffers(net)]:
+        stored = tensors.get(f"network.{name}")
+        if stored is None:
+            continue
+        dtype, *shape = saved[name]
+        if str(stored.dtype) != f"torch.{dtype}" or list(stored.shape) != shape:
+            raise ValueError(
+                f"{path} is damaged: {name!r} is {stored.dtype} of shape {list(stored.shape)}, expected {dtype} of "
+                f"shape {shape}"
+            )
+        value.data = stored.to(value.device)
+
+
+def _take_implied(
+    model: BayesianNetwork, guide: MixtureGuide | DrawsGuide, tensors: Mapping[str, Tensor], path: Path
+) -> None:
+    """The values that are not stored, as they follow from model and guide."""
+    net = model.core().net
+    left = {n: v for n, v in [*net.named_parameters(), *_kept_buffers(net)] if f"network.{n}" not in tensors}
+    means = _implied(model, guide) if left else {}
+    for name, value in left.items():
+        if name not in means:
+            raise ValueError(f"{path} is damaged: the values of {name!r} are missing; save the posterior again")
+        value.data = means[name]
 
 
 def _guide(
-    description: dict[str, Any], model: BayesianNetwork, tensors: dict[str, Tensor]
+    description: dict[str, Any], model: BayesianNetwork, tensors: Mapping[str, Tensor]
 ) -> MixtureGuide | DrawsGuide:
     values = {name.removeprefix("guide."): v for name, v in tensors.items() if name.startswith("guide.")}
     device = model.like().device
-    cls = find_class(description.pop("class"))
+    name = description.pop("class")
+    cls = find_class(name)
     if cls is DrawsGuide:
-        names = description["names"]
-        draws = {name: values[f"draws_{i}"].to(device) for i, name in enumerate(names)}
-        kept = {name: values[f"statistics_{i}"].to(device) for i, name in enumerate(description["statistics"])}
-        return DrawsGuide(draws, model, description["chains"], kept, description.get("sampled", True))
+        return _draws(description, values, model)
     if cls is None or not issubclass(cls, MixtureGuide):
-        raise ValueError("the guide of this posterior is of a class that is not registered")
+        raise ValueError(f"its guide is of the class {name!r}, which is not registered: {_REGISTER}")
+    leading = {len(value) for value in values.values() if value.dim()}
+    for count in ("components", "particles"):
+        if count in description and leading and description[count] not in leading:
+            raise ValueError(f"its guide has {count}={description[count]!r}, but no numbers of so many")
     with forked(device):  # starting values are drawn, then replaced
         return cls.from_tensors(model, description, values)
+
+
+def _draws(description: Mapping[str, Any], values: Mapping[str, Tensor], model: BayesianNetwork) -> DrawsGuide:
+    device = model.like().device
+    draws = {name: values[f"draws_{i}"].to(device) for i, name in enumerate(description["names"])}
+    sites = {site.name: list(site.shape) for site in model.sites()}
+    if draws.keys() != sites.keys():
+        raise ValueError(f"its draws are of the sites {sorted(draws)}, expected {sorted(sites)}")
+    for name, value in draws.items():
+        lead = list(next(iter(draws.values())).shape[:2])
+        if list(value.shape) != lead + sites[name]:
+            raise ValueError(f"the draws of {name!r} have shape {list(value.shape)}, expected {lead + sites[name]}")
+    kept = {name: values[f"statistics_{i}"].to(device) for i, name in enumerate(description["statistics"])}
+    return DrawsGuide(draws, model, description["chains"], kept, description.get("sampled", True))
 
 
 def _implied(model: BayesianNetwork, guide: nn.Module) -> dict[str, Tensor]:
@@ -202,32 +279,72 @@ def _kept_buffers(net: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in net.named_buffers() if name in kept]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What the two files hold, in the words of the present version, with all digests checked."""
     file = path / _JSON
     if not file.is_file():
         raise ValueError(f"{path} is not a posterior: it has no {_JSON}. Give the folder that posterior.save() wrote")
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); save the posterior again") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{file} is not a {FORMAT}")
-    if content["version"] > VERSION:
+    content = read_json(file)
+    version = _version(content, file)
+    if version >= _FIRST_SEALED or "digest" in content:
+        require_seal(content, file)
+    tensors, embedded = _read_tensors(path / _TENSORS)
+    if version < _FIRST_SEALED:
+        return _as_now(content, version, file), tensors
+    found = digest_of(tensors)
+    if content["tensors"] == found:
+        return content, tensors
+    # a save over this posterior was killed after its numbers had taken their place, and before its description had
+    whole = _described(embedded, path / _TENSORS)
+    if whole is None or whole["tensors"] != found:
         raise ValueError(
-            f"{path} was written in format version {content['version']}; this pyro_bnn reads versions up to {VERSION}. "
+            f"{path / _TENSORS} is damaged, or is that of another posterior: its numbers do not have the digest that "
+            f"{_JSON} says. Save the posterior again, or restore it from a copy"
+        )
+    return whole, tensors
+
+
+def _version(content: Mapping[str, Any], file: Path) -> int:
+    if content.get("format") != FORMAT:
+        raise ValueError(f"{file} is not a {FORMAT}")
+    version = content.get("version")
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(f"{file} is damaged: version {version!r}, expected a number from 1 to {VERSION}")
+    if version > VERSION:
+        raise ValueError(
+            f"{file.parent} was written in format version {version}; this pyro_bnn reads versions up to {VERSION}. "
             "Install a newer pyro_bnn"
         )
-    return content if content["version"] == VERSION else older.from_version_1(content)
+    return version
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    file = path / _TENSORS
-    if not file.is_file():
-        raise ValueError(f"{path} is incomplete: {_TENSORS} is missing")
+def _as_now(content: dict[str, Any], version: int, file: Path) -> dict[str, Any]:
     try:
-        return safetensors.torch.load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is truncated or damaged ({error}); save the posterior again") from None
+        return older.from_version_1(content) if version == 1 else content
+    except _MISFITS as error:
+        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); save the posterior again") from error
+
+
+def _described(text: str | None, file: Path) -> dict[str, Any] | None:
+    """The description in the file of numbers; ``None`` where that has none, or one that is damaged."""
+    try:
+        content = json.loads(text or "null")
+        require_seal(content, file)
+    except (AttributeError, RecursionError, TypeError, ValueError):
+        return None
+    _version(content, file)
+    return dict(content)
+
+
+def _read_tensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
+    if not file.is_file():
+        raise ValueError(f"{file.parent} is incomplete: {file.name} is missing")
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+        return safetensors.torch.load_file(file), metadata.get(_EMBEDDED)
+    except (SafetensorError, OSError, *_MISFITS) as error:
+        raise ValueError(f"{file} is truncated or damaged ({error}); save the posterior again") from error
 
 
 def _require_same_network(saved: dict[str, list[Any]], net: nn.Module, path: Path) -> None:

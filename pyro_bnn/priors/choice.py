@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
 from typing import Any
 
 import pyro.distributions as dist
@@ -12,18 +11,8 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
-from pyro_bnn.priors.families import (
-    Cauchy,
-    HierarchicalCauchy,
-    HierarchicalNormal,
-    Horseshoe,
-    Laplace,
-    Normal,
-    Prior,
-    StudentT,
-)
-from pyro_bnn.priors.gaussian_mixture import CodebookPrior, GaussianMixture
-from pyro_bnn.priors.spike_and_slab import SpikeAndSlab
+from pyro_bnn.priors.families import Prior
+from pyro_bnn.registry import build_value, describe_value
 from pyro_bnn.selection import pattern_matches
 
 
@@ -115,26 +104,18 @@ def resolve(prior: PriorLike, names: tuple[str, ...], like: Tensor) -> Prior:
     return fixed
 
 
-_BY_NAME = {
-    c.__name__: c
-    for c in (
-        *(Normal, Cauchy, Laplace, StudentT, GaussianMixture, CodebookPrior),
-        *(HierarchicalCauchy, HierarchicalNormal, Horseshoe, SpikeAndSlab),
-    )
-}
-
-
 def describe(prior: PriorLike | None) -> Any:
     """The prior as JSON.
 
-    :raises TypeError: for a function or a Pyro distribution, which JSON cannot describe.
+    :raises TypeError: for a function or a Pyro distribution, which JSON cannot describe, and for an own class of prior
+        that is no dataclass of numbers.
     """
     if prior is None:
         return None
     if isinstance(prior, Mapping):
         return {"patterns": [[pattern, describe(one)] for pattern, one in prior.items()]}
-    if type(prior).__name__ in _BY_NAME and isinstance(prior, Prior):
-        return {"class": type(prior).__name__, **asdict(prior)}  # type: ignore[arg-type]
+    if isinstance(prior, Prior):
+        return describe_value(prior, "prior")
     kind = type(prior).__name__ if isinstance(prior, TorchDistributionMixin) else "a function"
     raise TypeError(f"a prior given as {kind} cannot be written to JSON")
 
@@ -142,14 +123,10 @@ def describe(prior: PriorLike | None) -> Any:
 def from_description(description: Any) -> PriorLike | None:
     """The inverse of :func:`describe`.
 
-    :raises ValueError: when the description names no prior of this version.
+    :raises ValueError: when the description names no prior that is defined.
     """
     if description is None:
         return None
-    if "patterns" in description:
+    if isinstance(description, dict) and "patterns" in description:
         return {pattern: from_description(one) for pattern, one in description["patterns"]}  # type: ignore[misc]
-    arguments = dict(description)
-    name = arguments.pop("class", None)
-    if name not in _BY_NAME or set(arguments) - {f.name for f in fields(_BY_NAME[name])}:
-        raise ValueError(f"unknown prior {description!r}; known are {', '.join(_BY_NAME)}")
-    return _BY_NAME[name](**arguments)
+    return build_value(description, Prior, "prior")

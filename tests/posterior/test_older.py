@@ -83,12 +83,12 @@ def test_a_posterior_without_its_prior_needs_no_translation() -> None:
     assert from_version_1(content) == content | {"version": 2}
 
 
-def test_what_is_written_now_is_of_version_2_and_is_read_as_it_stands(tmp_path: Path) -> None:
+def test_what_is_written_now_is_of_version_3_and_is_read_as_it_stands(tmp_path: Path) -> None:
     net = nn.Linear(2, 3)
     model = pb.models.Bella(net, pb.likelihoods.Categorical(), 5, product_scale=0.3)
     pb.Posterior(model, pb.models.ParticleGuide(model, 2)).save(tmp_path / "p")
     content = json.loads((tmp_path / "p" / "posterior.json").read_text())
-    assert content["version"] == 2
+    assert content["version"] == 3
     loaded: Any = pb.load(tmp_path / "p", net).model
     assert loaded.priors == model.priors
     assert loaded.priors["weight.A"] == Normal(0.0, math.sqrt(0.3 / (4 * 2)))

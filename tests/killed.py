@@ -1,0 +1,41 @@
+"""A child process that is killed: forked, because a new interpreter would import for longer than most tests run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def start(work: Callable[[], object]) -> int:
+    """Runs ``work`` in a child process, which ends with 0, or with 1 after an exception; its number."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+
+def wait(child: int) -> int:
+    """How the child ended: its exit code, or minus the number of the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def kill_after(work: Callable[[], object], seconds: float) -> int:
+    """Runs ``work`` in a child and kills it so many seconds later; 0 where it was faster than that."""
+    child = start(work)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return wait(child)
+
+
+def kill_self() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
