@@ -6,6 +6,7 @@ from pyro_bnn.inference.baselines.laplace import LastLayerLaplace
 from pyro_bnn.inference.baselines.swag import SWAG
 from pyro_bnn.inference.schedules import cosine, multistep
 from pyro_bnn.inference.sgmcmc import pruning
+from pyro_bnn.inference.sgmcmc.draw_files import load_stream
 from pyro_bnn.inference.sgmcmc.em import SGHMCEM
 from pyro_bnn.inference.sgmcmc.ke_fan import KeFanSGHMC
 from pyro_bnn.inference.sgmcmc.sampling import sample
@@ -39,6 +40,7 @@ __all__ = [
     "cosine",
     "cyclical_annealing",
     "fit",
+    "load_stream",
     "multistep",
     "pruning",
     "sample",

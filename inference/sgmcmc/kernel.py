@@ -248,6 +248,11 @@ class MinibatchKernel(MCMCKernel):
 
     # ------------------------------------------------------------------------------------------------ normalisation
 
+    def moving_buffers(self) -> dict[str, Tensor]:
+        """The buffers that :meth:`statistics` are of, by name."""
+        layers = self.model.moving_layers() if isinstance(self.model, BayesianNetwork) else {}
+        return {f"{n}.{name}": b for n, layer in layers.items() for name, b in layer.named_buffers()}
+
     def statistics(self) -> dict[str, Tensor]:
         """Statistics of normalisation layers at the present weights, by name of the buffer; none for other networks.
 
@@ -260,4 +265,4 @@ class MinibatchKernel(MCMCKernel):
         with torch.no_grad(), averaging(layers.values()):
             for _ in range(min(STATISTICS_BATCHES, self.streams.steps)):
                 self.potential(self.potential.split(self.theta), *self.streams.single(), **self.gradient.kwargs)
-        return {f"{n}.{name}": b.clone() for n, layer in layers.items() for name, b in layer.named_buffers()}
+        return {name: buffer.clone() for name, buffer in self.moving_buffers().items()}

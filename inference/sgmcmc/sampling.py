@@ -9,15 +9,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-import numpy as np
 import torch
 from pyro.infer import MCMC
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
 from pyro_bnn.inference.progress import progress_bar
+from pyro_bnn.inference.sgmcmc.draw_files import DrawFiles
 from pyro_bnn.inference.sgmcmc.sghmc import SGHMC
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import device_of, seeded
@@ -44,10 +43,13 @@ def sample(
     :param warmup_steps: draws that are not, of each chain, in which the kernel adapts.
     :param args: what the model is called with, for kernels that hold no data.
     :param stream: a folder, to which each draw is written as it comes (one ``.npy`` file a site), and from which the
-        posterior reads: memory stays at one draw. By default draws are kept in memory, on the device.
+        posterior reads: memory stays at one draw. After a run that was killed
+        :func:`~pyro_bnn.inference.load_stream` reads the draws that it has. By default draws are kept in memory, on the
+        device.
     :param seed: makes the run reproducible, and leaves the global random state alone.
     :return: a posterior whose stored draws are those of all chains, chain after chain.
     :raises ValueError: for counts out of range, or a folder that holds draws of these sites.
+    :raises OSError: when the disk has no room for all draws that are to be streamed; nothing has been sampled then.
     :raises FloatingPointError: when a chain diverges; draws that were streamed stay on disk.
     """
     for name, count, least in (
@@ -89,10 +91,14 @@ def _run(
         stack.callback(kernel.cleanup)
         kernel.setup(warmup_steps, *args)
         params = kernel.initial_params
-        kept = {
-            name: _storage(num_chains, num_samples, value if num_chains > 1 else value.unsqueeze(0), name, stream)
-            for name, value in kernel.potential.constrain(params).items()
-        }
+        first = kernel.potential.constrain(params)
+        values = {name: value if num_chains > 1 else value.unsqueeze(0) for name, value in first.items()}
+        kept = {name: value.new_empty((num_chains, num_samples, *value.shape[1:])) for name, value in values.items()}
+        files = None
+        if stream is not None:
+            files = DrawFiles(Path(stream), num_chains, num_samples, values, kernel.moving_buffers())
+            stack.callback(files.close)
+            kept = files.draws
         bar = stack.enter_context(progress_bar(type(kernel).__name__, warmup_steps + num_samples, progress=progress))
         shown = -math.inf
         for i in range(-warmup_steps, num_samples):
@@ -104,10 +110,13 @@ def _run(
             bar.advance(text)
             if i < 0:
                 continue
-            for name, value in kernel.potential.constrain(params).items():
-                kept[name][:, i] = value
-            for name, value in kernel.statistics().items():
-                statistics.setdefault(name, []).append(value)
+            with contextlib.nullcontext() if files is None else files.adding(i):
+                for name, value in kernel.potential.constrain(params).items():
+                    kept[name][:, i] = value
+                for name, value in kernel.statistics().items():
+                    statistics.setdefault(name, []).append(value)
+                    if files is not None:
+                        files.statistics[name][i] = value
         kernel.check()
     draws = {name: value.flatten(0, 1) for name, value in kept.items()}
     return draws, {name: torch.stack(values) for name, values in statistics.items()}
@@ -120,16 +129,3 @@ def _temperatures(kernel: SGHMC) -> dict[str, float]:
         return {}
     expected = 2 * kernel.temperature / (2 - kernel.friction)
     return measured | {"expected kinetic temperature": expected, "temperature": kernel.temperature}
-
-
-def _storage(chains: int, draws: int, like: Tensor, name: str, stream: str | os.PathLike[str] | None) -> Tensor:
-    shape = (chains, draws, *like.shape[1:])
-    if stream is None:
-        return torch.empty(shape, dtype=like.dtype, device=like.device)
-    folder = Path(stream)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{quote(name, safe='')}.npy"
-    if path.exists():
-        raise ValueError(f"{str(path)!r} exists: stream= takes a folder without draws of an earlier run")
-    dtype = torch.empty((), dtype=like.dtype).numpy().dtype
-    return torch.from_numpy(np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape))

@@ -1,0 +1,162 @@
+"""Draws on disk as they come: a ``.npy`` file for every site, and beside them how many of the draws are there.
+
+The files have their full size from the start, so that a full disk is found before sampling. What lies behind the last
+draw in them is zeros, which only ``draws.count`` tells from draws: a line with the number of draws that every chain has
+in full. ``draws.json`` says which sites and chains they are of.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_bnn import display
+from pyro_bnn.files import read_json, require_seal, sealed, write_json
+from pyro_bnn.posterior import Posterior
+
+_FORMAT, _JSON, _COUNT = "pyro_bnn streamed draws", "draws.json", "draws.count"
+#: a character that no name of a site has in the name of its file
+_STATISTICS = "statistics="
+
+
+class DrawFiles:
+    """The files of one run, with room for all its draws.
+
+    :param folder: is made where there is none.
+    :param chains, samples: number of chains, and of draws of each.
+    :param values: a draw of every chain, ``{site: [chains, *event]}``.
+    :param statistics: ``{buffer of the network: [*shape]}``, of which every draw has its own.
+    :raises ValueError: when the folder holds draws of an earlier run.
+    :raises OSError: when the disk has no room for them; nothing is left of them then.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        chains: int,
+        samples: int,
+        values: Mapping[str, Tensor],
+        statistics: Mapping[str, Tensor],
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        shapes = {_file(folder, name): ((chains, samples, *v.shape[1:]), v.dtype) for name, v in values.items()}
+        shapes |= {_file(folder, name, _STATISTICS): ((samples, *v.shape), v.dtype) for name, v in statistics.items()}
+        for path in (folder / _JSON, folder / _COUNT, *shapes):
+            if path.exists():
+                raise ValueError(
+                    f"{str(path)!r} exists: stream= takes a folder without draws of an earlier run. Read those with "
+                    "pyro_bnn.inference.load_stream(folder, model), then give another folder or remove this one"
+                )
+        made: list[Path] = []
+        try:
+            arrays = {path: _reserved(path, shape, dtype, made) for path, (shape, dtype) in shapes.items()}
+            made += [folder / _JSON, folder / _COUNT]
+            content = {"format": _FORMAT, "version": 1, "chains": chains, "samples": samples}
+            names = {"sites": list(values), "statistics": list(statistics)}
+            write_json(folder / _JSON, sealed(content | names))
+            self._count = (folder / _COUNT).open("wb", buffering=0)
+            self._set_count(0)
+        except BaseException:
+            for path in made:
+                path.unlink(missing_ok=True)
+            raise
+        #: ``{site: [chains, samples, *event]}`` and ``{buffer: [samples, *shape]}``, to be written to
+        self.draws = {name: arrays[_file(folder, name)] for name in values}
+        self.statistics = {name: arrays[_file(folder, name, _STATISTICS)] for name in statistics}
+
+    @contextmanager
+    def adding(self, draw: int) -> Iterator[None]:
+        """Inside, the draw of this number is written; it counts afterwards."""
+        yield
+        self._set_count(draw + 1)
+
+    def close(self) -> None:
+        self._count.close()
+
+    def _set_count(self, count: int) -> None:
+        self._count.seek(0)
+        self._count.write(b"%12d\n" % count)  # one call of the system, which a kill does not divide
+
+
+def load_stream(folder: str | os.PathLike[str], model: Callable[..., Any]) -> Posterior:
+    """The posterior of the draws that ``sample(..., stream=folder)`` wrote, of a run that ended or was killed.
+
+    :param folder: what ``stream=`` was.
+    :param model: the model that was sampled.
+    :return: of all draws that every chain has in full; they stay on disk until they are used.
+    :raises FileNotFoundError: when there are no streamed draws.
+    :raises ValueError: when the files are damaged, or there is no draw yet.
+    """
+    folder = Path(folder)
+    path = folder / _JSON
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} holds no streamed draws: it has no {_JSON}")
+    content = read_json(path)
+    if content.get("format") != _FORMAT:
+        raise ValueError(f"{str(path)!r} is not a file of {_FORMAT}")
+    require_seal(content, path)
+    chains, samples = content["chains"], content["samples"]
+    count = _read_count(folder / _COUNT, samples)
+    draws = {
+        name: _opened(_file(folder, name), (chains, samples))[:, :count].flatten(0, 1) for name in content["sites"]
+    }
+    statistics = {name: _opened(_file(folder, name, _STATISTICS), (samples,))[:count] for name in content["statistics"]}
+    return Posterior.from_draws(model, draws, chains, statistics)
+
+
+def _read_count(path: Path, samples: int) -> int:
+    try:
+        count = int(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is damaged: it does not hold the number of draws") from error
+    if not 0 <= count <= samples:
+        raise ValueError(f"{str(path)!r} is damaged: it says {count} draws, and the files have room for {samples}")
+    if count == 0:
+        raise ValueError(f"{str(path.parent)!r} holds no draw yet: the run ended, or is, before its first one")
+    return count
+
+
+def _opened(path: Path, lead: tuple[int, ...]) -> Tensor:
+    try:
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+        value = torch.from_numpy(array)
+    except (OSError, TypeError, ValueError, EOFError) as error:
+        raise ValueError(f"{str(path)!r} is damaged or missing ({error})") from error
+    if value.shape[: len(lead)] != lead:
+        raise ValueError(f"{str(path)!r} is damaged: it has shape {tuple(value.shape)}, expected {lead} and the event")
+    return value
+
+
+def _reserved(path: Path, shape: tuple[int, ...], dtype: torch.dtype, made: list[Path]) -> Tensor:
+    """A file of this size that the disk has room for: to write to a mapped page without any ends the process."""
+    made.append(path)
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=torch.empty((), dtype=dtype).numpy().dtype, shape=shape)
+    size = path.stat().st_size
+    try:
+        with path.open("r+b") as file:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+            else:
+                start = size - array.nbytes
+                file.seek(start)
+                for begin in range(start, size, 2**20):
+                    file.write(bytes(min(2**20, size - begin)))
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"no room for the draws, {display.size(size)} ({error.strerror}); nothing was sampled",
+            str(path),
+        ) from error
+    return torch.from_numpy(array)
+
+
+def _file(folder: Path, name: str, prefix: str = "") -> Path:
+    return folder / f"{prefix}{quote(name, safe='')}.npy"
