@@ -82,6 +82,31 @@ def replacing_folder(path: Path, last: str = "") -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def alone_in(path: Path) -> Iterator[None]:
+    """Inside, nobody else who asks for the same folder writes to it, whether it is there yet or not; others wait.
+
+    Without effect on Windows, and on file systems without locks.
+    """
+    place = Path(os.path.realpath(path))
+    if sys.platform == "win32":
+        yield
+        return
+    with _naming(path):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            home = place if place.is_dir() else place.parent
+            lock = os.open(home, os.O_RDONLY)
+            _hold(lock, wait=True)
+            if home == (place if place.is_dir() else place.parent):
+                break
+            os.close(lock)  # another process made the folder in the meantime
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
 def _workspace(folder: Path, name: str) -> Iterator[Path]:
     """A folder that nobody else uses, locked while it is in use, for what is to become ``name`` in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)

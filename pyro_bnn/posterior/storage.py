@@ -1,12 +1,14 @@
 """Posteriors on disk: a folder with ``posterior.json`` (what it is) and ``tensors.safetensors`` (its numbers).
 
 Nothing is pickled. ``posterior.json`` has a digest of itself and one of the numbers. The file of numbers holds the same
-description once more, so that it is a whole posterior from the moment at which it takes the place of an older one: a
-save that is killed leaves the old or the new posterior, even between the two files.
+description once more, and the digest of the description that it replaces, so that it is a whole posterior from the
+moment at which it takes the place of an older one: a save that is killed leaves the old or the new posterior, even
+between the two files.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pyro_bnn import likelihoods, priors
-from pyro_bnn.files import digest_of, read_json, replacing_folder, require_seal, sealed, write_tensors
+from pyro_bnn.files import alone_in, digest_of, read_json, replacing_folder, require_seal, sealed, write_tensors
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork
@@ -33,8 +35,8 @@ from pyro_bnn.registry import find_class, is_storable
 FORMAT = "pyro_bnn posterior"
 VERSION = 3
 _JSON, _TENSORS = "posterior.json", "tensors.safetensors"
-#: where the file of numbers has the description
-_EMBEDDED = "posterior"
+#: where the file of numbers has the description, and the digest of the file of the description that it replaces
+_EMBEDDED, _REPLACES = "posterior", "replaces"
 
 
 #: the first version with digests
@@ -124,8 +126,11 @@ def write(
     path = Path(path)
     if path.exists() and not (path / _JSON).is_file():
         raise FileExistsError(f"{path} exists and is no posterior; choose another path or remove it")
-    with replacing_folder(path, last=_JSON) as temporary:
-        write_tensors(temporary / _TENSORS, tensors, {_EMBEDDED: json.dumps(content)})
+    with alone_in(path), replacing_folder(path, last=_JSON) as temporary:
+        written = {_EMBEDDED: json.dumps(content)}
+        if (path / _JSON).is_file():
+            written[_REPLACES] = _digest_of_file(path / _JSON)
+        write_tensors(temporary / _TENSORS, tensors, written)
         (temporary / _JSON).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -288,20 +293,19 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     version = _version(content, file)
     if version >= _FIRST_SEALED or "digest" in content:
         require_seal(content, file)
-    tensors, embedded = _read_tensors(path / _TENSORS)
+    tensors, metadata = _read_tensors(path / _TENSORS)
+    if metadata.get(_REPLACES) == _digest_of_file(file):
+        # a save was killed after its numbers had taken the place of older ones, and before its description had
+        content = _embedded(metadata, path / _TENSORS)
+        version = _version(content, path / _TENSORS)
     if version < _FIRST_SEALED:
         return _as_now(content, version, file), tensors
-    found = digest_of(tensors)
-    if content["tensors"] == found:
-        return content, tensors
-    # a save over this posterior was killed after its numbers had taken their place, and before its description had
-    whole = _described(embedded, path / _TENSORS)
-    if whole is None or whole["tensors"] != found:
+    if content["tensors"] != digest_of(tensors):
         raise ValueError(
             f"{path / _TENSORS} is damaged, or is that of another posterior: its numbers do not have the digest that "
             f"{_JSON} says. Save the posterior again, or restore it from a copy"
         )
-    return whole, tensors
+    return content, tensors
 
 
 def _version(content: Mapping[str, Any], file: Path) -> int:
@@ -325,24 +329,26 @@ def _as_now(content: dict[str, Any], version: int, file: Path) -> dict[str, Any]
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); save the posterior again") from error
 
 
-def _described(text: str | None, file: Path) -> dict[str, Any] | None:
-    """The description in the file of numbers; ``None`` where that has none, or one that is damaged."""
+def _embedded(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(text or "null")
+        content = json.loads(metadata[_EMBEDDED])
         require_seal(content, file)
-    except (AttributeError, RecursionError, TypeError, ValueError):
-        return None
-    _version(content, file)
+    except _MISFITS as error:
+        raise ValueError(f"{file} is damaged ({error}); save the posterior again") from error
     return dict(content)
 
 
-def _read_tensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
+def _digest_of_file(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not file.is_file():
         raise ValueError(f"{file.parent} is incomplete: {file.name} is missing")
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
-        return safetensors.torch.load_file(file), metadata.get(_EMBEDDED)
+        return safetensors.torch.load_file(file), metadata
     except (SafetensorError, OSError, *_MISFITS) as error:
         raise ValueError(f"{file} is truncated or damaged ({error}); save the posterior again") from error
 
