@@ -39,3 +39,13 @@ def kill_after(work: Callable[[], object], seconds: float) -> int:
 
 def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_running(child: int) -> bool:
+    """Whether a child has not ended by itself."""
+    return os.waitpid(child, os.WNOHANG)[0] == 0
+
+
+def kill(child: int) -> None:
+    os.kill(child, signal.SIGKILL)
+    wait(child)
