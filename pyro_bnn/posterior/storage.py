@@ -13,7 +13,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -204,6 +204,8 @@ def _model(
         arguments["likelihood"] = likelihood
     elif arguments["likelihood"] is not None:
         arguments["likelihood"] = likelihoods.from_description(arguments["likelihood"])
+    if not isinstance(arguments["output"], (int, str, NoneType)):
+        raise ValueError(f"output={arguments['output']!r} is no key or index of an output")
     extra = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     if extra:
         arguments["tensors"] = extra
@@ -271,6 +273,10 @@ def _draws(description: Mapping[str, Any], values: Mapping[str, Tensor], model: 
         if list(value.shape) != lead + sites[name]:
             raise ValueError(f"the draws of {name!r} have shape {list(value.shape)}, expected {lead + sites[name]}")
     kept = {name: values[f"statistics_{i}"].to(device) for i, name in enumerate(description["statistics"])}
+    buffers = dict(model.core().net.named_buffers())
+    for name, value in kept.items():
+        if name not in buffers or value.shape[1:] != buffers[name].shape:
+            raise ValueError(f"the network has no buffer {name!r} of shape {list(value.shape[1:])}")
     return DrawsGuide(draws, model, description["chains"], kept, description.get("sampled", True))
 
 
