@@ -226,10 +226,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file of JSON.
+    """The object in a file of JSON; where it is sealed, it is as it was written.
 
     :raises OSError: when the file cannot be read.
-    :raises ValueError: when it does not hold one.
+    :raises ValueError: when it does not hold one, or its digest is wrong.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -237,4 +237,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{str(path)!r} is not JSON ({error}): it is damaged, or no file of pyro_bnn") from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds {type(content).__name__}, expected an object with names")
+    if "digest" in content:
+        require_seal(content, path)
     return content

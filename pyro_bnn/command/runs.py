@@ -22,7 +22,7 @@ import pyro_bnn as pb
 from pyro_bnn.command.data import Encoding, Task, load_task
 from pyro_bnn.command.options import Options
 from pyro_bnn.command.recipes import Fitted, Metrics, Trained, build_network
-from pyro_bnn.files import read_json, replacing, write_json
+from pyro_bnn.files import read_json, replacing, sealed, write_json
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS
 
 RUN_FORMAT = 1
@@ -128,7 +128,7 @@ def save(folder: Path, task: Task, options: Options, fitted: Fitted) -> None:
         "in_shape": list(task.x_train.shape[1:]),
         "encoding": asdict(task.encoding),
     }
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", sealed(config))
 
 
 def save_for_arviz(folder: Path, task: Task, options: Options, posterior: pb.Posterior) -> None:
