@@ -168,9 +168,11 @@ def write(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
     """
     with replacing(Path(path)) as temporary:
         try:
-            torch.save({"format": "pyro_bnn checkpoint", "version": VERSION, **state}, temporary)
-        except RuntimeError as error:  # what torch makes of an error of the disk
-            raise OSError(str(error).splitlines()[0]) from error
+            with temporary.open("wb") as file:
+                torch.save({"format": "pyro_bnn checkpoint", "version": VERSION, **state}, file)
+        except RuntimeError as error:  # torch stumbles over what a full disk left out
+            cause = error.__context__
+            raise OSError(*(cause.args if isinstance(cause, OSError) else (str(error),))) from error
         with temporary.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         with temporary.open("ab") as file:

@@ -40,11 +40,14 @@ def settings_of(
 
 
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """``lr was 0.01 and is 0.5``, for every setting that is not the same."""
+    """``lr was 0.01 and is 0.5``, for every setting that both have and that is not the same.
+
+    One that only one of them has is an option that another version of torch or of this package knows.
+    """
     return [
-        f"{name} was {before.get(name, 'absent')} and is {now.get(name, 'absent')}"
-        for name in dict.fromkeys([*now, *before])
-        if before.get(name) != now.get(name)
+        f"{name} was {before[name]} and is {value}"
+        for name, value in now.items()
+        if name in before and before[name] != value
     ]
 
 
@@ -68,7 +71,8 @@ def _of_optimizer(optimizer: Optimizer) -> dict[str, object]:
     found: dict[str, object] = {"optim": type(optimizer).__name__}
     groups: list[dict[str, Any]] = optimizer.param_groups
     for name in dict.fromkeys(key for group in groups for key in group if key not in ("params", "initial_lr")):
-        values = [group.get(name) for group in groups]
+        # a rate is the one from which a schedule starts, wherever an earlier one has left it
+        values = [group.get("initial_lr", group["lr"]) if name == "lr" else group.get(name) for group in groups]
         found[name] = values[0] if all(value == values[0] for value in values) else values
     return found
 
@@ -91,7 +95,9 @@ def words(value: object, depth: int = 4) -> str:
     """An option as text that is the same in every process: tensors and functions by their digests, never addresses."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} {digest_of({'': value})[:_SHORT]}"
-    if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device)):
+    if isinstance(value, float):
+        return repr(float(value))  # and not that of a number of NumPy
+    if value is None or isinstance(value, (bool, int, complex, str, torch.dtype, torch.device)):
         return repr(value)
     if isinstance(value, type) or depth == 0:
         return display.name_of(value)
@@ -121,13 +127,16 @@ def _call(value: object, arguments: Mapping[str, object], inner: Callable[[objec
 
 
 def _function(function: Any, code: Any, inner: Callable[[object], str]) -> str:
-    """Its name, what it closes over, and a digest of what it does."""
-    constants = [one for one in code.co_consts if _is_plain(one)]
+    """Its name, what it closes over, and a digest of what it does, which a function of this package needs not."""
     cells: Sequence[Any] = function.__closure__ or ()
-    closed = {name: inner(cell.cell_contents) for name, cell in zip(code.co_freevars, cells, strict=True)}
-    does = hashlib.sha256(repr((code.co_code.hex(), constants, code.co_names)).encode()).hexdigest()[:_SHORT]
-    bound = ", ".join(f"{name}={one}" for name, one in closed.items())
-    return f"{function.__qualname__.replace('.<locals>', '')}({bound}) {inner(function.__defaults__)} {does}"
+    bound = {name: inner(cell.cell_contents) for name, cell in zip(code.co_freevars, cells, strict=True)}
+    name = function.__qualname__.replace(".<locals>", "")
+    text = f"{name}({', '.join(f'{argument}={value}' for argument, value in bound.items())})"
+    if str(function.__module__).partition(".")[0] == "pyro_bnn":
+        return text
+    constants = [one for one in code.co_consts if _is_plain(one)]
+    does = repr((code.co_code.hex(), constants, code.co_names, inner(function.__defaults__)))
+    return f"{text} {hashlib.sha256(does.encode()).hexdigest()[:_SHORT]}"
 
 
 def _is_plain(value: object) -> bool:
