@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyro_bnn import display, priors
 from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
 from pyro_bnn.network import NORMALISATIONS
@@ -225,7 +226,7 @@ class Bella(BayesianNetwork):
         likes = {n: like.new_empty(()).expand(v.shape) for n, v in self._likes.items()}
         return self.sample_weights(self.priors, likes, {n: parameters[n] for n in self.affine_parameters})
 
-    def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
+    def function(self, x: Inputs, latents: dict[str, Tensor], size: int) -> Tensor:
         lead = self.lead_shape(latents)
         parameters = self.core().parameters_by_name()
         perturbations: dict[str, Perturbation] = {}

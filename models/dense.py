@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pyro_bnn import priors
 from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
 from pyro_bnn.priors import Normal, PriorLike
@@ -78,7 +79,7 @@ class Dense(BayesianNetwork):
         parameters = self.core().parameters_by_name()
         return self.sample_weights(self.priors, {name: parameters[name].detach() for name in self.random})
 
-    def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
+    def function(self, x: Inputs, latents: dict[str, Tensor], size: int) -> Tensor:
         lead = self.lead_shape(latents)
         plates = lead + (1,) * (-self.members_dim - 1)
         parameters = self.core().parameters_by_name()

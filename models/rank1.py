@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pyro_bnn import priors
 from pyro_bnn.guide import Family, MixtureGuide
-from pyro_bnn.inputs import inputs
+from pyro_bnn.inputs import Inputs, inputs
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
 from pyro_bnn.network import batch_size
@@ -68,7 +68,7 @@ class Rank1(BayesianNetwork):
         member_bias: bool = True,
         weight_prior: Prior | None = Normal(0.0, 1.0),
         clip: float | None = None,
-        example: Any = None,
+        example: Inputs = None,
         **options: Unpack[NetworkOptions],
     ) -> None:
         super().__init__(net, likelihood, num_data, **options)
@@ -216,7 +216,7 @@ class Rank1(BayesianNetwork):
                 values[site] = pyro.sample(site, d)
         return values
 
-    def _require_complete(self, x: Any) -> None:
+    def _require_complete(self, x: Inputs) -> None:
         """With ``select=None`` every weight of a product has factors: none may be missed for its module's type."""
         core = self.core()
         norms = core.normalisation_parameters()
@@ -249,7 +249,7 @@ class Rank1(BayesianNetwork):
         parameters = self.core().parameters_by_name()
         return [parameters[n] for n in self.weights]
 
-    def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
+    def function(self, x: Inputs, latents: dict[str, Tensor], size: int) -> Tensor:
         if not self._complete:
             self._require_complete(x)
         lead = self.lead_shape(latents)

@@ -78,7 +78,7 @@ class FactorisedNormal(dist.TorchDistribution):
         loc, scale = (v[self.index].expand(shape) for v in (self.block.locs, self.block.scales))
         return dist.Normal(loc, scale, validate_args=False).to_event(len(self.event_shape))
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> FactorisedNormal:
+    def expand(self, batch_shape: Any, _instance: object = None) -> FactorisedNormal:
         batch = torch.Size(batch_shape)
         return self if batch == self.batch_shape else FactorisedNormal(self.block, self.index, batch)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pyro_bnn import display
 from pyro_bnn.factorised import NormalBlock, split
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.model import BayesianNetwork, Form, picklable_state, register_parameters
 from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import batch_size
@@ -206,7 +207,7 @@ class MixtureGuide(PyroModule):
         finally:
             self._every = False
 
-    def forward(self, x: Any, y: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, x: Inputs, y: Tensor | None = None) -> dict[str, Tensor]:
         enter_mode(self)
         register_parameters(self, self._named())
         device = self.like().device

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from pyro_bnn import display
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Gaussian, Likelihood
 from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import Network, Output, batch_size
@@ -216,7 +217,7 @@ class BayesianNetwork(PyroModule):
         """Samples all latent sites inside the members plate, in the order of :meth:`sites`."""
         raise NotImplementedError(f"{type(self).__name__} must define sample_latents()")
 
-    def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
+    def function(self, x: Inputs, latents: dict[str, Tensor], size: int) -> Tensor:
         """The network's output for given latents, ``[*members, 1 ..., size, *output]``."""
         raise NotImplementedError(f"{type(self).__name__} must define function()")
 
@@ -377,7 +378,7 @@ class BayesianNetwork(PyroModule):
         """The plate of latents that a guide may draw anew for every row of a batch."""
         return pyro.plate(self.site("rows"), 1, dim=-1, device=str(self.like().device))
 
-    def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Inputs, y: Tensor | None = None) -> Tensor:
         enter_mode(self)
         core, like = self.core(), self.like()
         parameters = core.parameters_by_name()

@@ -17,6 +17,7 @@ from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.baselines.masks import Masks, dropout_modules, find_masks, mask_shape
 from pyro_bnn.inference.baselines.point import Baseline, network_at
 from pyro_bnn.inference.batches import minibatches
+from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import Network, Output, no_fused_attention
@@ -66,7 +67,7 @@ class MCDropout(Baseline):
             raise ValueError(f"the dropout {everything!r} has p=1 and drops everything: choose p below 1")
 
     def fit(
-        self, data: Any, *, epochs: int = 0, batch_size: int = 128, seed: int | None = None, **options: Any
+        self, data: Data, *, epochs: int = 0, batch_size: int = 128, seed: int | None = None, **options: Any
     ) -> Posterior:
         """Trains the network if need be, and looks where it drops what.
 
@@ -179,7 +180,7 @@ class DropoutNetwork(BayesianNetwork):
                 total = total + prior.elements(0.0, parameter, None).log_prob(parameter).sum()
         return total
 
-    def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
+    def function(self, x: Inputs, latents: dict[str, Tensor], size: int) -> Tensor:
         lead, core = self.lead_shape(latents), self.core()
         plates = lead + (1,) * (-self.members_dim - 1)
         masks = {

@@ -41,7 +41,7 @@ class Gradient:
     def __init__(
         self,
         potential: Potential,
-        kwargs: dict[str, Any],
+        kwargs: dict[str, object],
         chains: int | None,
         own_batches: bool,
         capture: bool | Literal["auto"],
@@ -74,7 +74,7 @@ class Gradient:
         """How many forms of batches have been recorded."""
         return len(self._graphs)
 
-    def __call__(self, *batch: Any) -> Tensor:
+    def __call__(self, *batch: object) -> Tensor:
         """The gradient, in a buffer that the next call overwrites; ``energy`` is U then, one for each chain."""
         if self._capture:
             leaves, spec = pytree.tree_flatten(batch)
@@ -85,7 +85,7 @@ class Gradient:
                 return self._buffer.copy_(gradient)
         return self._eager(*batch)
 
-    def verify(self, *batch: Any) -> None:
+    def verify(self, *batch: object) -> None:
         """Compares the graph for this batch with the model, which may have changed since; drops graphs that differ."""
         if not self._capture:
             return
@@ -97,7 +97,7 @@ class Gradient:
             except AssertionError as error:
                 self._give_up(error, "is not what it was when it was recorded")
 
-    def _eager(self, *batch: Any) -> Tensor:
+    def _eager(self, *batch: object) -> Tensor:
         if self.chains is not None:
             gradient, self.energy = self._vectorised(self.theta, *batch)
             return self._buffer.copy_(gradient.detach())
@@ -108,7 +108,7 @@ class Gradient:
         self.energy = energy.detach()
         return self._buffer
 
-    def _vectorised(self, theta: Tensor, *batch: Any) -> tuple[Tensor, Tensor]:
+    def _vectorised(self, theta: Tensor, *batch: object) -> tuple[Tensor, Tensor]:
         def energy(row: Tensor, *own: Any) -> Tensor:
             return self.potential(self.potential.split(row), *own, **self.kwargs)
 

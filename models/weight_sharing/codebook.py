@@ -140,7 +140,7 @@ class Codebook(nn.Module):
         apart = merging.neighbour_distance(now) if len(now) > 1 else trace
         return torch.stack([apart, trace])
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: object) -> None:
         super()._load_from_state_dict(*args)
         self._find_places()
 

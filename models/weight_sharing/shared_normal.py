@@ -101,7 +101,7 @@ class SharedNormal(dist.TorchDistribution):
         self.table = table
         super().__init__(batch, shape, validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> SharedNormal:
+    def expand(self, batch_shape: Any, _instance: object = None) -> SharedNormal:
         batch = torch.Size(batch_shape)
         return self if batch == self.batch_shape else SharedNormal(self.table, self.event_shape, batch)
 

@@ -22,7 +22,7 @@ class CodeMixture(dist.MixtureSameFamily):
 
     codebook: Any = None
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> CodeMixture:
+    def expand(self, batch_shape: Any, _instance: object = None) -> CodeMixture:
         new: CodeMixture = super().expand(batch_shape, _instance)
         new.codebook = self.codebook
         return new

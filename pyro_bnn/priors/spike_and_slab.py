@@ -225,7 +225,7 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
         parts = (self.spike_scale, self.slab_scale, self.event_shape, self.group, self.spike)
         return SpikeAndSlabDistribution(self.loc, inclusion, *parts, scale, validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> SpikeAndSlabDistribution:
+    def expand(self, batch_shape: Any, _instance: object = None) -> SpikeAndSlabDistribution:
         parts = (self.spike_scale, self.slab_scale, self.event_shape, self.group, self.spike, self.scale)
         return SpikeAndSlabDistribution(self.loc, self.inclusion, *parts, batch_shape=torch.Size(batch_shape))
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_bnn.diagnostics.scoring.precision import wide
 from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import training_mode
 
@@ -49,7 +50,7 @@ def log_prior(model: BayesianNetwork, draws: dict[str, Tensor]) -> Tensor:
 
 
 def log_densities(
-    posterior: Posterior, n: int, seed: int | None = None, *, example: Any = None
+    posterior: Posterior, n: int, seed: int | None = None, *, example: Inputs = None
 ) -> tuple[Tensor, Tensor | None]:
     r"""``log p(theta)`` and ``log q(theta)`` of the draws of ``posterior.draws(n, seed)``, each ``[n, members]``.
 
@@ -83,7 +84,7 @@ def has_density(posterior: Posterior) -> bool:
 
 
 def _groups(
-    posterior: Posterior, n: int, seed: int | None, example: Any
+    posterior: Posterior, n: int, seed: int | None, example: Inputs
 ) -> Iterator[tuple[dict[str, Tensor], list[poutine.Trace]]]:
     if posterior.num_stored is None:
         yield from posterior.draw_source.traces(n, seed, example=example)

@@ -27,7 +27,7 @@ def new_figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
-def numbers(name: str, values: Any, dims: int | None = 1, finite: bool = True) -> np.ndarray:
+def numbers(name: str, values: object, dims: int | None = 1, finite: bool = True) -> np.ndarray:
     """A tensor of any device, or anything that is an array, as one of float64.
 
     :param dims: the number of axes that it must have; ``None`` takes any and flattens them.
@@ -45,7 +45,7 @@ def numbers(name: str, values: Any, dims: int | None = 1, finite: bool = True) -
     return array
 
 
-def probabilities(name: str, values: Any, dims: int | None = 1) -> np.ndarray:
+def probabilities(name: str, values: object, dims: int | None = 1) -> np.ndarray:
     """As :func:`numbers`, all in [0, 1].
 
     :raises ValueError: also when a value is outside.
