@@ -103,7 +103,7 @@ def _of_memory(model: Program, data: Data, batch_size: int) -> Minibatches:
 # ------------------------------------------------------------------------------------------------------ loaders
 
 
-def _loader(data: Data, batch_size: int) -> DataLoader[Any]:
+def _loader(data: Data, batch_size: int) -> DataLoader[object]:
     if isinstance(data, DataLoader):
         return data
     if not isinstance(data, Dataset):
@@ -116,7 +116,7 @@ def _loader(data: Data, batch_size: int) -> DataLoader[Any]:
     return DataLoader(data, batch_size=batch_size, shuffle=True)
 
 
-def _of_loader(model: Program, loader: DataLoader[Any]) -> Minibatches:
+def _of_loader(model: Program, loader: DataLoader[object]) -> Minibatches:
     size = len(loader.dataset) if isinstance(loader.dataset, Sized) else None
     if size is not None and not loader.drop_last:
         _require_num_data(model, size)
@@ -182,7 +182,7 @@ def _output_of_first(network: BayesianNetwork, x: Inputs, size: int) -> Tensor:
     """The output for the first sample of x, computed once for inputs of one shape."""
     row = pytree.tree_map(lambda t: t[:1] if batched(t, size) else t, x)
     key = tuple(t.shape for t in pytree.tree_leaves(row) if isinstance(t, Tensor))  # sequences differ in length
-    examples: dict[Any, Tensor] = network.__dict__.setdefault("_output_examples", {})
+    examples: dict[object, Tensor] = network.__dict__.setdefault("_output_examples", {})
     if key not in examples:
         try:
             with undisturbed(network.core().net):

@@ -179,7 +179,7 @@ class LogJoint(Messenger):
             density = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
             self.total = self.total + self._sum(scale_and_mask(density, msg["scale"], msg["mask"]), msg)
 
-    def _sum(self, density: Tensor, msg: Any) -> Tensor:
+    def _sum(self, density: Tensor, msg: object) -> Tensor:
         """What a site adds to the total."""
         return density.sum()
 

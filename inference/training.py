@@ -120,7 +120,7 @@ def train_epoch(run: TrainingRun, batches: Minibatches, step: Step) -> float:
     return sum(run.losses[before:]) / (len(run.losses) - before)
 
 
-def first_row(batches: Minibatches) -> Any:
+def first_row(batches: Minibatches) -> object:
     """One row of x, from which a posterior knows what its inputs look like."""
     return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() else t, batches.first[0])
 

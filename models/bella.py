@@ -184,7 +184,7 @@ class Bella(BayesianNetwork):
         self._constants.clear()  # priors around the parameters that are replaced
         return super().load_state_dict(state_dict, strict=strict, assign=True)
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         return super().arguments() | {
             "rank": self.rank,
             "alpha": self.alpha,
@@ -300,7 +300,7 @@ class ParticleGuide(MixtureGuide):
             for name in model.own_parameters() if init == "gaussian" else ():
                 values[model.site(name)].add_(torch.randn_like(values[model.site(name)]), alpha=init_scale)
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         return {"particles": self.num_members}
 
     def pairs(self) -> list[tuple[str, str, float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import Tensor, nn
 
@@ -63,7 +63,7 @@ class Dense(BayesianNetwork):
         self.priors = {n: priors.resolve(prior, (n,), parameters[n].detach()) for n in self.random}
         self._sites = self.list_weight_sites(self.priors, {name: parameters[name].detach() for name in self.random})
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         return super().arguments() | {"select": self.random, "chunk_size": self.chunk_size}
 
     def sites(self) -> list[Site]:
@@ -124,7 +124,7 @@ class MeanFieldGuide(MixtureGuide):
         super().__init__(model, components)
         self.start_scales(init_scale)
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         return {"components": self.num_members}
 
 

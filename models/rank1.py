@@ -167,7 +167,7 @@ class Rank1(BayesianNetwork):
     def _clipped(self, factor: Tensor) -> Tensor:
         return factor if self.clip is None else factor.clamp(-self.clip, self.clip)
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         return super().arguments() | {
             "select": self.weights,
             "member_bias": self.member_bias,
@@ -176,7 +176,7 @@ class Rank1(BayesianNetwork):
         }
 
     @classmethod
-    def from_arguments(cls, net: nn.Module, arguments: dict[str, Any]) -> Rank1:
+    def from_arguments(cls, net: nn.Module, arguments: dict[str, object]) -> Rank1:
         weight_prior = priors.from_description(arguments.pop("weight_prior"))
         return cls(net, **arguments, weight_prior=weight_prior)  # type: ignore[arg-type]
 
@@ -382,7 +382,7 @@ class Rank1Guide(MixtureGuide):
                     loc.copy_(init_means(loc.shape))
         self.start_scales((init_dropout_rate / (1 - init_dropout_rate)) ** 0.5)
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         return {"components": self.num_members, "family": self.family, "draws": self.draws}
 
     def repr_arguments(self) -> dict[str, object]:

@@ -132,7 +132,7 @@ class MixtureGuide(PyroModule):
             for rho in self._block_parameters("rho"):
                 rho.fill_(inverse_softplus(value))
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         """The keyword arguments as JSON, apart from those that only say where training starts."""
         return {}
 
@@ -174,7 +174,7 @@ class MixtureGuide(PyroModule):
         """
         return {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return picklable_state(self)
 
     def __repr__(self) -> str:

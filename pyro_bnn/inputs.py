@@ -41,7 +41,7 @@ EXPECTED = "expected tensors, NumPy arrays, pandas frames or nested lists of num
 _KINDS = {"O": "objects", "U": "strings", "S": "bytes", "M": "dates", "m": "time spans", "V": "records", "T": "strings"}
 
 
-def inputs(x: object, like: Tensor | None, name: str = "x") -> Any:
+def inputs(x: object, like: Tensor | None, name: str = "x") -> object:
     """x as a network takes it: tensors in the same nesting.
 
     :param like: a tensor on the device and with the dtype of the network. ``None`` for a model that is not of this
@@ -67,7 +67,7 @@ def targets(y: object, like: Tensor | None, name: str = "y") -> Tensor:
     return found.long() if integers and (like is not None or not isinstance(y, Tensor)) else found
 
 
-def tensors(x: object, name: str = "x") -> Any:
+def tensors(x: object, name: str = "x") -> object:
     """x with all arrays, frames and lists as tensors of their own dtype, on the CPU; tensors stay as they are.
 
     For data that are cut into batches first. Raises as :func:`inputs`.
@@ -132,7 +132,7 @@ def is_numbers(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(_is_number(item) or is_numbers(item) for item in value)
 
 
-def split(batch: object) -> tuple[Any, Any] | None:
+def split(batch: object) -> tuple[object, Any] | None:
     """``(x, y)`` of a batch, a pair or a mapping with the key ``labels``; ``None`` for anything else."""
     if isinstance(batch, Mapping) and LABELS in batch:
         return {key: value for key, value in batch.items() if key != LABELS}, batch[LABELS]
@@ -141,7 +141,7 @@ def split(batch: object) -> tuple[Any, Any] | None:
     return None
 
 
-def without_labels(batch: object) -> Any:
+def without_labels(batch: object) -> object:
     """The inputs of a batch: x alone, or what stands before the labels."""
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key != LABELS}
@@ -173,12 +173,12 @@ def describe(value: object) -> str:
 # ------------------------------------------------------------------------------------------------------- nestings
 
 
-def _nested(x: object, name: str, convert: Callable[[object, str], Tensor]) -> Any:
+def _nested(x: object, name: str, convert: Callable[[object, str], Tensor]) -> object:
     if is_array(x):
         return convert(x, name)
     settings = any(is_array(leaf) for leaf in _leaves(x))
 
-    def part(path: pytree.KeyPath, leaf: object) -> Any:
+    def part(path: pytree.KeyPath, leaf: object) -> object:
         own = name + pytree.keystr(path)
         if isinstance(leaf, Mapping):
             return _nested(dict(leaf), own, convert)
@@ -189,7 +189,7 @@ def _nested(x: object, name: str, convert: Callable[[object, str], Tensor]) -> A
     return pytree.tree_map_with_path(part, x, is_leaf=is_numbers)
 
 
-def _leaves(x: object) -> Iterator[Any]:
+def _leaves(x: object) -> Iterator[object]:
     for leaf in pytree.tree_leaves(x):
         if isinstance(leaf, Mapping):  # one that torch does not know as a container
             yield from _leaves(dict(leaf))

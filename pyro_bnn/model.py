@@ -54,7 +54,7 @@ def register_parameters(owner: PyroModule, named: Iterable[tuple[str, nn.Paramet
         pyro.param(fullname)
 
 
-def picklable_state(module: nn.Module) -> dict[str, Any]:
+def picklable_state(module: nn.Module) -> dict[str, object]:
     """The state of a module without what Pyro's parameter store leaves on parameters, the last plate, and caches."""
     for parameter in module.parameters():
         parameter.__dict__.pop("unconstrained", None)  # a weak reference, which the store makes anew
@@ -122,9 +122,9 @@ class BayesianNetwork(PyroModule):
         self.members_dim = members_dim
         self.output = output
         self._given = weakref.ref(net)  # whose modules users may name layers by; the model does not keep it alive
-        self._constants: dict[str, tuple[Any, dist.TorchDistribution]] = {}
+        self._constants: dict[str, tuple[object, dist.TorchDistribution]] = {}
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         """The keyword arguments, except the network and the prior, as JSON; ``from_arguments`` takes them back."""
         return {
             "likelihood": None if self.likelihood is None else self.likelihood.describe(),
@@ -154,7 +154,7 @@ class BayesianNetwork(PyroModule):
         """Values of those parameters of the network that follow from :meth:`tensors` and are not stored, by name."""
         return {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return picklable_state(self)
 
     def __repr__(self) -> str:
@@ -419,7 +419,7 @@ class BayesianNetwork(PyroModule):
             return pyro.sample(self.site("obs"), likelihood.given(f, y, noise, lead), obs=y)
 
 
-def like_of(model: Any) -> Tensor | None:
+def like_of(model: object) -> Tensor | None:
     """A tensor on the device and with the dtype of a model of this package; ``None`` for any other."""
     return model.like() if isinstance(model, BayesianNetwork) else None
 

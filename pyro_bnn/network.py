@@ -88,8 +88,8 @@ class Network(nn.Module):
             (name, self.net.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
             for name, _ in self.net.named_parameters()
         ]
-        self._layouts: dict[Any, dict[Use, Layout]] = {}
-        self._activations: dict[Any, int] = {}
+        self._layouts: dict[object, dict[Use, Layout]] = {}
+        self._activations: dict[object, int] = {}
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """Every parameter once, tied ones under their first name. Cheaper than ``named_parameters``."""
@@ -183,7 +183,7 @@ class Network(nn.Module):
         if key not in self._activations:
             largest = [1]
 
-            def note(module: nn.Module, args: Any, result: object) -> None:
+            def note(module: nn.Module, args: object, result: object) -> None:
                 largest.extend(t.numel() for t in pytree.tree_leaves((args, result)) if isinstance(t, Tensor))
 
             handles = [m.register_forward_hook(note) for m in self.net.modules()]
@@ -228,7 +228,7 @@ class Network(nn.Module):
         return torch.stack(outputs)
 
 
-def _shapes(x: Inputs, size: int) -> Any:
+def _shapes(x: Inputs, size: int) -> object:
     """What an input looks like apart from its number of samples, device and dtype."""
     leaves, spec = pytree.tree_flatten(x)
     shapes = tuple(

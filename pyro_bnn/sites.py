@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import pyro
 import pyro.distributions as dist
@@ -103,7 +103,7 @@ class ConstantPrior(dist.Independent):
         result = torch.addcmul(constant, factor, squares)
         return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
 
-    def expand(self, batch_shape: Any, _instance: object = None) -> ConstantPrior:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> ConstantPrior:
         batch = torch.Size(batch_shape)
         if batch == self.batch_shape:
             return self

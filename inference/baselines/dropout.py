@@ -142,7 +142,7 @@ class DropoutNetwork(BayesianNetwork):
             module.eval()
         return self
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         return super().arguments() | {"masks": {name: asdict(own) for name, own in self.masks.items()}}
 
     @classmethod
@@ -216,8 +216,8 @@ class DropoutNetwork(BayesianNetwork):
                 handle.remove()
 
 
-def _hook(name: str, masks: Iterator[Tensor], rate: float) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    def apply(module: nn.Module, args: Any, x: Tensor) -> Tensor:
+def _hook(name: str, masks: Iterator[Tensor], rate: float) -> Callable[[nn.Module, object, Tensor], Tensor]:
+    def apply(module: nn.Module, args: object, x: Tensor) -> Tensor:
         mask = next(masks, None)
         if mask is None:
             raise ValueError(f"the dropout {name!r} is called more often than in the pass that its masks were made for")
@@ -264,7 +264,7 @@ class DropoutGuide(MixtureGuide):
     def repr_arguments(self) -> dict[str, object]:
         return {"masks": len(self._masks), "units": sum(site.shape.numel() for site, _ in self._masks)}
 
-    def _weights(self, take: Any) -> dict[str, dist.TorchDistribution]:
+    def _weights(self, take: Callable[[Tensor], Tensor]) -> dict[str, dist.TorchDistribution]:
         noise = self._buffers["noise"]
         found = {} if noise is None else {self._noise_site: dist.Delta(noise)}
         return found | {site.name: mask_distribution(site, rate, self.like()) for site, rate in self._masks}

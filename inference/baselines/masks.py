@@ -64,7 +64,7 @@ def find_masks(core: Network, x: Inputs) -> dict[str, Masks]:
     row = select_samples(x, batch_size(x), [0] * _ROWS)
     seen: dict[str, list[torch.Size]] = {name: [] for name in modules}
 
-    def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    def note(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         return lambda module, args, result: seen[name].append(result.shape)
 
     handles = [module.register_forward_hook(note(name)) for name, module in modules.items()]

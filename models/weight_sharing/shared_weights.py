@@ -136,7 +136,7 @@ class SharedWeights(BayesianNetwork):
 
     # --------------------------------------------------------------------------------------------- storage
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         return super().arguments() | {
             "select": self.random,
             "chunk_size": self.chunk_size,

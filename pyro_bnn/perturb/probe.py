@@ -97,7 +97,7 @@ class _Recorder(Perturb):
         self.by_rule: set[str] = set()
         self.without_rule: dict[str, list[str]] = {}
 
-    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: object, types: object, args: object = (), kwargs: Any = None) -> object:
         used = [t for t in tensors((args, kwargs or {})) if id(t) in self.perturbations]
         result = super().__torch_function__(func, types, args, kwargs)
         if used:
@@ -131,7 +131,7 @@ class _Recorder(Perturb):
             )
 
 
-def _name(function: Any) -> str:
+def _name(function: object) -> str:
     """A torch function as its documentation calls it: the getter of a property has no name of its own."""
     name = torch.overrides.resolve_name(function)
     return name.removesuffix(".__get__") if name else getattr(function, "__name__", str(function))
@@ -143,7 +143,7 @@ class _Finder(TorchFunctionMode):
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
         self.names, self.found = names, set[str]()
-        self.derived: list[Any] = []
+        self.derived: list[object] = []
 
     def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -209,7 +209,7 @@ def _misfold(
     neutral: dict[int, Perturbation],
     parameters: dict[str, Tensor],
     layouts: dict[Use, Layout],
-    pair: Any,
+    pair: object,
 ) -> str | None:
     """What goes wrong in a folded batch in which ``parameters`` are perturbed and the others keep their values."""
     like = next(iter(parameters.values()))
@@ -280,7 +280,7 @@ def unlike_samples(x: Inputs, size: int, count: int) -> list[int]:
     return [i % size for i in range(count)]
 
 
-def select_samples(x: Inputs, size: int, index: list[int]) -> Any:
+def select_samples(x: Inputs, size: int, index: list[int]) -> object:
     """Some samples of x, without NaN."""
 
     def pick(leaf: object) -> object:
@@ -301,7 +301,7 @@ def _marks(x: Inputs) -> list[set[int]]:
     return [way for i, way in enumerate(ways) if way and way not in ways[:i]]
 
 
-def _mark(x: Inputs, which: set[int], sample: int) -> Any:
+def _mark(x: Inputs, which: set[int], sample: int) -> object:
     leaves, spec = pytree.tree_flatten(x)
     leaves = list(leaves)
     for i in which:

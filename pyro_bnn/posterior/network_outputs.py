@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -44,5 +42,5 @@ def network_outputs(
     return torch.cat(groups) if len(groups) > 1 else groups[0]
 
 
-def _rows(x: Inputs, size: int, start: int, stop: int) -> Any:
+def _rows(x: Inputs, size: int, start: int, stop: int) -> object:
     return pytree.tree_map(lambda t: t[start:stop] if batched(t, size) else t, x)

@@ -52,7 +52,7 @@ class Posterior:
         losses: Sequence[float] = (),
         sampler: Mapping[str, float] = MappingProxyType({}),
         example: Inputs = None,
-        store: Any = None,
+        store: object = None,
     ) -> None:
         self.losses, self.sampler = list(losses), dict(sampler)
         #: where draws come from: in groups, with the traces of a guide
@@ -83,7 +83,7 @@ class Posterior:
         is_sampled: bool = True,
         losses: Sequence[float] = (),
         sampler: Mapping[str, float] = MappingProxyType({}),
-        store: Any = None,
+        store: object = None,
     ) -> Posterior:
         """From draws ``{site: [n, *event]}``; plate axes of size 1 that a model of ours adds may be there.
 

@@ -124,7 +124,7 @@ _BY_NAME = {
 }
 
 
-def describe(prior: PriorLike | None) -> Any:
+def describe(prior: PriorLike | None) -> object:
     """The prior as JSON.
 
     :raises TypeError: for a function or a Pyro distribution, which JSON cannot describe.

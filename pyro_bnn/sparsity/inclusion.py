@@ -19,7 +19,7 @@ from pyro_bnn.sites import Program
 Draws = dict[str, Tensor]
 
 
-def has_inclusion(model: Any) -> bool:
+def has_inclusion(model: object) -> bool:
     """Whether a network of this package has a spike-and-slab prior."""
     return any(isinstance(prior, SpikeAndSlab) for prior in getattr(model, "priors", {}).values())
 

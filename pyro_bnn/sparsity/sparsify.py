@@ -35,7 +35,7 @@ class Sparse(NamedTuple):
     after: Size
 
 
-def with_weight_sites(model: Any) -> BayesianNetwork:
+def with_weight_sites(model: object) -> BayesianNetwork:
     """The model itself.
 
     :raises TypeError: when it is not one whose weights are sites.

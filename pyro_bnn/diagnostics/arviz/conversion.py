@@ -172,7 +172,7 @@ def _at_probes(prediction: Prediction, chains: int, budget: Budget) -> xr.DataAr
     return sampled(values, chains, "probe", *outputs(values.dim() - 3 - len(classes)), *classes)
 
 
-def _guide(guide: Any, budget: Budget) -> Variables:
+def _guide(guide: object, budget: Budget) -> Variables:
     if not isinstance(guide, MixtureGuide):
         return {}
     group: Variables = {}
@@ -322,7 +322,7 @@ def _named_tensors(name: str, x: Inputs) -> Iterator[tuple[str, Tensor]]:
             yield from _named_tensors(f"{name}_{safe(str(key))}", value)
 
 
-def _container(groups: dict[str, xr.Dataset], attrs: dict[str, Any]) -> Any:
+def _container(groups: dict[str, xr.Dataset], attrs: dict[str, object]) -> object:
     # ArviZ 1.x still answers to `arviz.InferenceData`, with a warning and another class.
     if arviz.__version__.partition(".")[0] == "0":
         container: Any = arviz.InferenceData

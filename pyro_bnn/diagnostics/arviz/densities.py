@@ -99,7 +99,7 @@ def _sampled(trace: poutine.Trace) -> Iterator[tuple[str, Any]]:
             yield name, site
 
 
-def _has_density(guide: Any, trace: poutine.Trace) -> bool:
+def _has_density(guide: object, trace: poutine.Trace) -> bool:
     if isinstance(guide, (MixtureGuide, AutoGuide)):
         return any(not _is_point(site["fn"]) for _, site in _sampled(trace))
     # With auxiliary sites of its own, a guide's trace has the density of both together.
@@ -109,7 +109,7 @@ def _has_density(guide: Any, trace: poutine.Trace) -> bool:
     )
 
 
-def _is_point(fn: Any) -> bool:
+def _is_point(fn: object) -> bool:
     while not isinstance(fn, Delta) and hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, Delta)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -20,6 +20,8 @@ SMALL = 9
 LEVEL = 0.95
 #: points of one line or cloud from which an SVG holds them as an image, for its size
 MANY = 2000
+
+_Item = TypeVar("_Item")
 
 
 def new_figure(height: float) -> Figure:
@@ -69,7 +71,7 @@ def log_if_wide(axes: Axes, axis: str, values: np.ndarray) -> None:
         (axes.xaxis if axis == "x" else axes.yaxis).set_minor_formatter(NullFormatter())
 
 
-def spread(items: Sequence[Any], most: int) -> list[Any]:
+def spread(items: Sequence[_Item], most: int) -> list[_Item]:
     """At most so many of the items, evenly spaced, with the first and the last."""
     index = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
     return [items[i] for i in index]

@@ -37,7 +37,7 @@ ROWS = 256
 
 def predict_batches(
     posterior: Posterior, data: Data, *, num_samples: int | None, batch_size: int | None, seed: int
-) -> Iterator[tuple[Any, Prediction, Tensor]]:
+) -> Iterator[tuple[object, Prediction, Tensor]]:
     """Yields ``(x, prediction, y)`` for every batch, as tensors on the device of the model.
 
     Every batch is predicted with the same seed and so with the same draws: the functions that are looked at do not
@@ -73,7 +73,7 @@ def predict_inputs(
         yield predict_batch(posterior, x, num_samples, batch_size, seed)
 
 
-def input_batches(data: Data, batch_size: int | None) -> Iterator[tuple[Any, Tensor | None]]:
+def input_batches(data: Data, batch_size: int | None) -> Iterator[tuple[object, Tensor | None]]:
     """Yields ``(x, y)`` for every batch of data with labels or without; y is None where there are none.
 
     :param data: a ``DataLoader`` or another iterable of batches, a ``Dataset``, one pair ``(x, y)``, or x itself as a
@@ -136,7 +136,7 @@ def require_repeatable(data: Data, name: str) -> None:
         )
 
 
-def first_rows(x: Inputs, rows: int) -> Any:
+def first_rows(x: Inputs, rows: int) -> object:
     """The first rows of inputs of any nesting."""
     size = count_rows(x)
     return pytree.tree_map(lambda t: t[:rows] if batched(t, size) else t, x)
@@ -198,12 +198,12 @@ def _rows(batch_size: int | None) -> int:
     return batch_size or ROWS
 
 
-def _cut(x: Inputs, rows: int) -> Iterator[Any]:
+def _cut(x: Inputs, rows: int) -> Iterator[object]:
     return _slices(x, count_rows(x), rows)
 
 
-def _slices(tree: Any, size: int, rows: int) -> Iterator[Any]:
-    def cut(start: int) -> Any:
+def _slices(tree: object, size: int, rows: int) -> Iterator[object]:
+    def cut(start: int) -> object:
         return pytree.tree_map(lambda t: t[start : start + rows] if batched(t, size) else t, tree)
 
     return (cut(start) for start in range(0, size, rows))
@@ -226,7 +226,7 @@ def _no_pair(batch: object) -> str:
     return f"{got}. Let the dataset return (x, y), with all inputs of the network in x"
 
 
-def _without_label(batch: object, like: object) -> Any:
+def _without_label(batch: object, like: object) -> object:
     """:param like: an input of the network, which may be a tuple itself, or a dict with ``labels`` among its inputs."""
     if isinstance(batch, Mapping):
         return batch if isinstance(like, Mapping) and LABELS in like else without_labels(batch)
