@@ -15,7 +15,7 @@ Six folders, each of which may use those before it:
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # ``_MODULES`` once more, for tools that read types
     from pyro_bnn.diagnostics import plots as plots
@@ -85,7 +85,7 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names.s
 __all__ = sorted([*_HOMES, "plots"])
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # torchmetrics, ArviZ and matplotlib take seconds to import, which a program that never calls them should not pay.
     if name == "plots":
         return import_module(f"{__name__}.plots")

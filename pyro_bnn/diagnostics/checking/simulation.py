@@ -27,12 +27,13 @@ from pyro_bnn.diagnostics.checking.prior_checks import proper_priors
 from pyro_bnn.diagnostics.checking.training import loss_verdict
 from pyro_bnn.diagnostics.checking.uniformity import EcdfDifference, RankBand, chi_square, where_ranks_pile_up
 from pyro_bnn.inference.progress import progress_bar
-from pyro_bnn.inputs import inputs
+from pyro_bnn.inputs import Inputs, inputs
 from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import frozen
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import derive_seeds, device_of, seeded, some_seed
+from pyro_bnn.sites import Program
 
 #: rows of x at which the outputs of a network are ranked
 PROBES = 5
@@ -80,9 +81,9 @@ Function = Callable[[Latents, Any, Tensor], Tensor]
 
 
 def sbc(
-    model: Callable[..., Any],
+    model: Program,
     guide_or_kernel: Factory,
-    x: Any,
+    x: Inputs,
     *,
     simulations: int = 100,
     draws: int = 63,
@@ -270,8 +271,8 @@ class _Experiment:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        x: Any,
+        model: Program,
+        x: Inputs,
         sites: str | Sequence[str] | None,
         functions: Mapping[str, Function],
     ) -> None:

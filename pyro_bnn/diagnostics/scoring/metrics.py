@@ -19,6 +19,7 @@ from pyro_bnn.diagnostics.scoring.scores import crps, interval_coverage, interva
 from pyro_bnn.diagnostics.scoring.selective import augrc, aurc, risk_at_coverage
 from pyro_bnn.diagnostics.scoring.similarity import disagreement
 from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, predict_inputs
+from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ KEPT = 0.8
 
 def evaluate(
     posterior: Posterior,
-    data: Any,
-    ood: Any = None,
+    data: Data,
+    ood: Data = None,
     *,
     num_samples: int | None = None,
     batch_size: int | None = None,
@@ -113,7 +114,7 @@ def evaluate(
     """
     settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": some_seed(seed)}
     quality: _Classification | _Regression | None = None
-    example: Any = None
+    example: Inputs = None
     for x, prediction, y in predict_batches(posterior, data, **settings):
         if quality is None:
             quality, example = _quality(prediction, ood is not None), x
