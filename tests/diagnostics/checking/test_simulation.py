@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 import pyro_bnn as pb
 from pyro_bnn.diagnostics.checking.findings import Finding
-from pyro_bnn.diagnostics.checking.simulation import SBCResult, sbc
+from pyro_bnn.diagnostics.checking.ranks import SBCResult
+from pyro_bnn.diagnostics.checking.simulation import sbc
 from pyro_bnn.diagnostics.checking.uniformity import RankBand, chi_square, where_ranks_pile_up
 
 ROWS, NOISE = 8, 0.5
