@@ -29,8 +29,8 @@ if TYPE_CHECKING:  # ``_MODULES`` once more, for tools that read types
     from pyro_bnn.diagnostics.checking.importance import pareto_k as pareto_k
     from pyro_bnn.diagnostics.checking.prior_checks import check_prior as check_prior
     from pyro_bnn.diagnostics.checking.prior_checks import prior_predictive as prior_predictive
+    from pyro_bnn.diagnostics.checking.ranks import SBCResult as SBCResult
     from pyro_bnn.diagnostics.checking.shrinkage import contraction as contraction
-    from pyro_bnn.diagnostics.checking.simulation import SBCResult as SBCResult
     from pyro_bnn.diagnostics.checking.simulation import sbc as sbc
     from pyro_bnn.diagnostics.checking.training import loss_verdict as loss_verdict
     from pyro_bnn.diagnostics.pages.report import report as report
@@ -67,8 +67,9 @@ _MODULES = {
     "checking.findings": "Finding Findings",
     "checking.importance": "compare_loo loo pareto_k",
     "checking.prior_checks": "check_prior prior_predictive",
+    "checking.ranks": "SBCResult",
     "checking.shrinkage": "contraction",
-    "checking.simulation": "SBCResult sbc",
+    "checking.simulation": "sbc",
     "checking.training": "loss_verdict",
     "pages.report": "report",
     "recalibration.conformal": "ConformalIntervals ConformalSets",
