@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_bnn.files import replacing
 from pyro_bnn.inference.settings import differences
+from pyro_bnn.sites import Program
 
 VERSION = 2
 #: what stands behind the content: a digest of all before it, which readers of the content do not see
@@ -33,8 +34,8 @@ class TrainingRun:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        model: Program,
+        guide: Program,
         parameters: Sequence[Tensor],
         optimizer: Optimizer,
         scheduler: LRScheduler | None = None,

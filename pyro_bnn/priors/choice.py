@@ -41,7 +41,7 @@ class _Fixed(Prior):
         return d
 
 
-def _moved(value: Any, like: Tensor) -> Any:
+def _moved(value: object, like: Tensor) -> Any:
     """A distribution, whatever it is made of, with its tensors on the device and with the dtype of ``like``."""
     if isinstance(value, Tensor):
         return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
