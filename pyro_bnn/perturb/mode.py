@@ -21,7 +21,8 @@ A *rule* rewrites one torch function. New rules are added with :func:`register`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +75,28 @@ class Perturb(TorchFunctionMode):
         self.names[id(tensor)] = self.names[id(source)]
         self._derived.append(tensor)  # keeps the id from being given to another tensor during this pass
         return tensor
+
+    def uses(self) -> dict[str, int]:
+        """How often each parameter has been met so far."""
+        return dict(self._occurrences)
+
+    @contextlib.contextmanager
+    def resumed(self, uses: Mapping[str, int]) -> Iterator[None]:
+        """Inside, the calls that follow are those that followed when :meth:`uses` was ``uses``."""
+        reached, self._occurrences = self._occurrences, dict(uses)
+        try:
+            yield
+        finally:
+            self._occurrences = reached
+
+    def recognise(self, now: Any, before: Any) -> None:
+        """``now`` stands for ``before``, which this mode may know: a perturbed weight, or samples in another order."""
+        if now is before or not isinstance(now, Tensor):
+            return
+        if id(before) in self.perturbations:
+            self.derive(now, before, self.perturbations[id(before)])
+        if id(before) in self.reordered:
+            self.reordered[id(now)] = now, self.reordered[id(before)][1]
 
     def locate(self, x: Tensor, parameter: Tensor) -> Layout:
         """The layout of ``x``, a tensor that is about to meet the perturbation of ``parameter``."""
