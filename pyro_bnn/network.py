@@ -25,7 +25,7 @@ from pyro_bnn.perturb.probe import (
     select_samples,
     unlike,
 )
-from pyro_bnn.perturb.substitution import Pass, find_slots
+from pyro_bnn.perturb.substitution import Pass, Strays, find_slots
 from pyro_bnn.perturb.vectoriser import Vectoriser
 
 Output = str | int | Callable[[Any], Tensor] | None
@@ -91,7 +91,7 @@ class Network(nn.Module):
         self.register_load_state_dict_post_hook(_keep_ties)
         self._layouts: dict[Any, dict[Use, Layout]] = {}
         self._activations: dict[Any, int] = {}
-        self._inspected: set[bool] = set()
+        self._inspected: set[tuple[bool, str]] = set()
         self._vectoriser = Vectoriser(f"the forward pass of {type(net).__name__}", "members")
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
@@ -129,7 +129,8 @@ class Network(nn.Module):
 
         The gradients are those of these weights also where a part of the network is run again in the backward pass.
 
-        :raises RuntimeError: when the network may run parts of itself again in a way that is not known here.
+        :raises RuntimeError: when the network may run parts of itself again in a way that is not known here, or uses a
+            parameter past the module that holds it.
         """
         return self._run(x, weights or {}, None)
 
@@ -137,12 +138,18 @@ class Network(nn.Module):
         args, kwargs = (
             ((), x) if isinstance(x, dict) else (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
         )
-        this = Pass(self.net, self._slots, weights, mode)
-        with this.running():
+        this, training = Pass(self.net, self._slots, weights, mode), self.net.training
+        strays: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if weights and (training, "weights") not in self._inspected:
+            parameters = self.parameters_by_name()
+            strays = Strays({id(parameters[name]): name for name in weights})
+        with strays, this.running():
             y = self._tensor(self.net(*args, **kwargs))
-        if y.requires_grad and self.net.training not in self._inspected:
+        if weights:
+            self._inspected.add((training, "weights"))
+        if y.grad_fn is not None and (training, "graph") not in self._inspected:
             this.require_no_foreign_segments(y)
-            self._inspected.add(self.net.training)
+            self._inspected.add((training, "graph"))
         return y
 
     def _tensor(self, y: Any) -> Tensor:

@@ -89,9 +89,13 @@ class Perturb(TorchFunctionMode):
         finally:
             self._occurrences = reached
 
-    def recognise(self, now: Any, before: Any) -> None:
-        """``now`` stands for ``before``, which this mode may know: a perturbed weight, or samples in another order."""
-        if now is before or not isinstance(now, Tensor):
+    def knows(self, value: Any) -> bool:
+        """Whether something is a perturbed weight, or holds samples in another order."""
+        return id(value) in self.perturbations or id(value) in self.reordered
+
+    def recognise(self, now: Tensor, before: Tensor) -> None:
+        """From now on ``now`` is what ``before`` is, which this mode :meth:`knows`."""
+        if now is before:
             return
         if id(before) in self.perturbations:
             self.derive(now, before, self.perturbations[id(before)])

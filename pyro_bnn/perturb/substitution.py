@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as checkpointing
 
-from pyro_bnn.perturb.mode import Perturb
+from pyro_bnn.perturb.mode import Perturb, tensors
 
 #: a module, and the name under which it holds a parameter
 Slot = tuple[nn.Module, str]
@@ -146,7 +147,7 @@ def _hooks(
     net: nn.Module, kinds: tuple[str, str]
 ) -> list[tuple[dict[str, Any], str, OrderedDict[int, Callable[..., Any]]]]:
     """Where modules have hooks: the attributes of the module, the kind, and the hooks."""
-    return [(vars(m), kind, vars(m)[kind]) for m in net.modules() for kind in kinds if vars(m)[kind]]
+    return [(vars(m), kind, vars(m)[kind]) for m in net.modules() for kind in kinds if vars(m).get(kind)]
 
 
 _current: ContextVar[Pass | None] = ContextVar("pass", default=None)
@@ -166,6 +167,27 @@ def _replaced(entries: Iterable[_Entry]) -> Iterator[None]:
             dictionary[key] = value
 
 
+class Strays(TorchFunctionMode):
+    """Refuses parameters that a pass has replaced, and that the network has at hand nevertheless, outside of all slots.
+
+    :param names: of the replaced parameters, by ``id``.
+    """
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self.names = names
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        stray = next((self.names[id(t)] for t in tensors((args, kwargs or {})) if id(t) in self.names), None)
+        if stray is not None and getattr(func, "__name__", "") != "__get__":  # shape, dtype and device may be read
+            raise RuntimeError(
+                f"the network uses its parameter {stray!r} past the module that holds it (from a list, a dict or a "
+                "closure of its own), where no other weight can take its place: read it from the module in forward(), "
+                "or leave it out with `select=`"
+            )
+        return func(*args, **(kwargs or {}))
+
+
 class _Segment:
     """A function that is run within a pass, and perhaps again after its end.
 
@@ -174,8 +196,9 @@ class _Segment:
 
     def __init__(self, owner: Pass, function: Callable[..., Any], args: Any) -> None:
         self._owner, self._function, self._is_first = owner, function, True
-        self._args = pytree.tree_leaves(args) if owner.mode is not None else []
-        self._uses = {} if owner.mode is None else owner.mode.uses()
+        mode = owner.mode
+        self._uses = {} if mode is None else mode.uses()
+        self._known = [] if mode is None else [(i, t) for i, t in enumerate(pytree.tree_leaves(args)) if mode.knows(t)]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._is_first:
@@ -183,9 +206,10 @@ class _Segment:
             return self._function(*args, **kwargs)
         mode = self._owner.mode
         with self._owner.resumed(self._uses):
-            if mode is not None:
-                for before, now in zip(self._args, pytree.tree_leaves((args, kwargs)), strict=True):
-                    mode.recognise(now, before)
+            if mode is not None and self._known:
+                given = pytree.tree_leaves((args, kwargs))
+                for i, before in self._known:
+                    mode.recognise(given[i], before)
             return self._function(*args, **kwargs)
 
 

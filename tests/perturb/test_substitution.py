@@ -160,6 +160,54 @@ def test_a_fit_trains_shared_layers_and_a_file_has_them(build: type[nn.Module], 
     assert torch.equal(again.predict(x, 2, seed=1).outputs, posterior.predict(x, 2, seed=1).outputs)
 
 
+class Past(nn.Module):
+    """Reads a weight of a layer past the layer."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.how, self.weights, self.table = how, [self.a.weight], {"a": (self.a.weight,)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = {"list": self.weights[0], "dict": self.table["a"][0], "module": self.a.weight}[self.how]
+        assert weight.shape == (4, 4) and self.weights[0].dtype == x.dtype
+        return self.last(F.linear(x, weight).tanh())
+
+
+@pytest.mark.parametrize("how", ["list", "dict"])
+@pytest.mark.parametrize("members", [1, 3])
+def test_a_weight_that_is_used_past_its_module_is_refused_by_name(how: str, members: int) -> None:
+    """Proves the message, for a weight that cannot be replaced where the network has it; left out, it may be there."""
+    network, x = Network(Past(how)), randn(ROWS, 4)
+    weights = {"a.weight": randn(members, 4, 4), "last.weight": randn(members, 2, 4)}
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="parameter 'a.weight' past the module that holds it.*`select=`"):
+            network.explicit(x, weights)
+    del weights["a.weight"]
+    assert network.explicit(x, weights).shape == (members, ROWS, 2)
+
+
+def test_shape_and_type_of_a_weight_may_be_read_past_its_module() -> None:
+    assert Network(Past("module")).explicit(randn(ROWS, 4), {"a.weight": randn(1, 4, 4)}).shape == (1, ROWS, 2)
+
+
+@pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])
+def test_an_exception_in_the_guide_leaves_all_slots_as_they_were(kind: type[BaseException]) -> None:
+    torch.manual_seed(0)
+    model = pb.models.Dense(TwoNames(), pb.likelihoods.Categorical(), 32)
+    guide, held, calls = pb.models.MeanFieldGuide(model), slots(model.core().net), list[int]()
+
+    def fail(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            raise kind("in the guide")
+
+    guide.register_forward_pre_hook(fail)
+    with pytest.raises(kind, match="in the guide"):
+        pb.inference.fit(model, guide, (randn(32, 4), torch.arange(32) % 2), epochs=5, seed=0, progress=False)
+    assert slots(model.core().net) == held
+
+
 def test_a_tie_outlives_a_state_that_is_assigned() -> None:
     """Proves that `load_state_dict` of Bella, which takes the tensors themselves, leaves one parameter in all slots."""
     torch.manual_seed(0)
