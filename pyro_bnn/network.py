@@ -91,7 +91,8 @@ class Network(nn.Module):
         self.register_load_state_dict_post_hook(_keep_ties)
         self._layouts: dict[Any, dict[Use, Layout]] = {}
         self._activations: dict[Any, int] = {}
-        self._inspected: set[tuple[bool, str]] = set()
+        #: kinds of passes that were looked at for what could not be right in them, which takes time
+        self._inspected: set[tuple[bool, int | str]] = set()
         self._vectoriser = Vectoriser(f"the forward pass of {type(net).__name__}", "members")
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
@@ -140,13 +141,13 @@ class Network(nn.Module):
         )
         this, training = Pass(self.net, self._slots, weights, mode), self.net.training
         strays: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
-        if weights and (training, "weights") not in self._inspected:
+        if weights and (training, len(weights)) not in self._inspected:
             parameters = self.parameters_by_name()
             strays = Strays({id(parameters[name]): name for name in weights})
         with strays, this.running():
             y = self._tensor(self.net(*args, **kwargs))
         if weights:
-            self._inspected.add((training, "weights"))
+            self._inspected.add((training, len(weights)))
         if y.grad_fn is not None and (training, "graph") not in self._inspected:
             this.require_no_foreign_segments(y)
             self._inspected.add((training, "graph"))
