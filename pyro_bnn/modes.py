@@ -67,8 +67,9 @@ class RunningStatistics:
     @contextlib.contextmanager
     def one_pass(self) -> Iterator[None]:
         """Inside, the layers move copies. See :func:`evaluating` for why they must not write to the buffers."""
+        copies = {id(buffer): buffer.clone() for _, _, buffer in self._buffers}  # one, for layers that share it
         for layer, name, buffer in self._buffers:
-            layer._buffers[name] = buffer.clone()
+            layer._buffers[name] = copies[id(buffer)]
         try:
             yield
             self._ends.append([layer.get_buffer(name) for layer, name, _ in self._buffers])

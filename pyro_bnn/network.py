@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from pyro_bnn.inputs import EXPECTED, Inputs, describe
@@ -24,12 +25,14 @@ from pyro_bnn.perturb.probe import (
     select_samples,
     unlike,
 )
+from pyro_bnn.perturb.substitution import Pass, Strays, find_slots
+from pyro_bnn.perturb.vectoriser import Vectoriser
 
 Output = str | int | Callable[[Any], Tensor] | None
 
 #: modules whose weights are neither products nor tables: they get no factors, and stay point estimates by default
 NORMALISATIONS: tuple[type[nn.Module], ...] = (
-    *(nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm),
+    *(_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm),
 )
 
 
@@ -84,16 +87,17 @@ class Network(nn.Module):
         known = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()} if share else {}
         self.net = copy.deepcopy(net, known)
         self.output = output
-        self._places = [
-            (name, self.net.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
-            for name, _ in self.net.named_parameters()
-        ]
+        self._slots = find_slots(self.net)
+        self.register_load_state_dict_post_hook(_keep_ties)
         self._layouts: dict[object, dict[Use, Layout]] = {}
         self._activations: dict[object, int] = {}
+        #: kinds of passes that were looked at for what could not be right in them, which takes time
+        self._inspected: set[tuple[bool, int | str]] = set()
+        self._vectoriser = Vectoriser(f"the forward pass of {type(net).__name__}", "members")
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """Every parameter once, tied ones under their first name. Cheaper than ``named_parameters``."""
-        found: dict[str, Any] = {name: module._parameters[own] for name, module, own in self._places}
+        found: dict[str, Any] = {name: module._parameters[own] for name, [(module, own), *_] in self._slots.items()}
         return found
 
     def product_weights(self) -> list[str]:
@@ -122,11 +126,35 @@ class Network(nn.Module):
         return [name for name, p in self.net.named_parameters() if id(p) in ids]
 
     def forward(self, x: Inputs, weights: dict[str, Tensor] | None = None) -> Tensor:
-        """The network's output tensor, with some of its parameters replaced by ``weights``."""
+        """The network's output tensor, with some of its parameters replaced by ``weights``.
+
+        The gradients are those of these weights also where a part of the network is run again in the backward pass.
+
+        :raises RuntimeError: when the network may run parts of itself again in a way that is not known here, or uses a
+            parameter past the module that holds it.
+        """
+        return self._run(x, weights or {}, None)
+
+    def _run(self, x: Inputs, weights: Mapping[str, Tensor], mode: Perturb | None) -> Tensor:
         args, kwargs = (
             ((), x) if isinstance(x, dict) else (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
         )
-        y = functional_call(self.net, weights, args, kwargs) if weights else self.net(*args, **kwargs)
+        this, training = Pass(self.net, self._slots, weights, mode), self.net.training
+        strays: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if weights and (training, len(weights)) not in self._inspected:
+            parameters = self.parameters_by_name()
+            strays = Strays({id(parameters[name]): name for name in weights})
+        with strays, this.running():
+            y = self._tensor(self.net(*args, **kwargs))
+        if weights:
+            self._inspected.add((training, len(weights)))
+        if y.grad_fn is not None and (training, "graph") not in self._inspected:
+            this.require_no_foreign_segments(y)
+            self._inspected.add((training, "graph"))
+        return y
+
+    def _tensor(self, y: Any) -> Tensor:
+        """Which part of the output of the network is meant."""
         if callable(self.output):
             y = self.output(y)
         elif self.output is not None:
@@ -153,8 +181,8 @@ class Network(nn.Module):
         if members > 1:
             folded = pytree.tree_map(lambda t: t.repeat(members, *[1] * (t.dim() - 1)) if batched(t, size) else t, x)
         by_id = {i: perturbations[name] for i, name in names.items()}
-        with no_fused_attention(), Perturb(by_id, names, layouts, members, size):
-            y = self(folded)
+        with no_fused_attention():
+            y = self._run(folded, {}, Perturb(by_id, names, layouts, members, size))
         require_rows(y, members * size)
         return y.unflatten(0, (members, size))
 
@@ -206,26 +234,71 @@ class Network(nn.Module):
 
         :param weights: by parameter name, each ``[members, *shape]``.
         """
-        members = next(iter(weights.values())).shape[0]
-        if members == 1:
-            return self(x, {n: w.squeeze(0) for n, w in weights.items()}).unsqueeze(0)
-        if any(m.training or isinstance(m, nn.RNNBase) for m in self.net.modules()):
-            # neither the statistics of a normalisation layer nor the fused recurrent kernels can be vectorised
-            return self._in_turn(x, [{n: w[m] for n, w in weights.items()} for m in range(members)])
-        with no_fused_attention():
-            run = vmap(lambda w: self(x, w), randomness="different", chunk_size=chunk_size)
-            result: Tensor = run(weights)
-        return result
+        return self.for_each(lambda own: self(x, own), weights, chunk_size)
 
-    def _in_turn(self, x: Inputs, weights: list[dict[str, Tensor]]) -> Tensor:
-        norms = (m for m in self.net.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training)
-        statistics = RunningStatistics(norms)
-        outputs = []
-        for own in weights:
-            with statistics.one_pass():
-                outputs.append(self(x, own))
-        statistics.average()
-        return torch.stack(outputs)
+    def for_each(
+        self,
+        run: Callable[[dict[str, Tensor]], Tensor],
+        values: dict[str, Tensor],
+        chunk_size: int | None = None,
+    ) -> Tensor:
+        """``run`` of what each member has, ``[members, ...]``: vectorised, or one after the other where that must be.
+
+        One after the other go networks whose normalisation layers gather statistics, recurrent layers, whose fused
+        kernels cannot be vectorised, and from then on every network for which it has failed once.
+
+        :param run: calls this network.
+        :param values: by name, each ``[members, ...]``.
+        :param chunk_size: how many members are vectorised at a time; ``None`` for all.
+        """
+        members = next(iter(values.values())).shape[0]
+        if members == 1:
+            return run({name: value[0] for name, value in values.items()}).unsqueeze(0)
+        moving = [m for m in self.net.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+
+        def in_turn() -> Tensor:
+            statistics = RunningStatistics(moving)
+            outputs = []
+            for member in range(members):
+                with statistics.one_pass():
+                    outputs.append(run({name: value[member] for name, value in values.items()}))
+            statistics.average()
+            return torch.stack(outputs)
+
+        def at_once() -> Tensor:
+            with no_fused_attention(), _without_vmap_in_buffers(self.net):
+                result: Tensor = vmap(run, randomness="different", chunk_size=chunk_size)(values)
+            return result
+
+        if moving or any(isinstance(m, nn.RNNBase) for m in self.net.modules()):
+            return in_turn()
+        return self._vectoriser(at_once, in_turn, next(iter(values.values())))
+
+
+def _keep_ties(network: Network, keys: object) -> None:
+    """A state that was taken with ``assign=True`` has a parameter of its own in every slot of a shared one."""
+    for [(module, own), *others] in network._slots.values():
+        for other, name in others:
+            other._parameters[name] = module._parameters[own]
+
+
+@contextlib.contextmanager
+def _without_vmap_in_buffers(net: nn.Module) -> Iterator[None]:
+    """For use around ``vmap``, after which its tensors are of no use: not those in buffers either.
+
+    :raises RuntimeError: when the network put one there, which is then taken out.
+    """
+    before = [(m._buffers, name, buffer) for m in net.modules() for name, buffer in m._buffers.items()]
+    changed = None
+    try:
+        yield
+    finally:
+        for buffers, name, buffer in before:
+            now = buffers.get(name)
+            if now is not buffer and now is not None and torch._C._functorch.is_functorch_wrapped_tensor(now):
+                buffers[name], changed = buffer, name
+    if changed is not None:
+        raise RuntimeError(f"its buffer {changed!r} would be another for each")
 
 
 def _shapes(x: Inputs, size: int) -> object:

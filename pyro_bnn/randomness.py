@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def device_of(program: object) -> torch.device:
@@ -43,3 +43,17 @@ def derive_seeds(seed: int | None, count: int) -> list[int | None]:
     if seed is None:
         return [None] * count
     return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+class RandomState:
+    """The random state at its making, on the processor and on the device of ``like``."""
+
+    def __init__(self, like: Tensor) -> None:
+        self._state = torch.get_rng_state()
+        self._device = like.device if like.is_cuda else None
+        self._cuda = torch.cuda.get_rng_state(self._device) if self._device is not None else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._state)
+        if self._cuda is not None and self._device is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)

@@ -11,7 +11,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
 
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.baselines.masks import Masks, dropout_modules, find_masks, mask_shape
@@ -20,7 +19,7 @@ from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork
-from pyro_bnn.network import Network, Output, no_fused_attention
+from pyro_bnn.network import Network, Output
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.priors import Normal, PriorLike
 from pyro_bnn.priors.choice import resolve
@@ -193,13 +192,7 @@ class DropoutNetwork(BayesianNetwork):
             with self._applied(own):
                 return core(x)
 
-        with no_fused_attention():
-            if lead.numel() == 1 or any(m.training or isinstance(m, nn.RNNBase) for m in core.net.modules()):
-                # neither statistics that move nor the fused recurrent kernels can be vectorised
-                f = torch.stack([run({n: m[i] for n, m in masks.items()}) for i in range(lead.numel())])
-            else:
-                f = vmap(run, randomness="different")(masks)
-        return self.unfold(f, lead)
+        return self.unfold(core.for_each(run, masks), lead)
 
     @contextlib.contextmanager
     def _applied(self, masks: dict[str, Tensor]) -> Iterator[None]:

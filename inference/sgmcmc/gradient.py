@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.inference.sgmcmc.graphs import record
 from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.perturb.vectoriser import Vectoriser
 
 #: A step of a model with more latent numbers than this is arithmetic more than overhead.
 CAPTURE_SIZE = 2**17
@@ -59,6 +60,7 @@ class Gradient:
             )
         self._capture = potential.dim <= CAPTURE_SIZE and not moving if capture == "auto" else capture
         self._insist = capture is True
+        self._vectoriser = Vectoriser("the model", "chains")
         self._graphs: dict[object, Graph] = {}
         self._buffer = torch.zeros_like(self.theta)
         self._leaves: dict[str, Tensor] = {}
@@ -99,7 +101,9 @@ class Gradient:
 
     def _eager(self, *batch: object) -> Tensor:
         if self.chains is not None:
-            gradient, self.energy = self._vectorised(self.theta, *batch)
+            gradient, self.energy = self._vectoriser(
+                lambda: self._vectorised(self.theta, *batch), lambda: self._in_turn(*batch), self.theta
+            )
             return self._buffer.copy_(gradient.detach())
         self._buffer.zero_()
         energy = self.potential(self._leaves, *batch, **self.kwargs)
@@ -107,6 +111,17 @@ class Gradient:
             energy.backward(inputs=list(self._leaves.values()))
         self.energy = energy.detach()
         return self._buffer
+
+    def _in_turn(self, *batch: object) -> tuple[Tensor, Tensor]:
+        """The gradient of one chain after the other."""
+        found = []
+        for i, row in enumerate(self.theta.detach()):
+            leaf = row.clone().requires_grad_()
+            own = pytree.tree_map(lambda t, i=i: t[i] if self._own_batches and isinstance(t, Tensor) else t, batch)
+            energy = self.potential(self.potential.split(leaf), *own, **self.kwargs)
+            found.append((torch.autograd.grad(energy, leaf)[0], energy.detach()))
+        gradients, energies = (torch.stack(part) for part in zip(*found, strict=True))
+        return gradients, energies
 
     def _vectorised(self, theta: Tensor, *batch: object) -> tuple[Tensor, Tensor]:
         def energy(row: Tensor, *own: object) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.potential import LogJoint
-from pyro_bnn.inference.stein.particles import RandomState, Segment
+from pyro_bnn.inference.stein.particles import Segment
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import RunningStatistics, training_mode
+from pyro_bnn.randomness import RandomState
 from pyro_bnn.sites import Program
 
 #: ``outputs of the networks on a batch [n, d] -> force on them [n, d]``, which counts as a constant

@@ -3,6 +3,9 @@
 :class:`Perturb` (``mode``) intercepts the torch function that consumes a weight. ``factors`` and ``low_rank`` say how a
 weight may differ from row to row, ``layout`` where the samples are, ``probe`` finds that out, and ``products``,
 ``attention``, ``recurrent`` and ``normalisation`` hold one rule for each torch function that uses weights.
+
+``substitution`` is around every pass, puts whole other weights into the network, and sees to whatever part of the pass
+runs again later; ``vectoriser`` runs passes with whole weights at once or one after the other.
 """
 
 from pyro_bnn.perturb import attention, normalisation, products, recurrent  # noqa: F401  (their rules register themselves)

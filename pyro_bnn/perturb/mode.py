@@ -21,7 +21,8 @@ A *rule* rewrites one torch function. New rules are added with :func:`register`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +75,32 @@ class Perturb(TorchFunctionMode):
         self.names[id(tensor)] = self.names[id(source)]
         self._derived.append(tensor)  # keeps the id from being given to another tensor during this pass
         return tensor
+
+    def uses(self) -> dict[str, int]:
+        """How often each parameter has been met so far."""
+        return dict(self._occurrences)
+
+    @contextlib.contextmanager
+    def resumed(self, uses: Mapping[str, int]) -> Iterator[None]:
+        """Inside, the calls that follow are those that followed when :meth:`uses` was ``uses``."""
+        reached, self._occurrences = self._occurrences, dict(uses)
+        try:
+            yield
+        finally:
+            self._occurrences = reached
+
+    def knows(self, value: Any) -> bool:
+        """Whether something is a perturbed weight, or holds samples in another order."""
+        return id(value) in self.perturbations or id(value) in self.reordered
+
+    def recognise(self, now: Tensor, before: Tensor) -> None:
+        """From now on ``now`` is what ``before`` is, which this mode :meth:`knows`."""
+        if now is before:
+            return
+        if id(before) in self.perturbations:
+            self.derive(now, before, self.perturbations[id(before)])
+        if id(before) in self.reordered:
+            self.reordered[id(now)] = now, self.reordered[id(before)][1]
 
     def locate(self, x: Tensor, parameter: Tensor) -> Layout:
         """The layout of ``x``, a tensor that is about to meet the perturbation of ``parameter``."""

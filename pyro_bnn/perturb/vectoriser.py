@@ -1,0 +1,56 @@
+"""All at once where ``torch.func.vmap`` can, one after the other where it cannot."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from pyro_bnn.randomness import RandomState
+
+_Result = TypeVar("_Result")
+
+
+class Vectoriser:
+    """Runs a function vectorised until that fails for the first time, and from then on one after the other.
+
+    Nothing tells by its type whether an exception is of ``vmap``, which fails at in-place writes, decisions on values,
+    boolean masks and ``.item()`` with the messages of whatever they meet: the run one after the other tells. What it
+    raises is the function's own, and is raised. Only a lack of memory is never taken for a failure of ``vmap``.
+
+    :param what: the function, for the warning.
+    :param over: what it is vectorised over, in the plural.
+    :param hint: how to silence the warning.
+    """
+
+    def __init__(self, what: str, over: str, hint: str = "") -> None:
+        self.what, self.over, self.hint = what, over, hint
+        self.has_failed = False
+
+    def __call__(self, at_once: Callable[[], _Result], in_turn: Callable[[], _Result], like: Tensor) -> _Result:
+        """What both return.
+
+        :param like: a tensor on the device of the function.
+        """
+        if self.has_failed:
+            return in_turn()
+        random = RandomState(like)
+        try:
+            return at_once()
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            failure = error
+        random.restore()
+        result = in_turn()
+        self.has_failed = True
+        first_line = str(failure).strip().partition("\n")[0]
+        warnings.warn(
+            f"{self.what} could not be vectorised over {self.over} ({type(failure).__name__}: {first_line}); from now "
+            f"on they run one by one, which gives the same and takes longer{self.hint}",
+            stacklevel=3,
+        )
+        return result
