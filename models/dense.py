@@ -8,6 +8,7 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 
 from pyro_bnn import priors
+from pyro_bnn.given.fixed import not_frozen, require_random
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
@@ -38,7 +39,7 @@ class Dense(BayesianNetwork):
     :param num_data: size N of the training set.
     :param prior: as for :class:`~pyro_bnn.models.Rank1`; ``loc=None`` means 0 here.
     :param select: which parameters are random, see :func:`~pyro_bnn.selection.select_parameters`; by default all except
-        those of normalisation layers.
+        those of normalisation layers and those with ``requires_grad=False``.
     :param chunk_size: how many members are vectorised at a time; ``None`` for all.
     :param options: see :class:`~pyro_bnn.model.NetworkOptions`.
     :raises ValueError: when ``select`` matches nothing, or a prior does not fit.
@@ -93,16 +94,17 @@ class Dense(BayesianNetwork):
 def freeze_random(model: BayesianNetwork, select: Select | None) -> list[str]:
     """The names of the parameters that are random; they are frozen, and kept as starting values and for their shapes.
 
-    :param select: which ones; by default all except those of normalisation layers.
-    :raises ValueError: when there are none.
+    :param select: which ones; by default all except those of normalisation layers and those that the user froze.
+    :raises ValueError: when there are none, or one cannot be random; see :mod:`pyro_bnn.given.fixed`.
     """
     core = model.core()
     parameters = core.parameters_by_name()
     if select is None:
         norms = core.normalisation_parameters()
-        random = [n for n, p in parameters.items() if n not in norms and p.is_floating_point()]
+        random = not_frozen({n: p for n, p in parameters.items() if n not in norms}, "parameters")
+        require_random(core.net, random)
     else:
-        random = model.selected(select, parameters)
+        random = model.selected_random(select, parameters)
     if not random:
         raise ValueError("the network has no parameters to make random")
     for name in random:

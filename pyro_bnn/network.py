@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
+from pyro_bnn.given.copying import copy_of
+from pyro_bnn.given.fixed import padding_rows, with_row_of
 from pyro_bnn.inputs import EXPECTED, describe
 from pyro_bnn.modes import RunningStatistics, undisturbed
 from pyro_bnn.perturb import Layout, Perturb, Perturbation, Rank1Factors, Replacement, Use
@@ -70,7 +71,8 @@ def is_product_weight(module: nn.Module, name: str, parameter: Tensor) -> bool:
 class Network(nn.Module):
     """The model's own copy of a network. Weight ties are kept; the user's module is left alone.
 
-    :param net: any module; called as ``net(x)``, ``net(*x)`` for a tuple or list, ``net(**x)`` for a dict.
+    :param net: any module; called as ``net(x)``, ``net(*x)`` for a tuple or list, ``net(**x)`` for a dict. One inside
+        ``torch.compile`` or ``nn.DataParallel`` is taken out; see :mod:`pyro_bnn.given.copying`.
     :param output: which tensor to take when the network returns more than one: a key, an index, or a function. By
         default the ``logits`` of an output that has them, as those of transformers.
     :param share: whether the parameters keep the storage of the given ones and take no gradient, instead of being
@@ -79,15 +81,14 @@ class Network(nn.Module):
 
     def __init__(self, net: nn.Module, output: Output = None, share: bool = False) -> None:
         super().__init__()
-        if not isinstance(net, nn.Module):
-            raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
-        known = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()} if share else {}
-        self.net = copy.deepcopy(net, known)
+        self.net = copy_of(net, share)
         self.output = output
         self._places = [
             (name, self.net.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
             for name, _ in self.net.named_parameters()
         ]
+        #: the rows of tables that stay as they are whatever weights are given, see :mod:`pyro_bnn.given.fixed`
+        self.padding = padding_rows(self.net)
         self._layouts: dict[Any, dict[Use, Layout]] = {}
         self._activations: dict[Any, int] = {}
 
@@ -126,7 +127,7 @@ class Network(nn.Module):
         args, kwargs = (
             ((), x) if isinstance(x, dict) else (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
         )
-        y = functional_call(self.net, weights, args, kwargs) if weights else self.net(*args, **kwargs)
+        y = functional_call(self.net, self.held(weights), args, kwargs) if weights else self.net(*args, **kwargs)
         if callable(self.output):
             y = self.output(y)
         elif self.output is not None:
@@ -139,6 +140,15 @@ class Network(nn.Module):
                 "(a key, an index, or a function)"
             )
         return y
+
+    def held(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same ``{parameter: [*lead, *shape]}`` in which rows for padding are those of the network itself."""
+        fixed = {name: self.net.get_parameter(name) for name in self.padding if name in weights}
+        rows = {name: with_row_of(weights[name], own, self.padding[name]) for name, own in fixed.items()}
+        return {**weights, **rows}
+
+    def _padded(self) -> frozenset[int]:
+        return frozenset(id(self.net.get_parameter(name)) for name in self.padding)
 
     def perturbed(self, x: Any, size: int, perturbations: dict[str, Perturbation], members: int) -> Tensor:
         """One pass in which every row has weights of its own: ``[members, size, ...]``.
@@ -153,7 +163,7 @@ class Network(nn.Module):
         if members > 1:
             folded = pytree.tree_map(lambda t: t.repeat(members, *[1] * (t.dim() - 1)) if batched(t, size) else t, x)
         by_id = {i: perturbations[name] for i, name in names.items()}
-        with no_fused_attention(), Perturb(by_id, names, layouts, members, size):
+        with no_fused_attention(), Perturb(by_id, names, layouts, members, size, self._padded()):
             y = self(folded)
         require_rows(y, members * size)
         return y.unflatten(0, (members, size))
@@ -173,7 +183,7 @@ class Network(nn.Module):
             neutral = {id(parameters[name]): _neutral(p) for name, p in chosen.items()}
             with no_fused_attention():
                 layouts = find_layouts(self, self.net, names, neutral, x, size)
-                check_fold(self, self.net, names, neutral, chosen, layouts, x, size)
+                check_fold(self, self.net, names, neutral, chosen, layouts, x, size, self._padded())
             self._layouts[key] = layouts
         return self._layouts[key]
 

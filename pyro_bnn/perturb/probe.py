@@ -171,6 +171,7 @@ def check_fold(
     layouts: dict[Use, Layout],
     x: Any,
     size: int,
+    padded: frozenset[int] = frozenset(),
 ) -> None:
     """A folded batch of 2 members x 2 samples with random perturbations equals four runs with explicit weights.
 
@@ -179,10 +180,10 @@ def check_fold(
     """
     pair = select_samples(x, size, unlike_samples(x, size, 2))
     with undisturbed(net), _no_small_weights(net):
-        reason = _misfold(run, names, neutral, parameters, layouts, pair)
+        reason = _misfold(run, names, neutral, parameters, layouts, pair, padded)
         if reason is None:
             return
-        alone = {n: _misfold(run, names, neutral, {n: p}, layouts, pair) for n, p in parameters.items()}
+        alone = {n: _misfold(run, names, neutral, {n: p}, layouts, pair, padded) for n, p in parameters.items()}
         bad = [n for n, why in alone.items() if why is not None] or list(parameters)
     raise RuntimeError(
         f"rows with weights of their own for {', '.join(map(repr, bad[:5]))} do not give what the network gives with "
@@ -209,6 +210,7 @@ def _misfold(
     parameters: dict[str, Tensor],
     layouts: dict[Use, Layout],
     pair: Any,
+    padded: frozenset[int],
 ) -> str | None:
     """What goes wrong in a folded batch in which ``parameters`` are perturbed and the others keep their values."""
     like = next(iter(parameters.values()))
@@ -226,7 +228,7 @@ def _misfold(
     folded = pytree.tree_map(lambda t: torch.cat([t, t]) if batched(t, 2) else t, pair)
     ids = {name: i for i, name in names.items()}
     try:
-        with Perturb(neutral | {ids[n]: p for n, p in perturbations.items()}, names, layouts, 2, 2):
+        with Perturb(neutral | {ids[n]: p for n, p in perturbations.items()}, names, layouts, 2, 2, padded):
             y = run(folded)
     except RuntimeError as error:
         return str(error)
