@@ -12,6 +12,7 @@ from pyro_bnn.given.fixed import not_frozen, require_random
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
+from pyro_bnn.perturb.probe import require_rows
 from pyro_bnn.priors import Normal, PriorLike
 from pyro_bnn.registry import storable
 from pyro_bnn.selection import Select
@@ -88,7 +89,9 @@ class Dense(BayesianNetwork):
             shape = parameters[name].shape
             value = latents[self.site(name)]
             weights[name] = value.expand(plates + shape).reshape((-1,) + shape)
-        return self.unfold(self.core().explicit(x, weights, self.chunk_size), lead)
+        f = self.core().explicit(x, weights, self.chunk_size)
+        require_rows(f[0], size)
+        return self.unfold(f, lead)
 
 
 def freeze_random(model: BayesianNetwork, select: Select | None) -> list[str]:

@@ -17,14 +17,12 @@ from pyro_bnn.inputs import EXPECTED, describe
 from pyro_bnn.modes import RunningStatistics, undisturbed
 from pyro_bnn.perturb import Layout, Perturb, Perturbation, Rank1Factors, Replacement, Use
 from pyro_bnn.perturb.probe import (
-    batched,
     check_fold,
     find_consumed,
     find_layouts,
     require_rows,
-    select_samples,
-    unlike,
 )
+from pyro_bnn.perturb.samples import batched, select_samples, unlike
 
 Output = str | int | Callable[[Any], Tensor] | None
 
