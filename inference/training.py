@@ -19,6 +19,8 @@ from pyro_bnn import display
 from pyro_bnn.inference.batches import Minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.progress import progress_bar
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import undisturbed
 
 #: What ``optim=`` takes, in every engine. See :func:`build_optimizer`.
 Optim = str | type[Optimizer] | Callable[[list[dict[str, Any]]], Optimizer] | Optimizer | None
@@ -46,6 +48,9 @@ class FitState:
         programs = {"model": display.name_of(self.model), "guide": display.name_of(self.guide)}
         return display.call(self, epoch=self.epoch, step=self.step, loss=self.loss, **programs)
 
+
+#: by which torch's message is known
+_ONE_VALUE = "Expected more than 1 value per channel"
 
 #: one that returns True ends the training
 Callback = Callable[[FitState], bool | None]
@@ -78,6 +83,7 @@ def train(
     :param checkpoint: file that is written after each epoch, and resumed from when it exists.
     :raises FloatingPointError: when a step does; see :func:`train_epoch`.
     """
+    require_rows_for_statistics(run.model, batches)
     if checkpoint is not None:
         run.resume(checkpoint)
     run.remember()
@@ -122,6 +128,33 @@ def train_epoch(run: TrainingRun, batches: Minibatches, step: Step) -> float:
 def first_row(batches: Minibatches) -> Any:
     """One row of x, from which a posterior knows what its inputs look like."""
     return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() else t, batches.first[0])
+
+
+def require_rows_for_statistics(model: Callable[..., Any], batches: Minibatches) -> None:
+    """Refuses data whose last batch has one row where batch normalisation needs several, before anything trains.
+
+    Whether it does depends on what else a layer averages over, so that one row is run as in training.
+
+    :raises ValueError: when torch refuses it.
+    """
+    if not isinstance(model, BayesianNetwork) or batches.size is None or not model.moving_layers():
+        return
+    rows = len(batches.first[-1])
+    if batches.size - (batches.steps - 1) * rows != 1:
+        return
+    net = model.core().net
+    try:
+        with undisturbed(net):
+            net.train()
+            model.core()(first_row(batches))
+    except ValueError as error:
+        if _ONE_VALUE not in str(error):
+            raise
+        raise ValueError(
+            f"the last batch of every pass has one row, as {batches.size} rows in batches of {rows} leave, and batch "
+            f"normalisation has no variance of one row ({error}). Take another batch_size=, or a DataLoader with "
+            "shuffle=True and drop_last=True"
+        ) from error
 
 
 def require_epochs(epochs: int) -> None:
