@@ -196,6 +196,9 @@ REFUSED = {
     ("weight norm", "Bella"): "computes its weight",
 }
 
+#: what messages advise for weights that meet no sample: the table of distances of T5 is the same for all rows
+SELECT = {("t5", "Rank1"): lambda name, p: p.dim() > 1 and "relative_attention_bias" not in name}
+
 
 def close(own: Tensor, expected: Tensor) -> bool:
     return bool((own - expected).abs().max() <= RELATIVE * expected.abs().max().clamp_min(1e-3) * 10)
@@ -210,7 +213,7 @@ def whole_way(name: str, model_name: str, kind: Kind, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=REFUSED[name, model_name]):
             cls(net, likelihood, N)
         return
-    model = cls(net, likelihood, N)
+    model = cls(net, likelihood, N, select=SELECT.get((name, model_name)))
     guide = guide_class(model, **options)
 
     # gradients, by plain autograd on the weights that a draw stands for
