@@ -21,6 +21,7 @@ from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.progress import progress_bar
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import undisturbed
+from pyro_bnn.sites import Program
 
 #: What ``optim=`` takes, in every engine. See :func:`build_optimizer`.
 Optim = str | type[Optimizer] | Callable[[list[dict[str, Any]]], Optimizer] | Optimizer | None
@@ -39,8 +40,8 @@ class FitState:
     epoch: int
     step: int
     loss: float
-    model: Callable[..., Any]
-    guide: Callable[..., Any]
+    model: Program
+    guide: Program
     optimizer: Optimizer
     losses: list[float] = field(default_factory=list)
 
@@ -56,7 +57,7 @@ _ONE_VALUE = "Expected more than 1 value per channel"
 Callback = Callable[[FitState], bool | None]
 
 #: ``(batch, run) -> loss``: one update, or a ``FloatingPointError`` that says why there can be none
-Step = Callable[[tuple[Any, ...], TrainingRun], float]
+Step = Callable[[tuple[object, ...], TrainingRun], float]
 
 
 # ------------------------------------------------------------------------------------------------------ the loop
@@ -125,12 +126,12 @@ def train_epoch(run: TrainingRun, batches: Minibatches, step: Step) -> float:
     return sum(run.losses[before:]) / (len(run.losses) - before)
 
 
-def first_row(batches: Minibatches) -> Any:
+def first_row(batches: Minibatches) -> object:
     """One row of x, from which a posterior knows what its inputs look like."""
     return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() else t, batches.first[0])
 
 
-def require_rows_for_statistics(model: Callable[..., Any], batches: Minibatches) -> None:
+def require_rows_for_statistics(model: Program, batches: Minibatches) -> None:
     """Refuses data whose last batch has one row where batch normalisation needs several, before anything trains.
 
     Whether it does depends on what else a layer averages over, so that one row is run as in training.
@@ -139,7 +140,8 @@ def require_rows_for_statistics(model: Callable[..., Any], batches: Minibatches)
     """
     if not isinstance(model, BayesianNetwork) or batches.size is None or not model.moving_layers():
         return
-    rows = len(batches.first[-1])
+    y = batches.first[-1]
+    rows = len(y) if isinstance(y, Tensor) else 0
     if batches.size - (batches.steps - 1) * rows != 1:
         return
     net = model.core().net

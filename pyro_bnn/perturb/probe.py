@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.modes import undisturbed
 from pyro_bnn.perturb.factors import Perturbation, Rank1Factors, Replacement
 from pyro_bnn.perturb.layout import Layout, Use
@@ -39,7 +40,7 @@ def find_layouts(
     net: nn.Module,
     names: dict[int, str],
     neutral: dict[int, Perturbation],
-    x: Any,
+    x: Inputs,
     size: int,
 ) -> dict[Use, Layout]:
     """The layout of every use of a perturbed parameter.
@@ -106,7 +107,7 @@ class _Recorder(Perturb):
         self.by_rule: set[str] = set()
         self.without_rule: dict[str, list[str]] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: object, types: object, args: object = (), kwargs: Any = None) -> object:
         used = [t for t in tensors((args, kwargs or {})) if id(t) in self.perturbations]
         result = super().__torch_function__(func, types, args, kwargs)
         if used:
@@ -178,9 +179,9 @@ class _Finder(TorchFunctionMode):
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
         self.names, self.found = names, set[str]()
-        self.derived: list[Any] = []
+        self.derived: list[object] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if is_product(func):
             self.found.update(self.names[id(t)] for t in consumed(func, args, kwargs) if id(t) in self.names)
@@ -190,7 +191,7 @@ class _Finder(TorchFunctionMode):
         return result
 
 
-def find_consumed(run: Callable[..., Tensor], net: nn.Module, x: Any, size: int) -> set[str]:
+def find_consumed(run: Callable[..., Tensor], net: nn.Module, x: Inputs, size: int) -> set[str]:
     """The names of all parameters that the network gives to a product with a rule."""
     finder = _Finder({id(p): name for name, p in net.named_parameters()})
     with undisturbed(net), finder:
@@ -205,7 +206,7 @@ def check_fold(
     neutral: dict[int, Perturbation],
     parameters: dict[str, Tensor],
     layouts: dict[Use, Layout],
-    x: Any,
+    x: Inputs,
     size: int,
     padded: frozenset[int] = frozenset(),
 ) -> None:
@@ -327,7 +328,7 @@ def _constant(
     net: nn.Module,
     names: dict[int, str],
     neutral: dict[int, Perturbation],
-    x: Any,
+    x: Inputs,
     size: int,
     inputs: dict[Use, Tensor],
     uses: list[Use],

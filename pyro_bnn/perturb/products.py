@@ -158,7 +158,7 @@ def _but_padding(call: Call, index: Tensor, y: Tensor) -> Tensor:
     return torch.where((index == row).unsqueeze(-1), fixed.detach(), y)
 
 
-_TRANSPOSES: tuple[Any, ...] = (
+_TRANSPOSES: tuple[object, ...] = (
     Tensor.t,
     torch.t,
     vars(torch._C.TensorBase)["T"].__get__,

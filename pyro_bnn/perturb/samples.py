@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pyro_bnn.inputs import Inputs
+
 #: how many samples of an input are looked at for one that differs
 _DONORS = 16
 
 
-def batched(leaf: Any, size: int) -> bool:
+def batched(leaf: object, size: int) -> TypeGuard[Tensor]:
     """Whether a leaf of x carries the batch: a tensor whose leading axis has the batch's length."""
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
 
 
-def _per_sample(leaf: Any, size: int) -> bool:
+def _per_sample(leaf: object, size: int) -> TypeGuard[Tensor]:
     """Whether a leaf of x holds one integer for each sample, such as the lengths of sequences."""
-    integer = batched(leaf, size) and not (leaf.is_floating_point() or leaf.is_complex())
-    return bool(integer and leaf.dim() == 1)
+    return batched(leaf, size) and leaf.dim() == 1 and not (leaf.is_floating_point() or leaf.is_complex())
 
 
-def unlike(x: Any, size: int) -> bool:
+def unlike(x: Inputs, size: int) -> bool:
     """Whether samples differ in an integer of theirs, by which a network may sort them."""
     return any(_per_sample(leaf, size) and bool((leaf != leaf[0]).any()) for leaf in pytree.tree_leaves(x))
 
 
-def unlike_samples(x: Any, size: int, count: int) -> list[int]:
+def unlike_samples(x: Inputs, size: int, count: int) -> list[int]:
     """The first samples, or some that are in no order by an integer of theirs: least, greatest, least."""
     for leaf in pytree.tree_leaves(x):
         if _per_sample(leaf, size) and (leaf != leaf[0]).any():
@@ -38,10 +39,10 @@ def unlike_samples(x: Any, size: int, count: int) -> list[int]:
     return [i % size for i in range(count)]
 
 
-def select_samples(x: Any, size: int, index: list[int]) -> Any:
+def select_samples(x: Inputs, size: int, index: list[int]) -> object:
     """Some samples of x, without NaN."""
 
-    def pick(leaf: Any) -> Any:
+    def pick(leaf: object) -> object:
         if not batched(leaf, size):
             return leaf
         rows = leaf.detach()[torch.tensor(index, device=leaf.device)]
