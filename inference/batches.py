@@ -15,7 +15,8 @@ from pyro_bnn.inputs import LABELS, Data, Inputs, describe, inputs, integers_in,
 from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import undisturbed
 from pyro_bnn.network import batch_size as count_samples
-from pyro_bnn.perturb.probe import batched
+from pyro_bnn.perturb.probe import rows_belong_together, takes
+from pyro_bnn.perturb.samples import batched
 from pyro_bnn.sites import Program
 
 
@@ -180,14 +181,16 @@ def _check(model: Program, x: Inputs, y: Tensor) -> None:
 
 def _output_of_first(network: BayesianNetwork, x: Inputs, size: int) -> Tensor:
     """The output for the first sample of x, computed once for inputs of one shape."""
-    row = pytree.tree_map(lambda t: t[:1] if batched(t, size) else t, x)
+    row = pytree.tree_map(lambda t: t[[0, 0]] if batched(t, size) else t, x)  # two: .squeeze() would drop the axis
     key = tuple(t.shape for t in pytree.tree_leaves(row) if isinstance(t, Tensor))  # sequences differ in length
     examples: dict[object, Tensor] = network.__dict__.setdefault("_output_examples", {})
     if key not in examples:
         try:
             with undisturbed(network.core().net):
-                examples[key] = network.core()(row)
-        except RuntimeError as error:
+                examples[key] = network.core()(row)[:1]
+        except Exception as error:
+            if takes(network.core(), x):
+                raise rows_belong_together(error) from error
             if dtypes := integers_in(row):
                 error.add_note(
                     f"x holds integers ({', '.join(dtypes)}), which stay integers, as indices of embeddings must. A "

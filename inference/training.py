@@ -19,6 +19,8 @@ from pyro_bnn import display
 from pyro_bnn.inference.batches import Minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.progress import progress_bar
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import undisturbed
 from pyro_bnn.sites import Program
 
 #: What ``optim=`` takes, in every engine. See :func:`build_optimizer`.
@@ -47,6 +49,9 @@ class FitState:
         programs = {"model": display.name_of(self.model), "guide": display.name_of(self.guide)}
         return display.call(self, epoch=self.epoch, step=self.step, loss=self.loss, **programs)
 
+
+#: by which torch's message is known
+_ONE_VALUE = "Expected more than 1 value per channel"
 
 #: one that returns True ends the training
 Callback = Callable[[FitState], bool | None]
@@ -81,6 +86,7 @@ def train(
     :raises ValueError: when the checkpoint is damaged, or that of a run with other settings or more epochs.
     :raises OSError: when the checkpoint cannot be written.
     """
+    require_rows_for_statistics(run.model, batches)
     if checkpoint is not None:
         run.resume(checkpoint, epochs)
     run.remember()
@@ -125,6 +131,34 @@ def train_epoch(run: TrainingRun, batches: Minibatches, step: Step) -> float:
 def first_row(batches: Minibatches) -> object:
     """One row of x, from which a posterior knows what its inputs look like."""
     return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() else t, batches.first[0])
+
+
+def require_rows_for_statistics(model: Program, batches: Minibatches) -> None:
+    """Refuses data whose last batch has one row where batch normalisation needs several, before anything trains.
+
+    Whether it does depends on what else a layer averages over, so that one row is run as in training.
+
+    :raises ValueError: when torch refuses it.
+    """
+    if not isinstance(model, BayesianNetwork) or batches.size is None or not model.moving_layers():
+        return
+    y = batches.first[-1]
+    rows = len(y) if isinstance(y, Tensor) else 0
+    if batches.size - (batches.steps - 1) * rows != 1:
+        return
+    net = model.core().net
+    try:
+        with undisturbed(net):
+            net.train()
+            model.core()(first_row(batches))
+    except ValueError as error:
+        if _ONE_VALUE not in str(error):
+            raise
+        raise ValueError(
+            f"the last batch of every pass has one row, as {batches.size} rows in batches of {rows} leave, and batch "
+            f"normalisation has no variance of one row ({error}). Take another batch_size=, or a DataLoader with "
+            "shuffle=True and drop_last=True"
+        ) from error
 
 
 def require_epochs(epochs: int) -> None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bnn import display, priors
+from pyro_bnn.given.copying import unwrapped
+from pyro_bnn.given.fixed import has_spectral_norm, not_frozen, require_own_weights, require_random
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Likelihood
@@ -52,7 +54,8 @@ class Bella(BayesianNetwork):
     :param prior: of the elements of A and B themselves, in place of ``product_scale``; patterns match ``<weight>.A``,
         ``<weight>.B``, the weight or a module.
     :param select: which weights, see :func:`~pyro_bnn.selection.select_parameters`; by default all linear,
-        convolutional, attention and recurrent weights but those of depthwise convolutions.
+        convolutional, attention and recurrent weights but those of depthwise convolutions and those given with
+        ``requires_grad=False``.
     :param head: linear layers whose weight and bias belong to each particle, as in a new output layer; selected in the
         same way, with the prior ``head_prior``.
     :param affine: whether gains and biases of normalisation layers belong to each particle, or which of them, selected
@@ -92,7 +95,7 @@ class Bella(BayesianNetwork):
         self.prior = self._prior_of_factors(product_scale, prior)
         self.head_parameters = [] if head is None else self._find_head(head)
         self.affine_prior, self.affine_parameters = affine_prior, self._find_affine(affine)
-        self._chosen = self._find_weights(select)
+        self._chosen = self._find_weights(select, dict(unwrapped(net).named_parameters()))
         self.weights = [name for name in self._chosen if name not in self.head_parameters]
         parameters = self.core().parameters_by_name()
         self.priors: dict[str, Prior] = {}
@@ -122,18 +125,24 @@ class Bella(BayesianNetwork):
             raise ValueError(f"product_scale={sigma!r}: expected a positive number, of the elements of scale B A")
         return Normal(0.0, math.sqrt(sigma / (self.scale * math.sqrt(self.rank))))
 
-    def _find_weights(self, select: Select | None) -> list[str]:
+    def _find_weights(self, select: Select | None, given: dict[str, nn.Parameter]) -> list[str]:
+        """
+        :param given: the parameters of the network as it was given: in the copy, none takes a gradient.
+        """
         core = self.core()
         parameters = core.parameters_by_name()
         owners = {name: core.owner(name) for name in core.product_weights()}
         if select is not None:
             known = {n: parameters[n] for n, owner in owners.items() if not isinstance(owner, nn.Bilinear)}
-            return self.selected(select, known, what="weights")
+            return self.selected_random(select, known, what="weights")
+        require_own_weights(core.net)
         without = (nn.Embedding, nn.Bilinear)
         usual = [n for n, owner in owners.items() if not isinstance(owner, without) and not _is_depthwise(owner)]
         if not usual:
             raise ValueError("the network has no weights that take low-rank factors: name some with select=")
-        return usual
+        found = not_frozen({name: given[name] for name in usual}, "weights")
+        require_random(core.net, found)
+        return found
 
     def _find_head(self, head: Select) -> list[str]:
         core = self.core()
@@ -172,7 +181,7 @@ class Bella(BayesianNetwork):
         """Normalisation layers stay in eval mode: particles would move statistics that all of them share."""
         super().train(mode)
         for module in self.core().net.modules():
-            if isinstance(module, NORMALISATIONS):
+            if isinstance(module, NORMALISATIONS) or has_spectral_norm(module):
                 module.eval()
         return self
 

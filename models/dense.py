@@ -8,10 +8,12 @@ from typing import Unpack
 from torch import Tensor, nn
 
 from pyro_bnn import priors
+from pyro_bnn.given.fixed import not_frozen, require_random
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
+from pyro_bnn.perturb.probe import require_rows
 from pyro_bnn.priors import Normal, PriorLike
 from pyro_bnn.registry import storable
 from pyro_bnn.selection import Select
@@ -39,7 +41,7 @@ class Dense(BayesianNetwork):
     :param num_data: size N of the training set.
     :param prior: as for :class:`~pyro_bnn.models.Rank1`; ``loc=None`` means 0 here.
     :param select: which parameters are random, see :func:`~pyro_bnn.selection.select_parameters`; by default all except
-        those of normalisation layers.
+        those of normalisation layers and those with ``requires_grad=False``.
     :param chunk_size: how many members are vectorised at a time; ``None`` for all.
     :param options: see :class:`~pyro_bnn.model.NetworkOptions`.
     :raises ValueError: when ``select`` matches nothing, or a prior does not fit.
@@ -88,22 +90,25 @@ class Dense(BayesianNetwork):
             shape = parameters[name].shape
             value = latents[self.site(name)]
             weights[name] = value.expand(plates + shape).reshape((-1,) + shape)
-        return self.unfold(self.core().explicit(x, weights, self.chunk_size), lead)
+        f = self.core().explicit(x, weights, self.chunk_size)
+        require_rows(f[0], size)
+        return self.unfold(f, lead)
 
 
 def freeze_random(model: BayesianNetwork, select: Select | None) -> list[str]:
     """The names of the parameters that are random; they are frozen, and kept as starting values and for their shapes.
 
-    :param select: which ones; by default all except those of normalisation layers.
-    :raises ValueError: when there are none.
+    :param select: which ones; by default all except those of normalisation layers and those that the user froze.
+    :raises ValueError: when there are none, or one cannot be random; see :mod:`pyro_bnn.given.fixed`.
     """
     core = model.core()
     parameters = core.parameters_by_name()
     if select is None:
         norms = core.normalisation_parameters()
-        random = [n for n, p in parameters.items() if n not in norms and p.is_floating_point()]
+        random = not_frozen({n: p for n, p in parameters.items() if n not in norms}, "parameters")
+        require_random(core.net, random)
     else:
-        random = model.selected(select, parameters)
+        random = model.selected_random(select, parameters)
     if not random:
         raise ValueError("the network has no parameters to make random")
     for name in random:

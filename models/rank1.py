@@ -18,6 +18,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_bnn import priors
+from pyro_bnn.given.fixed import not_frozen, require_own_weights, require_random
 from pyro_bnn.guide import Family, MixtureGuide
 from pyro_bnn.inputs import Inputs, inputs
 from pyro_bnn.likelihoods import Likelihood
@@ -46,8 +47,9 @@ class Rank1(BayesianNetwork):
     :param num_data: size N of the training set.
     :param prior: prior of the factors: a class of :mod:`pyro_bnn.priors`, a Pyro distribution, a function
         ``(site name, tensor) -> distribution``, or a mapping of patterns (of weight or site names) to these.
-    :param select: which weights get factors, see :func:`~pyro_bnn.selection.select_parameters`; all by default.
-    :param member_bias: whether every component has biases of its own.
+    :param select: which weights get factors, see :func:`~pyro_bnn.selection.select_parameters`; all by default
+        but those with ``requires_grad=False``.
+    :param member_bias: whether every component has biases of its own, but for frozen ones.
     :param weight_prior: prior of W, elementwise; ``None`` for a flat one (use weight decay, or nothing, then).
     :param clip: factors are clipped to ``[-clip, clip]`` where the network uses them (the released code of the paper
         clips at 10, which matters for Cauchy draws); ``None`` for no clipping.
@@ -85,6 +87,8 @@ class Rank1(BayesianNetwork):
         example = None if example is None else inputs(example, self.like())
         consumed = None if example is None else core.consumed(example)
         known = core.product_weights()
+        if select is None:
+            require_own_weights(core.net)
         if consumed is None:
             candidates = {
                 n: parameters[n] for n in (known if select is None else parameters) if parameters[n].dim() > 1
@@ -98,9 +102,14 @@ class Rank1(BayesianNetwork):
             )
         norms = core.normalisation_parameters()
         candidates = {n: p for n, p in candidates.items() if n not in norms}
-        self.weights = list(candidates) if select is None else self.selected(select, candidates, what="weights")
+        if select is None:
+            self.weights = not_frozen(candidates, "weights")
+            require_random(core.net, self.weights)
+        else:
+            self.weights = self.selected_random(select, candidates, what="weights")
         self._complete = select is not None or example is not None
-        self.biases = core.biases_of(self.weights) if member_bias else []
+        biases = core.biases_of(self.weights) if member_bias else []
+        self.biases = [name for name in biases if parameters[name].requires_grad]
         self.priors: dict[str, Prior] = {}
         for weight in self.weights:
             for factor, size in zip("sr", self._sizes(weight, parameters[weight]), strict=True):
@@ -221,7 +230,8 @@ class Rank1(BayesianNetwork):
         core = self.core()
         norms = core.normalisation_parameters()
         parameters = core.parameters_by_name()
-        missed = [n for n in core.consumed(x) if n not in self.weights and n not in norms and parameters[n].dim() > 1]
+        left_out = norms | {n for n, p in parameters.items() if p.dim() < 2 or not p.requires_grad}
+        missed = [n for n in core.consumed(x) if n not in self.weights and n not in left_out]
         if missed:
             raise ValueError(
                 f"the network also uses {', '.join(map(repr, sorted(missed)))} in products, which module types do not "
@@ -238,10 +248,8 @@ class Rank1(BayesianNetwork):
         if self.weight_prior is None:
             return None
         parameters = self.core().parameters_by_name()
-        total = sum(
-            self.weight_prior.elements(0.0, parameters[n].detach(), None).log_prob(parameters[n]).sum()
-            for n in self.weights
-        )
+        weights = self.core().held({name: parameters[name] for name in self.weights})  # padding has no gradient
+        total = sum(self.weight_prior.elements(0.0, w.detach(), None).log_prob(w).sum() for w in weights.values())
         assert isinstance(total, Tensor)
         return total
 

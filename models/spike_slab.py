@@ -8,6 +8,8 @@ from typing import Unpack
 
 from torch import nn
 
+from pyro_bnn.given.copying import unwrapped
+from pyro_bnn.given.fixed import not_frozen
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.models.dense import Dense, DenseOptions
 from pyro_bnn.priors import Normal, PriorLike, SpikeAndSlab
@@ -42,7 +44,7 @@ class SpikeSlab(Dense):
         select: Select | None = None,
         **options: Unpack[DenseOptions],
     ) -> None:
-        parameters = {n: p for n, p in net.named_parameters() if p.is_floating_point()}
+        parameters = {n: p for n, p in unwrapped(net).named_parameters() if p.is_floating_point()}
         weights = "|".join(re.escape(n) for n, p in parameters.items() if p.dim() > 1)
         if isinstance(prior, Mapping) and bias_prior is not None or isinstance(bias_prior, Mapping):
             raise TypeError(
@@ -50,5 +52,5 @@ class SpikeSlab(Dense):
             )
         if not isinstance(prior, Mapping):
             prior = {weights: prior, ".*": bias_prior or Normal(0.0, 1.0)}
-        chosen = list(parameters) if select is None else select
+        chosen = not_frozen(dict(unwrapped(net).named_parameters()), "parameters") if select is None else select
         super().__init__(net, likelihood, num_data, prior=prior, select=chosen, **options)

@@ -52,6 +52,10 @@ class Likelihood:
     def require_outputs(self, f: Tensor, lead: int) -> None:
         """Raises ValueError when the network's output has too few axes."""
 
+    def arranged(self, f: Tensor, y: Tensor | None, lead: int) -> Tensor:
+        """The network's output with its axes in the order in which :meth:`distribution` reads them."""
+        return f
+
     def given(self, f: Tensor, y: Tensor | None, noise: Tensor | None = None, lead: int = 1) -> dist.TorchDistribution:
         """The distribution with all axes after the samples as event axes.
 
@@ -62,6 +66,7 @@ class Likelihood:
         if y is not None:
             self.require_dtype(y)
         self.require_outputs(f, lead)
+        given, f = f, self.arranged(f, y, lead)
         d = self.distribution(f, noise)
         events = len(d.batch_shape) - lead
         is_plain = y is None or y.dim() == events + len(d.event_shape)
@@ -71,7 +76,7 @@ class Likelihood:
         if y is not None and y.shape != expected:
             raise ValueError(
                 f"{type(self).__name__}: y has shape {tuple(y.shape)}; for a network output of shape "
-                f"{tuple(f.shape[lead - 1 :])} it should have {tuple(expected)}"
+                f"{tuple(given.shape[lead - 1 :])} it should have {tuple(expected)}"
             )
         return d.to_event(events) if events else d
 
@@ -94,6 +99,8 @@ def from_description(description: dict[str, Any]) -> Likelihood:
 
     :raises ValueError: when the description names no likelihood that is defined.
     """
+    if description.get("class") == "Categorical":
+        description = {"class_dim": -1, **description}  # what older versions took for granted
     return build_value(description, Likelihood, "likelihood")
 
 
@@ -104,10 +111,54 @@ def _require_finite(y: Tensor, name: str) -> None:
 
 @dataclass(frozen=True)
 class Categorical(Likelihood):
-    """``y ~ Categorical(softmax(f))``; f is ``[..., N, C]`` logits, y integers in ``0 ... C - 1``, ``[N]``."""
+    """``y ~ Categorical(softmax(f))``; f is ``[..., N, C]`` logits, y integers in ``0 ... C - 1``, ``[N]``.
 
+    Each sample may have many labels: y ``[N, T]`` of sequences has logits ``[N, T, C]``, y ``[N, H, W]`` of segmented
+    images logits ``[N, C, H, W]`` with ``class_dim=1``, as ``F.cross_entropy`` takes them. Probabilities have their
+    classes on the last axis in any case.
+
+    :param class_dim: the axis of the network's output that is over classes, counted as the network has it (axis 0 is
+        over samples) or from the end. ``None`` is the last one, and refuses labels that would fit axis 1 as well.
+    :raises ValueError: for axis 0.
+    """
+
+    class_dim: int | None = field(default=None, kw_only=True)
     kind = "classification"
     has_target_axis: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.class_dim is not None and (
+            not isinstance(self.class_dim, int) or isinstance(self.class_dim, bool) or self.class_dim == 0
+        ):
+            raise ValueError(
+                f"class_dim={self.class_dim!r}: expected the axis of the classes in the network's output, 1 for "
+                "[N, C, ...] or -1 for [N, ..., C]; axis 0 is over the samples"
+            )
+
+    def arranged(self, f: Tensor, y: Tensor | None, lead: int) -> Tensor:
+        """Classes last.
+
+        :raises ValueError: when the output has no such axis, or nothing tells which axis it is.
+        """
+        output = f.shape[lead - 1 :]
+        last, second = output[:-1], output[:1] + output[2:]
+        if self.class_dim is not None:
+            axis = self.class_dim % len(output) if self.class_dim < 0 else self.class_dim
+            if not -len(output) < self.class_dim < len(output):
+                raise ValueError(
+                    f"Categorical(class_dim={self.class_dim}): the network's output has shape {tuple(output)}, without "
+                    "such an axis behind that of the samples"
+                )
+            return f.movedim(lead - 1 + axis, -1)
+        if y is not None and len(output) > 2 and y.shape == second:
+            which = "its classes may be on axis 1 or on the last one" if second == last else "its classes are on axis 1"
+            raise ValueError(
+                f"Categorical: y has shape {tuple(y.shape)} and the network's output {tuple(output)}: {which}. Say "
+                "which: Categorical(class_dim=1) for [N, C, ...], as F.cross_entropy takes them, or class_dim=-1 for "
+                "[N, ..., C]"
+            )
+        return f
 
     def distribution(self, f: Tensor, noise: Tensor | None = None) -> dist.TorchDistribution:
         return dist.Categorical(logits=f)
@@ -126,11 +177,11 @@ class Categorical(Likelihood):
             )
 
     def check(self, y: Tensor, f: Tensor) -> None:
-        low, high = int(y.min()), int(y.max())
-        if low < 0 or high >= f.shape[-1]:
+        low, high, classes = int(y.min()), int(y.max()), self.arranged(f, None, 1).shape[-1]
+        if low < 0 or high >= classes:
             raise ValueError(
-                f"Categorical: y holds label {low if low < 0 else high}, but the network has {f.shape[-1]} outputs; "
-                f"labels must lie in 0 ... {f.shape[-1] - 1}"
+                f"Categorical: y holds label {low if low < 0 else high}, but the network has {classes} outputs; "
+                f"labels must lie in 0 ... {classes - 1}"
             )
 
 

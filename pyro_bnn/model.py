@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from pyro_bnn import display
+from pyro_bnn.given.copying import unwrapped
+from pyro_bnn.given.fixed import require_random, with_row_of
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Gaussian, Likelihood
 from pyro_bnn.modes import enter_mode
@@ -121,7 +123,8 @@ class BayesianNetwork(PyroModule):
         self.prefix = prefix
         self.members_dim = members_dim
         self.output = output
-        self._given = weakref.ref(net)  # whose modules users may name layers by; the model does not keep it alive
+        # whose modules users may name layers by; the model does not keep it alive
+        self._given = weakref.ref(unwrapped(net))
         self._constants: dict[str, tuple[object, dist.TorchDistribution]] = {}
 
     def arguments(self) -> dict[str, object]:
@@ -206,6 +209,29 @@ class BayesianNetwork(PyroModule):
         known: weakref.ref[nn.Module] | None = self.__dict__.get("_given")
         given = None if known is None else known()
         return select_parameters(select, candidates, self.core().net, given=given, option=option, what=what)
+
+    def selected_random(
+        self, select: Select, candidates: Mapping[str, Tensor], option: str = "select", what: str = "parameters"
+    ) -> list[str]:
+        """The same for parameters that are to be random.
+
+        :raises ValueError: also when one of them cannot be; see :mod:`pyro_bnn.given.fixed`.
+        """
+        names = self.selected(select, candidates, option, what)
+        require_random(self.core().net, names)
+        return names
+
+    def held(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Draws ``{site: [*lead, *event]}`` in which the rows of tables that are for padding do not vary.
+
+        They are not random: where the site of a whole table has values for them, these are of no effect.
+        """
+        core, found = self.core(), dict(draws)
+        for name, row in core.padding.items():
+            site, own = self.site(name), core.net.get_parameter(name)
+            if site in found:
+                found[site] = with_row_of(found[site], own, row)
+        return found
 
     # ---------------------------------------------------------------------------------- what a method defines
 

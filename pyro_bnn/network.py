@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,18 +12,18 @@ from torch.func import vmap
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
+from pyro_bnn.given.copying import copy_of
+from pyro_bnn.given.fixed import padding_rows, with_row_of
 from pyro_bnn.inputs import EXPECTED, Inputs, describe
 from pyro_bnn.modes import RunningStatistics, undisturbed
 from pyro_bnn.perturb import Layout, Perturb, Perturbation, Rank1Factors, Replacement, Use
 from pyro_bnn.perturb.probe import (
-    batched,
     check_fold,
     find_consumed,
     find_layouts,
     require_rows,
-    select_samples,
-    unlike,
 )
+from pyro_bnn.perturb.samples import batched, select_samples, unlike
 from pyro_bnn.perturb.substitution import Pass, Strays, find_slots
 from pyro_bnn.perturb.vectoriser import Vectoriser
 
@@ -73,7 +72,8 @@ def is_product_weight(module: nn.Module, name: str, parameter: Tensor) -> bool:
 class Network(nn.Module):
     """The model's own copy of a network. Weight ties are kept; the user's module is left alone.
 
-    :param net: any module; called as ``net(x)``, ``net(*x)`` for a tuple or list, ``net(**x)`` for a dict.
+    :param net: any module; called as ``net(x)``, ``net(*x)`` for a tuple or list, ``net(**x)`` for a dict. One inside
+        ``torch.compile`` or ``nn.DataParallel`` is taken out; see :mod:`pyro_bnn.given.copying`.
     :param output: which tensor to take when the network returns more than one: a key, an index, or a function. By
         default the ``logits`` of an output that has them, as those of transformers.
     :param share: whether the parameters keep the storage of the given ones and take no gradient, instead of being
@@ -82,13 +82,12 @@ class Network(nn.Module):
 
     def __init__(self, net: nn.Module, output: Output = None, share: bool = False) -> None:
         super().__init__()
-        if not isinstance(net, nn.Module):
-            raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
-        known = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in net.parameters()} if share else {}
-        self.net = copy.deepcopy(net, known)
+        self.net = copy_of(net, share)
         self.output = output
         self._slots = find_slots(self.net)
         self.register_load_state_dict_post_hook(_keep_ties)
+        #: the rows of tables that stay as they are whatever weights are given, see :mod:`pyro_bnn.given.fixed`
+        self.padding = padding_rows(self.net)
         self._layouts: dict[object, dict[Use, Layout]] = {}
         self._activations: dict[object, int] = {}
         #: kinds of passes that were looked at for what could not be right in them, which takes time
@@ -139,7 +138,7 @@ class Network(nn.Module):
         args, kwargs = (
             ((), x) if isinstance(x, dict) else (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
         )
-        this, training = Pass(self.net, self._slots, weights, mode), self.net.training
+        this, training = Pass(self.net, self._slots, self.held(weights), mode), self.net.training
         strays: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if weights and (training, len(weights)) not in self._inspected:
             parameters = self.parameters_by_name()
@@ -168,6 +167,15 @@ class Network(nn.Module):
             )
         return y
 
+    def held(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The same ``{parameter: [*lead, *shape]}`` in which rows for padding are those of the network itself."""
+        fixed = {name: self.net.get_parameter(name) for name in self.padding if name in weights}
+        rows = {name: with_row_of(weights[name], own, self.padding[name]) for name, own in fixed.items()}
+        return {**weights, **rows}
+
+    def _padded(self) -> frozenset[int]:
+        return frozenset(id(self.net.get_parameter(name)) for name in self.padding)
+
     def perturbed(self, x: Inputs, size: int, perturbations: dict[str, Perturbation], members: int) -> Tensor:
         """One pass in which every row has weights of its own: ``[members, size, ...]``.
 
@@ -182,7 +190,7 @@ class Network(nn.Module):
             folded = pytree.tree_map(lambda t: t.repeat(members, *[1] * (t.dim() - 1)) if batched(t, size) else t, x)
         by_id = {i: perturbations[name] for i, name in names.items()}
         with no_fused_attention():
-            y = self._run(folded, {}, Perturb(by_id, names, layouts, members, size))
+            y = self._run(folded, {}, Perturb(by_id, names, layouts, members, size, self._padded()))
         require_rows(y, members * size)
         return y.unflatten(0, (members, size))
 
@@ -201,7 +209,7 @@ class Network(nn.Module):
             neutral = {id(parameters[name]): _neutral(p) for name, p in chosen.items()}
             with no_fused_attention():
                 layouts = find_layouts(self, self.net, names, neutral, x, size)
-                check_fold(self, self.net, names, neutral, chosen, layouts, x, size)
+                check_fold(self, self.net, names, neutral, chosen, layouts, x, size, self._padded())
             self._layouts[key] = layouts
         return self._layouts[key]
 

@@ -22,7 +22,7 @@ from pyro_bnn.inputs import Inputs, inputs
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import training_mode, undisturbed
 from pyro_bnn.network import batch_size as count_samples
-from pyro_bnn.perturb.probe import select_samples
+from pyro_bnn.perturb.samples import select_samples
 from pyro_bnn.posterior import Prediction, storage
 from pyro_bnn.posterior.network_outputs import network_outputs
 from pyro_bnn.posterior.stored_draws import DrawsGuide

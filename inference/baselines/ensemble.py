@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyro_bnn.given.copying import copy_of, unwrapped
 from pyro_bnn.inference.baselines.point import Baseline
 from pyro_bnn.inputs import Data
 from pyro_bnn.posterior import Posterior
@@ -105,7 +105,7 @@ class DeepEnsemble(Baseline):
         if net is self.net:
             raise ValueError("build= returned the network itself: it must make a new one at every call")
         try:
-            copy.deepcopy(self.net).load_state_dict(net.state_dict())
+            copy_of(self.net).load_state_dict(unwrapped(net).state_dict())
         except RuntimeError as error:
             raise ValueError(f"build= makes a network that is not of the architecture of net: {error}") from None
         made = dict(net.named_parameters())
@@ -121,7 +121,7 @@ def _reset(net: nn.Module) -> nn.Module:
 
     :raises ValueError: when a parameter still has its old value, and that may not be the value that it starts with.
     """
-    net = copy.deepcopy(net)
+    net = copy_of(net)
     before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
     stuck = _unchanged_by_reset(net, before)
     if stuck:  # perhaps it was made from the very random state that it was reset from: that state has moved on now

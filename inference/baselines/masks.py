@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.modes import undisturbed
 from pyro_bnn.network import NORMALISATIONS, Network, batch_size, no_fused_attention
-from pyro_bnn.perturb.probe import select_samples
+from pyro_bnn.perturb.samples import select_samples
 
 _BY_CHANNEL = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.FeatureAlphaDropout)
 #: rows of the probe: a length that an axis other than that of the rows will hardly have

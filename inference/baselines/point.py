@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from pyro_bnn import display
+from pyro_bnn.given.copying import copy_of, unwrapped
 from pyro_bnn.inference.svi.fitting import fit
 from pyro_bnn.inputs import Data
 from pyro_bnn.likelihoods import Likelihood
@@ -39,14 +39,13 @@ class Baseline:
     output: Output = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.net, nn.Module):
-            raise TypeError(f"net must be a torch.nn.Module, got {type(self.net).__name__}")
+        net = unwrapped(self.net)
         if not isinstance(self.likelihood, Likelihood):
             raise TypeError(
                 f"{type(self).__name__} needs one of pyro_bnn.likelihoods, which says what it is trained for; got "
                 f"{self.likelihood!r}"
             )
-        if not any(is_trainable(name, p) for name, p in self.net.named_parameters()):
+        if not any(is_trainable(name, p) for name, p in net.named_parameters()):
             raise ValueError("the network has no parameter that requires a gradient: there is nothing to train")
         self._model()  # a prior or size that does not fit is an error here, and not after hours
 
@@ -91,7 +90,7 @@ def network_at(point: Posterior) -> nn.Module:
     model = point.model
     assert isinstance(model, Dense)
     values = point.draws(1)
-    net = copy.deepcopy(model.core().net)
+    net = copy_of(model.core().net)
     for name, parameter in net.named_parameters():
         if model.site(name) in values:
             parameter.data.copy_(values[model.site(name)][0, 0])

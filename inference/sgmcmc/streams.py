@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from pyro_bnn.inference.batches import Minibatches, minibatches
+from pyro_bnn.inference.training import require_rows_for_statistics
 from pyro_bnn.inputs import Data
 from pyro_bnn.sites import Program
 
@@ -36,6 +37,8 @@ class Streams:
     ) -> None:
         self.chains, self._arguments = chains, arguments
         self._batches: Minibatches | None = None if data is None else minibatches(model, data, batch_size)
+        if self._batches is not None:
+            require_rows_for_statistics(model, self._batches)
         if chains and isinstance(data, DataLoader) and data.persistent_workers:
             raise ValueError(
                 "every vectorised chain goes through the loader on its own, which persistent workers cannot serve: "

@@ -17,6 +17,7 @@ from pyro_bnn.models.dense import MeanFieldGuide, freeze_random
 from pyro_bnn.models.weight_sharing.codebook import Codebook
 from pyro_bnn.models.weight_sharing.deviations import rho_of
 from pyro_bnn.models.weight_sharing.storage.packed_codebook import describe_codebook, pack_codebook, unpack_codebook
+from pyro_bnn.perturb.probe import require_rows
 from pyro_bnn.priors import CodebookPrior, Normal, PriorLike
 from pyro_bnn.registry import storable
 from pyro_bnn.selection import Select
@@ -104,7 +105,9 @@ class SharedWeights(BayesianNetwork):
         z = weights.pop("codes")
         outliers = weights.pop("outliers", z[:, :0])
         weights |= zip(self._coded, self.book.weights_from_values(z, outliers), strict=True)
-        return self.unfold(self.core().explicit(x, weights, self.chunk_size), lead)
+        f = self.core().explicit(x, weights, self.chunk_size)
+        require_rows(f[0], size)
+        return self.unfold(f, lead)
 
     def forms(self) -> dict[str, Form]:
         return super().forms() | dict.fromkeys(self.random, "dense") | dict.fromkeys(self._coded, "codebook")

@@ -42,6 +42,7 @@ class Perturb(TorchFunctionMode):
     :param layouts: what :func:`pyro_bnn.perturb.probe.find_layouts` found.
     :param members: number of members M.
     :param rows: number of samples B in the batch; the folded batch has ``M * B`` rows.
+    :param padded: tables, by ``id``, whose row for padding is that of the table itself, without a perturbation.
     """
 
     def __init__(
@@ -51,8 +52,10 @@ class Perturb(TorchFunctionMode):
         layouts: dict[Use, Layout],
         members: int,
         rows: int,
+        padded: frozenset[int] = frozenset(),
     ) -> None:
         super().__init__()
+        self.padded = set(padded)
         self.perturbations = dict(perturbations)
         self.names = dict(names)
         self.layouts = layouts
@@ -73,6 +76,8 @@ class Perturb(TorchFunctionMode):
         """``tensor`` is a view or cast of the parameter ``source``: it carries a perturbation of its own."""
         self.perturbations[id(tensor)] = perturbation
         self.names[id(tensor)] = self.names[id(source)]
+        if id(source) in self.padded:
+            self.padded.add(id(tensor))
         self._derived.append(tensor)  # keeps the id from being given to another tensor during this pass
         return tensor
 

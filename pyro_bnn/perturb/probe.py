@@ -1,6 +1,6 @@
 """Where the samples are inside a network: one :class:`~pyro_bnn.perturb.Layout` for each use of a weight.
 
-The network is run on three samples, once as they are and then with one of them marked (NaN, or other integers). The
+The network is run on three samples, once as they are and then with one of them marked by other values. The
 entries of a tensor that change are those of the marked sample, and their pattern along an axis tells how the batch was
 flattened into it; comparing lengths would not do (a time-major and a batch-major flatten have the same lengths).
 What was found is then checked: a small batch folded with random perturbations must equal one run for each row with its
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from pyro_bnn.modes import undisturbed
 from pyro_bnn.perturb.factors import Perturbation, Rank1Factors, Replacement
 from pyro_bnn.perturb.layout import Layout, Use
 from pyro_bnn.perturb.mode import Perturb, consumed, is_product, passes_on, tensors
+from pyro_bnn.perturb.samples import batched, markings, select_samples, unlike_samples
+from pyro_bnn.perturb.steady import Steady
 
 _SAMPLES = 3  # of the probe: the smallest number for which period and run length of a flatten can both be read
 
@@ -31,11 +33,6 @@ _READ_NO_VALUES = {
     *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like),
     *(Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor),
 }
-
-
-def batched(leaf: object, size: int) -> TypeGuard[Tensor]:
-    """Whether a leaf of x carries the batch: a tensor whose leading axis has the batch's length."""
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
 
 
 def find_layouts(
@@ -56,14 +53,20 @@ def find_layouts(
     :raises RuntimeError: when the samples of the batch cannot be told apart where a weight is used.
     """
     base_x = select_samples(x, size, unlike_samples(x, size, _SAMPLES))
-    with undisturbed(net):
+    with undisturbed(net), Steady():
         base = _Recorder(neutral, names)
-        with base:
-            run(base_x)
+        try:
+            with base:
+                run(base_x)
+        except Exception as error:
+            if takes(run, base_x) or not takes(run, x):  # what a rule says, or the network of any input
+                raise
+            raise rows_belong_together(error) from error
         base.require_consumption()
         layouts: dict[Use, Layout] = {}
         failures: list[Exception] = []
-        for marks in _marks(base_x):
+        ran = False
+        for marked_at in markings(x, size, base_x, _SAMPLES):
             missing = [use for use in base.inputs if use not in layouts]
             if not missing:
                 break
@@ -72,16 +75,23 @@ def find_layouts(
                 for sample in (1, 2):
                     recorder = _Recorder(neutral, names)
                     with recorder:
-                        run(_mark(base_x, marks, sample))
+                        run(marked_at(sample))
                     marked.append(recorder.inputs)
             except Exception as error:  # this way of marking is not one that the network can run: the next may be
                 failures.append(error)
                 continue
+            ran = True
             for use in missing:
                 layout = _fit(base.inputs[use], [m.get(use) for m in marked])
                 if layout is not None:
                     layouts[use] = layout
         missing = [use for use in base.inputs if use not in layouts]
+        if missing and not ran:
+            raise RuntimeError(
+                f"where the samples are inside the network cannot be found: it raised {type(failures[0]).__name__} "
+                f"({failures[0]}) whenever one sample of its input had other values, also those of another sample. "
+                f"Let forward() take them, or use a model that needs no look inside, such as pb.models.Dense"
+            ) from failures[0]
         if missing:
             layouts |= _constant(run, net, names, neutral, x, size, base.inputs, missing, failures)
     return layouts
@@ -127,11 +137,37 @@ class _Recorder(Perturb):
             raise ValueError(
                 f"parameter {unused[0]!r} is random, but the network's forward pass never used it"
                 + (f" (nor {len(unused) - 1} others: {', '.join(unused[1:4])} ...)" if len(unused) > 1 else "")
-                + ". Leave it out with `select=`, or check that forward() reaches it."
+                + f". Check that forward() reaches it, or leave it out: {_remedy(unused[0])}"
             )
 
 
-def _name(function: object) -> str:
+def _remedy(parameter: str) -> str:
+    """How to make a parameter not random: biases follow the weights of their layers, which are what is selected."""
+    if parameter.rpartition(".")[2].startswith("bias"):
+        return "biases of all layers with `member_bias=False`, that of a `head=` by naming its weight alone"
+    return "with `select=`"
+
+
+def rows_belong_together(error: Exception) -> RuntimeError:
+    """What is said where a network takes a whole input but not some of its rows; ``error`` is what it raised."""
+    return RuntimeError(
+        f"the network takes its whole input, but not some rows of it ({type(error).__name__}: {error}): the rows "
+        "belong together, as the nodes of a graph do, and are no samples of their own. Make the whole one sample: x of "
+        "shape [1, rows, ...] and y [1, rows], with what ties the rows together (edges) inside the network, in "
+        "pb.models.Dense"
+    )
+
+
+def takes(net: Callable[..., Tensor], x: Any) -> bool:
+    """Whether a network runs on an input at all."""
+    try:
+        net(x)
+    except Exception:
+        return False
+    return True
+
+
+def _name(function: Any) -> str:
     """A torch function as its documentation calls it: the getter of a property has no name of its own."""
     name = torch.overrides.resolve_name(function)
     return name.removesuffix(".__get__") if name else getattr(function, "__name__", str(function))
@@ -159,7 +195,7 @@ def find_consumed(run: Callable[..., Tensor], net: nn.Module, x: Inputs, size: i
     """The names of all parameters that the network gives to a product with a rule."""
     finder = _Finder({id(p): name for name, p in net.named_parameters()})
     with undisturbed(net), finder:
-        run(select_samples(x, size, [0]))
+        run(select_samples(x, size, [0, 0]))  # two, as .squeeze() without an axis would take one away
     return finder.found
 
 
@@ -172,6 +208,7 @@ def check_fold(
     layouts: dict[Use, Layout],
     x: Inputs,
     size: int,
+    padded: frozenset[int] = frozenset(),
 ) -> None:
     """A folded batch of 2 members x 2 samples with random perturbations equals four runs with explicit weights.
 
@@ -179,11 +216,11 @@ def check_fold(
     :raises ValueError: when axis 0 of the network's output does not run over its rows.
     """
     pair = select_samples(x, size, unlike_samples(x, size, 2))
-    with undisturbed(net), _no_small_weights(net):
-        reason = _misfold(run, names, neutral, parameters, layouts, pair)
+    with undisturbed(net), _no_small_weights(net), Steady():
+        reason = _misfold(run, names, neutral, parameters, layouts, pair, padded)
         if reason is None:
             return
-        alone = {n: _misfold(run, names, neutral, {n: p}, layouts, pair) for n, p in parameters.items()}
+        alone = {n: _misfold(run, names, neutral, {n: p}, layouts, pair, padded) for n, p in parameters.items()}
         bad = [n for n, why in alone.items() if why is not None] or list(parameters)
     raise RuntimeError(
         f"rows with weights of their own for {', '.join(map(repr, bad[:5]))} do not give what the network gives with "
@@ -199,7 +236,8 @@ def require_rows(y: Tensor, rows: int) -> None:
     if y.shape[:1] != (rows,):
         raise ValueError(
             f"the network's output has shape {tuple(y.shape)}; its axis 0 must run over the {rows} rows of its input. "
-            "Pick or transpose it with `output=`."
+            "Pick or transpose it with `output=`"
+            + (", and give .squeeze() an axis: without one it takes away that of a single row." if rows == 1 else ".")
         )
 
 
@@ -209,7 +247,8 @@ def _misfold(
     neutral: dict[int, Perturbation],
     parameters: dict[str, Tensor],
     layouts: dict[Use, Layout],
-    pair: object,
+    pair: Any,
+    padded: frozenset[int],
 ) -> str | None:
     """What goes wrong in a folded batch in which ``parameters`` are perturbed and the others keep their values."""
     like = next(iter(parameters.values()))
@@ -227,7 +266,7 @@ def _misfold(
     folded = pytree.tree_map(lambda t: torch.cat([t, t]) if batched(t, 2) else t, pair)
     ids = {name: i for i, name in names.items()}
     try:
-        with Perturb(neutral | {ids[n]: p for n, p in perturbations.items()}, names, layouts, 2, 2):
+        with Perturb(neutral | {ids[n]: p for n, p in perturbations.items()}, names, layouts, 2, 2, padded):
             y = run(folded)
     except RuntimeError as error:
         return str(error)
@@ -237,7 +276,7 @@ def _misfold(
     for m in range(2):
         for b in range(2):
             weights = {n: p.explicit(parameters[n], m, b) for n, p in perturbations.items()}
-            alone = run(select_samples(pair, 2, [b]), weights)[0]
+            alone = run(select_samples(pair, 2, [b, b]), weights)[0]
             scale = alone.abs().max()
             if not torch.allclose(y[2 * m + b], alone, rtol=0, atol=float(tolerance * scale), equal_nan=True):
                 return "another output"
@@ -259,63 +298,6 @@ def _no_small_weights(net: nn.Module) -> Iterator[None]:
     finally:
         for p, value in zip(small, values, strict=True):
             p.copy_(value)
-
-
-def _per_sample(leaf: object, size: int) -> TypeGuard[Tensor]:
-    """Whether a leaf of x holds one integer for each sample, such as the lengths of sequences."""
-    return batched(leaf, size) and leaf.dim() == 1 and not (leaf.is_floating_point() or leaf.is_complex())
-
-
-def unlike(x: Inputs, size: int) -> bool:
-    """Whether samples differ in an integer of theirs, by which a network may sort them."""
-    return any(_per_sample(leaf, size) and bool((leaf != leaf[0]).any()) for leaf in pytree.tree_leaves(x))
-
-
-def unlike_samples(x: Inputs, size: int, count: int) -> list[int]:
-    """The first samples, or some that are in no order by an integer of theirs: least, greatest, least."""
-    for leaf in pytree.tree_leaves(x):
-        if _per_sample(leaf, size) and (leaf != leaf[0]).any():
-            low, high = int(leaf.long().argmin()), int(leaf.long().argmax())
-            return [low, high, low][:count]
-    return [i % size for i in range(count)]
-
-
-def select_samples(x: Inputs, size: int, index: list[int]) -> object:
-    """Some samples of x, without NaN."""
-
-    def pick(leaf: object) -> object:
-        if not batched(leaf, size):
-            return leaf
-        rows = leaf.detach()[torch.tensor(index, device=leaf.device)]
-        return torch.nan_to_num(rows) if rows.is_floating_point() else rows
-
-    return pytree.tree_map(pick, x)
-
-
-def _marks(x: Inputs) -> list[set[int]]:
-    """Which leaves to mark together: all, only those of floating point, then each alone."""
-    leaves = pytree.tree_leaves(x)
-    all_ = {i for i, leaf in enumerate(leaves) if batched(leaf, _SAMPLES)}
-    floats = {i for i in all_ if leaves[i].is_floating_point()}
-    ways = [all_, floats, *({i} for i in sorted(all_))]
-    return [way for i, way in enumerate(ways) if way and way not in ways[:i]]
-
-
-def _mark(x: Inputs, which: set[int], sample: int) -> object:
-    leaves, spec = pytree.tree_flatten(x)
-    leaves = list(leaves)
-    for i in which:
-        leaf = leaves[i].clone()
-        if leaf.is_floating_point() or leaf.is_complex():
-            leaf[sample] = torch.nan
-        elif leaf.dtype == torch.bool:
-            leaf[sample] = ~leaf[sample]
-        else:  # each integer becomes the next one that occurs, so that all stay valid
-            values = torch.unique(leaf)
-            other = values.roll(-1) if len(values) > 1 else torch.where(values == 0, 1, 0).to(values.dtype)
-            leaf[sample] = other[torch.searchsorted(values, leaf[sample].contiguous())]
-        leaves[i] = leaf
-    return pytree.tree_unflatten(leaves, spec)
 
 
 def _fit(base: Tensor, marked: list[Tensor | None]) -> Layout | None:

@@ -149,11 +149,13 @@ def _embedding(call: Call) -> Tensor:
 
 
 def _but_padding(call: Call, index: Tensor, y: Tensor) -> Tensor:
-    """The padding row of the table, factors and all, has no gradient."""
+    """The padding row of the table has no gradient, and no factors unless the table has another use."""
     padding = call.arguments.get("padding_idx")
     if padding is None:
         return y
-    return torch.where((index == padding % call.weight.shape[0]).unsqueeze(-1), y.detach(), y)
+    row = padding % call.weight.shape[0]
+    fixed = call.weight[row].to(y.dtype) if id(call.weight) in call.mode.padded else y
+    return torch.where((index == row).unsqueeze(-1), fixed.detach(), y)
 
 
 _TRANSPOSES: tuple[object, ...] = (

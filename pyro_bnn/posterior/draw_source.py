@@ -99,7 +99,8 @@ class DrawSource:
         for start, size, own_seed in self._plan(n, seed):
             if self.stored is not None:
                 index = torch.linspace(0, len(self.stored) - 1, n).round().long()[start : start + size]
-                yield {name: value[index.to(value.device)] for name, value in self.stored.draws().items()}, index
+                draws = {name: value[index.to(value.device)] for name, value in self.stored.draws().items()}
+                yield self._held(draws), index
             else:
                 yield self._values(size, self._trace(size, own_seed, example)), None
 
@@ -154,15 +155,20 @@ class DrawSource:
         """``{site: [n, members, *event]}``."""
         model, values = self.model, [_latents(trace) for trace in traces]
         if not self._vectorises:
-            return with_members(model, {name: torch.stack([v[name] for v in values]) for name in values[0]})
+            stacked = {name: torch.stack([v[name] for v in values]) for name in values[0]}
+            return self._held(with_members(model, stacked))
         assert isinstance(model, BayesianNetwork)
         shapes = {s.name: s.shape for s in model.sites()}
         plates = (n,) + (1,) * -model.members_dim
-        return {
+        draws = {
             name: v.expand(torch.broadcast_shapes(v.shape, plates + shapes[name])).reshape((n, -1) + shapes[name])
             for name, v in values[0].items()
             if name in shapes
         }
+        return self._held(draws)
+
+    def _held(self, draws: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.model.held(draws) if isinstance(self.model, BayesianNetwork) else draws
 
 
 def in_groups(n: int, elements: int, seed: int | None = None) -> Iterator[tuple[int, int, int | None]]:

@@ -9,7 +9,7 @@ from torch.utils import _pytree as pytree
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size as count_samples
-from pyro_bnn.perturb.probe import batched
+from pyro_bnn.perturb.samples import batched
 from pyro_bnn.posterior import draw_source
 
 

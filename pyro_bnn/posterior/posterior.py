@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pyro.infer import MCMC
 from torch import Tensor, nn
 
 from pyro_bnn import display
+from pyro_bnn.given.copying import copy_of
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import Inputs, inputs, require_finite, targets
 from pyro_bnn.likelihoods import Likelihood
@@ -380,9 +380,9 @@ class Posterior:
 
 def _plain_network(model: BayesianNetwork, latents: dict[str, Tensor]) -> nn.Module:
     """A copy of the network as it lies in the model, with the weights of one draw of one member."""
-    net = copy.deepcopy(model.core().net).eval().requires_grad_()
+    net = copy_of(model.core().net).eval().requires_grad_()
     parameters = dict(net.named_parameters())
-    for name, value in model.weights_of(latents).items():
+    for name, value in model.core().held(model.weights_of(latents)).items():
         parameters[name].data.copy_(value)
     return net
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from pyro_bnn import likelihoods, priors
 from pyro_bnn.files import alone_in, digest_of, read_json, replacing_folder, require_seal, sealed, write_tensors
+from pyro_bnn.given.copying import unwrapped
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork
@@ -138,7 +139,7 @@ def write(
 def tensors_of(model: BayesianNetwork, guide: MixtureGuide | DrawsGuide) -> dict[str, Tensor]:
     """What is written as numbers: of the network, of the guide, and of the model beside these."""
     net = model.core().net
-    implied = set(_implied(model, guide))
+    implied = _implied(model, guide).keys() - model.core().padding.keys()  # a row of these is not random
     network = {name: value for name, value in [*net.named_parameters(), *_kept_buffers(net)] if name not in implied}
     own = guide.tensors() if isinstance(guide, MixtureGuide) else dict(guide.named_buffers())
     parts = {"network": network, "guide": own, "model": model.tensors()}
@@ -162,7 +163,7 @@ def read(
     :raises FileNotFoundError: when there is nothing at ``path``.
     :raises ValueError: when it is no posterior, is damaged, was written by a newer version, or is for another network.
     """
-    path = Path(path)
+    path, net = Path(path), unwrapped(net)
     if not path.exists():
         raise FileNotFoundError(f"there is no posterior at {path}")
     content, tensors = _contents(path)

@@ -25,7 +25,7 @@ from pyro_bnn.inputs import (
 )
 from pyro_bnn.model import like_of
 from pyro_bnn.network import batch_size as count_rows
-from pyro_bnn.perturb.probe import batched
+from pyro_bnn.perturb.samples import batched
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior

@@ -1,0 +1,115 @@
+"""Samples of an input: some of them taken, and one of them marked by other values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from pyro_bnn.inputs import Inputs
+
+#: how many samples of an input are looked at for one that differs
+_DONORS = 16
+
+
+def batched(leaf: object, size: int) -> TypeGuard[Tensor]:
+    """Whether a leaf of x carries the batch: a tensor whose leading axis has the batch's length."""
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
+
+
+def _per_sample(leaf: object, size: int) -> TypeGuard[Tensor]:
+    """Whether a leaf of x holds one integer for each sample, such as the lengths of sequences."""
+    return batched(leaf, size) and leaf.dim() == 1 and not (leaf.is_floating_point() or leaf.is_complex())
+
+
+def unlike(x: Inputs, size: int) -> bool:
+    """Whether samples differ in an integer of theirs, by which a network may sort them."""
+    return any(_per_sample(leaf, size) and bool((leaf != leaf[0]).any()) for leaf in pytree.tree_leaves(x))
+
+
+def unlike_samples(x: Inputs, size: int, count: int) -> list[int]:
+    """The first samples, or some that are in no order by an integer of theirs: least, greatest, least."""
+    for leaf in pytree.tree_leaves(x):
+        if _per_sample(leaf, size) and (leaf != leaf[0]).any():
+            low, high = int(leaf.long().argmin()), int(leaf.long().argmax())
+            return [low, high, low][:count]
+    return [i % size for i in range(count)]
+
+
+def select_samples(x: Inputs, size: int, index: list[int]) -> object:
+    """Some samples of x, without NaN."""
+
+    def pick(leaf: object) -> object:
+        if not batched(leaf, size):
+            return leaf
+        rows = leaf.detach()[torch.tensor(index, device=leaf.device)]
+        return torch.nan_to_num(rows) if rows.is_floating_point() else rows
+
+    return pytree.tree_map(pick, x)
+
+
+def markings(x: Any, size: int, base: Any, count: int) -> list[Callable[[int], Any]]:
+    """Ways to change one sample of ``base`` alone, each ``sample -> input``; those first that no network refuses.
+
+    A network may check what it is given: that numbers are finite and in a range, that every sequence has its end. So
+    a sample first gets the values of another one of x, or its own in another order, and only then such as no sample
+    has: NaN, which reaches furthest, and other integers; in all tensors, in those of floating point, in each alone.
+
+    :param x: an input with ``size`` samples.
+    :param base: ``count`` samples of it.
+    """
+    leaves = pytree.tree_leaves(base)
+    all_ = {i for i, leaf in enumerate(leaves) if batched(leaf, count)}
+    floats = {i for i in all_ if leaves[i].is_floating_point()}
+    groups = [all_, floats, *({i} for i in sorted(all_))]
+    groups = [group for i, group in enumerate(groups) if group and group not in groups[:i]]
+    foreign = [lambda sample, group=group: _changed(base, group, sample, _foreign) for group in groups]
+    return [
+        lambda sample: _as_another(base, count, x, size, sample),
+        *foreign,
+        lambda sample: _changed(base, all_, sample, _reordered),
+    ]
+
+
+def _as_another(base: Any, count: int, x: Any, size: int, sample: int) -> Any:
+    """With the values of the first sample of x that differs in every tensor, or in most."""
+    rows = list(range(min(size, _DONORS)))
+    own = [leaf[sample] for leaf in pytree.tree_leaves(base) if batched(leaf, count)]
+    every = select_samples(x, size, rows)
+    given = [leaf for leaf in pytree.tree_leaves(every) if batched(leaf, len(rows))]
+    unlike_own = [sum(bool((leaf[row] != mine).any()) for leaf, mine in zip(given, own, strict=True)) for row in rows]
+    donor = unlike_own.index(max(unlike_own))
+
+    def put(leaf: Any, source: Any) -> Any:
+        if not batched(leaf, count):
+            return leaf
+        changed = leaf.clone()
+        changed[sample] = source[donor]
+        return changed
+
+    return pytree.tree_map(put, base, every)
+
+
+def _changed(base: Any, which: set[int], sample: int, change: Callable[[Tensor, int], Tensor]) -> Any:
+    leaves, spec = pytree.tree_flatten(base)
+    for i in which:
+        own, leaves[i] = leaves[i], leaves[i].clone()
+        leaves[i][sample] = change(own, sample)
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def _foreign(leaf: Tensor, sample: int) -> Tensor:
+    if leaf.is_floating_point() or leaf.is_complex():
+        return torch.full_like(leaf[sample], torch.nan)
+    if leaf.dtype == torch.bool:
+        return ~leaf[sample]
+    values = torch.unique(leaf)  # each integer becomes the next one that occurs, so that all stay valid
+    other = values.roll(-1) if len(values) > 1 else torch.where(values == 0, 1, 0).to(values.dtype)
+    return other[torch.searchsorted(values, leaf[sample].contiguous())]
+
+
+def _reordered(leaf: Tensor, sample: int) -> Tensor:
+    return leaf[sample].flatten().roll(1).view_as(leaf[sample])
