@@ -125,8 +125,8 @@ def _workspace(folder: Path, name: str) -> Iterator[Path]:
     try:
         yield workspace
     finally:
+        _remove(workspace)
         os.close(lock)
-        shutil.rmtree(workspace, ignore_errors=True)
 
 
 def _hold(lock: int, wait: bool) -> bool:
@@ -150,8 +150,19 @@ def _sweep(folder: Path, name: str) -> None:
                 workspace.rmdir()  # killed before it had a lock, and so empty
             continue
         if _hold(lock, wait=False):
-            shutil.rmtree(workspace, ignore_errors=True)
+            _remove(workspace)
         os.close(lock)
+
+
+def _remove(workspace: Path) -> None:
+    """Removes all of it, the lock last: a kill in between leaves what the next sweep knows for a leftover."""
+    with contextlib.suppress(OSError):
+        for child in workspace.iterdir():
+            if child.is_dir():
+                shutil.rmtree(child, ignore_errors=True)
+            elif child.name != _LOCK:
+                child.unlink(missing_ok=True)
+    shutil.rmtree(workspace, ignore_errors=True)
 
 
 def _permit(workspace: Path) -> None:
@@ -226,10 +237,10 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file of JSON; where it is sealed, it is as it was written.
+    """The object in a file of JSON.
 
     :raises OSError: when the file cannot be read.
-    :raises ValueError: when it does not hold one, or its digest is wrong.
+    :raises ValueError: when it does not hold one.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -237,6 +248,4 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{str(path)!r} is not JSON ({error}): it is damaged, or no file of pyro_bnn") from error
     if not isinstance(content, dict):
         raise ValueError(f"{str(path)!r} holds {type(content).__name__}, expected an object with names")
-    if "digest" in content:
-        require_seal(content, path)
     return content

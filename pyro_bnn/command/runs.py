@@ -22,7 +22,7 @@ import pyro_bnn as pb
 from pyro_bnn.command.data import Encoding, Task, load_task
 from pyro_bnn.command.options import Options
 from pyro_bnn.command.recipes import Fitted, Metrics, Trained, build_network
-from pyro_bnn.files import read_json, replacing, sealed, write_json
+from pyro_bnn.files import read_json, replacing, require_seal, sealed, write_json
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS
 
 RUN_FORMAT = 1
@@ -106,6 +106,8 @@ def read(folder: Path) -> Run:
     config = read_json(path)
     if config.get("format") != RUN_FORMAT:
         raise ValueError(f"{str(path)!r} has format {config.get('format')!r}, this version reads format {RUN_FORMAT}")
+    if "digest" in config:  # runs of before have none
+        require_seal(config, path)
     try:
         encoding = Encoding.from_json(config["encoding"])
         return Run(folder, Options(**config["options"]), tuple(config["in_shape"]), encoding)

@@ -299,7 +299,7 @@ def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} is not a posterior: it has no {_JSON}. Give the folder that posterior.save() wrote")
     content = read_json(file)
     version = _version(content, file)
-    if version >= _FIRST_SEALED:
+    if version >= _FIRST_SEALED or "digest" in content:
         require_seal(content, file)
     tensors, metadata = _read_tensors(path / _TENSORS)
     if metadata.get(_REPLACES) == _digest_of_file(file):
