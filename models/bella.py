@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bnn import display, priors
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
@@ -275,6 +276,7 @@ class ParticleGuide(MixtureGuide):
     :raises ValueError: for an unknown ``init``, or an odd rank with ``"orthogonal"``.
     """
 
+    @one_at_a_time
     def __init__(self, model: Bella, particles: int = 5, *, init: Init = "gaussian", init_scale: float = 1e-2) -> None:
         if not isinstance(model, Bella):
             raise TypeError(f"ParticleGuide takes a pyro_bnn.models.Bella, got {type(model).__name__}")

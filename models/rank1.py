@@ -18,6 +18,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_bnn import priors
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import Family, MixtureGuide
 from pyro_bnn.inputs import inputs
 from pyro_bnn.likelihoods import Likelihood
@@ -347,6 +348,7 @@ class Rank1Guide(MixtureGuide):
     :raises ValueError: when ``components < 1`` or a rate is not in (0, 1).
     """
 
+    @one_at_a_time
     def __init__(
         self,
         model: Rank1,

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyro_bnn.entry.threads import one_at_a_time
+
 
 def device_of(program: Any) -> torch.device:
     """Where a Pyro program has its parameters; the processor for one without."""
@@ -19,7 +21,7 @@ def device_of(program: Any) -> torch.device:
 @contextlib.contextmanager
 def forked(device: torch.device) -> Iterator[None]:
     """Inside, random numbers on the processor and on the device leave no trace outside."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with one_at_a_time, torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
 
@@ -36,7 +38,10 @@ def seeded(device: torch.device, seed: int | None) -> Iterator[None]:
 
 def some_seed(seed: int | None) -> int:
     """The seed that was given, or one from torch's global generator: for what must use the same draws several times."""
-    return int(torch.randint(2**31, ())) if seed is None else seed
+    if seed is not None:
+        return seed
+    with one_at_a_time:  # a draw in between would change what another thread draws from its seed
+        return int(torch.randint(2**31, ()))
 
 
 def derive_seeds(seed: int | None, count: int) -> list[int | None]:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_bnn import display
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.svi.elbo import MixtureELBO
 from pyro_bnn.inputs import inputs
@@ -145,6 +146,7 @@ class Summary:
         return ["layer", "type", "weight", "form", "prior", *counts], [*rows, ["all", "", "", "", "", *sums]]
 
 
+@one_at_a_time
 def summary(
     model: BayesianNetwork, guide: nn.Module | None = None, *, batch_size: int = 128, example: Any = None
 ) -> Summary:

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.baselines.masks import Masks, dropout_modules, find_masks, mask_shape
 from pyro_bnn.inference.baselines.point import Baseline, network_at
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import settle
 from pyro_bnn.network import Network, Output, no_fused_attention
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.priors import Normal, PriorLike
@@ -65,6 +67,7 @@ class MCDropout(Baseline):
         if everything is not None:
             raise ValueError(f"the dropout {everything!r} has p=1 and drops everything: choose p below 1")
 
+    @one_at_a_time
     def fit(
         self, data: Any, *, epochs: int = 0, batch_size: int = 128, seed: int | None = None, **options: Any
     ) -> Posterior:
@@ -85,7 +88,9 @@ class MCDropout(Baseline):
             first = minibatches(point.model, data, batch_size).first
         masks = find_masks(Network(net, self.output, share=True), first[0])
         model = DropoutNetwork(net, self.likelihood, self.num_data, masks=masks, prior=self.prior, output=self.output)
-        return Posterior(model, DropoutGuide(model, noise), losses=point.losses)
+        guide = DropoutGuide(model, noise)
+        settle(model, guide)
+        return Posterior(model, guide, losses=point.losses)
 
 
 @storable

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.baselines.point import Baseline
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import derive_seeds, device_of, seeded
@@ -51,6 +52,7 @@ class DeepEnsemble(Baseline):
     def repr_arguments(self) -> dict[str, object]:
         return super().repr_arguments() | {"num_networks": self.num_networks}
 
+    @one_at_a_time
     def fit(
         self,
         data: Any,

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 from torch.distributions.transforms import ReshapeTransform
 
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.baselines.point import Baseline, network_at
 from pyro_bnn.inference.batches import Minibatches, minibatches
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.models.dense import Dense
-from pyro_bnn.modes import undisturbed
+from pyro_bnn.modes import settle, undisturbed
 from pyro_bnn.network import Network, Output
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.priors import Normal
@@ -77,6 +78,7 @@ class LastLayerLaplace(Baseline):
     def repr_arguments(self) -> dict[str, object]:
         return super().repr_arguments() | ({"prior": None} if self._chooses else {})
 
+    @one_at_a_time
     def fit(
         self, data: Any, *, epochs: int = 0, batch_size: int = 128, seed: int | None = None, **options: Any
     ) -> Posterior:
@@ -118,7 +120,9 @@ class LastLayerLaplace(Baseline):
         precision = curvature + torch.eye(len(mean)).to(curvature) / model.prior.scale**2
         scale_tril = root_of_inverse(precision)
         self.log_evidence = log_likelihood + log_evidence(mean.to(scale_tril), scale_tril, model.prior)
-        return Posterior(model, LaplaceGuide(model, mean, scale_tril.to(mean), noise), losses=point.losses)
+        guide = LaplaceGuide(model, mean, scale_tril.to(mean), noise)
+        settle(model, guide)
+        return Posterior(model, guide, losses=point.losses)
 
     def _curvature(self, model: Dense, layer: str, batches: Minibatches, noise: Tensor | None) -> tuple[Tensor, float]:
         """``sum_n Lambda_n kron phi_n phi_n^T`` in the order of the parameters, and the log-likelihood, over T both."""

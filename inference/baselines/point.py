@@ -12,6 +12,7 @@ from pyro_bnn import display
 from pyro_bnn.inference.svi.fitting import fit
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.models.dense import Dense, PointGuide
+from pyro_bnn.modes import settle
 from pyro_bnn.network import Output
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.priors import Normal, PriorLike
@@ -78,6 +79,7 @@ class Baseline:
                 f"{self.likelihood!r} learns its noise, and nothing is trained with epochs=0: give epochs=, or the "
                 "standard deviation of the noise as scale="
             )
+        settle(model, guide)
         return Posterior(model, guide)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.baselines.point import Baseline
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.svi.fitting import fit
@@ -113,6 +114,7 @@ class SWAG(Baseline):
     def repr_arguments(self) -> dict[str, object]:
         return super().repr_arguments() | {"rank": self.rank}
 
+    @one_at_a_time
     def fit(
         self,
         data: Any,

@@ -17,12 +17,15 @@ from pyro.infer import MCMC
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.progress import progress_bar
 from pyro_bnn.inference.sgmcmc.sghmc import SGHMC
+from pyro_bnn.modes import settle
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import device_of, seeded
 
 
+@one_at_a_time
 def sample(
     kernel: MCMCKernel,
     num_samples: int,
@@ -62,6 +65,7 @@ def sample(
         stack.enter_context(seeded(device_of(model), seed))
         if isinstance(kernel, SGHMC):
             draws, statistics = _run(kernel, num_samples, warmup_steps, num_chains, args, stream, progress)
+            settle(model)
             posterior = Posterior.from_draws(model, draws, num_chains, statistics)
             posterior.sampler = _temperatures(kernel)
             return posterior
@@ -69,6 +73,7 @@ def sample(
             raise ValueError(f"stream= goes with SGHMC; {type(kernel).__name__} keeps its draws in memory")
         mcmc = MCMC(kernel, num_samples, warmup_steps, num_chains=num_chains, disable_progbar=not progress)
         mcmc.run(*args)
+    settle(model)
     return Posterior.from_mcmc(mcmc, model)
 
 

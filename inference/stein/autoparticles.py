@@ -13,6 +13,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_bnn import display
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.potential import Potential
 
 #: standard deviation of unconstrained coordinates at ``init="small"``
@@ -56,6 +57,7 @@ class AutoParticles(PyroModule):
         start = "given" if isinstance(self.init, dict) else self.init
         return display.call(self, model=model, particles=self.num_members, init=start)
 
+    @one_at_a_time
     def setup(self, *args: Any, **kwargs: Any) -> Potential:
         """Finds the sites and the starting points; later calls change nothing."""
         if self.potential is not None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.potential import LogJoint
 from pyro_bnn.inference.stein.particles import RandomState, Segment
@@ -230,5 +231,6 @@ def _rows(outputs: list[Tensor], n: int) -> Tensor:
 def _inside_an_engine(train: bool) -> Iterator[None]:
     """Where the model runs: unseen by outer handlers, and with Pyro's parameter store as the user will find it."""
     store = pyro.get_param_store()
-    with poutine.block(), pyro.validation_enabled(False), training_mode(train), store.scope(store.get_state()):
-        yield
+    with one_at_a_time, store.scope(store.get_state()):
+        with poutine.block(), pyro.validation_enabled(False), training_mode(train):
+            yield

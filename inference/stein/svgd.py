@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
 from pyro_bnn import display
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
@@ -26,6 +27,7 @@ from pyro_bnn.inference.stein.particles import AnyParticles, Segment
 from pyro_bnn.inference.stein.positions import Positions
 from pyro_bnn.inference.training import Callback, Optim, build_optimizer, first_row, require_epochs, train
 from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import keeping_modes, settle
 from pyro_bnn.network import batch_size
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import device_of, seeded
@@ -169,6 +171,7 @@ class SVGD:
         self.steps = 0
         self._parts: _Parts | None = None
 
+    @one_at_a_time
     def setup(self, *args: Any) -> None:
         """Makes particles, kernels and optimiser, from what the model is called with; later calls change nothing."""
         self._set_up(args)
@@ -193,6 +196,7 @@ class SVGD:
         names = ("kernel", "space", "scope", "method", "repulsion", "annealing", "lr", "steps")
         return display.call(self, **programs, **{name: getattr(self, name) for name in names})
 
+    @one_at_a_time
     def step(self, *args: Any) -> float:
         """One update on what the model is called with; the mean of U over the particles, before it, per datum.
 
@@ -237,6 +241,7 @@ class SVGD:
         self.steps += 1
         return float(energies.mean()) / size
 
+    @one_at_a_time
     def fit(
         self,
         data: DataLoader[Any] | Dataset[Any] | tuple[Any, Tensor],
@@ -274,6 +279,7 @@ class SVGD:
             return self.step(*batch)
 
         with contextlib.ExitStack() as stack:
+            stack.enter_context(keeping_modes(self.model, self.guide))
             stack.enter_context(seeded(device_of(self.model), seed))
             particles, optimizer, _ = self._set_up(batches.first)
             scheduler = None
@@ -299,6 +305,7 @@ class SVGD:
                 self.steps = run.remembered_step
                 raise
             self.steps = run.step
+        settle(self.model, self.guide)
         if isinstance(self.guide, AutoParticles):
             posterior = Posterior.from_draws(self.model, self.guide.particles(), is_sampled=False)
             posterior.losses = list(run.losses)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
@@ -23,11 +24,12 @@ from pyro_bnn.inference.schedules import Schedule
 from pyro_bnn.inference.svi.elbo import MixtureELBO, ScaleLatents
 from pyro_bnn.inference.training import Callback, Optim, Step, build_optimizer, first_row, require_epochs, train
 from pyro_bnn.model import BayesianNetwork
-from pyro_bnn.modes import training_mode
+from pyro_bnn.modes import keeping_modes, settle, training_mode
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import device_of, seeded
 
 
+@one_at_a_time
 def fit(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -83,6 +85,7 @@ def fit(
     require_epochs(epochs)
     batches = minibatches(model, data, batch_size)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(keeping_modes(model, guide))
         stack.enter_context(seeded(device_of(model), seed))
         store = stack.enter_context(pyro.get_param_store().scope())
         parameters = _initialise(model, guide, batches.first)
@@ -102,8 +105,9 @@ def fit(
             progress=progress,
             checkpoint=checkpoint,
         )
-        modules = isinstance(model, nn.Module) and isinstance(guide, nn.Module)
-        return Posterior(model, guide, losses=run.losses, example=first_row(batches), store=None if modules else store)
+    settle(model, guide)
+    modules = isinstance(model, nn.Module) and isinstance(guide, nn.Module)
+    return Posterior(model, guide, losses=run.losses, example=first_row(batches), store=None if modules else store)
 
 
 def _elbo_step(objective: ELBO, size: int | None, annealing: float, clip_norm: float | None) -> Step:

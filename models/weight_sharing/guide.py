@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import SMALLEST_SCALE, MixtureGuide
 from pyro_bnn.model import Form
 from pyro_bnn.models.dense import Dense, MeanFieldGuide
@@ -51,6 +52,7 @@ class CodebookGuide(MixtureGuide):
     :raises ValueError: for NaN in the weights, more codes than distinct weights, or numbers out of range.
     """
 
+    @one_at_a_time
     def __init__(
         self,
         model: Dense,

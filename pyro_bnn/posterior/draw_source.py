@@ -10,12 +10,13 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import inputs
 from pyro_bnn.model import BayesianNetwork, like_of
-from pyro_bnn.modes import training_mode
+from pyro_bnn.modes import keeping_modes, settle, training_mode
 from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.randomness import derive_seeds, device_of, seeded
 
@@ -46,9 +47,6 @@ class DrawSource:
         self, model: Callable[..., Any], guide: Callable[..., Any], example: Any = None, store: Any = None
     ) -> None:
         self.model, self.guide, self.example, self.store = model, guide, example, store
-        for program in (model, guide):
-            if isinstance(program, nn.Module):
-                program.eval()
 
     @property
     def stored(self) -> DrawsGuide | None:
@@ -121,8 +119,17 @@ class DrawSource:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Where guide and model run: without gradients, in eval mode, with the parameters they were trained with."""
-        with torch.no_grad(), training_mode(False), pyro.get_param_store().scope(self.store):
+        """Where guide and model run: without gradients, in eval mode, with the parameters they were trained with.
+
+        Their modes, those of Pyro and its parameter store are afterwards as before; other threads wait.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(one_at_a_time)
+            stack.enter_context(keeping_modes(self.model, self.guide))
+            settle(self.model, self.guide)
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(training_mode(False))
+            stack.enter_context(pyro.get_param_store().scope(self.store))
             yield
 
     def _plan(self, n: int, seed: int | None) -> Iterator[tuple[int, int, int | None]]:

@@ -14,10 +14,11 @@ from pyro.infer import MCMC
 from torch import Tensor, nn
 
 from pyro_bnn import display
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import inputs, require_finite, targets
 from pyro_bnn.model import BayesianNetwork, like_of
-from pyro_bnn.modes import evaluating
+from pyro_bnn.modes import evaluating, settle
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.posterior import foreign, storage
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS, DrawSource, with_members
@@ -34,6 +35,9 @@ from pyro_bnn.sparsity.sparsify import network_of_draw, sparsify, with_weight_si
 
 class Posterior:
     """An approximate posterior of a Pyro model, whatever engine it came from.
+
+    Any number of threads may use one: what runs Pyro waits until no other thread does, as Pyro and torch's random state
+    are the whole process's. Model and guide stay in the modes that they are in, so that they may still be in training.
 
     :param model: a model of this package, or any Pyro model (``predict`` then needs ``return_site=``).
     :param guide: a Pyro guide for it: ours, an AutoGuide or a function.
@@ -112,6 +116,7 @@ class Posterior:
     def guide(self) -> Callable[..., Any]:
         """A Pyro guide that gives one draw a call: ``Predictive(model, guide=posterior.guide, num_samples=...)``.
 
+        It is in eval mode, as engines leave it, unless it was given in train mode and nobody called ``eval()`` since.
         Statistics of normalisation layers are then those of the network: only ``predict`` has those of each draw.
         """
         return self.draw_source.guide
@@ -170,6 +175,7 @@ class Posterior:
 
     # ------------------------------------------------------------------------------------------------- draws
 
+    @one_at_a_time
     def draws(self, n: int, seed: int | None = None, *, example: Any = None) -> dict[str, Tensor]:
         """``{site: [n, members, *event]}``: n draws of each member. Of stored draws: n evenly spaced ones.
 
@@ -180,6 +186,7 @@ class Posterior:
         groups = list(self.draw_source.groups(n, seed, example=example))
         return {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
 
+    @one_at_a_time
     def sample(self, n: int, seed: int | None = None) -> dict[str, Tensor]:
         """``{site: [n, *event]}``: n draws, each of a random member; a draw is a draw."""
         draws, member = self.draws(n, seed), self._random_members(n, seed)
@@ -190,6 +197,7 @@ class Posterior:
         with seeded(device_of(self.model), None if seed is None else seed + 1):
             return torch.randint(self.num_members, (n,))
 
+    @one_at_a_time
     def networks(self, n: int, seed: int | None = None) -> list[nn.Module]:
         """n plain networks in eval mode, without Pyro: each has the weights of one draw of a random member.
 
@@ -217,6 +225,7 @@ class Posterior:
                         made.append(_plain_network(model, latents))
         return made
 
+    @one_at_a_time
     def as_draws(self, n: int, seed: int | None = None) -> Posterior:
         """The same posterior as n stored draws of every member: the form that any guide can be saved in."""
         guide = self._stored(n, seed)
@@ -235,6 +244,7 @@ class Posterior:
 
     # -------------------------------------------------------------------------------------------- prediction
 
+    @one_at_a_time
     def predict(
         self,
         x: Any,
@@ -274,6 +284,7 @@ class Posterior:
                     outputs.append(network_outputs(model, part, x, self.num_members, batch_size))
         return Prediction(torch.cat(outputs), model.likelihood, torch.cat(noise) if noise else None)
 
+    @one_at_a_time
     def log_likelihood(
         self, x: Any, y: Any, num_samples: int | None = None, batch_size: int | None = None, seed: int | None = None
     ) -> Tensor:
@@ -306,6 +317,7 @@ class Posterior:
 
     # ----------------------------------------------------------------------------------------------- sparsity
 
+    @one_at_a_time
     def inclusion_probabilities(
         self, num_samples: int | None = None, seed: int | None = None, *, args: tuple[Any, ...] = ()
     ) -> dict[str, Tensor]:
@@ -322,6 +334,7 @@ class Posterior:
         draws = self.draw_source.groups(self.draw_source.count_all(num_samples, POSTERIOR_DRAWS), seed)
         return {name: odds.sigmoid() for name, odds in inclusion_log_odds(self.model, draws, args).items()}
 
+    @one_at_a_time
     def sparsify(
         self,
         sparsity: float | None = None,
@@ -356,6 +369,7 @@ class Posterior:
 
     # ------------------------------------------------------------------------------------------------ storage
 
+    @one_at_a_time
     def save(self, path: str | os.PathLike[str], *, prior: bool = True) -> None:
         """Writes a folder with safetensors and JSON, whole or not at all; :func:`load` reads it.
 
@@ -397,6 +411,7 @@ class Sparsified:
         return network_of_draw(with_weight_sites(self.posterior.model), stored.draws(), stored.statistics(), draw)
 
 
+@one_at_a_time
 def load(
     path: str | os.PathLike[str],
     net: nn.Module,
@@ -413,4 +428,5 @@ def load(
     :raises ValueError: when it is no posterior, is damaged, was written by a newer version, or is for another network.
     """
     stored = storage.read(path, net, prior=prior, device=device)
+    settle(stored.model, stored.guide)
     return Posterior(stored.model, stored.guide, losses=stored.losses, sampler=stored.sampler)

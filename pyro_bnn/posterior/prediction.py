@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pyro_bnn import display
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.likelihoods import Bernoulli, Categorical, Likelihood, Poisson
 from pyro_bnn.randomness import seeded
 
@@ -176,6 +177,7 @@ class Prediction:
         """``[draws, members, N]``: log density of y under every member, in nats."""
         return self._distribution(y).log_prob(y)
 
+    @one_at_a_time
     def sample(self, seed: int | None = None) -> Tensor:
         """``[draws, members, N, ...]``: one y from every member."""
         with seeded(self.outputs.device, seed):

@@ -26,6 +26,7 @@ from pyro_bnn.diagnostics.checking.findings import Finding, Findings
 from pyro_bnn.diagnostics.checking.prior_checks import proper_priors
 from pyro_bnn.diagnostics.checking.training import loss_verdict
 from pyro_bnn.diagnostics.checking.uniformity import EcdfDifference, RankBand, chi_square, where_ranks_pile_up
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.progress import progress_bar
 from pyro_bnn.inputs import inputs
 from pyro_bnn.model import BayesianNetwork, like_of
@@ -79,6 +80,7 @@ Factory = Callable[[Callable[..., Any]], Any]
 Function = Callable[[Latents, Any, Tensor], Tensor]
 
 
+@one_at_a_time
 def sbc(
     model: Callable[..., Any],
     guide_or_kernel: Factory,
