@@ -106,17 +106,23 @@ def train_epoch(run: TrainingRun, batches: Minibatches, step: Step) -> float:
         try:
             loss = step(batch, run)
         except FloatingPointError as error:
-            run.restore()
-            raise FloatingPointError(
-                f"{error}. Model and guide are back at the end of epoch {run.remembered_epoch}"
-            ) from (error.__cause__ or error)
+            raise _back(run, error) from (error.__cause__ or error)
         if run.scheduler is not None:
             run.scheduler.step()
         run.step += 1
         run.losses.append(loss)
     run.epoch += 1
+    wrong = run.not_finite()
+    if wrong is not None:  # the last update of the epoch, after which no loss was computed
+        raise _back(run, FloatingPointError(f"{wrong} became NaN or infinite at step {run.step}. A smaller lr helps"))
     run.remember()
     return sum(run.losses[before:]) / (len(run.losses) - before)
+
+
+def _back(run: TrainingRun, error: FloatingPointError) -> FloatingPointError:
+    """Puts a run that diverged back to its last good state, and adds that to what is said."""
+    run.restore()
+    return FloatingPointError(f"{error}. Model and guide are back at the end of epoch {run.remembered_epoch}")
 
 
 def first_row(batches: Minibatches) -> Any:
