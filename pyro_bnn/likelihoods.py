@@ -7,7 +7,6 @@ event axes. ``temperature=T`` raises the likelihood to the power 1/T, and is the
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -15,6 +14,8 @@ import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pyro_bnn.entry import checks
 
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "HeteroscedasticGaussian", "Likelihood", "Poisson"]
 
@@ -33,8 +34,7 @@ class Likelihood:
     has_target_axis: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature!r}: expected a positive number (1 is the plain posterior)")
+        checks.positive("temperature", self.temperature)
 
     def distribution(self, f: Tensor, noise: Tensor | None = None) -> dist.TorchDistribution:
         """The distribution of y, batch shape ``[..., N]`` once trailing axes of y are event axes."""
@@ -165,10 +165,8 @@ class Gaussian(Likelihood):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("scale", "noise_prior_scale"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"Gaussian({name}={value!r}): expected a positive number, in the units of y")
+        checks.optional(checks.positive, "scale", self.scale)
+        checks.positive("noise_prior_scale", self.noise_prior_scale)
 
     @property
     def learns_noise(self) -> bool:  # type: ignore[override]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 
 
@@ -28,6 +29,7 @@ def forked(device: torch.device) -> Iterator[None]:
 @contextlib.contextmanager
 def seeded(device: torch.device, seed: int | None) -> Iterator[None]:
     """Inside, random numbers are those of the seed, and leave no trace outside; ``None`` changes nothing."""
+    seed = checks.seed("seed", seed)
     if seed is None:
         yield
         return
@@ -38,14 +40,16 @@ def seeded(device: torch.device, seed: int | None) -> Iterator[None]:
 
 def some_seed(seed: int | None) -> int:
     """The seed that was given, or one from torch's global generator: for what must use the same draws several times."""
-    if seed is not None:
-        return seed
+    given = checks.seed("seed", seed)
+    if given is not None:
+        return given
     with one_at_a_time:  # a draw in between would change what another thread draws from its seed
         return int(torch.randint(2**31, ()))
 
 
 def derive_seeds(seed: int | None, count: int) -> list[int | None]:
     """Seeds that have nothing to do with one another, or none."""
+    seed = checks.seed("seed", seed)
     if seed is None:
         return [None] * count
     return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.svi.elbo import MixtureELBO
@@ -174,8 +175,7 @@ def summary(
             f"the guide is a {type(guide).__name__}, whose parameters nobody can list: give one that is a module, as "
             "those of this package and Pyro's AutoGuides, or leave it out"
         )
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: expected a number of samples, at least 1")
+    batch_size = checks.count("batch_size", batch_size)
     memory = None
     if example is not None:
         if guide is None or isinstance(guide, DrawsGuide):

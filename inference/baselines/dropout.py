@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import vmap
 
+from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.baselines.masks import Masks, dropout_modules, find_masks, mask_shape
@@ -81,6 +82,8 @@ class MCDropout(Baseline):
         :return: the posterior of a :class:`DropoutNetwork`.
         :raises ValueError: when the network calls ``F.dropout`` itself, or reaches none of its dropout modules.
         """
+        checks.count("batch_size", batch_size)
+        checks.seed("seed", seed)
         point = self._mode(data, epochs, batch_size=batch_size, seed=seed, **options)
         net, noise = network_at(point), point.draws(1).get("noise")
         noise = None if noise is None else noise[0, 0]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 from torch.distributions.transforms import ReshapeTransform
 
+from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.baselines.point import Baseline, network_at
@@ -73,6 +74,12 @@ class LastLayerLaplace(Baseline):
                 "of another prior is not constant"
             )
         super().__init__(net, likelihood, num_data, prior=prior or Normal(0.0, 1.0), output=output)
+        half = next((p.dtype for p in net.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
+        if half is not None:
+            raise ValueError(
+                f"the network is in {half}, in which no covariance can be factorised: give net.float(), and data of "
+                "any precision"
+            )
         self._chooses = prior is None
 
     def repr_arguments(self) -> dict[str, object]:
@@ -94,6 +101,8 @@ class LastLayerLaplace(Baseline):
         :raises ValueError: when the output is not that of a linear layer of its own, the layer is too large, the loader
             does not give every row, or there is nothing to choose the prior by.
         """
+        checks.count("batch_size", batch_size)
+        checks.seed("seed", seed)
         point = self._mode(data, epochs, batch_size=batch_size, seed=seed, **options)
         net, noise = network_at(point), point.draws(1).get("noise")
         noise = None if noise is None else noise[0, 0]

@@ -9,8 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
 from pyro_bnn.inference.svi.fitting import fit
 from pyro_bnn.likelihoods import Likelihood
+from pyro_bnn.model import require_network
 from pyro_bnn.models.dense import Dense, PointGuide
 from pyro_bnn.modes import settle
 from pyro_bnn.network import Output
@@ -39,8 +41,7 @@ class Baseline:
     output: Output = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.net, nn.Module):
-            raise TypeError(f"net must be a torch.nn.Module, got {type(self.net).__name__}")
+        require_network(self.net)
         if not isinstance(self.likelihood, Likelihood):
             raise TypeError(
                 f"{type(self).__name__} needs one of pyro_bnn.likelihoods, which says what it is trained for; got "
@@ -68,8 +69,7 @@ class Baseline:
 
         :raises ValueError: without training, when the noise is to be learned.
         """
-        if not isinstance(epochs, int) or epochs < 0:
-            raise ValueError(f"epochs={epochs!r}: expected a number of passes over the data, 0 for a trained network")
+        checks.count("epochs", epochs, 0)
         model = self._model(net)
         guide = PointGuide(model)
         if epochs:

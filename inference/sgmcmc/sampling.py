@@ -17,6 +17,7 @@ from pyro.infer import MCMC
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
+from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.progress import progress_bar
 from pyro_bnn.inference.sgmcmc.sghmc import SGHMC
@@ -53,13 +54,10 @@ def sample(
     :raises ValueError: for counts out of range, or a folder that holds draws of these sites.
     :raises FloatingPointError: when a chain diverges; draws that were streamed stay on disk.
     """
-    for name, count, least in (
-        ("num_samples", num_samples, 1),
-        ("warmup_steps", warmup_steps, 0),
-        ("num_chains", num_chains, 1),
-    ):
-        if not isinstance(count, int) or count < least:
-            raise ValueError(f"{name}={count!r}: expected a whole number, at least {least}")
+    num_samples = checks.count("num_samples", num_samples)
+    warmup_steps = checks.count("warmup_steps", warmup_steps, 0)
+    num_chains = checks.count("num_chains", num_chains)
+    checks.seed("seed", seed)
     model: Callable[..., Any] = kernel.model  # type: ignore[attr-defined]
     with contextlib.ExitStack() as stack:
         stack.enter_context(seeded(device_of(model), seed))

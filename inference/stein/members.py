@@ -17,7 +17,7 @@ from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.potential import LogJoint
 from pyro_bnn.inference.stein.particles import RandomState, Segment
 from pyro_bnn.model import BayesianNetwork
-from pyro_bnn.modes import RunningStatistics, training_mode
+from pyro_bnn.modes import RunningStatistics, keeping_modes, training_mode
 
 #: ``outputs of the networks on a batch [n, d] -> force on them [n, d]``, which counts as a constant
 Force = Callable[[Tensor], Tensor]
@@ -225,6 +225,15 @@ class _MemberDensities(LogJoint):
 def _rows(outputs: list[Tensor], n: int) -> Tensor:
     """What n networks return, ``[n, d]``."""
     return torch.cat([f.reshape(n, -1) for f in outputs], 1)
+
+
+def prior_and_guide(
+    model: Callable[..., Any], guide: MixtureGuide, args: tuple[Any, ...]
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """A trace of the model at the members of the guide, and that of the guide."""
+    with torch.no_grad(), keeping_modes(model, guide), _inside_an_engine(train=False):
+        draw = poutine.trace(guide).get_trace(*args)
+        return poutine.trace(poutine.replay(model, trace=draw)).get_trace(*args), draw
 
 
 @contextlib.contextmanager

@@ -12,17 +12,29 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
+from pyro.infer.autoguide import AutoLaplaceApproximation
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, Dataset
 
+from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.schedules import Schedule
 from pyro_bnn.inference.svi.elbo import MixtureELBO, ScaleLatents
-from pyro_bnn.inference.training import Callback, Optim, Step, build_optimizer, first_row, require_epochs, train
+from pyro_bnn.inference.training import (
+    Callback,
+    Optim,
+    Step,
+    build_optimizer,
+    first_row,
+    require_epochs,
+    require_programs,
+    require_supports,
+    train,
+)
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import keeping_modes, settle, training_mode
 from pyro_bnn.posterior import Posterior
@@ -83,6 +95,18 @@ def fit(
         guide are as they were at the end of the last good epoch.
     """
     require_epochs(epochs)
+    checks.optional(checks.positive, "lr", lr)
+    checks.not_negative("weight_decay", weight_decay)
+    checks.not_negative("kl_annealing", kl_annealing)
+    checks.optional(checks.positive, "clip_norm", clip_norm)
+    checks.seed("seed", seed)
+    require_programs(model, guide)
+    if isinstance(guide, AutoLaplaceApproximation):
+        raise TypeError(
+            "guide=AutoLaplaceApproximation: training finds its mode alone, and a posterior of it has no spread. Train "
+            "an AutoMultivariateNormal here; or train it with pyro.infer.SVI, and give "
+            "pyro_bnn.Posterior(model, guide.laplace_approximation(x, y)) the result"
+        )
     batches = minibatches(model, data, batch_size)
     with contextlib.ExitStack() as stack:
         stack.enter_context(keeping_modes(model, guide))
@@ -157,7 +181,9 @@ def _initialise(model: Callable[..., Any], guide: Callable[..., Any], first: tup
     quiet = pyro.validation_enabled(False)  # the first step validates, and reports
     with torch.no_grad(), training_mode(False), quiet, poutine.trace(param_only=True) as capture:
         draw = poutine.trace(guide).get_trace(*first)
-        poutine.replay(model, trace=draw)(*first)  # an improper prior has no draws of its own
+        replayed = poutine.replay(model, trace=draw)  # an improper prior has no draws of its own
+        prior = poutine.trace(replayed).get_trace(*first)
+    require_supports(prior, draw)
     sites: list[Any] = list(capture.trace.nodes.values())
     declared = [site["value"].unconstrained() for site in sites]
     owned = [p for module in modules for p in module.parameters()]

@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
+from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import inputs
@@ -68,6 +69,7 @@ class DrawSource:
     def count(self, asked: int | None = None) -> int:
         """How many draws of each member make a prediction: as asked, else 16, or all stored ones where there are fewer.
 
+        All stored ones too where they are no chain: an ensemble and its like are what their number makes them.
         1 where all draws of a member are the same.
         """
         return self.count_all(asked, PREDICTION_DRAWS, most=PREDICTION_DRAWS)
@@ -78,10 +80,13 @@ class DrawSource:
 
         1 where all draws of a member are the same.
 
-        :param most: of the stored ones, where nobody asks for a number.
+        :param most: of the stored ones of a chain, where nobody asks for a number.
         """
+        asked = checks.optional(checks.count, "num_samples", asked)
         if asked is None:
-            asked = default if self.stored is None else min(len(self.stored), most or len(self.stored))
+            asked = default if self.stored is None else len(self.stored)
+            if self.stored is not None and self.stored.is_sampled and most is not None:
+                asked = min(asked, most)
         return min(asked, 1) if self.is_deterministic else asked
 
     def groups(self, n: int, seed: int | None = None, *, example: Any = None) -> Iterator[dict[str, Tensor]]:
@@ -134,6 +139,7 @@ class DrawSource:
 
     def _plan(self, n: int, seed: int | None) -> Iterator[tuple[int, int, int | None]]:
         """Where each group starts, its size, and its seed."""
+        n = checks.count("num_samples", n)
         if self.stored is not None and n > len(self.stored):
             raise ValueError(f"num_samples={n}, but only {len(self.stored)} draws are stored")
         if not isinstance(self.model, BayesianNetwork):
@@ -179,8 +185,7 @@ def in_groups(n: int, elements: int, seed: int | None = None) -> Iterator[tuple[
     :param elements: how many numbers a draw has.
     :raises ValueError: when n is not at least 1.
     """
-    if n < 1:
-        raise ValueError(f"num_samples={n!r}: expected at least one draw")
+    n = checks.count("num_samples", n)
     group = max(1, MAX_ELEMENTS // max(1, elements))
     starts = range(0, n, group)
     for start, own_seed in zip(starts, derive_seeds(seed, len(starts)), strict=True):

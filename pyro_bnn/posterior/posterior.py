@@ -14,6 +14,7 @@ from pyro.infer import MCMC
 from torch import Tensor, nn
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import inputs, require_finite, targets
@@ -98,8 +99,9 @@ class Posterior:
         :param losses, sampler, store: see above.
         :raises ValueError: when a site lacks draws, or they do not divide into the chains.
         """
+        num_chains = checks.count("num_chains", num_chains)
         counts = {len(value) for value in draws.values()}
-        if len(counts) != 1 or num_chains < 1 or counts.pop() % num_chains:
+        if len(counts) != 1 or counts.pop() % num_chains:
             raise ValueError(
                 f"the sites have {sorted({len(v) for v in draws.values()})} draws, which are not {num_chains} chains "
                 "of one length"
@@ -183,12 +185,14 @@ class Posterior:
         :param example: an input, for guides of other packages that need one.
         :raises ValueError: when fewer than n draws are stored.
         """
+        n = checks.count("n", n)
         groups = list(self.draw_source.groups(n, seed, example=example))
         return {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
 
     @one_at_a_time
     def sample(self, n: int, seed: int | None = None) -> dict[str, Tensor]:
         """``{site: [n, *event]}``: n draws, each of a random member; a draw is a draw."""
+        checks.seed("seed", seed)
         draws, member = self.draws(n, seed), self._random_members(n, seed)
         return {name: value[torch.arange(n), member.to(value.device) % value.shape[1]] for name, value in draws.items()}
 
@@ -214,6 +218,8 @@ class Posterior:
                 f"networks() is for models of this package, which know their network, not {display.name_of(model)}: "
                 "posterior.sample(n) gives values of its sites"
             )
+        n = checks.count("n", n)
+        checks.seed("seed", seed)
         members = self._random_members(n, seed)
         made: list[nn.Module] = []
         with torch.no_grad(), evaluating(model):
@@ -232,6 +238,7 @@ class Posterior:
         return Posterior(self.model, guide, losses=self.losses, sampler=self.sampler)
 
     def _stored(self, n: int, seed: int | None) -> DrawsGuide:
+        n = checks.count("n", n)
         groups = list(self.draw_source.indexed_groups(n, seed))
         draws = {name: torch.cat([group[name] for group, _ in groups]) for name in groups[0][0]}
         statistics = {}
@@ -260,20 +267,23 @@ class Posterior:
 
         :param x: tensor, array, frame or list with N samples on axis 0, on any device, or a dict or tuple of these;
             see :mod:`pyro_bnn.inputs`.
-        :param num_samples: draws of every member, 16 by default, or all stored ones where there are fewer; particles
-            and points have one, as all their draws are the same.
+        :param num_samples: draws of every member. By default 16, or all stored ones where there are fewer or where they
+            are not those of a sampler (networks of an ensemble, particles of a model of your own, draws that were
+            stored by number); members that are points have one, as all their draws are the same.
         :param batch_size: number of samples in one pass; by default what fits a fixed memory budget.
         :param seed: makes the draws reproducible, and leaves the global random state alone.
         :param return_site: for a model that is not of this package, the site whose values are wanted.
         :raises TypeError: when x does not hold numbers.
         :raises ValueError: for NaN in x, ragged lists, or when draws are asked for that are not stored.
         """
+        batch_size = checks.optional(checks.count, "batch_size", batch_size)
+        checks.seed("seed", seed)
         model, source, count = self.model, self.draw_source, self.draw_source.count(num_samples)
         x = inputs(x, like_of(model))
+        if isinstance(model, BayesianNetwork) and not count_samples(x):
+            raise ValueError("x is empty: give at least one row; look at the filter or split that made it")
         if not isinstance(model, BayesianNetwork) or model.likelihood is None and return_site is not None:
             return Prediction(foreign.predict_site(source, x, count, seed, return_site), None)
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: expected a number of samples, at least 1")
         require_finite(x)
         outputs, noise = [], []
         with torch.no_grad(), evaluating(model):

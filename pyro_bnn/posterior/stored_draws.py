@@ -9,16 +9,15 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_bnn import display
-from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.model import BayesianNetwork, Program
 from pyro_bnn.registry import storable
 
 
 @storable
-class DrawsGuide(PyroModule):
+class DrawsGuide(Program):
     """The empirical distribution of stored draws as a guide: every call gives one of them, at random.
 
     :param draws: ``{site: [n, members, *event]}``.

@@ -26,6 +26,7 @@ from pyro_bnn.diagnostics.checking.findings import Finding, Findings
 from pyro_bnn.diagnostics.checking.prior_checks import proper_priors
 from pyro_bnn.diagnostics.checking.training import loss_verdict
 from pyro_bnn.diagnostics.checking.uniformity import EcdfDifference, RankBand, chi_square, where_ranks_pile_up
+from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.progress import progress_bar
 from pyro_bnn.inputs import inputs
@@ -137,10 +138,8 @@ def sbc(
         *(("simulations", simulations, 2), ("draws", draws, 1), ("steps", steps, 1)),
         *(("warmup", warmup, 0), ("thinning", thinning, 1)),
     ):
-        if not isinstance(count, int) or count < least:
-            raise ValueError(f"{name}={count!r}: expected a whole number, at least {least}")
-    if not lr > 0:
-        raise ValueError(f"lr={lr!r}: expected a positive learning rate")
+        checks.count(name, count, least)
+    checks.positive("lr", lr)
     ranks: dict[str, list[Tensor]] = {}
     seed = some_seed(seed)
     with seeded(device_of(model), seed), progress_bar("SBC", simulations, progress=progress) as bar:
@@ -222,6 +221,7 @@ class SBCResult:
         wide in the middle (a hump), of a biased one at one end (a slope). A warning becomes a problem where one-sided
         intervals of the posterior hold the truth in more than 10 percentage points too many or too few simulations.
         """
+        level = checks.share("level", level)
         p = {name: min(1.0, float(values.min()) * values.numel()) for name, values in self.p_values().items()}
         found, fine, corrected = Findings(), [], 0.0
         if self.falling > UNTRAINED * self.simulations:

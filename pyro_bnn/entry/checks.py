@@ -51,7 +51,7 @@ def limit(name: str, value: object) -> float:
 
 def share(name: str, value: object) -> float:
     """A number between 0 and 1, neither of them included."""
-    return _within(name, value, lambda number: 0 < number < 1, "expected a number between 0 and 1")
+    return _within(name, value, lambda number: 0 < number < 1, "expected a number in (0, 1)")
 
 
 def share_or_none_of_it(name: str, value: object) -> float:
