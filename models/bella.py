@@ -64,6 +64,7 @@ class Bella(BayesianNetwork):
         ``product_scale`` and ``prior`` are both given.
     """
 
+    @one_at_a_time
     def __init__(
         self,
         net: nn.Module,
