@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from pyro_bnn.factorised import split
 from pyro_bnn.files import replacing
 from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.sites import Program
 
 VERSION = 1
 
@@ -28,8 +29,8 @@ class TrainingRun:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        model: Program,
+        guide: Program,
         parameters: Sequence[Tensor],
         optimizer: Optimizer,
         scheduler: LRScheduler | None = None,

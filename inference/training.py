@@ -28,6 +28,7 @@ from pyro_bnn.inference.batches import Minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.progress import progress_bar
 from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.sites import Program
 
 #: What ``optim=`` takes, in every engine. See :func:`build_optimizer`.
 Optim = str | type[Optimizer] | Callable[[list[dict[str, Any]]], Optimizer] | Optimizer | None
@@ -46,8 +47,8 @@ class FitState:
     epoch: int
     step: int
     loss: float
-    model: Callable[..., Any]
-    guide: Callable[..., Any]
+    model: Program
+    guide: Program
     optimizer: Optimizer
     losses: list[float] = field(default_factory=list)
 
@@ -60,7 +61,7 @@ class FitState:
 Callback = Callable[[FitState], bool | None]
 
 #: ``(batch, run) -> loss``: one update, or a ``FloatingPointError`` that says why there can be none
-Step = Callable[[tuple[Any, ...], TrainingRun], float]
+Step = Callable[[tuple[object, ...], TrainingRun], float]
 
 
 # ------------------------------------------------------------------------------------------------------ the loop
@@ -134,7 +135,7 @@ def _back(run: TrainingRun, error: FloatingPointError) -> FloatingPointError:
     return FloatingPointError(f"{error}. Model and guide are back at the end of epoch {run.remembered_epoch}")
 
 
-def first_row(batches: Minibatches) -> Any:
+def first_row(batches: Minibatches) -> object:
     """One row of x, from which a posterior knows what its inputs look like."""
     return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() else t, batches.first[0])
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from pyro_bnn import display
 from pyro_bnn.entry import checks
 from pyro_bnn.factorised import NormalBlock, split
-from pyro_bnn.model import BayesianNetwork, Form, Program, picklable_state, register_parameters
+from pyro_bnn.inputs import Inputs
+from pyro_bnn.model import BayesianNetwork, Form, ProgramModule, picklable_state, register_parameters
 from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import batch_size
 from pyro_bnn.sites import Site
@@ -60,7 +61,7 @@ class Block(NamedTuple):
     parameter: nn.Parameter
 
 
-class MixtureGuide(Program):
+class MixtureGuide(ProgramModule):
     """``q = (1/K) sum_k q_k``, one component index for the whole network, each ``q_k`` factorised over elements.
 
     Weights and factors are Normal or Cauchy with scale ``softplus(rho) + 1e-7``, positive scales are LogNormal, shares
@@ -136,7 +137,7 @@ class MixtureGuide(Program):
             for rho in self._block_parameters("rho"):
                 rho.fill_(inverse_softplus(value))
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         """The keyword arguments as JSON, apart from those that only say where training starts."""
         return {}
 
@@ -178,7 +179,7 @@ class MixtureGuide(Program):
         """
         return {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return picklable_state(self)
 
     def __repr__(self) -> str:
@@ -211,7 +212,7 @@ class MixtureGuide(Program):
         finally:
             self._every = False
 
-    def forward(self, x: Any, y: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, x: Inputs, y: Tensor | None = None) -> dict[str, Tensor]:
         enter_mode(self)
         register_parameters(self, self._named())
         device = self.like().device

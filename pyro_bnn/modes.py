@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ def enter_mode(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def keeping_modes(*programs: Any) -> Iterator[None]:
+def keeping_modes(*programs: object) -> Iterator[None]:
     """Inside, the modes of modules may change: they are put back. A program that is no module has none."""
     modules = [part for program in programs if isinstance(program, nn.Module) for part in program.modules()]
     modes = [(part, part.training) for part in modules]
@@ -47,7 +46,7 @@ def keeping_modes(*programs: Any) -> Iterator[None]:
             part.training = training
 
 
-def settle(*programs: Any) -> None:
+def settle(*programs: object) -> None:
     """Puts modules into eval mode, in which every engine leaves the programs that it returns."""
     for program in programs:
         if isinstance(program, nn.Module):
@@ -108,7 +107,7 @@ class RunningStatistics:
 
 
 @contextlib.contextmanager
-def frozen(program: Any) -> Iterator[None]:
+def frozen(program: object) -> Iterator[None]:
     """Inside, a module is in eval mode and has nothing to train; afterwards modes, buffers, all is as before."""
     module = program if isinstance(program, nn.Module) else nn.Module()
     trained = [(p, p.requires_grad) for p in module.parameters()]

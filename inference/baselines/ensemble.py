@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.baselines.point import Baseline
+from pyro_bnn.inputs import Data
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import derive_seeds, device_of, seeded
 
@@ -55,7 +56,7 @@ class DeepEnsemble(Baseline):
     @one_at_a_time
     def fit(
         self,
-        data: Any,
+        data: Data,
         *,
         epochs: int,
         checkpoint: str | os.PathLike[str] | None = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any, Literal
 
 import pyro
@@ -15,13 +14,14 @@ from pyro_bnn import display
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.potential import Potential
-from pyro_bnn.model import Program
+from pyro_bnn.model import ProgramModule
+from pyro_bnn.sites import Program
 
 #: standard deviation of unconstrained coordinates at ``init="small"``
 _SMALL = 0.1
 
 
-class AutoParticles(Program):
+class AutoParticles(ProgramModule):
     """n particles as a guide for any Pyro model with continuous latents, in one parameter ``[n, dim]``.
 
     It is set up at its first call, with what the model is called with. A call gives one particle, at random.
@@ -37,7 +37,7 @@ class AutoParticles(Program):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         num_particles: int = 5,
         *,
         init: Literal["prior", "small"] | dict[str, Tensor] = "prior",
@@ -58,7 +58,7 @@ class AutoParticles(Program):
         return display.call(self, model=model, particles=self.num_members, init=start)
 
     @one_at_a_time
-    def setup(self, *args: Any, **kwargs: Any) -> Potential:
+    def setup(self, *args: object, **kwargs: object) -> Potential:
         """Finds the sites and the starting points; later calls change nothing."""
         if self.potential is not None:
             return self.potential
@@ -96,7 +96,7 @@ class AutoParticles(Program):
             raise RuntimeError("the particles are set up at the first call, which has not been yet")
         return self.potential.constrain(self.potential.split(self.theta.detach().clone()))
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         potential = self.setup(*args, **kwargs)
         uniform = dist.Categorical(logits=self.theta.new_zeros(self.num_members))
         index = pyro.sample("particle", uniform, infer={"is_auxiliary": True})

@@ -10,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
 
 from pyro_bnn import display
 from pyro_bnn.entry import checks
@@ -35,11 +34,13 @@ from pyro_bnn.inference.training import (
     require_supports,
     train,
 )
+from pyro_bnn.inputs import Data
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import keeping_modes, settle
 from pyro_bnn.network import batch_size
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import device_of, seeded
+from pyro_bnn.sites import Program
 
 OfStep = float | Callable[[int], float]
 
@@ -123,7 +124,7 @@ class SVGD:
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         guide: MixtureGuide | AutoParticles,
         optim: Optim = None,
         *,
@@ -181,7 +182,7 @@ class SVGD:
         self._parts: _Parts | None = None
 
     @one_at_a_time
-    def setup(self, *args: Any) -> None:
+    def setup(self, *args: object) -> None:
         """Makes particles, kernels and optimiser, from what the model is called with; later calls change nothing."""
         self._set_up(args)
 
@@ -206,7 +207,7 @@ class SVGD:
         return display.call(self, **programs, **{name: getattr(self, name) for name in names})
 
     @one_at_a_time
-    def step(self, *args: Any) -> float:
+    def step(self, *args: object) -> float:
         """One update on what the model is called with; the mean of U over the particles, before it, per datum.
 
         :raises FloatingPointError: when U is not finite; nothing has moved then.
@@ -253,7 +254,7 @@ class SVGD:
     @one_at_a_time
     def fit(
         self,
-        data: DataLoader[Any] | Dataset[Any] | tuple[Any, Tensor],
+        data: Data,
         epochs: int,
         *,
         batch_size: int = 128,
@@ -284,7 +285,7 @@ class SVGD:
         batches = minibatches(self.model, data, batch_size)
         self._size = self.num_data or batches.size
 
-        def step(batch: tuple[Any, ...], run: TrainingRun) -> float:
+        def step(batch: tuple[object, ...], run: TrainingRun) -> float:
             self.steps = run.step
             return self.step(*batch)
 
@@ -324,7 +325,7 @@ class SVGD:
 
     # --------------------------------------------------------------------------------------------------- parts
 
-    def _set_up(self, args: tuple[Any, ...]) -> _Parts:
+    def _set_up(self, args: tuple[object, ...]) -> _Parts:
         if self._parts is None:
             particles: AnyParticles | MemberParticles
             if isinstance(self.guide, AutoParticles):
@@ -371,7 +372,7 @@ class SVGD:
                 gradient.copy_(torch.addmm(force, values.value.to(gradient), gradient, beta=-strength / n, alpha=1 / n))
 
 
-def _check_repulsion(value: Any) -> None:
+def _check_repulsion(value: object) -> None:
     checks.not_negative("repulsion", value)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import pyro
@@ -15,7 +15,6 @@ from pyro.infer import ELBO
 from pyro.infer.autoguide import AutoLaplaceApproximation
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
 
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
@@ -35,17 +34,19 @@ from pyro_bnn.inference.training import (
     require_supports,
     train,
 )
+from pyro_bnn.inputs import Data
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import keeping_modes, settle, training_mode
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import device_of, seeded
+from pyro_bnn.sites import Program
 
 
 @one_at_a_time
 def fit(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    data: DataLoader[Any] | Dataset[Any] | tuple[Any, Tensor],
+    model: Program,
+    guide: Program,
+    data: Data,
     *,
     epochs: int,
     batch_size: int = 128,
@@ -141,7 +142,7 @@ def _elbo_step(objective: ELBO, size: int | None, annealing: float, clip_norm: f
     :param annealing: steps over which the weight of the KL divergence grows to 1.
     """
 
-    def step(batch: tuple[Any, ...], run: TrainingRun) -> float:
+    def step(batch: tuple[object, ...], run: TrainingRun) -> float:
         model, guide = run.model, run.guide
         beta = min(1.0, (run.step + 1) / annealing) if annealing > 0 else 1.0
         cause = None
@@ -173,7 +174,7 @@ def _elbo_step(objective: ELBO, size: int | None, annealing: float, clip_norm: f
 # ------------------------------------------------------------------------------------------------ parameters
 
 
-def _initialise(model: Callable[..., Any], guide: Callable[..., Any], first: tuple[Any, ...]) -> list[Tensor]:
+def _initialise(model: Program, guide: Program, first: tuple[object, ...]) -> list[Tensor]:
     """All trainable parameters: those of modules, and those that functions declare with ``pyro.param``."""
     modules = [program for program in (model, guide) if isinstance(program, nn.Module)]
     for module in modules:
@@ -196,8 +197,8 @@ def _initialise(model: Callable[..., Any], guide: Callable[..., Any], first: tup
 def _optimizer(
     optim: Optim,
     parameters: list[Tensor],
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     lr: float | None,
     weight_decay: float,
     decay: str,
@@ -218,7 +219,7 @@ def _optimizer(
     return build_optimizer(optim, [g for g in groups if g["params"]], lr)
 
 
-def _offending_site(model: Callable[..., Any], guide: Callable[..., Any], batch: tuple[Any, ...]) -> str | None:
+def _offending_site(model: Program, guide: Program, batch: tuple[object, ...]) -> str | None:
     """The first site whose log density is not finite."""
     with torch.no_grad(), pyro.validation_enabled(False):
         guide_trace = poutine.trace(guide).get_trace(*batch)

@@ -43,7 +43,7 @@ class Encoding:
     y_scale: float = 1.0
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Encoding":
+    def from_json(cls, values: Mapping[str, object]) -> "Encoding":
         """The inverse of ``dataclasses.asdict`` after a trip through JSON, where tuples become lists."""
         fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**fields)

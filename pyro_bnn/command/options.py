@@ -82,7 +82,7 @@ class Options:
     codes: int = 256
     sampling: SamplingName = "codebook"
 
-    def used(self) -> dict[str, Any]:
+    def used(self) -> dict[str, object]:
         """The options that the method has, without those that stand for nothing, for pages."""
         return {
             name: value

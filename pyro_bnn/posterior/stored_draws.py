@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -12,12 +10,13 @@ import torch
 from torch import Tensor
 
 from pyro_bnn import display
-from pyro_bnn.model import BayesianNetwork, Program
+from pyro_bnn.model import BayesianNetwork, ProgramModule
 from pyro_bnn.registry import storable
+from pyro_bnn.sites import Program
 
 
 @storable
-class DrawsGuide(Program):
+class DrawsGuide(ProgramModule):
     """The empirical distribution of stored draws as a guide: every call gives one of them, at random.
 
     :param draws: ``{site: [n, members, *event]}``.
@@ -30,7 +29,7 @@ class DrawsGuide(Program):
     def __init__(
         self,
         draws: dict[str, Tensor],
-        model: Callable[..., Any],
+        model: Program,
         num_chains: int = 1,
         statistics: dict[str, Tensor] | None = None,
         is_sampled: bool = True,
@@ -63,7 +62,7 @@ class DrawsGuide(Program):
     def statistics(self) -> dict[str, Tensor]:
         return {name: self.get_buffer(f"statistics_{i}") for i, name in enumerate(self.statistics_names)}
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         stored = self.draws()
         count, members = next(iter(stored.values())).shape[:2]
         device = next(iter(stored.values())).device
