@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from pyro_bnn.entry import checks
 from pyro_bnn.inputs import LABELS, Data, Inputs, describe, inputs, integers_in, require_finite, split, targets
 from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import undisturbed
@@ -54,8 +55,7 @@ def minibatches(model: Program, data: Data, batch_size: int) -> Minibatches:
     :raises ValueError: for empty or inconsistent data, labels outside the likelihood's range, NaN, or a size that is
         not the model's ``num_data``.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: expected at least 1")
+    checks.count("batch_size", batch_size)
     if isinstance(data, (tuple, Mapping)):
         return _of_memory(model, data, batch_size)
     return _of_loader(model, _loader(data, batch_size))

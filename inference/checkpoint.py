@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyro_bnn.factorised import split
 from pyro_bnn.files import replacing
+from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.settings import differences
 from pyro_bnn.sites import Program
 
@@ -48,15 +50,45 @@ class TrainingRun:
         self.epoch, self.step = 0, step
         self.settings = dict(settings)
         self.losses: list[float] = []
+        # A buffer may hold what is infinite by design, as a causal mask does: judged are the numbers that were finite.
+        self._judged = [torch.isfinite(b) for b in self.buffers]
         self._good: list[Tensor] = []
         self.remembered_epoch, self.remembered_step = 0, step
 
     def remember(self) -> None:
-        """Keeps this state as the last good one, if it is."""
-        values = [*self.parameters, *self.buffers]
-        if all(bool(torch.isfinite(v).all()) for v in values):
-            self._good = [v.detach().clone() for v in values]
-            self.remembered_epoch, self.remembered_step = self.epoch, self.step
+        """Keeps this state as the last good one."""
+        self._good = [v.detach().clone() for v in (*self.parameters, *self.buffers)]
+        self.remembered_epoch, self.remembered_step = self.epoch, self.step
+
+    def not_finite(self, values: Sequence[Tensor] | None = None) -> str | None:
+        """What holds NaN or infinite numbers that it did not start with, by name; ``None`` when nothing does.
+
+        :param values: of parameters and buffers, in the place of those of now.
+        """
+        held = [*self.parameters, *self.buffers]
+        judged: list[Tensor | None] = [*[None] * len(self.parameters), *self._judged]
+        for own, value, mask in zip(held, held if values is None else values, judged, strict=True):
+            finite = torch.isfinite(value)
+            if not bool((finite if mask is None else finite | ~mask.to(finite.device)).all()):
+                return self._name(own, value)
+        return None
+
+    def _name(self, own: Tensor, value: Tensor) -> str:
+        """What a parameter or buffer is called: by a site, where it is the block of a guide that holds several."""
+        if isinstance(self.guide, MixtureGuide):
+            for block in self.guide.blocks():
+                if block.parameter is own:
+                    parts = split(value, [site.shape for site in block.sites])
+                    wrong = (
+                        s.name for s, p in zip(block.sites, parts, strict=True) if not bool(torch.isfinite(p).all())
+                    )
+                    return f"the site {next(wrong)!r}"
+        for program, what in ((self.guide, "guide"), (self.model, "model")):
+            if isinstance(program, nn.Module):
+                for name, held in [*program.named_parameters(), *program.named_buffers()]:
+                    if held is own:
+                        return f"{name!r} of the {what}"
+        return "a parameter of Pyro's store"
 
     def restore(self) -> None:
         """Puts parameters and buffers back to the last good state. The optimiser forgets the steps that went wrong."""
@@ -99,6 +131,7 @@ class TrainingRun:
         :param epochs: that the run is to have in all; at least those that the checkpoint has.
         :raises ValueError: when the file is no checkpoint of this run, or is damaged; see :func:`read`. The message
             names what differs.
+        :raises FloatingPointError: when it holds NaN or infinite numbers; nothing has changed then.
         """
         state = read(path)
         if state is None:
@@ -135,6 +168,12 @@ class TrainingRun:
             raise ValueError(
                 f"{path} is the checkpoint of a run that has {state['epoch']} epochs, and epochs={epochs} is fewer: "
                 "give as many or more, or remove it to start afresh"
+            )
+        wrong = self.not_finite(saved)
+        if wrong is not None:
+            raise FloatingPointError(
+                f"{path} is the checkpoint of a run that diverged: {wrong} is not finite in it. Remove it, and start "
+                "afresh with a smaller lr or clip_norm="
             )
 
     def _take(self, state: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.factorised import split
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import training_mode
@@ -88,7 +89,7 @@ class Potential:
     def _running(self, train: bool) -> Iterator[None]:
         """Where the model runs: unseen by outer handlers, and with the user's parameters, which stay as they are."""
         store = pyro.get_param_store().scope(self._store)
-        with poutine.block(), store, pyro.validation_enabled(False), training_mode(train):
+        with one_at_a_time, poutine.block(), store, pyro.validation_enabled(False), training_mode(train):
             yield
 
     def start(self) -> Tensor:

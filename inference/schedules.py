@@ -8,12 +8,18 @@ from collections.abc import Callable, Sequence
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from pyro_bnn.entry import checks
+
 #: ``(optimizer, steps in an epoch, epochs) -> scheduler``, stepped after every optimiser step
 Schedule = Callable[[Optimizer, int, int], LRScheduler]
 
 
 def cosine(warmup: float = 0.0) -> Schedule:
-    """From the base rate to 0 along half a cosine, after a linear warm-up of ``warmup`` epochs."""
+    """From the base rate to 0 along half a cosine, after a linear warm-up of ``warmup`` epochs.
+
+    :raises ValueError: for a warm-up below 0.
+    """
+    checks.not_negative("warmup", warmup)
 
     def build(optimizer: Optimizer, steps: int, epochs: int) -> LRScheduler:
         start, end = warmup * steps, epochs * steps
@@ -29,7 +35,14 @@ def cosine(warmup: float = 0.0) -> Schedule:
 
 
 def multistep(warmup: float, milestones: Sequence[float], ratio: float) -> Schedule:
-    """A linear warm-up of ``warmup`` epochs, then times ``ratio`` at every milestone (in epochs)."""
+    """A linear warm-up of ``warmup`` epochs, then times ``ratio`` at every milestone (in epochs).
+
+    :raises ValueError: for a warm-up or a milestone below 0, or a ratio that is not positive.
+    """
+    checks.not_negative("warmup", warmup)
+    checks.positive("ratio", ratio)
+    for milestone in milestones:
+        checks.not_negative("milestones", milestone)
 
     def build(optimizer: Optimizer, steps: int, epochs: int) -> LRScheduler:
         def factor(step: int) -> float:

@@ -5,17 +5,25 @@ An engine hands :func:`train` a :class:`~pyro_bnn.inference.checkpoint.TrainingR
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyro.distributions as dist
 import torch
+from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
+from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.batches import Minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.progress import progress_bar
@@ -115,17 +123,23 @@ def train_epoch(run: TrainingRun, batches: Minibatches, step: Step) -> float:
         try:
             loss = step(batch, run)
         except FloatingPointError as error:
-            run.restore()
-            raise FloatingPointError(
-                f"{error}. Model and guide are back at the end of epoch {run.remembered_epoch}"
-            ) from (error.__cause__ or error)
+            raise _back(run, error) from (error.__cause__ or error)
         if run.scheduler is not None:
             run.scheduler.step()
         run.step += 1
         run.losses.append(loss)
     run.epoch += 1
+    wrong = run.not_finite()
+    if wrong is not None:  # the last update of the epoch, after which no loss was computed
+        raise _back(run, FloatingPointError(f"{wrong} became NaN or infinite at step {run.step}. A smaller lr helps"))
     run.remember()
     return sum(run.losses[before:]) / (len(run.losses) - before)
+
+
+def _back(run: TrainingRun, error: FloatingPointError) -> FloatingPointError:
+    """Puts a run that diverged back to its last good state, and adds that to what is said."""
+    run.restore()
+    return FloatingPointError(f"{error}. Model and guide are back at the end of epoch {run.remembered_epoch}")
 
 
 def first_row(batches: Minibatches) -> object:
@@ -163,8 +177,62 @@ def require_rows_for_statistics(model: Program, batches: Minibatches) -> None:
 
 def require_epochs(epochs: int) -> None:
     """Refuses a run without epochs, before anything is set up."""
-    if epochs < 1:
-        raise ValueError(f"epochs={epochs!r}: expected at least 1")
+    checks.count("epochs", epochs)
+
+
+def require_programs(model: object, guide: object) -> None:
+    """Refuses a model and a guide that change places, or are no programs.
+
+    :raises TypeError: see above.
+    """
+    if isinstance(model, (MixtureGuide, AutoGuide)) or isinstance(guide, BayesianNetwork):
+        raise TypeError(
+            f"model={type(model).__name__}, guide={type(guide).__name__}: expected the model first and then its guide"
+        )
+    for name, program in (("model", model), ("guide", guide)):
+        if not callable(program):
+            raise TypeError(f"{name}={program!r}: expected a Pyro program, a module or a function")
+
+
+def require_supports(model: poutine.Trace, guide: poutine.Trace) -> None:
+    """Refuses a guide whose values lie where the prior has no density: no learning rate would mend that.
+
+    :param model: its trace at the draw of the guide.
+    :raises ValueError: names the first such site.
+    """
+    priors: dict[str, Any] = model.nodes
+    own: dict[str, Any] = guide.nodes
+    for name, site in own.items():
+        prior = priors.get(name)
+        if site["type"] != "sample" or prior is None or prior["type"] != "sample" or site_is_subsample(site):
+            continue
+        low, high = _bounds(prior["fn"].support)
+        point = isinstance(_base(site["fn"]), dist.Delta)
+        value: Tensor = site["value"]
+        least, most = (float(value.min()), float(value.max())) if point else _bounds(site["fn"].support)
+        if least < low or most > high:
+            found = "points" if point else f"a {type(_base(site['fn'])).__name__} on"
+            raise ValueError(
+                f"the supports of the site {name!r} differ: its prior, a {type(_base(prior['fn'])).__name__}, has no "
+                f"density outside of [{low:g}, {high:g}], but the guide has {found} [{least:g}, {most:g}]. "
+                "Give the site a prior on all numbers, or take a guide that follows the prior's support, such as "
+                "pyro.infer.autoguide.AutoNormal"
+            )
+
+
+def _base(fn: Any) -> Any:
+    """The distribution inside of an ``Independent`` and the like."""
+    while isinstance(fn, (torch.distributions.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
+def _bounds(support: Any) -> tuple[float, float]:
+    """The least and the largest number of a support, as far as it says."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    low, high = getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)
+    return float(torch.as_tensor(low).min()), float(torch.as_tensor(high).max())
 
 
 # ------------------------------------------------------------------------------------------------- the optimiser
@@ -195,6 +263,7 @@ def build_optimizer(
     :raises ValueError: for another name, a rate that nothing would use, or an optimiser of other parameters.
     :raises TypeError: for anything else, or a function that returns no optimiser.
     """
+    checks.optional(checks.positive, "lr", lr)
     optim = default if optim is None else optim
     rate: dict[str, Any] = {} if lr is None else {"lr": lr}
     if isinstance(optim, str):

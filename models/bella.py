@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bnn import display, priors
+from pyro_bnn.entry import checks
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.given.copying import unwrapped
 from pyro_bnn.given.fixed import has_spectral_norm, not_frozen, require_own_weights, require_random
 from pyro_bnn.guide import MixtureGuide
@@ -66,6 +68,7 @@ class Bella(BayesianNetwork):
         ``product_scale`` and ``prior`` are both given.
     """
 
+    @one_at_a_time
     def __init__(
         self,
         net: nn.Module,
@@ -84,10 +87,8 @@ class Bella(BayesianNetwork):
         affine_prior: Prior = Normal(scale=0.1),
         **options: Unpack[NetworkOptions],
     ) -> None:
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"rank={rank!r}: expected the number of columns of B, at least 1")
-        if alpha is not None and not (isinstance(alpha, (int, float)) and math.isfinite(alpha) and alpha > 0):
-            raise ValueError(f"alpha={alpha!r}: expected a positive number, or None for a scale of 4 at every rank")
+        rank = checks.count("rank", rank)
+        alpha = checks.optional(checks.positive, "alpha", alpha)
         super().__init__(net, likelihood, num_data, **options, share=True)
         self.rank, self.rank_stabilised, self.head_prior = rank, rank_stabilised, head_prior
         self.alpha = float((8 if rank_stabilised else 4 * rank) if alpha is None else alpha)
@@ -121,8 +122,7 @@ class Bella(BayesianNetwork):
                 )
             return prior
         sigma = _PRODUCT_SCALE if product_scale is None else product_scale
-        if not (isinstance(sigma, (int, float)) and math.isfinite(sigma) and sigma > 0):
-            raise ValueError(f"product_scale={sigma!r}: expected a positive number, of the elements of scale B A")
+        checks.positive("product_scale", sigma)
         return Normal(0.0, math.sqrt(sigma / (self.scale * math.sqrt(self.rank))))
 
     def _find_weights(self, select: Select | None, given: dict[str, nn.Parameter]) -> list[str]:
@@ -285,6 +285,7 @@ class ParticleGuide(MixtureGuide):
     :raises ValueError: for an unknown ``init``, or an odd rank with ``"orthogonal"``.
     """
 
+    @one_at_a_time
     def __init__(self, model: Bella, particles: int = 5, *, init: Init = "gaussian", init_scale: float = 1e-2) -> None:
         if not isinstance(model, Bella):
             raise TypeError(f"ParticleGuide takes a pyro_bnn.models.Bella, got {type(model).__name__}")
@@ -292,9 +293,8 @@ class ParticleGuide(MixtureGuide):
             raise ValueError(f"init={init!r}: expected 'kaiming', 'gaussian' or 'orthogonal'")
         if init == "orthogonal" and model.rank % 2:
             raise ValueError(f"init='orthogonal' halves the rank between A and B: rank={model.rank} is odd")
-        if not init_scale > 0:
-            raise ValueError(f"init_scale={init_scale!r}: expected a positive standard deviation")
-        super().__init__(model, particles, family="point")
+        checks.positive("init_scale", init_scale)
+        super().__init__(model, checks.count("particles", particles), family="point")
         self._pairs = model.pairs()
         values = self.coordinates()
         with torch.no_grad():

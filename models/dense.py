@@ -8,6 +8,7 @@ from typing import Unpack
 from torch import Tensor, nn
 
 from pyro_bnn import priors
+from pyro_bnn.entry import checks
 from pyro_bnn.given.fixed import not_frozen, require_random
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import Inputs
@@ -58,6 +59,7 @@ class Dense(BayesianNetwork):
         chunk_size: int | None = None,
         **options: Unpack[NetworkOptions],
     ) -> None:
+        chunk_size = checks.optional(checks.count, "chunk_size", chunk_size)
         super().__init__(net, likelihood, num_data, **options)
         parameters = self.core().parameters_by_name()
         self.random = freeze_random(self, select)
@@ -126,6 +128,7 @@ class MeanFieldGuide(MixtureGuide):
     """
 
     def __init__(self, model: BayesianNetwork, components: int = 1, *, init_scale: float = 1e-2) -> None:
+        checks.positive("init_scale", init_scale)
         super().__init__(model, components)
         self.start_scales(init_scale)
 

@@ -18,6 +18,8 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_bnn import priors
+from pyro_bnn.entry import checks
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.given.fixed import not_frozen, require_own_weights, require_random
 from pyro_bnn.guide import Family, MixtureGuide
 from pyro_bnn.inputs import Inputs, inputs
@@ -81,8 +83,7 @@ class Rank1(BayesianNetwork):
                 f"weight_prior={weight_prior!r}: expected a class of pyro_bnn.priors that has no scales of its own "
                 "(Normal, Cauchy, Laplace or StudentT), or None for a flat prior"
             )
-        if clip is not None and not clip > 0:
-            raise ValueError(f"clip={clip!r}: expected a positive number, or None for no clipping")
+        clip = checks.optional(checks.positive, "clip", clip)
         self.prior, self.weight_prior, self.member_bias, self.clip = prior, weight_prior, member_bias, clip
         example = None if example is None else inputs(example, self.like())
         consumed = None if example is None else core.consumed(example)
@@ -355,6 +356,7 @@ class Rank1Guide(MixtureGuide):
     :raises ValueError: when ``components < 1`` or a rate is not in (0, 1).
     """
 
+    @one_at_a_time
     def __init__(
         self,
         model: Rank1,
@@ -367,8 +369,12 @@ class Rank1Guide(MixtureGuide):
     ) -> None:
         if not isinstance(model, Rank1):
             raise TypeError(f"Rank1Guide takes a pyro_bnn.models.Rank1, got {type(model).__name__}")
-        if not 0 < init_dropout_rate < 1:
-            raise ValueError(f"init_dropout_rate={init_dropout_rate!r}: expected a rate in (0, 1)")
+        init_dropout_rate = checks.share("init_dropout_rate", init_dropout_rate)
+        if family not in ("normal", "cauchy"):
+            raise ValueError(
+                f"family={family!r}: expected 'normal' or 'cauchy'. Points without a spread are a "
+                "pyro_bnn.guide.MixtureGuide(model, components, family='point')"
+            )
         if draws not in ("row", "member"):
             raise ValueError(f"draws={draws!r}: expected 'row' or 'member'")
         light = next((name for name, p in model.priors.items() if not p.has_heavy_tails), None)

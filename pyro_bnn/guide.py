@@ -14,13 +14,13 @@ import pyro
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
 from pyro_bnn.factorised import NormalBlock, split
 from pyro_bnn.inputs import Inputs
-from pyro_bnn.model import BayesianNetwork, Form, picklable_state, register_parameters
+from pyro_bnn.model import BayesianNetwork, Form, ProgramModule, picklable_state, register_parameters
 from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import batch_size
 from pyro_bnn.sites import Site
@@ -61,7 +61,7 @@ class Block(NamedTuple):
     parameter: nn.Parameter
 
 
-class MixtureGuide(PyroModule):
+class MixtureGuide(ProgramModule):
     """``q = (1/K) sum_k q_k``, one component index for the whole network, each ``q_k`` factorised over elements.
 
     Weights and factors are Normal or Cauchy with scale ``softplus(rho) + 1e-7``, positive scales are LogNormal, shares
@@ -97,8 +97,7 @@ class MixtureGuide(PyroModule):
         if not isinstance(model, BayesianNetwork):
             raise TypeError(f"{type(self).__name__} takes one of pyro_bnn.models, got {type(model).__name__}")
         super().__init__(f"{model.prefix}_guide" if model.prefix else "guide")
-        if not isinstance(components, int) or components < 1:
-            raise ValueError(f"components={components!r}: expected the number of mixture components, at least 1")
+        components = checks.count("components", components)
         if family not in _FAMILIES:
             raise ValueError(f"family={family!r}: expected one of {', '.join(map(repr, _FAMILIES))}")
         sites = [site for site in model.sites() if own is None or own(site)]
@@ -127,7 +126,13 @@ class MixtureGuide(PyroModule):
                 setattr(self, name.replace("loc", "rho"), nn.ParameterList(rhos))
 
     def start_scales(self, value: float) -> None:
-        """Sets the standard deviation (Cauchy: the scale) of every weight or factor."""
+        """Sets the standard deviation (Cauchy: the scale) of every weight or factor.
+
+        :raises ValueError: unless it is positive, or for a guide of points, which has none.
+        """
+        value = checks.positive("value", value)
+        if self.family == "point":
+            raise ValueError("family='point': points have no standard deviations to start at")
         with torch.no_grad():
             for rho in self._block_parameters("rho"):
                 rho.fill_(inverse_softplus(value))

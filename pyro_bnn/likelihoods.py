@@ -7,7 +7,6 @@ event axes. ``temperature=T`` raises the likelihood to the power 1/T, and is the
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyro_bnn.entry import checks
 from pyro_bnn.registry import build_value, describe_value
 
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "HeteroscedasticGaussian", "Likelihood", "Poisson"]
@@ -35,8 +35,7 @@ class Likelihood:
     has_target_axis: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature!r}: expected a positive number (1 is the plain posterior)")
+        checks.positive("temperature", self.temperature)
 
     def distribution(self, f: Tensor, noise: Tensor | None = None) -> dist.TorchDistribution:
         """The distribution of y, batch shape ``[..., N]`` once trailing axes of y are event axes."""
@@ -216,10 +215,8 @@ class Gaussian(Likelihood):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("scale", "noise_prior_scale"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ValueError(f"Gaussian({name}={value!r}): expected a positive number, in the units of y")
+        checks.optional(checks.positive, "scale", self.scale)
+        checks.positive("noise_prior_scale", self.noise_prior_scale)
 
     @property
     def learns_noise(self) -> bool:  # type: ignore[override]

@@ -19,11 +19,13 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
 from pyro_bnn.given.copying import unwrapped
 from pyro_bnn.given.fixed import require_random, with_row_of
 from pyro_bnn.inputs import Inputs
@@ -64,6 +66,25 @@ def picklable_state(module: nn.Module) -> dict[str, object]:
     return {k: v if k != "_constants" else {} for k, v in module.__dict__.items() if k not in left_out}
 
 
+class ProgramModule(PyroModule):
+    """A Pyro program of this package, a model or a guide: what is no network."""
+
+
+def require_network(net: object) -> None:
+    """Refuses what is given in the place of a network.
+
+    :raises TypeError: for what is no module, and for a model, a guide or a network that has latent weights already.
+    """
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+    for name, part in net.named_modules():
+        latent = isinstance(part, PyroModule) and part.__dict__.get("_pyro_samples")
+        if isinstance(part, (ProgramModule, AutoGuide)) or latent:
+            where = f"net has {type(part).__name__} as its part {name!r}" if name else f"net={type(part).__name__}"
+            core = ": its network is model.core().net" if isinstance(part, BayesianNetwork) else ""
+            raise TypeError(f"{where}: expected a plain network, not a program that is Bayesian already{core}")
+
+
 class NetworkOptions(TypedDict, total=False):
     """Keyword arguments that every :class:`BayesianNetwork` has.
 
@@ -78,7 +99,7 @@ class NetworkOptions(TypedDict, total=False):
     output: Output
 
 
-class BayesianNetwork(PyroModule):
+class BayesianNetwork(ProgramModule):
     """A network with latent weights as an ordinary Pyro model ``model(x, y=None)``.
 
     With ``likelihood=None`` it is the function alone, ``f = model(x)``, for use inside a larger Pyro model, which then
@@ -106,15 +127,16 @@ class BayesianNetwork(PyroModule):
         output: Output = None,
         share: bool = False,
     ) -> None:
+        require_network(net)
         super().__init__(prefix)
         if likelihood is not None and not isinstance(likelihood, Likelihood):
             raise TypeError(
                 f"likelihood must be one of pyro_bnn.likelihoods (or None for the function alone), got {likelihood!r}"
             )
-        if likelihood is not None and (not isinstance(num_data, int) or num_data < 1):
-            raise ValueError(
-                f"num_data={num_data!r}: expected the number of training samples, an integer of at least 1"
-            )
+        if likelihood is not None or num_data is not None:
+            num_data = checks.count("num_data", num_data)
+        if isinstance(members_dim, bool) or not isinstance(members_dim, int):
+            raise TypeError(f"members_dim={members_dim!r}: expected a whole number, -2 or less")
         if members_dim > -2:
             raise ValueError(f"members_dim={members_dim}: axis -1 belongs to the data; use -2 or further left")
         self.network = Network(net, output, share)

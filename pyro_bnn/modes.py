@@ -9,6 +9,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 
+from pyro_bnn.entry.threads import one_at_a_time
+
 _mode: ContextVar[bool | None] = ContextVar("mode", default=None)
 
 
@@ -33,21 +35,43 @@ def enter_mode(module: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside, every part is in eval mode; modes and buffers are put back."""
-    modes = [(part, part.training) for part in module.modules()]
-    # Copies take the place of the buffers: a write into one of these, even of its old values, would invalidate the
-    # graph of an earlier pass whose gradients are still to come, and a forward may also put new ones in their place.
-    buffers = [(part, name, b) for part in module.modules() for name, b in part._buffers.items() if b is not None]
-    copies = {id(buffer): buffer.clone() for _, _, buffer in buffers}
-    module.eval()
-    for part, name, buffer in buffers:
-        part._buffers[name] = copies[id(buffer)]
+def keeping_modes(*programs: object) -> Iterator[None]:
+    """Inside, the modes of modules may change: they are put back. A program that is no module has none."""
+    modules = [part for program in programs if isinstance(program, nn.Module) for part in program.modules()]
+    modes = [(part, part.training) for part in modules]
     try:
         yield
     finally:
         for part, training in modes:
             part.training = training
+
+
+def settle(*programs: object) -> None:
+    """Puts modules into eval mode, in which every engine leaves the programs that it returns."""
+    for program in programs:
+        if isinstance(program, nn.Module):
+            program.eval()
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside, every part is in eval mode; modes and buffers are put back."""
+    with one_at_a_time, keeping_modes(module), _keeping_buffers(module):
+        module.eval()
+        yield
+
+
+@contextlib.contextmanager
+def _keeping_buffers(module: nn.Module) -> Iterator[None]:
+    # Copies take the place of the buffers: a write into one of these, even of its old values, would invalidate the
+    # graph of an earlier pass whose gradients are still to come, and a forward may also put new ones in their place.
+    buffers = [(part, name, b) for part in module.modules() for name, b in part._buffers.items() if b is not None]
+    copies = {id(buffer): buffer.clone() for _, _, buffer in buffers}
+    try:
+        for part, name, buffer in buffers:
+            part._buffers[name] = copies[id(buffer)]
+        yield
+    finally:
         for part, name, buffer in buffers:
             part._buffers[name] = buffer
 
@@ -102,6 +126,7 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, full precision; modes, buffers and random state are put back."""
     devices = {t.device for t in [*net.parameters(), *net.buffers()] if t.device.type == "cuda"}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(one_at_a_time)
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.no_grad())
         for kind in {"cpu", *(device.type for device in devices)}:

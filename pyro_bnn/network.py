@@ -35,6 +35,10 @@ NORMALISATIONS: tuple[type[nn.Module], ...] = (
 )
 
 
+#: shapes of inputs of which a network remembers what it found out; texts have hundreds of lengths
+MAX_SHAPES = 256
+
+
 def batch_size(x: Inputs, y: Tensor | None = None) -> int:
     """Number of samples: the leading size of y, else that of the first tensor in x (any nesting of dict and tuple).
 
@@ -210,7 +214,7 @@ class Network(nn.Module):
             with no_fused_attention():
                 layouts = find_layouts(self, self.net, names, neutral, x, size)
                 check_fold(self, self.net, names, neutral, chosen, layouts, x, size, self._padded())
-            self._layouts[key] = layouts
+            _keep(self._layouts, key, layouts)
         return self._layouts[key]
 
     def activation_elements(self, x: Inputs, size: int) -> int:
@@ -229,7 +233,7 @@ class Network(nn.Module):
             finally:
                 for handle in handles:
                     handle.remove()
-            self._activations[key] = max(largest)
+            _keep(self._activations, key, max(largest))
         return self._activations[key]
 
     def consumed(self, x: Inputs) -> set[str]:
@@ -317,6 +321,13 @@ def _shapes(x: Inputs, size: int) -> object:
         for t in leaves
     )
     return str(spec), shapes
+
+
+def _keep(known: dict[Any, Any], key: Any, value: Any) -> None:
+    """Adds what was found out for a shape, and forgets the oldest beyond ``MAX_SHAPES``."""
+    known[key] = value
+    while len(known) > MAX_SHAPES:
+        del known[next(iter(known))]
 
 
 def _neutral(parameter: Tensor) -> Perturbation:

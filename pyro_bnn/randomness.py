@@ -8,6 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from pyro_bnn.entry import checks
+from pyro_bnn.entry.threads import one_at_a_time
+
 
 def device_of(program: object) -> torch.device:
     """Where a Pyro program has its parameters; the processor for one without."""
@@ -18,13 +21,14 @@ def device_of(program: object) -> torch.device:
 @contextlib.contextmanager
 def forked(device: torch.device) -> Iterator[None]:
     """Inside, random numbers on the processor and on the device leave no trace outside."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with one_at_a_time, torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
 
 @contextlib.contextmanager
 def seeded(device: torch.device, seed: int | None) -> Iterator[None]:
     """Inside, random numbers are those of the seed, and leave no trace outside; ``None`` changes nothing."""
+    seed = checks.seed("seed", seed)
     if seed is None:
         yield
         return
@@ -35,11 +39,16 @@ def seeded(device: torch.device, seed: int | None) -> Iterator[None]:
 
 def some_seed(seed: int | None) -> int:
     """The seed that was given, or one from torch's global generator: for what must use the same draws several times."""
-    return int(torch.randint(2**31, ())) if seed is None else seed
+    given = checks.seed("seed", seed)
+    if given is not None:
+        return given
+    with one_at_a_time:  # a draw in between would change what another thread draws from its seed
+        return int(torch.randint(2**31, ()))
 
 
 def derive_seeds(seed: int | None, count: int) -> list[int | None]:
     """Seeds that have nothing to do with one another, or none."""
+    seed = checks.seed("seed", seed)
     if seed is None:
         return [None] * count
     return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()

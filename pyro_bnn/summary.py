@@ -16,6 +16,8 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.svi.elbo import MixtureELBO
 from pyro_bnn.inputs import Inputs, inputs
@@ -145,6 +147,7 @@ class Summary:
         return ["layer", "type", "weight", "form", "prior", *counts], [*rows, ["all", "", "", "", "", *sums]]
 
 
+@one_at_a_time
 def summary(
     model: BayesianNetwork, guide: nn.Module | None = None, *, batch_size: int = 128, example: Inputs = None
 ) -> Summary:
@@ -172,8 +175,7 @@ def summary(
             f"the guide is a {type(guide).__name__}, whose parameters nobody can list: give one that is a module, as "
             "those of this package and Pyro's AutoGuides, or leave it out"
         )
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: expected a number of samples, at least 1")
+    batch_size = checks.count("batch_size", batch_size)
     memory = None
     if example is not None:
         if guide is None or isinstance(guide, DrawsGuide):

@@ -250,10 +250,10 @@ def test_values_outside_the_support(likelihood: Likelihood, good: Any, bad: Any,
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Categorical(temperature=0.0), r"temperature=0.0: expected a positive number \(1 is"),
+        (lambda: Categorical(temperature=0.0), "temperature=0.0: expected a positive number"),
         (lambda: Poisson(temperature=math.nan), "temperature=nan"),
         (lambda: Bernoulli(temperature=math.inf), "temperature=inf"),
-        (lambda: Gaussian(scale=-1.0), r"Gaussian\(scale=-1.0\): expected a positive number, in the units of y"),
+        (lambda: Gaussian(scale=-1.0), "scale=-1.0: expected a positive number"),
         (lambda: Gaussian(scale=math.inf), "scale=inf"),
         (lambda: Gaussian(noise_prior_scale=0.0), "noise_prior_scale=0.0"),
     ],

@@ -1,6 +1,7 @@
 """`Network` takes networks as users write them: selects their parameters, feeds their inputs, picks their outputs."""
 
 import collections
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from explicit import TOLERANCE, perturb, relative, row_by_row
 from torch import Tensor, nn
 
+import pyro_bnn as pb
 from pyro_bnn.network import Network, batch_size
-from pyro_bnn.perturb import Rank1Factors, Replacement
+from pyro_bnn.perturb import Layout, Rank1Factors, Replacement
 
 MEMBERS, ROWS = 2, 3
 
@@ -298,3 +300,20 @@ def test_a_perturbation_of_the_wrong_length_is_refused() -> None:
             network.perturbed(IMAGE, ROWS, {"weight": factors}, 1)
     with pytest.raises((RuntimeError, ValueError)):
         network.perturbed(IMAGE, ROWS, {"bias": Replacement(randn(1, 1, 2))}, 1)
+
+
+def test_what_is_known_of_shapes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network that meets ever new sequence lengths remembers the latest only, and is right for all of them."""
+    monkeypatch.setattr("pyro_bnn.network.MAX_SHAPES", 3)
+    model = pb.models.Rank1(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)), None)
+    posterior = pb.Posterior(model, pb.models.Rank1Guide(model, 2))
+    held = []
+    for _ in range(2):
+        for length in range(1, 9):
+            x = torch.randn(4, length, 2)
+            latents = {name: model.plated(value) for name, value in posterior.draws(3, seed=0).items()}
+            f = model.function(x, latents, 4)
+            alone = [model.function(x, {n: v[i : i + 1] for n, v in latents.items()}, 4) for i in range(3)]
+            torch.testing.assert_close(f, torch.cat(alone))
+            held.append(sum(type(thing) is Layout for thing in gc.get_objects()))
+    assert held[-1] <= held[2] + 6

@@ -12,6 +12,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
+from pyro_bnn.entry import checks
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.baselines.masks import Masks, dropout_modules, find_masks, mask_shape
 from pyro_bnn.inference.baselines.point import Baseline, network_at
@@ -19,6 +21,7 @@ from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import settle
 from pyro_bnn.network import Network, Output
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.priors import Normal, PriorLike
@@ -65,6 +68,7 @@ class MCDropout(Baseline):
         if everything is not None:
             raise ValueError(f"the dropout {everything!r} has p=1 and drops everything: choose p below 1")
 
+    @one_at_a_time
     def fit(
         self, data: Data, *, epochs: int = 0, batch_size: int = 128, seed: int | None = None, **options: Any
     ) -> Posterior:
@@ -78,6 +82,8 @@ class MCDropout(Baseline):
         :return: the posterior of a :class:`DropoutNetwork`.
         :raises ValueError: when the network calls ``F.dropout`` itself, or reaches none of its dropout modules.
         """
+        checks.count("batch_size", batch_size)
+        checks.seed("seed", seed)
         point = self._mode(data, epochs, batch_size=batch_size, seed=seed, **options)
         net, noise = network_at(point), point.draws(1).get("noise")
         noise = None if noise is None else noise[0, 0]
@@ -85,7 +91,9 @@ class MCDropout(Baseline):
             first = minibatches(point.model, data, batch_size).first
         masks = find_masks(Network(net, self.output, share=True), first[0])
         model = DropoutNetwork(net, self.likelihood, self.num_data, masks=masks, prior=self.prior, output=self.output)
-        return Posterior(model, DropoutGuide(model, noise), losses=point.losses)
+        guide = DropoutGuide(model, noise)
+        settle(model, guide)
+        return Posterior(model, guide, losses=point.losses)
 
 
 @storable

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyro_bnn.entry import checks
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.given.copying import copy_of, unwrapped
 from pyro_bnn.inference.baselines.point import Baseline
 from pyro_bnn.inputs import Data
@@ -46,12 +48,12 @@ class DeepEnsemble(Baseline):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.num_networks, int) or self.num_networks < 1:
-            raise ValueError(f"num_networks={self.num_networks!r}: expected a number of networks, at least 1")
+        self.num_networks = checks.count("num_networks", self.num_networks)
 
     def repr_arguments(self) -> dict[str, object]:
         return super().repr_arguments() | {"num_networks": self.num_networks}
 
+    @one_at_a_time
     def fit(
         self,
         data: Data,
@@ -79,8 +81,7 @@ class DeepEnsemble(Baseline):
                 "optim= is an optimiser, and every network needs one of its own: give its name, or a function such as "
                 "lambda groups: torch.optim.Adam(groups, lr=1e-3)"
             )
-        if not isinstance(epochs, int) or epochs < 1:
-            raise ValueError(f"epochs={epochs!r}: expected at least 1, as every network starts untrained")
+        checks.count("epochs", epochs)
         seeds = derive_seeds(seed, 2 * self.num_networks)
         points = []
         for member in range(self.num_networks):

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from torch.distributions import kl_divergence
 from torch.distributions.transforms import ReshapeTransform
 
+from pyro_bnn.entry import checks
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.baselines.point import Baseline, network_at
 from pyro_bnn.inference.batches import Minibatches, minibatches
 from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.models.dense import Dense
-from pyro_bnn.modes import undisturbed
+from pyro_bnn.modes import settle, undisturbed
 from pyro_bnn.network import Network, Output
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.priors import Normal
@@ -73,11 +75,18 @@ class LastLayerLaplace(Baseline):
                 "of another prior is not constant"
             )
         super().__init__(net, likelihood, num_data, prior=prior or Normal(0.0, 1.0), output=output)
+        half = next((p.dtype for p in net.parameters() if p.dtype in (torch.float16, torch.bfloat16)), None)
+        if half is not None:
+            raise ValueError(
+                f"the network is in {half}, in which no covariance can be factorised: give net.float(), and data of "
+                "any precision"
+            )
         self._chooses = prior is None
 
     def repr_arguments(self) -> dict[str, object]:
         return super().repr_arguments() | ({"prior": None} if self._chooses else {})
 
+    @one_at_a_time
     def fit(
         self, data: Data, *, epochs: int = 0, batch_size: int = 128, seed: int | None = None, **options: Any
     ) -> Posterior:
@@ -93,6 +102,8 @@ class LastLayerLaplace(Baseline):
         :raises ValueError: when the output is not that of a linear layer of its own, the layer is too large, the loader
             does not give every row, or there is nothing to choose the prior by.
         """
+        checks.count("batch_size", batch_size)
+        checks.seed("seed", seed)
         point = self._mode(data, epochs, batch_size=batch_size, seed=seed, **options)
         net, noise = network_at(point), point.draws(1).get("noise")
         noise = None if noise is None else noise[0, 0]
@@ -119,7 +130,9 @@ class LastLayerLaplace(Baseline):
         precision = curvature + torch.eye(len(mean)).to(curvature) / model.prior.scale**2
         scale_tril = root_of_inverse(precision)
         self.log_evidence = log_likelihood + log_evidence(mean.to(scale_tril), scale_tril, model.prior)
-        return Posterior(model, LaplaceGuide(model, mean, scale_tril.to(mean), noise), losses=point.losses)
+        guide = LaplaceGuide(model, mean, scale_tril.to(mean), noise)
+        settle(model, guide)
+        return Posterior(model, guide, losses=point.losses)
 
     def _curvature(self, model: Dense, layer: str, batches: Minibatches, noise: Tensor | None) -> tuple[Tensor, float]:
         """``sum_n Lambda_n kron phi_n phi_n^T`` in the order of the parameters, and the log-likelihood, over T both."""

@@ -8,11 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
 from pyro_bnn.given.copying import copy_of, unwrapped
 from pyro_bnn.inference.svi.fitting import fit
 from pyro_bnn.inputs import Data
 from pyro_bnn.likelihoods import Likelihood
+from pyro_bnn.model import require_network
 from pyro_bnn.models.dense import Dense, PointGuide
+from pyro_bnn.modes import settle
 from pyro_bnn.network import Output
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.priors import Normal, PriorLike
@@ -39,6 +42,7 @@ class Baseline:
     output: Output = None
 
     def __post_init__(self) -> None:
+        require_network(self.net)
         net = unwrapped(self.net)
         if not isinstance(self.likelihood, Likelihood):
             raise TypeError(
@@ -67,8 +71,7 @@ class Baseline:
 
         :raises ValueError: without training, when the noise is to be learned.
         """
-        if not isinstance(epochs, int) or epochs < 0:
-            raise ValueError(f"epochs={epochs!r}: expected a number of passes over the data, 0 for a trained network")
+        checks.count("epochs", epochs, 0)
         model = self._model(net)
         guide = PointGuide(model)
         if epochs:
@@ -78,6 +81,7 @@ class Baseline:
                 f"{self.likelihood!r} learns its noise, and nothing is trained with epochs=0: give epochs=, or the "
                 "standard deviation of the noise as scale="
             )
+        settle(model, guide)
         return Posterior(model, guide)
 
 

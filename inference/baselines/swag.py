@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bnn.entry import checks
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.baselines.point import Baseline
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.svi.fitting import fit
@@ -107,13 +109,13 @@ class SWAG(Baseline):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.rank, int) or self.rank < 2:
-            raise ValueError(f"rank={self.rank!r}: expected a number of deviations, at least 2")
+        self.rank = checks.count("rank", self.rank, 2)
         self.moments = Moments(self.rank)
 
     def repr_arguments(self) -> dict[str, object]:
         return super().repr_arguments() | {"rank": self.rank}
 
+    @one_at_a_time
     def fit(
         self,
         data: Data,
@@ -144,13 +146,10 @@ class SWAG(Baseline):
         :raises ValueError: for counts out of range, or when callbacks end the run before its second iterate.
         :raises FloatingPointError: when SGD diverges.
         """
-        for name, count, least in (("epochs", epochs, 2), ("warmup_epochs", warmup_epochs, 0)):
-            if not isinstance(count, int) or count < least:
-                raise ValueError(f"{name}={count!r}: expected a whole number, at least {least}")
-        if not isinstance(num_samples, int) or num_samples < 1:
-            raise ValueError(f"num_samples={num_samples!r}: expected a number of draws, at least 1")
-        if not (0 < lr < math.inf and 0 <= momentum < 1):
-            raise ValueError(f"lr={lr!r}, momentum={momentum!r}: expected a positive number, and one in [0, 1)")
+        epochs = checks.count("epochs", epochs, 2)
+        warmup_epochs = checks.count("warmup_epochs", warmup_epochs, 0)
+        num_samples = checks.count("num_samples", num_samples)
+        lr, momentum = checks.positive("lr", lr), checks.share_or_none_of_it("momentum", momentum)
         model = self._model()
         guide = PointGuide(model)
         moments = self.moments = Moments(self.rank)

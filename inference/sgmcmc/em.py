@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pyro_bnn.entry import checks
 from pyro_bnn.inference.sgmcmc.pruning import Rule, RuleName
 from pyro_bnn.inference.sgmcmc.spike_and_slab import SpikeAndSlabKernel
 from pyro_bnn.inputs import Data
@@ -75,8 +76,8 @@ class SGHMCEM(SpikeAndSlabKernel):
     ) -> None:
         if e_step not in ("soft", "hard"):
             raise ValueError(f"e_step={e_step!r}: expected 'soft' or 'hard'")
-        if not callable(rate) and not 0 < rate <= 1:
-            raise ValueError(f"rate={rate!r}: expected a number in (0, 1], or a function of the step")
+        if not callable(rate):
+            checks.share_or_all_of_it("rate", rate)
         self.rate = rate
         super().__init__(
             model,

@@ -10,6 +10,7 @@ import torch
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor, nn
 
+from pyro_bnn.entry import checks
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.inference.sgmcmc.gradient import Gradient
 from pyro_bnn.inference.sgmcmc.streams import Streams
@@ -48,11 +49,10 @@ class MinibatchKernel(MCMCKernel):
         check_every: int = 100,
         capture: bool | Literal["auto"] = "auto",
     ) -> None:
-        for name, count in (("thinning", thinning), ("check_every", check_every)):
-            if not isinstance(count, int) or count < 1:
-                raise ValueError(f"{name}={count!r}: expected a number of steps, at least 1")
-        if num_data is not None and num_data < 1:
-            raise ValueError(f"num_data={num_data!r}: expected the number of training samples, at least 1")
+        batch_size = checks.count("batch_size", batch_size)
+        thinning = checks.count("thinning", thinning)
+        check_every = checks.count("check_every", check_every)
+        num_data = checks.optional(checks.count, "num_data", num_data)
         self.model, self.data = model, data
         self.batch_size, self.thinning, self.check_every, self.capture = batch_size, thinning, check_every, capture
         self._asked_num_data = num_data

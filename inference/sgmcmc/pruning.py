@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
 from pyro_bnn.priors import SpikeAndSlabDistribution
 from pyro_bnn.sparsity.inclusion import keep_highest
 
@@ -47,11 +48,6 @@ class Rule:
         raise NotImplementedError(f"{type(self).__name__} must define __call__()")
 
 
-def _require_share(owner: Rule, name: str, value: float) -> None:
-    if not (isinstance(value, (int, float)) and 0 < value < 1):
-        raise ValueError(f"{type(owner).__name__}({name}={value!r}): expected a number between 0 and 1")
-
-
 @dataclass(frozen=True)
 class InclusionRule(Rule):
     """At the end of warm-up those groups stay whose posterior inclusion probability is at least ``threshold``.
@@ -63,7 +59,7 @@ class InclusionRule(Rule):
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        _require_share(self, "threshold", self.threshold)
+        checks.share("threshold", self.threshold)
 
     def __call__(self, sites: Sequence[SiteGroups], progress: float) -> list[Tensor]:
         return [site.kept if progress < 1 else site.probability >= self.threshold for site in sites]
@@ -81,8 +77,8 @@ class MagnitudeRule(Rule):
     decay: float = 0.99
 
     def __post_init__(self) -> None:
-        _require_share(self, "sparsity", self.sparsity)
-        _require_share(self, "decay", self.decay)
+        checks.share("sparsity", self.sparsity)
+        checks.share("decay", self.decay)
 
     def share(self, progress: float) -> float:
         """s, the share of all weights that is to be gone."""
@@ -104,8 +100,7 @@ class KeFanRule(Rule):
     hard_threshold: float = 1e-3
 
     def __post_init__(self) -> None:
-        if not self.hard_threshold > 0:
-            raise ValueError(f"KeFanRule(hard_threshold={self.hard_threshold!r}): expected a positive number")
+        checks.positive("hard_threshold", self.hard_threshold)
 
     def __call__(self, sites: Sequence[SiteGroups], progress: float) -> list[Tensor]:
         return [self._of_channels(s) if len(s.density.event_shape) > 2 else self._of_groups(s) for s in sites]

@@ -13,14 +13,18 @@ from pyro.infer import MCMC
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
+from pyro_bnn.entry import checks
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.progress import progress_bar
 from pyro_bnn.inference.sgmcmc.draw_files import DrawFiles
 from pyro_bnn.inference.sgmcmc.sghmc import SGHMC
+from pyro_bnn.modes import settle
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import device_of, seeded
 from pyro_bnn.sites import Program
 
 
+@one_at_a_time
 def sample(
     kernel: MCMCKernel,
     num_samples: int,
@@ -51,18 +55,16 @@ def sample(
     :raises OSError: when the disk has no room for all draws that are to be streamed; nothing has been sampled then.
     :raises FloatingPointError: when a chain diverges; draws that were streamed stay on disk.
     """
-    for name, count, least in (
-        ("num_samples", num_samples, 1),
-        ("warmup_steps", warmup_steps, 0),
-        ("num_chains", num_chains, 1),
-    ):
-        if not isinstance(count, int) or count < least:
-            raise ValueError(f"{name}={count!r}: expected a whole number, at least {least}")
+    num_samples = checks.count("num_samples", num_samples)
+    warmup_steps = checks.count("warmup_steps", warmup_steps, 0)
+    num_chains = checks.count("num_chains", num_chains)
+    checks.seed("seed", seed)
     model: Program = kernel.model  # type: ignore[attr-defined]
     with contextlib.ExitStack() as stack:
         stack.enter_context(seeded(device_of(model), seed))
         if isinstance(kernel, SGHMC):
             draws, statistics = _run(kernel, num_samples, warmup_steps, num_chains, args, stream, progress)
+            settle(model)
             posterior = Posterior.from_draws(model, draws, num_chains, statistics)
             posterior.sampler = _temperatures(kernel)
             return posterior
@@ -70,6 +72,7 @@ def sample(
             raise ValueError(f"stream= goes with SGHMC; {type(kernel).__name__} keeps its draws in memory")
         mcmc = MCMC(kernel, num_samples, warmup_steps, num_chains=num_chains, disable_progbar=not progress)
         mcmc.run(*args)
+    settle(model)
     return Posterior.from_mcmc(mcmc, model)
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
 from pyro_bnn.inference.sgmcmc.kernel import MinibatchKernel
 from pyro_bnn.inference.sgmcmc.noise import Noise
 from pyro_bnn.inference.sgmcmc.preconditioners import Preconditioner, preconditioner_for
@@ -110,17 +111,13 @@ class SGHMC(MinibatchKernel):
         check_every: int = 100,
         capture: bool | Literal["auto"] = "auto",
     ) -> None:
-        if not (step_size > 0 and math.isfinite(step_size)):
-            raise ValueError(
-                f"step_size={step_size!r}: expected a positive number (the square root of a learning rate)"
-            )
-        if not 0 < friction <= 1:
+        checks.positive("step_size", step_size)
+        checks.not_negative("temperature", temperature)
+        if not 0 < checks.finite("friction", friction) <= 1:
             raise ValueError(
                 f"friction={friction!r}: expected a number in (0, 1]. It is 1 minus the decay of the momentum: 0.1 for "
                 "a momentum of 0.9, 1 for Langevin dynamics"
             )
-        if not (temperature >= 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature={temperature!r}: expected 1 for the posterior, and no negative number")
         if preconditioner not in ("identity", "rmsprop", "adaptive"):
             raise ValueError(f"preconditioner={preconditioner!r}: expected 'identity', 'rmsprop' or 'adaptive'")
         if schedule not in ("constant", "cyclical"):
@@ -237,8 +234,7 @@ class SGHMC(MinibatchKernel):
 
         :raises ValueError: for fewer than two minibatches, or at temperature 0.
         """
-        if num_batches < 2:
-            raise ValueError(f"num_batches={num_batches!r}: a variance needs at least 2")
+        checks.count("num_batches", num_batches, 2)
         if self.temperature == 0:
             raise ValueError("at temperature 0 there is nothing that minibatches could heat by a factor")
         mean, square = torch.zeros_like(self.theta), torch.zeros_like(self.theta)

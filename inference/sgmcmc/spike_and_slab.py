@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bnn.entry import checks
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.inference.sgmcmc.indicators import SpikeAndSlabState, find_sites, spike_and_slab_state
 from pyro_bnn.inference.sgmcmc.pruning import Rule, RuleName, rule
@@ -54,7 +55,7 @@ class SpikeAndSlabKernel(SGHMC):
         prune_every: int | None = None,
         **options: Any,
     ) -> None:
-        if soft_threshold is not None and not (hard and soft_threshold > 0):
+        if soft_threshold is not None and not (checks.positive("soft_threshold", soft_threshold) and hard):
             raise ValueError(f"soft_threshold={soft_threshold!r}: expected a positive number, with e_step='hard'")
         for name, count, least in (
             ("em_start", em_start, 0),
@@ -62,8 +63,8 @@ class SpikeAndSlabKernel(SGHMC):
             ("prune_start", prune_start, 0),
             ("prune_every", prune_every, 1),
         ):
-            if count is not None and (not isinstance(count, int) or count < least):
-                raise ValueError(f"{name}={count!r}: expected a number of steps, at least {least}")
+            if count is not None:
+                checks.count(name, count, least)
         self.hard, self.soft_threshold, self.prune = hard, soft_threshold, rule(prune)
         self.em_start, self.em_every, self.prune_start, self.prune_every = em_start, em_every, prune_start, prune_every
         super().__init__(model, data, step_size=step_size, friction=friction, **options)

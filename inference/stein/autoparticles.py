@@ -8,18 +8,20 @@ from typing import Any, Literal
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.potential import Potential
+from pyro_bnn.model import ProgramModule
 from pyro_bnn.sites import Program
 
 #: standard deviation of unconstrained coordinates at ``init="small"``
 _SMALL = 0.1
 
 
-class AutoParticles(PyroModule):
+class AutoParticles(ProgramModule):
     """n particles as a guide for any Pyro model with continuous latents, in one parameter ``[n, dim]``.
 
     It is set up at its first call, with what the model is called with. A call gives one particle, at random.
@@ -41,8 +43,7 @@ class AutoParticles(PyroModule):
         init: Literal["prior", "small"] | dict[str, Tensor] = "prior",
     ) -> None:
         super().__init__("particles")
-        if not isinstance(num_particles, int) or num_particles < 1:
-            raise ValueError(f"num_particles={num_particles!r}: expected a whole number, at least 1")
+        num_particles = checks.count("num_particles", num_particles)
         if not isinstance(init, dict) and init not in ("prior", "small"):
             raise ValueError(f"init={init!r}: expected 'prior', 'small' or starting values {{site: [n, *shape]}}")
         self.num_members, self.init = num_particles, init
@@ -56,6 +57,7 @@ class AutoParticles(PyroModule):
         start = "given" if isinstance(self.init, dict) else self.init
         return display.call(self, model=model, particles=self.num_members, init=start)
 
+    @one_at_a_time
     def setup(self, *args: object, **kwargs: object) -> Potential:
         """Finds the sites and the starting points; later calls change nothing."""
         if self.potential is not None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
 
 
 class KernelValues(NamedTuple):
@@ -140,7 +141,9 @@ class KernelSum(Kernel):
         if not kernels or not all(isinstance(kernel, Kernel) for kernel in kernels):
             raise ValueError(f"kernels={self.kernels!r}: expected one kernel or more")
         weights = (1 / len(kernels),) * len(kernels) if self.weights is None else tuple(self.weights)
-        if len(weights) != len(kernels) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
+        for weight in weights:
+            checks.not_negative("weights", weight)
+        if len(weights) != len(kernels) or not 0 < sum(weights) < math.inf:
             raise ValueError(
                 f"weights={self.weights!r}: expected {len(kernels)} numbers of at least 0, not all of them 0"
             )
@@ -169,8 +172,7 @@ class KernelSum(Kernel):
 
 
 def _require_positive(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name}={value!r}: expected a positive number")
+    checks.positive(name, value)
 
 
 def _check_bandwidth(bandwidth: Bandwidth) -> None:

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.potential import LogJoint
 from pyro_bnn.inference.stein.particles import Segment
 from pyro_bnn.model import BayesianNetwork
-from pyro_bnn.modes import RunningStatistics, training_mode
+from pyro_bnn.modes import RunningStatistics, keeping_modes, training_mode
 from pyro_bnn.randomness import RandomState
 from pyro_bnn.sites import Program
 
@@ -228,9 +229,19 @@ def _rows(outputs: list[Tensor], n: int) -> Tensor:
     return torch.cat([f.reshape(n, -1) for f in outputs], 1)
 
 
+def prior_and_guide(
+    model: Callable[..., Any], guide: MixtureGuide, args: tuple[Any, ...]
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """A trace of the model at the members of the guide, and that of the guide."""
+    with torch.no_grad(), keeping_modes(model, guide), _inside_an_engine(train=False):
+        draw = poutine.trace(guide).get_trace(*args)
+        return poutine.trace(poutine.replay(model, trace=draw)).get_trace(*args), draw
+
+
 @contextlib.contextmanager
 def _inside_an_engine(train: bool) -> Iterator[None]:
     """Where the model runs: unseen by outer handlers, and with Pyro's parameter store as the user will find it."""
     store = pyro.get_param_store()
-    with poutine.block(), pyro.validation_enabled(False), training_mode(train), store.scope(store.get_state()):
-        yield
+    with one_at_a_time, store.scope(store.get_state()):
+        with poutine.block(), pyro.validation_enabled(False), training_mode(train):
+            yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -14,6 +13,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
@@ -22,12 +23,22 @@ from pyro_bnn.inference.settings import settings_of
 from pyro_bnn.inference.stein.autoparticles import AutoParticles
 from pyro_bnn.inference.stein.groups import Group, divide
 from pyro_bnn.inference.stein.kernels import RBF, Kernel
-from pyro_bnn.inference.stein.members import Force, MemberParticles, OneByOne, Together
+from pyro_bnn.inference.stein.members import Force, MemberParticles, OneByOne, Together, prior_and_guide
 from pyro_bnn.inference.stein.particles import AnyParticles, Segment
 from pyro_bnn.inference.stein.positions import Positions
-from pyro_bnn.inference.training import Callback, Optim, build_optimizer, first_row, require_epochs, train
+from pyro_bnn.inference.training import (
+    Callback,
+    Optim,
+    build_optimizer,
+    first_row,
+    require_epochs,
+    require_programs,
+    require_supports,
+    train,
+)
 from pyro_bnn.inputs import Data
 from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.modes import keeping_modes, settle
 from pyro_bnn.network import batch_size
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import device_of, seeded
@@ -51,12 +62,11 @@ def cyclical_annealing(total_steps: int, cycles: int = 10, power: float = 10.0) 
 
     :param total_steps: length of all cycles together; at least one step each.
     """
-    if not isinstance(cycles, int) or cycles < 1:
-        raise ValueError(f"cycles={cycles!r}: expected a whole number, at least 1")
+    checks.count("cycles", cycles)
+    checks.count("total_steps", total_steps)
+    checks.positive("power", power)
     if total_steps < cycles:
         raise ValueError(f"total_steps={total_steps!r}: expected at least one step for each of the {cycles} cycles")
-    if not power > 0:
-        raise ValueError(f"power={power!r}: expected a positive number")
     length = total_steps / cycles
 
     def gamma(step: int) -> float:
@@ -130,6 +140,7 @@ class SVGD:
         sequential: bool | Literal["auto"] = "auto",
         lr: float | None = None,
     ) -> None:
+        require_programs(model, guide)
         pairs = getattr(guide, "pairs", None)
         if space is None:
             space = "factor" if pairs is None else "product"
@@ -146,8 +157,8 @@ class SVGD:
             _check_repulsion(repulsion)
         if num_data is None and isinstance(model, BayesianNetwork):
             num_data = model.num_data
-        if num_data is not None and (not isinstance(num_data, int) or num_data < 1):
-            raise ValueError(f"num_data={num_data!r}: expected the number of training samples, at least 1")
+        num_data = checks.optional(checks.count, "num_data", num_data)
+        checks.optional(checks.positive, "lr", lr)
         self.kernel = RBF() if kernel is None else kernel
         if not isinstance(self.kernel, Kernel):
             raise TypeError(
@@ -172,6 +183,7 @@ class SVGD:
         self.steps = 0
         self._parts: _Parts | None = None
 
+    @one_at_a_time
     def setup(self, *args: object) -> None:
         """Makes particles, kernels and optimiser, from what the model is called with; later calls change nothing."""
         self._set_up(args)
@@ -196,6 +208,7 @@ class SVGD:
         names = ("kernel", "space", "scope", "method", "repulsion", "annealing", "lr", "steps")
         return display.call(self, **programs, **{name: getattr(self, name) for name in names})
 
+    @one_at_a_time
     def step(self, *args: object) -> float:
         """One update on what the model is called with; the mean of U over the particles, before it, per datum.
 
@@ -240,6 +253,7 @@ class SVGD:
         self.steps += 1
         return float(energies.mean()) / size
 
+    @one_at_a_time
     def fit(
         self,
         data: Data,
@@ -269,6 +283,7 @@ class SVGD:
             good epoch.
         """
         require_epochs(epochs)
+        checks.seed("seed", seed)
         batches = minibatches(self.model, data, batch_size)
         self._size = self.num_data or batches.size
 
@@ -277,6 +292,7 @@ class SVGD:
             return self.step(*batch)
 
         with contextlib.ExitStack() as stack:
+            stack.enter_context(keeping_modes(self.model, self.guide))
             stack.enter_context(seeded(device_of(self.model), seed))
             particles, optimizer, _ = self._set_up(batches.first)
             settings: dict[str, str] = {}
@@ -305,6 +321,7 @@ class SVGD:
                 self.steps = run.remembered_step
                 raise
             self.steps = run.step
+        settle(self.model, self.guide)
         if isinstance(self.guide, AutoParticles):
             posterior = Posterior.from_draws(self.model, self.guide.particles(), is_sampled=False)
             posterior.losses = list(run.losses)
@@ -327,6 +344,7 @@ class SVGD:
             if isinstance(self.guide, AutoParticles):
                 particles = AnyParticles(self.guide, self.sequential is True, args)
             else:
+                require_supports(*prior_and_guide(self.model, self.guide, args))
                 particles = (OneByOne if self._in_turn(args) else Together)(self.model, self.guide)
             pairs = self._pairs() if self.space == "product" else []
             groups = list(divide(particles.segments, pairs, self.scope))
@@ -368,8 +386,7 @@ class SVGD:
 
 
 def _check_repulsion(value: object) -> None:
-    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"repulsion={value!r}: expected a number of at least 0, or a function of the step")
+    checks.not_negative("repulsion", value)
 
 
 def _restart_rates(optimizer: Optimizer) -> None:

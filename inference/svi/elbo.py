@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
 from pyro_bnn.factorised import FactorisedNormal, kl_of_block
 
 
@@ -36,7 +37,7 @@ class ScaleLatents(Messenger):
 
     def __init__(self, scale: float = 1.0, per_member: bool = False) -> None:
         super().__init__()
-        self.scale, self.per_member = scale, per_member
+        self.scale, self.per_member = checks.not_negative("scale", scale), per_member
 
     def __repr__(self) -> str:
         return display.call(self, scale=self.scale, per_member=self.per_member)
@@ -85,7 +86,7 @@ class MixtureELBO(TraceMeanField_ELBO):
             raise ValueError(f"mixture_kl={mixture_kl!r}: expected 'mean', 'sum' or 'kt'")
         if likelihood_bound not in ("average", "mixture"):
             raise ValueError(f"likelihood_bound={likelihood_bound!r}: expected 'average' or 'mixture'")
-        super().__init__(num_particles=num_particles, **options)
+        super().__init__(num_particles=checks.count("num_particles", num_particles), **options)
         self.mixture_kl, self.likelihood_bound = mixture_kl, likelihood_bound
 
     def __repr__(self) -> str:

@@ -12,25 +12,39 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
+from pyro.infer.autoguide import AutoLaplaceApproximation
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from pyro_bnn.entry import checks
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.schedules import Schedule
 from pyro_bnn.inference.settings import settings_of
 from pyro_bnn.inference.svi.elbo import MixtureELBO, ScaleLatents
-from pyro_bnn.inference.training import Callback, Optim, Step, build_optimizer, first_row, require_epochs, train
+from pyro_bnn.inference.training import (
+    Callback,
+    Optim,
+    Step,
+    build_optimizer,
+    first_row,
+    require_epochs,
+    require_programs,
+    require_supports,
+    train,
+)
 from pyro_bnn.inputs import Data
 from pyro_bnn.model import BayesianNetwork
-from pyro_bnn.modes import training_mode
+from pyro_bnn.modes import keeping_modes, settle, training_mode
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import device_of, seeded
 from pyro_bnn.sites import Program
 
 
+@one_at_a_time
 def fit(
     model: Program,
     guide: Program,
@@ -87,8 +101,21 @@ def fit(
         guide are as they were at the end of the last good epoch.
     """
     require_epochs(epochs)
+    checks.optional(checks.positive, "lr", lr)
+    checks.not_negative("weight_decay", weight_decay)
+    checks.not_negative("kl_annealing", kl_annealing)
+    checks.optional(checks.positive, "clip_norm", clip_norm)
+    checks.seed("seed", seed)
+    require_programs(model, guide)
+    if isinstance(guide, AutoLaplaceApproximation):
+        raise TypeError(
+            "guide=AutoLaplaceApproximation: training finds its mode alone, and a posterior of it has no spread. Train "
+            "an AutoMultivariateNormal here; or train it with pyro.infer.SVI, and give "
+            "pyro_bnn.Posterior(model, guide.laplace_approximation(x, y)) the result"
+        )
     batches = minibatches(model, data, batch_size)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(keeping_modes(model, guide))
         stack.enter_context(seeded(device_of(model), seed))
         store = stack.enter_context(pyro.get_param_store().scope())
         parameters = _initialise(model, guide, batches.first)
@@ -113,8 +140,9 @@ def fit(
             progress=progress,
             checkpoint=checkpoint,
         )
-        modules = isinstance(model, nn.Module) and isinstance(guide, nn.Module)
-        return Posterior(model, guide, losses=run.losses, example=first_row(batches), store=None if modules else store)
+    settle(model, guide)
+    modules = isinstance(model, nn.Module) and isinstance(guide, nn.Module)
+    return Posterior(model, guide, losses=run.losses, example=first_row(batches), store=None if modules else store)
 
 
 def _elbo_step(objective: ELBO, size: int | None, annealing: float, clip_norm: float | None) -> Step:
@@ -164,7 +192,9 @@ def _initialise(model: Program, guide: Program, first: tuple[object, ...]) -> li
     quiet = pyro.validation_enabled(False)  # the first step validates, and reports
     with torch.no_grad(), training_mode(False), quiet, poutine.trace(param_only=True) as capture:
         draw = poutine.trace(guide).get_trace(*first)
-        poutine.replay(model, trace=draw)(*first)  # an improper prior has no draws of its own
+        replayed = poutine.replay(model, trace=draw)  # an improper prior has no draws of its own
+        prior = poutine.trace(replayed).get_trace(*first)
+    require_supports(prior, draw)
     sites: list[Any] = list(capture.trace.nodes.values())
     declared = [site["value"].unconstrained() for site in sites]
     owned = [p for module in modules for p in module.parameters()]

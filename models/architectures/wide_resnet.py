@@ -9,6 +9,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_bnn.entry import checks
+
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
@@ -47,8 +49,7 @@ class WideResNet(nn.Module):
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(f"depth must be 6 n + 4 with n >= 1 (10, 16, 22, 28, ...), got {depth}")
-        if width < 1:
-            raise ValueError(f"width must be at least 1, got {width}")
+        checks.count("width", width)
         self.conv = _conv(in_channels, 16, 3)
         channels = 16
         groups = []

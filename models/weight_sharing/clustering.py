@@ -13,6 +13,7 @@ import torch
 from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
+from pyro_bnn.entry import checks
 from pyro_bnn.models.weight_sharing.plane import PlaneMixture, assign, em_step, mahalanobis, triangular_norm
 from pyro_bnn.randomness import some_seed
 
@@ -40,8 +41,8 @@ def find_outliers(
     :param gradient: of the loss with respect to mu, ``[n]``.
     :raises ValueError: for NaN, or a share or threshold out of range.
     """
-    require_share("cap", cap)
-    require_share("gradient_share", gradient_share)
+    checks.fraction("cap", cap)
+    checks.fraction("gradient_share", gradient_share)
     for name, value in (("magnitude", magnitude), ("snr", snr)):
         if value is not None and not value > 0:
             raise ValueError(f"{name}={value!r}: expected a positive threshold, or None for no such rule")
@@ -81,11 +82,6 @@ def members_of_small_codes(labels: Tensor, codes: int, smallest: int, most: int,
     chosen = torch.zeros(codes, dtype=torch.bool, device=labels.device)
     chosen[order[fitting]] = True
     return chosen[labels.long()].nonzero().flatten()
-
-
-def require_share(name: str, value: float) -> None:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name}={value!r}: expected a share of the weights, from 0 to 1")
 
 
 def covariance_floor(x: Tensor, codes: int) -> Tensor:
@@ -174,8 +170,7 @@ def fit_plane(
     :param seed: of the starting codes and the sample; by default torch's global generator gives one.
     :raises ValueError: for NaN, or more codes than distinct points.
     """
-    if not isinstance(codes, int) or codes < 1:
-        raise ValueError(f"codes={codes!r}: expected the number of codes, at least 1")
+    checks.count("codes", codes)
     if codes > len(x):
         raise ValueError(f"codes={codes}, but there are only {len(x)} weights to share them: ask for fewer codes")
     if not bool(torch.isfinite(x).all()):
@@ -241,8 +236,7 @@ def quantise(
         of every point, int32 ``[n]``.
     :raises ValueError: when the rate is negative, or for another distance.
     """
-    if not rate >= 0:
-        raise ValueError(f"rate={rate!r}: expected the weight of the code length, at least 0")
+    checks.not_negative("rate", rate)
     if distance not in get_args(Distance):
         raise ValueError(f"distance={distance!r}: expected one of {', '.join(map(repr, get_args(Distance)))}")
     floor = covariance_floor(x, len(mixture))
@@ -322,7 +316,7 @@ def between_codes(
     :return: sorted indices ``[e]``, codes ``[e, 2]`` (int32, the likelier one first), and alpha ``[e]`` in [1/2, 1].
     :raises ValueError: unless share is in [0, 1].
     """
-    require_share("share", share)
+    checks.fraction("share", share)
     count = int(share * len(x) + 1e-6) if len(mixture) > 1 else 0
     if not count:
         empty = torch.zeros(0, dtype=torch.long, device=x.device)

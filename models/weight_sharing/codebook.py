@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.models.weight_sharing import merging
 from pyro_bnn.models.weight_sharing.deviations import deviations, padded, rho_of
@@ -287,8 +288,9 @@ class Codebook(nn.Module):
         :return: for each code the one that it is now part of, ``[K]``.
         :raises ValueError: unless tightness is positive.
         """
-        if not tightness > 0:
-            raise ValueError(f"tightness={tightness!r}: expected a positive share of the distance between codes")
+        checks.positive("tightness", tightness)
+        checks.limit("gradient_limit", gradient_limit)
+        checks.limit("variance_limit", variance_limit)
         now = self.in_plane()
         fixed = torch.zeros(len(self), dtype=torch.bool, device=self.loc.device)
         if self.zero:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_bnn.entry import checks
 from pyro_bnn.models.weight_sharing import clustering
 from pyro_bnn.models.weight_sharing.codebook import Between, Codebook, Codes, Outliers
 from pyro_bnn.models.weight_sharing.deviations import rho_of
@@ -46,11 +47,19 @@ def codebook_from_weights(
     """
     if not bool((scale > 0).all()):  # NaN too
         raise ValueError("standard deviations of weights must be positive and finite numbers")
+    codes = checks.count("codes", codes)
     if codes > loc.numel():
         raise ValueError(f"codes={codes}, but there are only {loc.numel()} weights to share them: ask for fewer codes")
     if not bool(torch.isfinite(loc).all()):
         raise ValueError(f"{int((~torch.isfinite(loc)).sum())} means of weights are NaN or infinite")
-    clustering.require_share("outliers", outliers)
+    checks.fraction("outliers", outliers)
+    checks.fraction("blend", blend)
+    checks.optional(checks.positive, "magnitude", magnitude)
+    checks.optional(checks.not_negative, "snr", snr)
+    checks.count("smallest", smallest, 0)
+    checks.not_negative("rate", rate)
+    checks.count("iterations", iterations, 0)
+    checks.seed("seed", seed)
     out = clustering.find_outliers(loc, scale, magnitude=magnitude, gradient=gradient, snr=snr, cap=outliers / 2)
     inside = _others(out, loc.numel())
     points = torch.stack([loc, scale], 1)[inside]

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_bnn.entry import checks
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import SMALLEST_SCALE, MixtureGuide
 from pyro_bnn.model import Form
 from pyro_bnn.models.dense import Dense, MeanFieldGuide
@@ -52,6 +54,7 @@ class CodebookGuide(MixtureGuide):
     :raises ValueError: for NaN in the weights, more codes than distinct weights, or numbers out of range.
     """
 
+    @one_at_a_time
     def __init__(
         self,
         model: Dense,
@@ -75,8 +78,10 @@ class CodebookGuide(MixtureGuide):
             )
         if sampling not in get_args(CodeSampling):
             raise ValueError(f"sampling={sampling!r}: expected one of {', '.join(map(repr, get_args(CodeSampling)))}")
-        if not init_scale > SMALLEST_SCALE:
-            raise ValueError(f"init_scale={init_scale!r}: expected a positive standard deviation")
+        if checks.positive("init_scale", init_scale) <= SMALLEST_SCALE:
+            raise ValueError(f"init_scale={init_scale!r}: expected a standard deviation above {SMALLEST_SCALE}")
+        checks.fraction("blend", blend)
+        checks.fraction("outliers", outliers)
         parameters = model.core().parameters_by_name()
         if isinstance(codes, Codebook):
             book = codes

@@ -11,6 +11,7 @@ from torch.distributions import Normal, kl_divergence
 from torch.optim import Optimizer
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
 from pyro_bnn.models.weight_sharing.clustering import least_divergence
 from pyro_bnn.models.weight_sharing.codebook import Codebook
 from pyro_bnn.models.weight_sharing.guide import CodebookGuide
@@ -49,11 +50,12 @@ class MergeCodes:
         how: MergeRule = "moment",
         absorb: float = 0.5,
     ) -> None:
-        if start < 1 or every < 1 or stop is not None and stop < start:
-            raise ValueError(
-                f"start={start}, stop={stop}, every={every}: expected epochs from 1 on, stop at or after start, and "
-                "a step of at least 1"
-            )
+        start, every = checks.count("start", start), checks.count("every", every)
+        stop = None if stop is None else checks.count("stop", stop, start)
+        checks.positive("tightness", tightness)
+        checks.limit("gradient_limit", gradient_limit)
+        checks.limit("variance_limit", variance_limit)
+        checks.fraction("absorb", absorb)
         self.start, self.stop, self.every = start, stop, every
         self.gradient_limit, self.absorb = gradient_limit, absorb
         self.options: dict[str, Any] = {"tightness": tightness, "variance_limit": variance_limit, "how": how}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bnn import priors
+from pyro_bnn.entry import checks
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Likelihood
@@ -57,6 +58,7 @@ class SharedWeights(BayesianNetwork):
         chunk_size: int | None = None,
         **options: Unpack[NetworkOptions],
     ) -> None:
+        chunk_size = checks.optional(checks.count, "chunk_size", chunk_size)
         super().__init__(net, likelihood, num_data, **options)
         self.random = freeze_random(self, select)
         taken = next((name for name in ("codes", "outliers") if name in self.random), None)

@@ -10,12 +10,14 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyro_bnn.entry import checks
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import Inputs, inputs
 from pyro_bnn.model import BayesianNetwork, like_of
-from pyro_bnn.modes import training_mode
+from pyro_bnn.modes import keeping_modes, settle, training_mode
 from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.randomness import derive_seeds, device_of, seeded
 from pyro_bnn.sites import Program
@@ -45,9 +47,6 @@ class DrawSource:
 
     def __init__(self, model: Program, guide: Program, example: Inputs = None, store: Any = None) -> None:
         self.model, self.guide, self.example, self.store = model, guide, example, store
-        for program in (model, guide):
-            if isinstance(program, nn.Module):
-                program.eval()
 
     @property
     def stored(self) -> DrawsGuide | None:
@@ -69,6 +68,7 @@ class DrawSource:
     def count(self, asked: int | None = None) -> int:
         """How many draws of each member make a prediction: as asked, else 16, or all stored ones where there are fewer.
 
+        All stored ones too where they are no chain: an ensemble and its like are what their number makes them.
         1 where all draws of a member are the same.
         """
         return self.count_all(asked, PREDICTION_DRAWS, most=PREDICTION_DRAWS)
@@ -79,10 +79,13 @@ class DrawSource:
 
         1 where all draws of a member are the same.
 
-        :param most: of the stored ones, where nobody asks for a number.
+        :param most: of the stored ones of a chain, where nobody asks for a number.
         """
+        asked = checks.optional(checks.count, "num_samples", asked)
         if asked is None:
-            asked = default if self.stored is None else min(len(self.stored), most or len(self.stored))
+            asked = default if self.stored is None else len(self.stored)
+            if self.stored is not None and self.stored.is_sampled and most is not None:
+                asked = min(asked, most)
         return min(asked, 1) if self.is_deterministic else asked
 
     def groups(self, n: int, seed: int | None = None, *, example: Inputs = None) -> Iterator[dict[str, Tensor]]:
@@ -121,12 +124,22 @@ class DrawSource:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Where guide and model run: without gradients, in eval mode, with the parameters they were trained with."""
-        with torch.no_grad(), training_mode(False), pyro.get_param_store().scope(self.store):
+        """Where guide and model run: without gradients, in eval mode, with the parameters they were trained with.
+
+        Their modes, those of Pyro and its parameter store are afterwards as before; other threads wait.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(one_at_a_time)
+            stack.enter_context(keeping_modes(self.model, self.guide))
+            settle(self.model, self.guide)
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(training_mode(False))
+            stack.enter_context(pyro.get_param_store().scope(self.store))
             yield
 
     def _plan(self, n: int, seed: int | None) -> Iterator[tuple[int, int, int | None]]:
         """Where each group starts, its size, and its seed."""
+        n = checks.count("num_samples", n)
         if self.stored is not None and n > len(self.stored):
             raise ValueError(f"num_samples={n}, but only {len(self.stored)} draws are stored")
         if not isinstance(self.model, BayesianNetwork):
@@ -177,8 +190,7 @@ def in_groups(n: int, elements: int, seed: int | None = None) -> Iterator[tuple[
     :param elements: how many numbers a draw has.
     :raises ValueError: when n is not at least 1.
     """
-    if n < 1:
-        raise ValueError(f"num_samples={n!r}: expected at least one draw")
+    n = checks.count("num_samples", n)
     group = max(1, MAX_ELEMENTS // max(1, elements))
     starts = range(0, n, group)
     for start, own_seed in zip(starts, derive_seeds(seed, len(starts)), strict=True):

@@ -13,12 +13,14 @@ from pyro.infer import MCMC
 from torch import Tensor, nn
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.given.copying import copy_of
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import Inputs, inputs, require_finite, targets
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork, like_of
-from pyro_bnn.modes import evaluating
+from pyro_bnn.modes import evaluating, settle
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.posterior import foreign, storage
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS, DrawSource, with_members
@@ -36,6 +38,9 @@ from pyro_bnn.sparsity.sparsify import network_of_draw, sparsify, with_weight_si
 
 class Posterior:
     """An approximate posterior of a Pyro model, whatever engine it came from.
+
+    Any number of threads may use one: what runs Pyro waits until no other thread does, as Pyro and torch's random state
+    are the whole process's. Model and guide stay in the modes that they are in, so that they may still be in training.
 
     :param model: a model of this package, or any Pyro model (``predict`` then needs ``return_site=``).
     :param guide: a Pyro guide for it: ours, an AutoGuide or a function.
@@ -96,8 +101,9 @@ class Posterior:
         :param losses, sampler, store: see above.
         :raises ValueError: when a site lacks draws, or they do not divide into the chains.
         """
+        num_chains = checks.count("num_chains", num_chains)
         counts = {len(value) for value in draws.values()}
-        if len(counts) != 1 or num_chains < 1 or counts.pop() % num_chains:
+        if len(counts) != 1 or counts.pop() % num_chains:
             raise ValueError(
                 f"the sites have {sorted({len(v) for v in draws.values()})} draws, which are not {num_chains} chains "
                 "of one length"
@@ -114,6 +120,7 @@ class Posterior:
     def guide(self) -> Program:
         """A Pyro guide that gives one draw a call: ``Predictive(model, guide=posterior.guide, num_samples=...)``.
 
+        It is in eval mode, as engines leave it, unless it was given in train mode and nobody called ``eval()`` since.
         Statistics of normalisation layers are then those of the network: only ``predict`` has those of each draw.
         """
         return self.draw_source.guide
@@ -172,6 +179,7 @@ class Posterior:
 
     # ------------------------------------------------------------------------------------------------- draws
 
+    @one_at_a_time
     def draws(self, n: int, seed: int | None = None, *, example: Inputs = None) -> dict[str, Tensor]:
         """``{site: [n, members, *event]}``: n draws of each member. Of stored draws: n evenly spaced ones.
 
@@ -179,11 +187,14 @@ class Posterior:
         :param example: an input, for guides of other packages that need one.
         :raises ValueError: when fewer than n draws are stored.
         """
+        n = checks.count("n", n)
         groups = list(self.draw_source.groups(n, seed, example=example))
         return {name: torch.cat([group[name] for group in groups]) for name in groups[0]}
 
+    @one_at_a_time
     def sample(self, n: int, seed: int | None = None) -> dict[str, Tensor]:
         """``{site: [n, *event]}``: n draws, each of a random member; a draw is a draw."""
+        checks.seed("seed", seed)
         draws, member = self.draws(n, seed), self._random_members(n, seed)
         return {name: value[torch.arange(n), member.to(value.device) % value.shape[1]] for name, value in draws.items()}
 
@@ -192,6 +203,7 @@ class Posterior:
         with seeded(device_of(self.model), None if seed is None else seed + 1):
             return torch.randint(self.num_members, (n,))
 
+    @one_at_a_time
     def networks(self, n: int, seed: int | None = None) -> list[nn.Module]:
         """n plain networks in eval mode, without Pyro: each has the weights of one draw of a random member.
 
@@ -208,6 +220,8 @@ class Posterior:
                 f"networks() is for models of this package, which know their network, not {display.name_of(model)}: "
                 "posterior.sample(n) gives values of its sites"
             )
+        n = checks.count("n", n)
+        checks.seed("seed", seed)
         members = self._random_members(n, seed)
         made: list[nn.Module] = []
         with torch.no_grad(), evaluating(model):
@@ -219,12 +233,14 @@ class Posterior:
                         made.append(_plain_network(model, latents))
         return made
 
+    @one_at_a_time
     def as_draws(self, n: int, seed: int | None = None) -> Posterior:
         """The same posterior as n stored draws of every member: the form that any guide can be saved in."""
         guide = self._stored(n, seed)
         return Posterior(self.model, guide, losses=self.losses, sampler=self.sampler)
 
     def _stored(self, n: int, seed: int | None) -> DrawsGuide:
+        n = checks.count("n", n)
         groups = list(self.draw_source.indexed_groups(n, seed))
         draws = {name: torch.cat([group[name] for group, _ in groups]) for name in groups[0][0]}
         statistics = {}
@@ -237,6 +253,7 @@ class Posterior:
 
     # -------------------------------------------------------------------------------------------- prediction
 
+    @one_at_a_time
     def predict(
         self,
         x: Inputs,
@@ -252,20 +269,23 @@ class Posterior:
 
         :param x: tensor, array, frame or list with N samples on axis 0, on any device, or a dict or tuple of these;
             see :mod:`pyro_bnn.inputs`.
-        :param num_samples: draws of every member, 16 by default, or all stored ones where there are fewer; particles
-            and points have one, as all their draws are the same.
+        :param num_samples: draws of every member. By default 16, or all stored ones where there are fewer or where they
+            are not those of a sampler (networks of an ensemble, particles of a model of your own, draws that were
+            stored by number); members that are points have one, as all their draws are the same.
         :param batch_size: number of samples in one pass; by default what fits a fixed memory budget.
         :param seed: makes the draws reproducible, and leaves the global random state alone.
         :param return_site: for a model that is not of this package, the site whose values are wanted.
         :raises TypeError: when x does not hold numbers.
         :raises ValueError: for NaN in x, ragged lists, or when draws are asked for that are not stored.
         """
+        batch_size = checks.optional(checks.count, "batch_size", batch_size)
+        checks.seed("seed", seed)
         model, source, count = self.model, self.draw_source, self.draw_source.count(num_samples)
         x = inputs(x, like_of(model))
+        if isinstance(model, BayesianNetwork) and not count_samples(x):
+            raise ValueError("x is empty: give at least one row; look at the filter or split that made it")
         if not isinstance(model, BayesianNetwork) or model.likelihood is None and return_site is not None:
             return Prediction(foreign.predict_site(source, x, count, seed, return_site), None)
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: expected a number of samples, at least 1")
         require_finite(x)
         outputs, noise = [], []
         with torch.no_grad(), evaluating(model):
@@ -276,6 +296,7 @@ class Posterior:
                     outputs.append(network_outputs(model, part, x, self.num_members, batch_size))
         return Prediction(torch.cat(outputs), model.likelihood, torch.cat(noise) if noise else None)
 
+    @one_at_a_time
     def log_likelihood(
         self,
         x: Inputs,
@@ -313,6 +334,7 @@ class Posterior:
 
     # ----------------------------------------------------------------------------------------------- sparsity
 
+    @one_at_a_time
     def inclusion_probabilities(
         self, num_samples: int | None = None, seed: int | None = None, *, args: tuple[object, ...] = ()
     ) -> dict[str, Tensor]:
@@ -329,6 +351,7 @@ class Posterior:
         draws = self.draw_source.groups(self.draw_source.count_all(num_samples, POSTERIOR_DRAWS), seed)
         return {name: odds.sigmoid() for name, odds in inclusion_log_odds(self.model, draws, args).items()}
 
+    @one_at_a_time
     def sparsify(
         self,
         sparsity: float | None = None,
@@ -363,6 +386,7 @@ class Posterior:
 
     # ------------------------------------------------------------------------------------------------ storage
 
+    @one_at_a_time
     def save(self, path: str | os.PathLike[str], *, prior: bool = True) -> None:
         """Writes a folder with safetensors and JSON, whole or not at all; :func:`load` reads it.
 
@@ -408,6 +432,7 @@ class Sparsified:
         return network_of_draw(with_weight_sites(self.posterior.model), stored.draws(), stored.statistics(), draw)
 
 
+@one_at_a_time
 def load(
     path: str | os.PathLike[str],
     net: nn.Module,
@@ -426,4 +451,5 @@ def load(
     :raises ValueError: when it is no posterior, is damaged, was written by a newer version, or is for another network.
     """
     stored = storage.read(path, net, prior=prior, likelihood=likelihood, device=device)
+    settle(stored.model, stored.guide)
     return Posterior(stored.model, stored.guide, losses=stored.losses, sampler=stored.sampler)

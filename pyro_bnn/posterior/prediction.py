@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.likelihoods import Bernoulli, Categorical, Likelihood, Poisson
 from pyro_bnn.randomness import seeded
 
@@ -142,8 +144,7 @@ class Prediction:
         :raises TypeError: for classification.
         :raises ValueError: unless ``0 < level < 1``.
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level={level!r}: expected a probability strictly between 0 and 1")
+        level = checks.share("level", level)
         if self.likelihood is None:
             values = self.outputs.flatten(0, 1)
             return values.quantile((1 - level) / 2, 0), values.quantile((1 + level) / 2, 0)
@@ -151,7 +152,11 @@ class Prediction:
         return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
 
     def quantile(self, q: float) -> Tensor:
-        """``[N, ...]``: the q-quantile of the mixture, by bisection of its distribution function."""
+        """``[N, ...]``: the q-quantile of the mixture, by bisection of its distribution function.
+
+        :raises ValueError: unless ``0 < q < 1``.
+        """
+        q = checks.share("q", q)
         d = _base(self._distribution())
         spread = 40 * d.variance.sqrt() + 1
         low, high = (d.mean - spread).amin((0, 1)), (d.mean + spread).amax((0, 1))
@@ -182,9 +187,16 @@ class Prediction:
             ) from error
 
     def log_prob(self, y: Tensor) -> Tensor:
-        """``[draws, members, N]``: log density of y under every member, in nats."""
-        return self._distribution(y).log_prob(y)
+        """``[draws, members, N]``: log density of y under every member, in nats.
 
+        :raises ValueError: for y outside of what the likelihood gives, such as a label that has no output.
+        """
+        density = self._distribution(y)
+        if self.likelihood is not None and y.numel():
+            self.likelihood.check(y, self.outputs)
+        return density.log_prob(y)
+
+    @one_at_a_time
     def sample(self, seed: int | None = None) -> Tensor:
         """``[draws, members, N, ...]``: one y from every member."""
         with seeded(self.outputs.device, seed):

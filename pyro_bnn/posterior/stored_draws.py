@@ -7,17 +7,16 @@ import contextlib
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.nn import PyroModule
 from torch import Tensor
 
 from pyro_bnn import display
-from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.model import BayesianNetwork, ProgramModule
 from pyro_bnn.registry import storable
 from pyro_bnn.sites import Program
 
 
 @storable
-class DrawsGuide(PyroModule):
+class DrawsGuide(ProgramModule):
     """The empirical distribution of stored draws as a guide: every call gives one of them, at random.
 
     :param draws: ``{site: [n, members, *event]}``.

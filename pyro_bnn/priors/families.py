@@ -10,15 +10,16 @@ import pyro.distributions as dist
 from torch import Tensor
 
 from pyro_bnn import display
+from pyro_bnn.entry import checks
 
 
 def require_numbers(owner: object, **positive: float) -> None:
+    """Checks the numbers of a prior and its location, and keeps them as plain ones, which files can hold."""
     for name, value in positive.items():
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-            raise ValueError(f"{type(owner).__name__}({name}={value!r}): expected a positive finite number")
+        object.__setattr__(owner, name, checks.positive(f"{type(owner).__name__}.{name}", value))
     loc = getattr(owner, "loc", None)
-    if loc is not None and not (isinstance(loc, (int, float)) and math.isfinite(loc)):
-        raise ValueError(f"{type(owner).__name__}(loc={loc!r}): expected a finite number, or None for the centre")
+    if loc is not None:
+        object.__setattr__(owner, "loc", checks.finite(f"{type(owner).__name__}.loc", loc))
 
 
 def root_of_inverse_gamma(like: Tensor, concentration: float, rate: float) -> dist.TorchDistribution:

@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_bnn.entry import checks
 from pyro_bnn.priors.families import Prior, require_numbers
 
 
@@ -53,9 +54,9 @@ class GaussianMixture(Prior):
             )
         for name, values in (("scales", self.scales), ("weights", weights)):
             for value in values:
-                require_numbers(self, **{name: value})
-        if not all(math.isfinite(m) for m in self.locs):
-            raise ValueError(f"GaussianMixture(locs={self.locs!r}): expected finite numbers")
+                checks.positive(f"GaussianMixture.{name}", value)
+        for value in self.locs:
+            checks.finite("GaussianMixture.locs", value)
         total = math.fsum(weights)
         # frozen, hashable, and the same after a way through JSON
         for name, values in (("locs", self.locs), ("scales", self.scales), ("weights", [w / total for w in weights])):

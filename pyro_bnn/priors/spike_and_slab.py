@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pyro_bnn.entry import checks
 from pyro_bnn.priors.families import Prior, location, require_numbers, root_of_inverse_gamma
 
 Group = Literal["weight", "kernel", "input", "output"]
@@ -148,7 +149,7 @@ def _inclusion(given: Inclusion) -> float | BetaHyperprior:
         return BetaHyperprior(_number(given.concentration1), _number(given.concentration0))
     if isinstance(given, Mapping):
         return BetaHyperprior(**given)
-    if isinstance(given, BetaHyperprior) or isinstance(given, (int, float)) and 0 < given < 1:
+    if isinstance(given, BetaHyperprior) or isinstance(given, (int, float)) and checks.share("inclusion", given):
         return given
     raise ValueError(
         f"SpikeAndSlab(inclusion={given!r}): expected a number in (0, 1), or pyro.distributions.Beta(a, b)"

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pyro import poutine
 from torch import Tensor
 
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import training_mode
 from pyro_bnn.priors import SpikeAndSlab, SpikeAndSlabDistribution
@@ -41,6 +42,7 @@ def keep_highest(scores: Sequence[Tensor], densities: Sequence[SpikeAndSlabDistr
     return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+@one_at_a_time
 def inclusion_log_odds(model: Program, groups: Iterable[Draws], args: tuple[object, ...] = ()) -> dict[str, Tensor]:
     """``log (p / (1 - p))`` in nats, with p as of ``posterior.inclusion_probabilities()``, which may round to 0 or 1.
 

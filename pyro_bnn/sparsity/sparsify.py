@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Inputs, inputs
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import undisturbed
@@ -63,7 +64,7 @@ def sparsify(
     :param statistics: of normalisation layers, ``{buffer: [n, *shape]}``; empty where all draws share the network's.
     :param odds: of the slab, as of :func:`~pyro_bnn.sparsity.inclusion.inclusion_log_odds`.
     """
-    if sparsity is not None and not 0 <= sparsity < 1:
+    if sparsity is not None and not 0 <= checks.finite("sparsity", sparsity) < 1:
         raise ValueError(f"sparsity={sparsity!r}: expected the share of weights to remove, in [0, 1), or None")
     network, example = model.core().net, inputs(example, model.like())
     masks = _masks(model, odds, sparsity)

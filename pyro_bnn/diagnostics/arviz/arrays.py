@@ -7,6 +7,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pyro_bnn.entry import checks
+
 Variables = dict[str, xr.DataArray]
 
 
@@ -14,7 +16,7 @@ class Budget:
     """How many numbers may still be stored."""
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
+        self.limit = checks.count("max_values", limit)
         self.taken: dict[str, int] = {}
         self.left_out: dict[str, int] = {}
 

@@ -16,6 +16,7 @@ from pyro_bnn.diagnostics.arviz.densities import log_densities
 from pyro_bnn.diagnostics.arviz.sites import posterior_group
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, predict_inputs, require_posterior
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import Inputs, labels, tensors
 from pyro_bnn.likelihoods import Categorical
@@ -35,6 +36,7 @@ GROUPS = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats",
 COMPANIONS = ("inclusion", "guide", "function", "training")
 
 
+@one_at_a_time
 def to_arviz(
     posterior: Posterior,
     x: Inputs = None,

@@ -14,6 +14,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from pyro_bnn.diagnostics.scoring.precision import wide
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.model import BayesianNetwork
@@ -49,6 +50,7 @@ def log_prior(model: BayesianNetwork, draws: dict[str, Tensor]) -> Tensor:
     return total
 
 
+@one_at_a_time
 def log_densities(
     posterior: Posterior, n: int, seed: int | None = None, *, example: Inputs = None
 ) -> tuple[Tensor, Tensor | None]:

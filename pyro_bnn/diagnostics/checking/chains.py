@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_bnn.diagnostics.arviz.arrays import at_least_float32, outputs, plain, safe
 from pyro_bnn.diagnostics.scoring.stream import require_posterior
+from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Categorical
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS
@@ -70,6 +71,7 @@ def convergence(
     the space of functions.
     """
     seed = some_seed(seed)
+    checks.count("max_values", max_values)
     posteriors = list(runs) if isinstance(runs, Sequence) else [runs]
     for posterior in posteriors:
         require_posterior(posterior)

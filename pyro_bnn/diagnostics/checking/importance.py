@@ -19,6 +19,7 @@ from pyro_bnn.diagnostics.arviz.densities import has_density, log_densities
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.diagnostics.scoring.precision import wide
 from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, require_posterior
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inputs import Inputs, labels, tensors
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size as count_rows
@@ -53,6 +54,7 @@ class ParetoK:
     draws: int
 
 
+@one_at_a_time
 def pareto_k(
     posterior: Posterior,
     x: Inputs,
@@ -98,6 +100,7 @@ def pareto_k(
     return ParetoK(float(k[0]), _good_k(draws), ess, draws)
 
 
+@one_at_a_time
 def loo(
     posterior: Posterior,
     x: Inputs,
@@ -162,6 +165,7 @@ def loo(
     return newer.loo_approximate_posterior(data, log_p[0], log_q[0], pointwise=True)
 
 
+@one_at_a_time
 def compare_loo(posteriors: Mapping[str, Posterior], x: Inputs, y: object, **settings: Any) -> pd.DataFrame:
     """Posteriors of several models of the same data, ranked by PSIS-LOO: ``arviz.compare`` of :func:`loo` of each.
 

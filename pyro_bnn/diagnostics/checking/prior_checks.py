@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_bnn.diagnostics.checking.findings import Finding, Findings
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inputs import Inputs, inputs, targets
 from pyro_bnn.likelihoods import Bernoulli
 from pyro_bnn.model import BayesianNetwork, like_of
@@ -31,6 +32,7 @@ NORMAL_WIDTH = 2 * math.sqrt(2) * float(torch.erfinv(torch.tensor(CENTRAL, dtype
 FAR, NEAR = 3.0, 0.1
 
 
+@one_at_a_time
 def prior_predictive(
     model: BayesianNetwork,
     x: Inputs,
@@ -67,6 +69,7 @@ def prior_predictive(
     )
 
 
+@one_at_a_time
 def prior_summary(
     model: BayesianNetwork,
     x: Inputs,
@@ -131,6 +134,7 @@ def prior_summary(
     return numbers
 
 
+@one_at_a_time
 def check_prior(
     model: BayesianNetwork,
     x: Inputs,
@@ -211,7 +215,9 @@ def _vectorised(model: BayesianNetwork, n: int) -> dict[str, Tensor]:
 
 
 def _traced(model: Program, example: Inputs) -> dict[str, Tensor]:
-    nodes: dict[str, Any] = poutine.trace(model).get_trace(*(() if example is None else (example,))).nodes
+    store = pyro.get_param_store()
+    with store.scope(store.get_state()):
+        nodes: dict[str, Any] = poutine.trace(model).get_trace(*(() if example is None else (example,))).nodes
     return {
         name: site["value"][None, None]
         for name, site in nodes.items()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyro_bnn.diagnostics.checking.findings import Finding, Findings
 from pyro_bnn.diagnostics.checking.uniformity import EcdfDifference, RankBand, chi_square, where_ranks_pile_up
+from pyro_bnn.entry import checks
 
 #: share of guides whose loss still falls at the end of training from which their posteriors are not what is judged
 UNTRAINED = 0.1
@@ -107,7 +108,10 @@ class SBCResult:
         corrected after Holm. Ranks of a posterior that is too narrow pile up at both ends (a U), of one that is too
         wide in the middle (a hump), of a biased one at one end (a slope). A warning becomes a problem where one-sided
         intervals of the posterior hold the truth in more than 10 percentage points too many or too few simulations.
+
+        :raises ValueError: unless ``0 < level < 1``.
         """
+        level = checks.share("level", level)
         p = {name: min(1.0, float(values.min()) * values.numel()) for name, values in self.p_values().items()}
         found, fine, corrected = Findings(), [], 0.0
         if self.falling > UNTRAINED * self.simulations:

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_bnn.diagnostics.checking.prior_checks import central_width, prior_draws, prior_predictive
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.diagnostics.scoring.stream import require_posterior
+from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.posterior import Posterior
@@ -79,6 +80,7 @@ def contraction(
     """
     require_posterior(posterior)
     # Points are drawn as often as others: quantiles of few draws of the prior would lie too close together.
+    checks.optional(checks.count, "num_samples", num_samples)
     n = posterior.num_stored or TAIL_DRAWS if num_samples is None else num_samples
     if n < 2:
         raise ValueError(f"num_samples={n}: a width takes at least 2 draws, and a good one some hundred")

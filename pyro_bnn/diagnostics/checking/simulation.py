@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from pyro_bnn.diagnostics.checking.prior_checks import proper_priors
 from pyro_bnn.diagnostics.checking.ranks import LOG_LIKELIHOOD, SBCResult
 from pyro_bnn.diagnostics.checking.training import loss_verdict
+from pyro_bnn.entry import checks
+from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.progress import progress_bar
 from pyro_bnn.inputs import Inputs, inputs
 from pyro_bnn.model import BayesianNetwork, like_of
@@ -44,6 +46,7 @@ Factory = Callable[[Callable[..., Any]], Any]
 Function = Callable[[Latents, Any, Tensor], Tensor]
 
 
+@one_at_a_time
 def sbc(
     model: Program,
     guide_or_kernel: Factory,
@@ -100,10 +103,8 @@ def sbc(
         *(("simulations", simulations, 2), ("draws", draws, 1), ("steps", steps, 1)),
         *(("warmup", warmup, 0), ("thinning", thinning, 1)),
     ):
-        if not isinstance(count, int) or count < least:
-            raise ValueError(f"{name}={count!r}: expected a whole number, at least {least}")
-    if not lr > 0:
-        raise ValueError(f"lr={lr!r}: expected a positive learning rate")
+        checks.count(name, count, least)
+    checks.positive("lr", lr)
     ranks: dict[str, list[Tensor]] = {}
     seed = some_seed(seed)
     with seeded(device_of(model), seed), progress_bar("SBC", simulations, progress=progress) as bar:

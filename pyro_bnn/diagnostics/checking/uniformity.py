@@ -10,6 +10,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from pyro_bnn.entry import checks
+
 
 @dataclass(frozen=True)
 class EcdfDifference:
@@ -71,8 +73,7 @@ class RankBand:
 
         :raises ValueError: unless ``0 < level < 1``.
         """
-        if not 0 < level < 1:
-            raise ValueError(f"level={level!r}: expected a probability strictly between 0 and 1")
+        checks.share("level", level)
         ecdf = self.below(ranks).double() / self.count
         lower, upper = self.limits(level)
         z = self.z

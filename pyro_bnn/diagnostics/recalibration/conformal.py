@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, predict_inputs, require_posterior
+from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.likelihoods import Bernoulli
 from pyro_bnn.randomness import some_seed
@@ -53,8 +54,7 @@ class _SplitConformal:
         batch_size: int | None = None,
         seed: int | None = None,
     ) -> None:
-        if not 0 < level < 1:
-            raise ValueError(f"level={level!r}: expected a probability strictly between 0 and 1")
+        checks.share("level", level)
         require_posterior(posterior)
         likelihood = getattr(posterior.model, "likelihood", None)
         if getattr(likelihood, "kind", None) not in self.kinds:

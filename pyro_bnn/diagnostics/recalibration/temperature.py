@@ -12,6 +12,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches
+from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Data
 from pyro_bnn.posterior import Posterior, Prediction
 from pyro_bnn.randomness import some_seed
@@ -44,8 +45,7 @@ class ScaledPosterior(Posterior):
 
     def __init__(self, posterior: Posterior, temperature: float) -> None:
         _require_logits(posterior)
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature={temperature!r}: expected a positive number (1 changes nothing)")
+        checks.positive("temperature", temperature)
         vars(self).update(vars(posterior))  # what draws are made of
         self.posterior, self.temperature = posterior, float(temperature)
 

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from pyro_bnn.diagnostics.scoring.precision import precision, wide
 from pyro_bnn.diagnostics.scoring.probabilities import require_probabilities
 from pyro_bnn.diagnostics.scoring.selective import mean_over_ties
+from pyro_bnn.entry import checks
 
 BINS = 15
 
@@ -137,5 +138,4 @@ def _even_edges(bins: int, like: Tensor) -> Tensor:
 
 
 def _require_bins(bins: int) -> None:
-    if bins < 1:
-        raise ValueError(f"bins={bins!r}: expected at least one bin")
+    checks.count("bins", bins)

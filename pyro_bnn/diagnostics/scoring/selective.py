@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.diagnostics.scoring.precision import wide
+from pyro_bnn.entry import checks
 
 
 def risk_coverage(confidence: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -68,8 +69,7 @@ def risk_at_coverage(confidence: Tensor, loss: Tensor, coverage: float) -> float
     :param coverage: share of the data to keep, in (0, 1].
     :raises ValueError: when coverage lies outside, and as for :func:`risk_coverage`.
     """
-    if not 0 < coverage <= 1:
-        raise ValueError(f"coverage={coverage!r}: expected the share of data to keep, above 0 and at most 1")
+    checks.share_or_all_of_it("coverage", coverage)
     kept, risk = risk_coverage(confidence, loss)
     return float(risk[torch.searchsorted(kept, coverage)])
 

@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from pyro_bnn.diagnostics.scoring.precision import running_mean, wide
 from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities, member_probabilities, require_probabilities
 from pyro_bnn.diagnostics.scoring.stream import input_batches, predict_batch, require_posterior
+from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Data
 from pyro_bnn.randomness import some_seed
 
@@ -86,6 +87,7 @@ def compare_to_reference(
     Source: Izmailov et al. (2021), section 4 and appendix B.
     """
     require_posterior(reference)
+    checks.optional(checks.count, "reference_samples", reference_samples)
     reference_samples = reference_samples or reference.num_stored or num_samples
     seed = some_seed(seed)
     means: dict[str, Metric] = {}

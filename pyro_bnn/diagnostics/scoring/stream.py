@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
+from pyro_bnn.entry import checks
 from pyro_bnn.inputs import (
     LABELS,
     Data,
@@ -193,8 +194,7 @@ def _is_inputs(data: Data) -> bool:
 
 
 def _rows(batch_size: int | None) -> int:
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r}: expected a number of rows, at least 1")
+    checks.optional(checks.count, "batch_size", batch_size)
     return batch_size or ROWS
 
 

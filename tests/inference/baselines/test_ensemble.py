@@ -205,13 +205,13 @@ def test_vision_transformers_are_built_anew() -> None:
 
 def test_bad_input() -> None:
     net, data = normalised(), (inputs(), classes())
-    with pytest.raises(ValueError, match="num_networks=0: expected a number of networks"):
+    with pytest.raises(ValueError, match="num_networks=0: expected a whole number"):
         DeepEnsemble(net, Categorical(), N, num_networks=0)
     with pytest.raises(TypeError, match=r"net must be a torch.nn.Module, got int"):
         DeepEnsemble(3, Categorical(), N)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="num_data=0"):
         DeepEnsemble(net, Categorical(), 0)
-    with pytest.raises(ValueError, match="epochs=0: expected at least 1, as every network starts untrained"):
+    with pytest.raises(ValueError, match="epochs=0: expected a whole number, at least 1"):
         fitted(epochs=0)
     with pytest.raises(TypeError, match="optim= is an optimiser, and every network needs one of its own"):
         fitted(optim=torch.optim.SGD(net.parameters(), 0.1))

@@ -290,8 +290,8 @@ def test_bad_loaders() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"epochs": 0}, "epochs=0: expected at least 1"),
-        ({"epochs": 1, "batch_size": 0}, "batch_size=0: expected at least 1"),
+        ({"epochs": 0}, "epochs=0: expected a whole number, at least 1"),
+        ({"epochs": 1, "batch_size": 0}, "batch_size=0: expected a whole number, at least 1"),
         ({"epochs": 1, "optim": "lion"}, "optim='lion': expected 'adamw', 'adam', 'sgd', a class of"),
         ({"epochs": 1, "decay": "biases"}, "decay='biases': expected 'weights' or 'all'"),
     ],
@@ -472,13 +472,31 @@ def test_nan_in_the_first_step_names_the_likelihood(net: Any) -> None:
     assert same(parameters(model, guide), start)
 
 
-def test_draws_outside_the_support_of_a_prior() -> None:
-    """The site is named, and the prior's own error, which tells more, is the cause."""
-    model = Rank1(chain(2, 4, 1), Gaussian(), N, prior=dist.LogNormal(0.0, 0.1))
-    guide = Rank1Guide(model, init_means=lambda shape: -torch.ones(shape))
-    with pytest.raises(FloatingPointError, match="the site '0.weight.s' of the model") as caught:
+SUPPORTS = {
+    "positive": dist.LogNormal(0.0, 0.1),
+    "half": dist.HalfCauchy(1.0),
+    "gamma": dist.Gamma(2.0, 1.0),
+    "share": dist.Beta(2.0, 2.0),
+    "between": dist.Uniform(-1.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("prior", SUPPORTS.values(), ids=SUPPORTS)
+@pytest.mark.parametrize("start", [-1.0, 0.5])
+def test_a_guide_beyond_the_support_of_a_prior_is_refused(prior: Any, start: float) -> None:
+    """Site, prior and guide are named before the first step, wherever the means start: no learning rate is at fault."""
+    model = Rank1(chain(2, 4, 1), Gaussian(), N, prior=prior)
+    guide = Rank1Guide(model, init_means=lambda shape: torch.full(shape, start))
+    said = rf"supports of the site '0.weight.s' differ: its prior, a {type(prior).__name__},.*a FactorisedNormal on"
+    with pytest.raises(ValueError, match=said):
         fit(model, guide, data(), epochs=1, progress=False)
-    assert "within the support" in str(caught.value.__cause__)
+
+
+@pytest.mark.parametrize("prior", SUPPORTS.values(), ids=SUPPORTS)
+def test_an_autoguide_follows_the_support_of_a_prior(prior: Any) -> None:
+    """The same model trains with a guide that transforms its draws, and with points that lie inside."""
+    model = Rank1(chain(2, 4, 1), Gaussian(), N, prior=prior, member_bias=False)
+    assert len(fit(model, AutoNormal(model), data(), epochs=1, progress=False).losses) > 0
 
 
 def test_other_errors_of_the_first_step_stay_what_they_are() -> None:

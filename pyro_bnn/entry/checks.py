@@ -1,0 +1,104 @@
+"""Checks of the numbers that a public function is given, with one form of message: ``name=value: what was expected``.
+
+Each returns the number as a plain ``int`` or ``float``. What is no number at all, a bool included, is a TypeError, and
+a number that is out of range a ValueError.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import TypeVar
+
+Number = TypeVar("Number", int, float)
+
+#: the largest seed: some functions use the next as well, which is still one for torch
+LARGEST_SEED = 2**63 - 1
+
+
+def optional(check: Callable[[str, object], Number], name: str, value: object) -> Number | None:
+    """``None``, or what the check says."""
+    return None if value is None else check(name, value)
+
+
+def count(name: str, value: object, least: int = 1) -> int:
+    """A whole number of at least ``least``."""
+    return _whole(name, value, least, None, f"expected a whole number, at least {least}")
+
+
+def finite(name: str, value: object) -> float:
+    """A number that is neither NaN nor infinite."""
+    return _within(name, value, lambda number: True, "expected a finite number")
+
+
+def positive(name: str, value: object) -> float:
+    """A finite number above 0."""
+    return _within(name, value, lambda number: number > 0, "expected a positive number")
+
+
+def not_negative(name: str, value: object) -> float:
+    """A finite number of at least 0."""
+    return _within(name, value, lambda number: number >= 0, "expected a number of at least 0")
+
+
+def limit(name: str, value: object) -> float:
+    """A number of at least 0, or infinity for no limit."""
+    expected = "expected a number of at least 0, or math.inf for no limit"
+    number = _real(name, value, expected)
+    return number if number == math.inf else _within(name, value, lambda n: n >= 0, expected)
+
+
+def share(name: str, value: object) -> float:
+    """A number between 0 and 1, neither of them included."""
+    return _within(name, value, lambda number: 0 < number < 1, "expected a number in (0, 1)")
+
+
+def share_or_none_of_it(name: str, value: object) -> float:
+    """A number from 0 to below 1."""
+    return _within(name, value, lambda number: 0 <= number < 1, "expected a number in [0, 1)")
+
+
+def share_or_all_of_it(name: str, value: object) -> float:
+    """A number above 0, up to 1."""
+    return _within(name, value, lambda number: 0 < number <= 1, "expected a number in (0, 1]")
+
+
+def fraction(name: str, value: object) -> float:
+    """A number from 0 to 1, both included."""
+    return _within(name, value, lambda number: 0 <= number <= 1, "expected a number in [0, 1]")
+
+
+def seed(name: str, value: object) -> int | None:
+    """``None``, or what torch's generators take as a seed."""
+    if value is None:
+        return None
+    return _whole(name, value, 0, LARGEST_SEED, "expected None, or a whole number from 0 to 2**63 - 1")
+
+
+def _whole(name: str, value: object, least: int, most: int | None, expected: str) -> int:
+    _require_number(name, value, expected)
+    if not isinstance(value, Integral) or int(value) < least or most is not None and int(value) > most:
+        raise ValueError(f"{name}={value!r}: {expected}")
+    return int(value)
+
+
+def _within(name: str, value: object, condition: Callable[[float], bool], expected: str) -> float:
+    number = _real(name, value, expected)
+    if not math.isfinite(number) or not condition(number):
+        raise ValueError(f"{name}={value!r}: {expected}")
+    return number
+
+
+def _real(name: str, value: object, expected: str) -> float:
+    number = _require_number(name, value, expected)
+    try:
+        return float(number)
+    except OverflowError:
+        raise ValueError(f"{name}={value!r}: {expected}; this one is too large for a float") from None
+
+
+def _require_number(name: str, value: object, expected: str) -> Real:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r}: {expected}, not {type(value).__name__}")
+    return value
