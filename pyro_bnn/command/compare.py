@@ -104,6 +104,14 @@ def require_same_data(found: Sequence[Run], task: Task) -> None:
             )
 
 
+def _save_for_arviz(one: Planned, task: Task, posterior: pb.Posterior) -> None:
+    """Writes the file for ArviZ, or says why there is none: no comparison reads it."""
+    try:
+        runs.save_for_arviz(one.folder, task, one.options, posterior)
+    except runs.ArvizFileError as error:
+        Console(stderr=True).print(f"pyro-bnn: {error}", soft_wrap=True, highlight=False)
+
+
 def train_all(planned: Sequence[Planned], task: Task, console: Console) -> list[Run]:
     """Trains what is not finished; the deterministic network is trained once, or is that of a finished run.
 
@@ -118,15 +126,14 @@ def train_all(planned: Sequence[Planned], task: Task, console: Console) -> list[
         if one.finished is not None:
             console.print(f"{one.options.method}: finished already", highlight=False)
             found.append(one.finished)
+            if not (one.folder / "posterior.nc").exists():  # killed, or refused by the disk, after all else was saved
+                _save_for_arviz(one, task, one.finished.posterior(new_network(one.options, task, console)))
             continue
         console.print(f"{one.options.method}:", highlight=False)
         fitted = train_and_score(new_network(one.options, task, console), task, one.options, console, twin)
         twin = fitted.twin
         runs.save(one.folder, task, one.options, fitted)
-        try:
-            runs.save_for_arviz(one.folder, task, one.options, fitted.posterior)
-        except runs.ArvizFileError as error:  # which no comparison reads
-            Console(stderr=True).print(f"pyro-bnn: {error}", soft_wrap=True, highlight=False)
+        _save_for_arviz(one, task, fitted.posterior)
         found.append(runs.read(one.folder))
     return found
 
