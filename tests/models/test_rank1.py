@@ -330,14 +330,14 @@ def test_one_index_for_the_whole_network() -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda m: Rank1Guide(m, 0), ValueError, "components=0: expected the number of mixture components, at least 1"),
+        (lambda m: Rank1Guide(m, 0), ValueError, "components=0: expected a whole number, at least 1"),
         (lambda m: Rank1Guide(m, 2.0), ValueError, "components=2.0"),
         (lambda m: Rank1Guide(m, family="laplace"), ValueError, "family='laplace': expected one of 'normal', 'cauchy'"),
         (lambda m: Rank1Guide(m, draws="batch"), ValueError, "draws='batch': expected 'row' or 'member'"),
         (
             lambda m: Rank1Guide(m, init_dropout_rate=0.0),
             ValueError,
-            r"init_dropout_rate=0.0: expected a rate in \(0, 1\)",
+            r"init_dropout_rate=0.0: expected a number in \(0, 1\)",
         ),
         (lambda m: Rank1Guide(m, init_dropout_rate=1.0), ValueError, "init_dropout_rate=1.0"),
         (lambda m: Rank1Guide(network()), TypeError, "Rank1Guide takes a pyro_bnn.models.Rank1, got Sequential"),
@@ -353,7 +353,7 @@ def test_bad_guides(make: Any, error: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: Rank1(network(), Gaussian(), 0), ValueError, "num_data=0: expected the number of training samples"),
+        (lambda: Rank1(network(), Gaussian(), 0), ValueError, "num_data=0: expected a whole number"),
         (lambda: Rank1(network(), Gaussian(), -5), ValueError, "num_data=-5"),
         (lambda: Rank1(network(), Gaussian()), ValueError, "num_data=None"),
         (lambda: Rank1(network(), Gaussian(), 2.5), ValueError, "num_data=2.5"),

@@ -50,5 +50,5 @@ def test_no_draws_at_all_are_refused() -> None:
     """Proves that 0 is not taken for "nobody said"."""
     dense = pb.models.SpikeSlab(nn.Linear(2, 3), pb.likelihoods.Categorical(), 10)
     draws = {site.name: torch.zeros(4, *site.shape) for site in dense.sites()}
-    with pytest.raises(ValueError, match="num_samples=0: expected at least one draw"):
+    with pytest.raises(ValueError, match="num_samples=0: expected a whole number, at least 1"):
         pb.Posterior.from_draws(dense, draws).inclusion_probabilities(0)

@@ -224,7 +224,7 @@ def test_points_predict_once_however_many_draws_are_asked_for() -> None:
     assert torch.equal(one.outputs, point().predict(x).outputs)
     assert [dense().draw_source.count(n) for n in (None, 5, 40)] == [16, 5, 40]
     assert dense().as_draws(3).draw_source.count() == 3
-    with pytest.raises(ValueError, match="at least one draw"):
+    with pytest.raises(ValueError, match="expected a whole number, at least 1"):
         point().predict(x, num_samples=0)
 
 
@@ -233,7 +233,7 @@ def test_bad_requests() -> None:
     x, y = data()
     with pytest.raises(ValueError, match="1 NaN or infinite"):
         posterior.predict(x.index_put((torch.tensor(2), torch.tensor(1)), torch.tensor(math.nan).double()))
-    with pytest.raises(ValueError, match="at least one draw"):
+    with pytest.raises(ValueError, match="expected a whole number, at least 1"):
         posterior.predict(x, num_samples=0)
     with pytest.raises(ValueError, match="batch_size=0"):
         posterior.predict(x, batch_size=0)

@@ -486,7 +486,7 @@ def test_what_is_no_posterior() -> None:
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_batch_has_a_row(size: int) -> None:
-    with pytest.raises(ValueError, match=f"batch_size={size}: expected a number of rows, at least 1"):
+    with pytest.raises(ValueError, match=f"batch_size={size}: expected a whole number, at least 1"):
         evaluate(classifier(), (rows(300), labels()), batch_size=size)
 
 
