@@ -59,7 +59,7 @@ class RandomState:
 
     def __init__(self, like: Tensor) -> None:
         self._state = torch.get_rng_state()
-        self._device = like.device if like.is_cuda else None
+        self._device = like.device if like.is_cuda and torch.cuda.is_initialized() else None
         self._cuda = torch.cuda.get_rng_state(self._device) if self._device is not None else None
 
     def restore(self) -> None:
