@@ -381,6 +381,8 @@ def compare(
             "seed": seed,
             "device": str(place),
         }
+        for note in task.notes:
+            console.print(f"Note: {note}", soft_wrap=True, highlight=False)
         plan = comparing.plan(folder, chosen, asked, task, overwrite)
         comparing.require_same_data(given, task)
         found = [*given, *comparing.train_all(plan, task, console)]

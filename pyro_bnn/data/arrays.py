@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pyro_bnn.data.encoding import ArrayForm, Encoding, in_float32, moments, standardised
-from pyro_bnn.data.targets import class_names, is_classification, labels, numbers
+from pyro_bnn.data.targets import absent_classes, class_names, is_classification, labels, numbers
 from pyro_bnn.data.task import Task, TaskKind, listed, reading
 
 _CHANNELS = (1, 3, 4)
@@ -56,7 +56,10 @@ def from_npz(path: str | Path, encoding: Encoding | None = None, *, task: TaskKi
             found = labels(value, known, key) if known else numbers(value, encoding, key)
             tensors[key] = torch.from_numpy(found)
         return Task(
-            name=Path(path).stem, encoding=encoding, notes=_absent(tensors["y_test"], encoding.classes), **tensors
+            name=Path(path).stem,
+            encoding=encoding,
+            notes=absent_classes(tensors["y_test"], encoding.classes),
+            **tensors,
         )
 
 
@@ -161,7 +164,7 @@ def _encoded(key: str, x: np.ndarray, encoding: Encoding) -> np.ndarray:
         return standardised(list(_plain(x).T), encoding.x_mean, encoding.x_scale)
     form = encoding.array or ArrayForm(x.dtype.name, _UNITS.get(x.dtype.name, 1.0) if x.ndim > 2 else 1.0, 0, 0, ())
     if form.shape and tuple(x.shape[1:]) != form.shape:
-        raise ValueError(f"a row of {key} is {x.shape[1:]}, a row in training was {form.shape}")
+        raise ValueError(f"a row of {key} has shape {x.shape[1:]}, the network takes {form.shape}")
     if x.size:
         _require_same_unit(key, x, form)
     return in_float32(x.astype(np.float64) / form.unit) if form.unit != 1.0 else in_float32(x)
@@ -180,12 +183,3 @@ def _require_same_unit(key: str, x: np.ndarray, form: ArrayForm) -> None:
             raise ValueError(f"{held} from {form.low:g} to {form.high:g}: give it in the same dtype and unit")
     elif form.dtype.startswith("float") and 0 <= form.low and 0 < form.high <= 1 and low >= 0 and 2 < high <= 65535:
         raise ValueError(f"{held} from {form.low:g} to {form.high:g}: bring it to the same unit")
-
-
-def _absent(y: torch.Tensor, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """A note of classes that no test row has."""
-    if not classes:
-        return ()
-    counts = y.bincount(minlength=len(classes)).tolist()
-    none = [repr(name) for name, count in zip(classes, counts, strict=True) if not count]
-    return (f"no test row has class {listed(none)}: the scores say nothing about it",) if none else ()

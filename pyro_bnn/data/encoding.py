@@ -144,7 +144,7 @@ def in_float32(values: np.ndarray) -> np.ndarray:
     """
     :raises ValueError: for values that float32 cannot hold.
     """
-    if values.size and float(np.abs(values).max()) > np.finfo(np.float32).max:
+    if values.size and float(np.abs(values).max()) > float(np.finfo(np.float32).max):
         row = int(np.argmax(np.abs(values).reshape(len(values), -1).max(1)))
         raise ValueError(f"row {row + 1} holds a number too large for float32, in which networks compute; scale it")
     return values.astype(np.float32)

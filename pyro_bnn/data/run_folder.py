@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ def read_run(folder: Path) -> RunFolder:
         encoding = Encoding.from_json(config["encoding"])
         options = dict(config["options"])
         str(options["network"])
+        if encoding.table and encoding.target is None:  # runs of before there was `target`
+            encoding = dataclasses.replace(encoding, target=options["target"])
         return RunFolder(folder, options, tuple(int(n) for n in config["in_shape"]), encoding)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is not the configuration of a run: {error}") from error

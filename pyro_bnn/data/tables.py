@@ -24,7 +24,7 @@ from pyro_bnn.data.columns import (
     number_of,
 )
 from pyro_bnn.data.encoding import Column, Encoding, moments, standardised
-from pyro_bnn.data.targets import class_names, is_classification, labels, numbers
+from pyro_bnn.data.targets import absent_classes, class_names, is_classification, labels, numbers
 from pyro_bnn.data.task import Task, TaskKind, listed, reading
 
 
@@ -187,7 +187,7 @@ def from_csv(
         x = inputs_of_table(table, encoding, ignored=left_out | {target})
         if encoding.classes:
             found = torch.from_numpy(labels(y, encoding.classes, f"column {target!r}"))
-            notes += _absent(found[test], encoding.classes)
+            notes += absent_classes(found[test], encoding.classes)
         else:
             found = torch.from_numpy(numbers(y, encoding, f"column {target!r}"))
         return Task(Path(path).stem, x[train], found[train], x[test], found[test], encoding, notes=notes)
@@ -296,10 +296,3 @@ def _target(table: Table, name: str) -> np.ndarray:
         shown = listed([f"{cells[row]!r} in {table.where(row)}" for row in bad])
         raise ValueError(f"column {name!r}, the target, holds numbers, but not in {len(bad)} rows: {shown}; mend them")
     return np.asarray(cells)
-
-
-def _absent(found: torch.Tensor, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """A note of classes that no test row has."""
-    counts = found.bincount(minlength=len(classes)).tolist()
-    none = [repr(name) for name, count in zip(classes, counts, strict=True) if not count]
-    return (f"no test row has class {listed(none)}: the scores say nothing about it",) if none else ()

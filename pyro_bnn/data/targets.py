@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
 from pyro_bnn.data.encoding import Encoding, centred, in_float32
 from pyro_bnn.data.task import TaskKind, listed
@@ -83,6 +84,16 @@ def labels(y: np.ndarray, classes: tuple[str, ...], name: str) -> np.ndarray:
             )
         found[row] = numbers[own]
     return found
+
+
+def absent_classes(y: Tensor, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """A note of classes that no test row has.
+
+    :param y: labels ``[N]`` of the test rows.
+    """
+    present = set(y.tolist())
+    none = [repr(name) for label, name in enumerate(classes) if label not in present]
+    return (f"no test row has class {listed(none)}: the scores say nothing about it",) if none else ()
 
 
 def numbers(y: np.ndarray, encoding: Encoding, name: str) -> np.ndarray:
