@@ -181,5 +181,7 @@ def _require_same_unit(key: str, x: np.ndarray, form: ArrayForm) -> None:
     elif form.unit == 1.0 and x.dtype.name in _UNITS and x.dtype.name != form.dtype:
         if (form.low, form.high) != (0.0, 0.0) or form.dtype.startswith("float"):
             raise ValueError(f"{held} from {form.low:g} to {form.high:g}: give it in the same dtype and unit")
+    elif form.high > 100 and form.low >= 0 and 0 <= low and high <= 1 and bool((x != np.floor(x)).any()):
+        raise ValueError(f"{held} from {form.low:g} to {form.high:g}: bring it to the same unit")
     elif form.dtype.startswith("float") and 0 <= form.low and 0 < form.high <= 1 and low >= 0 and 2 < high <= 65535:
         raise ValueError(f"{held} from {form.low:g} to {form.high:g}: bring it to the same unit")

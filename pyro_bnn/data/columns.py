@@ -13,14 +13,18 @@ from pyro_bnn.data.encoding import Column
 from pyro_bnn.data.task import listed
 
 MAX_CATEGORIES = 100
+#: different strings of which most may be in one row alone
+MAX_OWN = 20
 #: cells that hold nothing, in lower case
 MISSING = frozenset(("", "?", "na", "n/a", "#n/a", "#na", "<na>", "nan", "-nan", "null", "none"))
 
-_INTEGER = re.compile(r"[+-]?\d{1,19}")
+_INTEGER = re.compile(r"[+-]?\d+")
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _DATE = re.compile(
     r"\d{4}[-/.]\d{1,2}[-/.]\d{1,2}([T ].*)?|\d{1,2}[-/.]\d{1,2}[-/.](\d{2}|\d{4})( .*)?|\d{1,2}:\d{2}(:.*)?"
 )
+#: numbers as people write them: 1,000 or 3,14 or $5 or 12 %
+_WRITTEN = re.compile(r"[+-]?[$€£]? ?\d{1,3}([,. ]?\d{3})*([.,]\d+)? ?[%$€£]?")
 _Value = TypeVar("_Value")
 
 
@@ -51,15 +55,29 @@ def column_kind(name: str, cells: Sequence[str], *, where: Callable[[int], str],
             "neither numbers nor categories: turn them into numbers, such as days since a day, or leave the column out "
             "(--drop)"
         )
+    if 2 * sum(_WRITTEN.fullmatch(cell) is not None for cell in held) > len(held):
+        raise ValueError(
+            f"column {name!r} holds numbers as people write them, such as {held[0]!r} in "
+            f"{where(cells.index(held[0]))}; "
+            "expected digits and a point alone, as in 1234.5: mend them, or leave the column out (--drop)"
+        )
     return Column(name, "category", _categories(name, held))
 
 
-def number_cells(cells: Sequence[str]) -> np.ndarray:
-    """Cells that all hold numbers: int64 where they are whole, so that none loses a digit, else float64."""
+def number_cells(cells: Sequence[str], name: str) -> np.ndarray:
+    """Cells that all hold numbers: int64 where they are whole, so that none loses a digit, else float64.
+
+    :raises ValueError: for whole numbers of column ``name`` that 64 bits cannot hold.
+    """
     if all(_INTEGER.fullmatch(cell) for cell in cells):
         whole = [int(cell) for cell in cells]
         if all(abs(value) < 2**63 for value in whole):
             return np.asarray(whole, np.int64)
+    if long := next((cell for cell in cells if _INTEGER.fullmatch(cell) and abs(int(cell)) >= 2**63), None):
+        raise ValueError(
+            f"column {name!r} holds the whole number {long}, which 64 bits cannot hold; leave it out (--drop), or say "
+            "that it holds categories (--category)"
+        )
     return np.asarray([float(cell) for cell in cells], np.float64)
 
 
@@ -114,7 +132,7 @@ def inputs_of(column: Column, cells: Sequence[str], *, where: Callable[[int], st
         return [np.asarray([column.median if e else truth(c.lower()) for c, e in zip(cells, empty, strict=True)])]
     _require_all(column.name, cells, number_of, where, "holds numbers", "mend them or leave those rows out")
     filled = [repr(column.median) if e else cell for cell, e in zip(cells, empty, strict=True)]
-    return [number_cells(filled)]
+    return [number_cells(filled, column.name)]
 
 
 def missing_of(column: Column, cells: Sequence[str]) -> np.ndarray:
@@ -139,6 +157,11 @@ def _categories(name: str, held: Sequence[str]) -> tuple[str, ...]:
         raise ValueError(
             f"column {name!r} has {len(found)} different strings, more than the {MAX_CATEGORIES} that become one input "
             "each; leave it out (--drop) or turn it into numbers"
+        )
+    if len(found) > MAX_OWN and 2 * len(found) > len(held):
+        raise ValueError(
+            f"column {name!r} has {len(found)} different strings in {len(held)} rows, which teach nothing: "
+            "leave it out (--drop) or turn it into numbers"
         )
     return tuple(found)
 

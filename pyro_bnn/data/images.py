@@ -39,6 +39,8 @@ def from_image_folder(
     """
     path = Path(path)
     with reading(path):
+        if encoding is not None and (encoding.x_mean or encoding.array and encoding.array.dtype != "image"):
+            raise ValueError("the network was not trained on images; give a file of the kind that training had")
         found, notes = _parts(path)
         if found:
             if split is not None:

@@ -103,6 +103,7 @@ def load_inputs(path: str | Path, encoding: Encoding, size: int = IMAGE_SIZE, *,
             raise ValueError(f"cannot use {str(path)!r}: the network was trained on a .csv file; give one")
         with reading(path):
             table = read_table(path)
+            drop = (drop,) if isinstance(drop, str) else drop
             if unknown := [name for name in drop if name not in table.names]:
                 raise ValueError(
                     f"there is no column {listed([repr(n) for n in unknown])}; its columns are: "

@@ -148,7 +148,10 @@ def from_csv(
         100 different strings, or a class has too few rows; and for columns, categories and classes that the encoding
         does not know.
     """
+    drop, category = _several(drop), _several(category)
     with reading(path):
+        if encoding is not None and not encoding.table:
+            raise ValueError("the network was not trained on a .csv file; give a file of the kind that training had")
         table = read_table(path)
         columns = f"its columns are: {', '.join(table.names)}"
         target = target.strip() if target is not None else encoding.target if encoding else None
@@ -278,6 +281,10 @@ def _column(table: Table, name: str, train: np.ndarray, literal: bool, impute: b
     return dataclasses.replace(column, low=low, high=high, imputed=True, median=median)
 
 
+def _several(names: Sequence[str]) -> Sequence[str]:
+    return (names,) if isinstance(names, str) else names
+
+
 def _target(table: Table, name: str) -> np.ndarray:
     """The cells of the target: booleans, integers, floats or strings."""
     cells = table.cells(name)
@@ -291,7 +298,7 @@ def _target(table: Table, name: str) -> np.ndarray:
         return np.asarray([cell.lower() == "true" for cell in cells])
     bad = [row for row, cell in enumerate(cells) if number_of(cell) is None]
     if not bad:
-        return number_cells(cells)
+        return number_cells(cells, name)
     if 2 * len(bad) < len(cells):
         shown = listed([f"{cells[row]!r} in {table.where(row)}" for row in bad])
         raise ValueError(f"column {name!r}, the target, holds numbers, but not in {len(bad)} rows: {shown}; mend them")

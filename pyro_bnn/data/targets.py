@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 from torch import Tensor
 
@@ -25,6 +27,8 @@ def is_classification(y: np.ndarray, task: TaskKind | None, name: str) -> bool:
     :param y: raw targets ``[N]``: strings, booleans, integers or floats.
     :raises ValueError: when ``task`` does not go with the values, or they could mean either.
     """
+    if task not in (None, *get_args(TaskKind)):
+        raise ValueError(f"task={task!r}: expected 'classification' or 'regression'")
     numeric = y.dtype.kind in "iuf"
     if task == "regression" and not numeric:
         raise ValueError(f"{name} holds {'booleans' if y.dtype.kind == 'b' else 'strings'}, no numbers to predict")

@@ -186,6 +186,13 @@ BAD_TABLES: dict[str, tuple[str | bytes, str]] = {
     "no names": (",,y\n1,2,3\n", "columns 1, 2 have no name"),
     "semicolons": ("a;y\n1;2\n", "the header has no comma, but ';'"),
     "dates": ("d,y\n" + "".join(f"2024-01-{i + 1:02},{i % 2}\n" for i in range(20)), "'d' holds dates or times"),
+    "written numbers": (
+        "d,y\n" + "".join(f'"{i + 1},000",{i % 2}\n' for i in range(20)),
+        "numbers as people write them, such as '1,000' in row 1",
+    ),
+    "per cent": ("d,y\n" + "".join(f"{i} %,{i % 2}\n" for i in range(20)), "numbers as people write them"),
+    "names of rows": ("d,y\n" + "".join(f"u{i},{i % 2}\n" for i in range(40)), "40 different strings in 40 rows"),
+    "too many digits": ("d,y\n" + "".join(f"{2**70 + i},{i % 2}\n" for i in range(20)), "which 64 bits cannot hold"),
     "empty column": ("a,b,y\n" + "1,,0\n2,,1\n" * 5, "column 'b' has no value in any row"),
     "copy of the target": ("a,b,y\n" + "1,p,p\n2,q,q\n" * 5, "column 'b' equals the target in every row"),
     "missing target": ("a,y\n" + "1,p\n2,q\n" * 5 + "3,\n", r"values are missing in y \(1\), the target: '' in row 11"),
@@ -282,7 +289,14 @@ def test_arrays_of_images_have_one_unit_and_one_layout(tmp_path: Path) -> None:
     for test in (byte, whole, whole.astype(np.int64)):
         task = data.load(image_arrays(tmp_path / "a.npz", byte, test))
         assert task.x_train.shape == (20, 4, 8, 8) and torch.equal(task.x_train, task.x_test)
-    for train, test in ((byte, whole / 255), (whole / 255, whole), (byte, byte.astype(np.uint16))):
+    other = whole.astype(np.int64)
+    for train, test in (
+        (other, whole / 255),
+        (whole, whole / 255),
+        (byte, whole / 255),
+        (whole / 255, whole),
+        (byte, byte.astype(np.uint16)),
+    ):
         with pytest.raises(ValueError, match="x_test is .* the same (dtype|unit)"):
             data.load(image_arrays(tmp_path / "a.npz", train, test))
     wide = byte.astype(np.uint16) * 257
