@@ -21,11 +21,12 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from pyro_bnn.inputs import LABELS, describe, inputs, integers_in, require_finite, split, targets
+from pyro_bnn.inputs import LABELS, Data, Inputs, describe, inputs, integers_in, require_finite, split, targets
 from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import undisturbed
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.perturb.probe import batched
+from pyro_bnn.sites import Program
 
 
 class Minibatches(NamedTuple):
@@ -40,11 +41,11 @@ class Minibatches(NamedTuple):
     :param shuffled: whether every pass is known to be in random order.
     """
 
-    rows: Callable[[], Iterator[tuple[Any, ...]]]
+    rows: Callable[[], Iterator[tuple[object, ...]]]
     take: Callable[..., tuple[Any, ...]]
     steps: int
     size: int | None
-    first: tuple[Any, ...]
+    first: tuple[object, ...]
     shuffled: bool
 
     def epoch(self) -> Iterator[tuple[Any, ...]]:
@@ -52,7 +53,7 @@ class Minibatches(NamedTuple):
         return (self.take(*rows) for rows in self.rows())
 
 
-def minibatches(model: Callable[..., Any], data: Any, batch_size: int) -> Minibatches:
+def minibatches(model: Program, data: Data, batch_size: int) -> Minibatches:
     """Checks a data set and says how to go through it; batches come on the device and in the dtype of the model.
 
     :param data: a loader or dataset of pairs (x, y) or of dicts with ``labels``; the pair (x, y) itself, or one such
@@ -75,15 +76,15 @@ def minibatches(model: Callable[..., Any], data: Any, batch_size: int) -> Miniba
 class _Memory:
     """All of x and y on the device of the model, from which batches are taken by the indices of their rows."""
 
-    def __init__(self, x: Any, y: Tensor, batch_size: int) -> None:
+    def __init__(self, x: Inputs, y: Tensor, batch_size: int) -> None:
         self.x, self.y, self.batch_size = x, y, batch_size
 
     def rows(self) -> Iterator[tuple[Tensor]]:
         order = torch.randperm(len(self.y), device=self.y.device)
         return ((index,) for index in order.split(self.batch_size))
 
-    def take(self, index: Tensor) -> tuple[Any, Tensor]:
-        def part(leaf: Any) -> Any:
+    def take(self, index: Tensor) -> tuple[Inputs, Tensor]:
+        def part(leaf: object) -> object:
             if batched(leaf, len(self.y)):
                 return leaf[index]
             return leaf.expand(index.shape[:-1] + leaf.shape) if isinstance(leaf, Tensor) else leaf
@@ -91,7 +92,7 @@ class _Memory:
         return pytree.tree_map(part, self.x), self.y[index]
 
 
-def _of_memory(model: Callable[..., Any], data: Any, batch_size: int) -> Minibatches:
+def _of_memory(model: Program, data: Data, batch_size: int) -> Minibatches:
     pair, like = split(data), like_of(model)
     if pair is None:
         raise TypeError(
@@ -112,7 +113,7 @@ def _of_memory(model: Callable[..., Any], data: Any, batch_size: int) -> Minibat
 # ------------------------------------------------------------------------------------------------------ loaders
 
 
-def _loader(data: Any, batch_size: int) -> DataLoader[Any]:
+def _loader(data: Data, batch_size: int) -> DataLoader[object]:
     if isinstance(data, DataLoader):
         return data
     if not isinstance(data, Dataset):
@@ -125,12 +126,12 @@ def _loader(data: Any, batch_size: int) -> DataLoader[Any]:
     return DataLoader(data, batch_size=batch_size, shuffle=True)
 
 
-def _of_loader(model: Callable[..., Any], loader: DataLoader[Any]) -> Minibatches:
+def _of_loader(model: Program, loader: DataLoader[object]) -> Minibatches:
     size, why = _size_of(loader)
     if size is not None:
         _require_num_data(model, size, why)
 
-    def batches() -> Iterator[tuple[Any, ...]]:
+    def batches() -> Iterator[tuple[object, ...]]:
         each = (_loaded(model, batch) for batch in loader)
         return each if size is not None else _counted(model, each)
 
@@ -150,7 +151,7 @@ def _of_loader(model: Callable[..., Any], loader: DataLoader[Any]) -> Minibatche
     return Minibatches(batches, lambda *batch: batch, steps, known, first, shuffled)
 
 
-def _size_of(loader: DataLoader[Any]) -> tuple[int | None, str]:
+def _size_of(loader: DataLoader[object]) -> tuple[int | None, str]:
     """Number N of different samples that passes through a loader train on, and why where that is not all there are.
 
     What a sampler leaves out of every pass is no datum; what it leaves out of one pass and takes in another is.
@@ -200,25 +201,27 @@ def _indices(item: Any) -> list[Any]:
     )
 
 
-def _counted(model: Callable[..., Any], batches: Iterator[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+def _counted(model: Program, batches: Iterator[tuple[object, ...]]) -> Iterator[tuple[object, ...]]:
     """The batches of a pass, which is refused at its end if it had not as many samples as the model was told."""
     seen = 0
     for batch in batches:
         yield batch
         if isinstance(model, BayesianNetwork):
-            seen += count_samples(batch[0], batch[1])
+            x, y = batch
+            seen += count_samples(x, y if isinstance(y, Tensor) else None)
     if seen:
         _require_num_data(model, seen, "that is how many came in one pass, which nothing tells before")
 
 
-def _loaded(model: Callable[..., Any], batch: Any) -> tuple[Any, ...]:
+def _loaded(model: Program, batch: object) -> tuple[object, ...]:
     """``(x, y)`` of one batch; of a model that is not of this package, all that it is to be called with."""
     pair = split(batch)
-    if pair is None and (isinstance(model, BayesianNetwork) or not isinstance(batch, (tuple, list))):
+    parts = batch if pair is None else pair
+    if not isinstance(parts, (tuple, list)) or (pair is None and isinstance(model, BayesianNetwork)):
         raise TypeError(f"the loader must give pairs (x, y) or dicts with {LABELS!r}, got {describe(batch)}")
-    if pair is None or not isinstance(model, BayesianNetwork):
-        return tuple(inputs(part, None, f"part {i} of a batch") for i, part in enumerate(pair or batch))
-    x, y = inputs(pair[0], model.like()), targets(pair[1], model.like())
+    if not isinstance(model, BayesianNetwork):
+        return tuple(inputs(part, None, f"part {i} of a batch") for i, part in enumerate(parts))
+    x, y = inputs(parts[0], model.like()), targets(parts[1], model.like())
     _check(model, x, y)
     return x, y
 
@@ -226,7 +229,7 @@ def _loaded(model: Callable[..., Any], batch: Any) -> tuple[Any, ...]:
 # ------------------------------------------------------------------------------------------------------- checks
 
 
-def _require_num_data(model: Callable[..., Any], size: int, why: str = "") -> None:
+def _require_num_data(model: Program, size: int, why: str = "") -> None:
     if isinstance(model, BayesianNetwork) and model.num_data is not None and model.num_data != size:
         raise ValueError(
             f"the model was built with num_data={model.num_data}, but the data has {size} samples"
@@ -235,7 +238,7 @@ def _require_num_data(model: Callable[..., Any], size: int, why: str = "") -> No
         )
 
 
-def _check(model: Callable[..., Any], x: Any, y: Tensor) -> None:
+def _check(model: Program, x: Inputs, y: Tensor) -> None:
     """Everything about a batch that would otherwise train silently on nonsense."""
     size = count_samples(x, y)
     require_finite(x)
@@ -248,11 +251,11 @@ def _check(model: Callable[..., Any], x: Any, y: Tensor) -> None:
     model.likelihood.check(y, f)
 
 
-def _output_of_first(network: BayesianNetwork, x: Any, size: int) -> Tensor:
+def _output_of_first(network: BayesianNetwork, x: Inputs, size: int) -> Tensor:
     """The output for the first sample of x, computed once for inputs of one shape."""
     row = pytree.tree_map(lambda t: t[:1] if batched(t, size) else t, x)
     key = tuple(t.shape for t in pytree.tree_leaves(row) if isinstance(t, Tensor))  # sequences differ in length
-    examples: dict[Any, Tensor] = network.__dict__.setdefault("_output_examples", {})
+    examples: dict[object, Tensor] = network.__dict__.setdefault("_output_examples", {})
     if key not in examples:
         try:
             with undisturbed(network.core().net):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_bnn.files import replacing
+from pyro_bnn.sites import Program
 
 VERSION = 1
 
@@ -26,8 +27,8 @@ class TrainingRun:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        model: Program,
+        guide: Program,
         parameters: Sequence[Tensor],
         optimizer: Optimizer,
         scheduler: LRScheduler | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import pyro
@@ -20,6 +20,7 @@ from torch.distributions.transforms import Transform
 from pyro_bnn.factorised import split
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import training_mode
+from pyro_bnn.sites import Program
 
 
 class Potential:
@@ -33,7 +34,7 @@ class Potential:
         one whose support depends on other latents.
     """
 
-    def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Program, *args: object, **kwargs: object) -> None:
         self.model = model
         self._store = pyro.get_param_store().get_state()
         self._arguments = args, kwargs
@@ -122,7 +123,7 @@ class Potential:
         """From unconstrained values to those of the model."""
         return {name: self.transforms[name](value) for name, value in values.items()}
 
-    def __call__(self, values: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, values: dict[str, Tensor], *args: object, **kwargs: object) -> Tensor:
         """U in nats, a scalar.
 
         :param values: ``{site: unconstrained [*shape]}``.
@@ -141,7 +142,7 @@ class Potential:
             return self.like.new_zeros(())
         return energy
 
-    def log_densities(self, latents: dict[str, Tensor], *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def log_densities(self, latents: dict[str, Tensor], *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Log density of every site, in the model's own units, at given latents."""
         with torch.no_grad(), self._running(train=False):
             trace = poutine.trace(poutine.condition(self.model, latents)).get_trace(*args, **kwargs)
@@ -149,7 +150,7 @@ class Potential:
         nodes: dict[str, Any] = trace.nodes
         return {name: site["log_prob_sum"] for name, site in nodes.items() if "log_prob_sum" in site}
 
-    def offending_site(self, theta: Tensor, *args: Any, **kwargs: Any) -> str:
+    def offending_site(self, theta: Tensor, *args: object, **kwargs: object) -> str:
         """The first site that is not finite, or whose log density is not."""
         values = self.split(theta)
         for name, value in values.items():
@@ -178,7 +179,7 @@ class LogJoint(Messenger):
             density = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
             self.total = self.total + self._sum(scale_and_mask(density, msg["scale"], msg["mask"]), msg)
 
-    def _sum(self, density: Tensor, msg: Any) -> Tensor:
+    def _sum(self, density: Tensor, msg: object) -> Tensor:
         """What a site adds to the total."""
         return density.sum()
 

@@ -19,6 +19,7 @@ from pyro_bnn import display
 from pyro_bnn.inference.batches import Minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.progress import progress_bar
+from pyro_bnn.sites import Program
 
 #: What ``optim=`` takes, in every engine. See :func:`build_optimizer`.
 Optim = str | type[Optimizer] | Callable[[list[dict[str, Any]]], Optimizer] | Optimizer | None
@@ -37,8 +38,8 @@ class FitState:
     epoch: int
     step: int
     loss: float
-    model: Callable[..., Any]
-    guide: Callable[..., Any]
+    model: Program
+    guide: Program
     optimizer: Optimizer
     losses: list[float] = field(default_factory=list)
 
@@ -51,7 +52,7 @@ class FitState:
 Callback = Callable[[FitState], bool | None]
 
 #: ``(batch, run) -> loss``: one update, or a ``FloatingPointError`` that says why there can be none
-Step = Callable[[tuple[Any, ...], TrainingRun], float]
+Step = Callable[[tuple[object, ...], TrainingRun], float]
 
 
 # ------------------------------------------------------------------------------------------------------ the loop
@@ -119,7 +120,7 @@ def train_epoch(run: TrainingRun, batches: Minibatches, step: Step) -> float:
     return sum(run.losses[before:]) / (len(run.losses) - before)
 
 
-def first_row(batches: Minibatches) -> Any:
+def first_row(batches: Minibatches) -> object:
     """One row of x, from which a posterior knows what its inputs look like."""
     return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() else t, batches.first[0])
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pyro_bnn import display, priors
 from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
 from pyro_bnn.network import NORMALISATIONS
@@ -183,7 +184,7 @@ class Bella(BayesianNetwork):
         self._constants.clear()  # priors around the parameters that are replaced
         return super().load_state_dict(state_dict, strict=strict, assign=True)
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         return super().arguments() | {
             "rank": self.rank,
             "alpha": self.alpha,
@@ -225,7 +226,7 @@ class Bella(BayesianNetwork):
         likes = {n: like.new_empty(()).expand(v.shape) for n, v in self._likes.items()}
         return self.sample_weights(self.priors, likes, {n: parameters[n] for n in self.affine_parameters})
 
-    def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
+    def function(self, x: Inputs, latents: dict[str, Tensor], size: int) -> Tensor:
         lead = self.lead_shape(latents)
         parameters = self.core().parameters_by_name()
         perturbations: dict[str, Perturbation] = {}
@@ -299,7 +300,7 @@ class ParticleGuide(MixtureGuide):
             for name in model.own_parameters() if init == "gaussian" else ():
                 values[model.site(name)].add_(torch.randn_like(values[model.site(name)]), alpha=init_scale)
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         return {"particles": self.num_members}
 
     def pairs(self) -> list[tuple[str, str, float]]:

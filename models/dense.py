@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import Tensor, nn
 
 from pyro_bnn import priors
 from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
 from pyro_bnn.priors import Normal, PriorLike
@@ -62,7 +63,7 @@ class Dense(BayesianNetwork):
         self.priors = {n: priors.resolve(prior, (n,), parameters[n].detach()) for n in self.random}
         self._sites = self.list_weight_sites(self.priors, {name: parameters[name].detach() for name in self.random})
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         return super().arguments() | {"select": self.random, "chunk_size": self.chunk_size}
 
     def sites(self) -> list[Site]:
@@ -78,7 +79,7 @@ class Dense(BayesianNetwork):
         parameters = self.core().parameters_by_name()
         return self.sample_weights(self.priors, {name: parameters[name].detach() for name in self.random})
 
-    def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
+    def function(self, x: Inputs, latents: dict[str, Tensor], size: int) -> Tensor:
         lead = self.lead_shape(latents)
         plates = lead + (1,) * (-self.members_dim - 1)
         parameters = self.core().parameters_by_name()
@@ -123,7 +124,7 @@ class MeanFieldGuide(MixtureGuide):
         super().__init__(model, components)
         self.start_scales(init_scale)
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         return {"components": self.num_members}
 
 

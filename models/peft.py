@@ -11,7 +11,6 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -152,7 +151,7 @@ def _from_peft(a: Tensor, b: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     return (b.t(), a.t()) if kind in _INPUT_FIRST else (a, b)
 
 
-def _config(model: Bella, kinds: dict[str, str]) -> dict[str, Any]:
+def _config(model: Bella, kinds: dict[str, str]) -> dict[str, object]:
     alpha = int(model.alpha) if model.alpha == int(model.alpha) else model.alpha
     return {
         "peft_type": "LORA",

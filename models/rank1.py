@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pyro_bnn import priors
 from pyro_bnn.guide import Family, MixtureGuide
-from pyro_bnn.inputs import inputs
+from pyro_bnn.inputs import Inputs, inputs
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
 from pyro_bnn.network import batch_size
@@ -68,7 +68,7 @@ class Rank1(BayesianNetwork):
         member_bias: bool = True,
         weight_prior: Prior | None = Normal(0.0, 1.0),
         clip: float | None = None,
-        example: Any = None,
+        example: Inputs = None,
         **options: Unpack[NetworkOptions],
     ) -> None:
         super().__init__(net, likelihood, num_data, **options)
@@ -167,7 +167,7 @@ class Rank1(BayesianNetwork):
     def _clipped(self, factor: Tensor) -> Tensor:
         return factor if self.clip is None else factor.clamp(-self.clip, self.clip)
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         return super().arguments() | {
             "select": self.weights,
             "member_bias": self.member_bias,
@@ -176,7 +176,7 @@ class Rank1(BayesianNetwork):
         }
 
     @classmethod
-    def from_arguments(cls, net: nn.Module, arguments: dict[str, Any]) -> Rank1:
+    def from_arguments(cls, net: nn.Module, arguments: dict[str, object]) -> Rank1:
         weight_prior = priors.from_description(arguments.pop("weight_prior"))
         return cls(net, **arguments, weight_prior=weight_prior)  # type: ignore[arg-type]
 
@@ -216,7 +216,7 @@ class Rank1(BayesianNetwork):
                 values[site] = pyro.sample(site, d)
         return values
 
-    def _require_complete(self, x: Any) -> None:
+    def _require_complete(self, x: Inputs) -> None:
         """With ``select=None`` every weight of a product has factors: none may be missed for its module's type."""
         core = self.core()
         norms = core.normalisation_parameters()
@@ -249,7 +249,7 @@ class Rank1(BayesianNetwork):
         parameters = self.core().parameters_by_name()
         return [parameters[n] for n in self.weights]
 
-    def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
+    def function(self, x: Inputs, latents: dict[str, Tensor], size: int) -> Tensor:
         if not self._complete:
             self._require_complete(x)
         lead = self.lead_shape(latents)
@@ -382,7 +382,7 @@ class Rank1Guide(MixtureGuide):
                     loc.copy_(init_means(loc.shape))
         self.start_scales((init_dropout_rate / (1 - init_dropout_rate)) ** 0.5)
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         return {"components": self.num_members, "family": self.family, "draws": self.draws}
 
     def repr_arguments(self) -> dict[str, object]:

@@ -32,7 +32,7 @@ class NormalBlock:
 
     def __init__(self, loc: Tensor, scale: Tensor, shapes: Sequence[torch.Size]) -> None:
         self.loc, self.scale, self.shapes = loc, scale, shapes
-        self._draws: dict[Any, list[Tensor | None]] = {}
+        self._draws: dict[object, list[Tensor | None]] = {}
 
     def parts(self) -> list[FactorisedNormal]:
         """The distribution of each site."""
@@ -65,7 +65,7 @@ class FactorisedNormal(dist.TorchDistribution):
     """
 
     has_rsample = True
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: dict[str, constraints.Constraint] = {}
 
     def __init__(self, block: NormalBlock, index: int, batch: torch.Size) -> None:
         self.block, self.index = block, index
@@ -78,11 +78,11 @@ class FactorisedNormal(dist.TorchDistribution):
         loc, scale = (v[self.index].expand(shape) for v in (self.block.locs, self.block.scales))
         return dist.Normal(loc, scale, validate_args=False).to_event(len(self.event_shape))
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> FactorisedNormal:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> FactorisedNormal:
         batch = torch.Size(batch_shape)
         return self if batch == self.batch_shape else FactorisedNormal(self.block, self.index, batch)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         return self.block.draw(self.index, torch.Size(sample_shape) + self.batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class FactorisedNormal(dist.TorchDistribution):
         return result
 
     @property
-    def support(self) -> Any:
+    def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.real, len(self.event_shape))
 
     @property

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pyro_bnn import display
 from pyro_bnn.factorised import NormalBlock, split
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.model import BayesianNetwork, Form, picklable_state, register_parameters
 from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import batch_size
@@ -131,7 +132,7 @@ class MixtureGuide(PyroModule):
             for rho in self._block_parameters("rho"):
                 rho.fill_(inverse_softplus(value))
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         """The keyword arguments as JSON, apart from those that only say where training starts."""
         return {}
 
@@ -173,7 +174,7 @@ class MixtureGuide(PyroModule):
         """
         return {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return picklable_state(self)
 
     def __repr__(self) -> str:
@@ -206,7 +207,7 @@ class MixtureGuide(PyroModule):
         finally:
             self._every = False
 
-    def forward(self, x: Any, y: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, x: Inputs, y: Tensor | None = None) -> dict[str, Tensor]:
         enter_mode(self)
         register_parameters(self, self._named())
         device = self.like().device

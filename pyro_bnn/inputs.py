@@ -19,15 +19,21 @@ Everything goes to the device of the network. A tensor that has device and dtype
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+#: What a network is called with, in any nesting of dicts, tuples and lists. Networks differ in what they take, so that
+#: nothing is known of it before :func:`inputs` has looked at it.
+Inputs: TypeAlias = object
+#: What a user trains or scores on: a ``DataLoader``, a ``Dataset``, a pair (x, y), or one mapping with labels. Nothing
+#: is known of it before an engine has looked at it.
+Data: TypeAlias = object
 #: what y is called in a batch that is one mapping, as data loaders for transformers make them
 LABELS = "labels"
 EXPECTED = "expected tensors, NumPy arrays, pandas frames or nested lists of numbers"
@@ -35,7 +41,7 @@ EXPECTED = "expected tensors, NumPy arrays, pandas frames or nested lists of num
 _KINDS = {"O": "objects", "U": "strings", "S": "bytes", "M": "dates", "m": "time spans", "V": "records", "T": "strings"}
 
 
-def inputs(x: Any, like: Tensor | None, name: str = "x") -> Any:
+def inputs(x: object, like: Tensor | None, name: str = "x") -> object:
     """x as a network takes it: tensors in the same nesting.
 
     :param like: a tensor on the device and with the dtype of the network. ``None`` for a model that is not of this
@@ -47,7 +53,7 @@ def inputs(x: Any, like: Tensor | None, name: str = "x") -> Any:
     return _nested(x, name, lambda value, own: _fitting(value, tensor(value, own), like))
 
 
-def targets(y: Any, like: Tensor | None, name: str = "y") -> Tensor:
+def targets(y: object, like: Tensor | None, name: str = "y") -> Tensor:
     """y as a likelihood takes it: floats in the dtype of the network, integers as int64.
 
     :param like, name: see :func:`inputs`.
@@ -61,7 +67,7 @@ def targets(y: Any, like: Tensor | None, name: str = "y") -> Tensor:
     return found.long() if integers and (like is not None or not isinstance(y, Tensor)) else found
 
 
-def tensors(x: Any, name: str = "x") -> Any:
+def tensors(x: object, name: str = "x") -> object:
     """x with all arrays, frames and lists as tensors of their own dtype, on the CPU; tensors stay as they are.
 
     For data that are cut into batches first. Raises as :func:`inputs`.
@@ -69,7 +75,7 @@ def tensors(x: Any, name: str = "x") -> Any:
     return _nested(x, name, tensor)
 
 
-def labels(y: Any, name: str = "y") -> Tensor:
+def labels(y: object, name: str = "y") -> Tensor:
     """y as a tensor of its own dtype, on the CPU; a tensor stays as it is. A frame keeps the dtypes of its columns.
 
     For data that are cut into batches first. Raises as :func:`targets`.
@@ -80,7 +86,7 @@ def labels(y: Any, name: str = "y") -> Tensor:
     return tensor(y, name)
 
 
-def tensor(value: Any, name: str) -> Tensor:
+def tensor(value: object, name: str) -> Tensor:
     """One array, frame, series or nested list of numbers as a tensor of its own dtype, without a copy where it can be.
 
     :param name: what messages call it.
@@ -116,17 +122,17 @@ def tensor(value: Any, name: str) -> Tensor:
     return _from_array(array, value, name)
 
 
-def is_array(value: Any) -> bool:
+def is_array(value: object) -> bool:
     """Whether a value is a tensor, an array, a frame or a series, rather than a number or a container of them."""
     return isinstance(value, Tensor) or hasattr(value, "__array__") and not isinstance(value, (np.generic, type))
 
 
-def is_numbers(value: Any) -> bool:
+def is_numbers(value: object) -> bool:
     """Whether a value is a list of numbers, or of such lists."""
     return isinstance(value, list) and bool(value) and all(_is_number(item) or is_numbers(item) for item in value)
 
 
-def split(batch: Any) -> tuple[Any, Any] | None:
+def split(batch: object) -> tuple[object, Any] | None:
     """``(x, y)`` of a batch, a pair or a mapping with the key ``labels``; ``None`` for anything else."""
     if isinstance(batch, Mapping) and LABELS in batch:
         return {key: value for key, value in batch.items() if key != LABELS}, batch[LABELS]
@@ -135,14 +141,14 @@ def split(batch: Any) -> tuple[Any, Any] | None:
     return None
 
 
-def without_labels(batch: Any) -> Any:
+def without_labels(batch: object) -> object:
     """The inputs of a batch: x alone, or what stands before the labels."""
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key != LABELS}
     return batch[0] if isinstance(batch, (tuple, list)) and not is_numbers(batch) else batch
 
 
-def require_finite(x: Any, name: str = "x") -> None:
+def require_finite(x: object, name: str = "x") -> None:
     """Raises ValueError when a floating tensor in x holds NaN or infinite values."""
     for leaf in pytree.tree_leaves(x):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()):
@@ -150,13 +156,13 @@ def require_finite(x: Any, name: str = "x") -> None:
             raise ValueError(f"{name} holds {bad} NaN or infinite values; drop or impute these samples first")
 
 
-def integers_in(x: Any) -> list[str]:
+def integers_in(x: object) -> list[str]:
     """The dtypes of tensors of integers in x, each once."""
     found = (leaf.dtype for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor))
     return sorted({str(d) for d in found if not (d.is_floating_point or d.is_complex or d == torch.bool)})
 
 
-def describe(value: Any) -> str:
+def describe(value: object) -> str:
     """What a value is, for messages: its type, and for a list or tuple those of its first items."""
     if isinstance(value, (list, tuple)):
         kinds = dict.fromkeys(type(item).__name__ for item in value[:100])
@@ -167,12 +173,12 @@ def describe(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------------- nestings
 
 
-def _nested(x: Any, name: str, convert: Any) -> Any:
+def _nested(x: object, name: str, convert: Callable[[object, str], Tensor]) -> object:
     if is_array(x):
         return convert(x, name)
     settings = any(is_array(leaf) for leaf in _leaves(x))
 
-    def part(path: Any, leaf: Any) -> Any:
+    def part(path: pytree.KeyPath, leaf: object) -> object:
         own = name + pytree.keystr(path)
         if isinstance(leaf, Mapping):
             return _nested(dict(leaf), own, convert)
@@ -183,7 +189,7 @@ def _nested(x: Any, name: str, convert: Any) -> Any:
     return pytree.tree_map_with_path(part, x, is_leaf=is_numbers)
 
 
-def _leaves(x: Any) -> Iterator[Any]:
+def _leaves(x: object) -> Iterator[object]:
     for leaf in pytree.tree_leaves(x):
         if isinstance(leaf, Mapping):  # one that torch does not know as a container
             yield from _leaves(dict(leaf))
@@ -191,11 +197,11 @@ def _leaves(x: Any) -> Iterator[Any]:
             yield leaf
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float, complex, np.number, np.bool_))
 
 
-def _fitting(given: Any, value: Tensor, like: Tensor | None) -> Tensor:
+def _fitting(given: object, value: Tensor, like: Tensor | None) -> Tensor:
     """The tensor that was made of what was given, on the device of ``like``, and in its dtype if it has floats."""
     if like is not None:
         return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
@@ -207,7 +213,7 @@ def _fitting(given: Any, value: Tensor, like: Tensor | None) -> Tensor:
 # --------------------------------------------------------------------------------------------- arrays and frames
 
 
-def _from_array(array: np.ndarray, given: Any, name: str) -> Tensor:
+def _from_array(array: np.ndarray, given: object, name: str) -> Tensor:
     kind = array.dtype.kind
     if kind not in "fiubc":
         held = _KINDS.get(kind, str(array.dtype))

@@ -79,7 +79,7 @@ class Likelihood:
         :param f: the network's output for these samples, ``[N, *output]``.
         """
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """The likelihood as JSON."""
         return {"class": type(self).__name__, **asdict(self)}
 

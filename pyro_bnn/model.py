@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from pyro_bnn import display
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Gaussian, Likelihood
 from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import Network, Output, batch_size
@@ -53,7 +54,7 @@ def register_parameters(owner: PyroModule, named: Iterable[tuple[str, nn.Paramet
         pyro.param(fullname)
 
 
-def picklable_state(module: nn.Module) -> dict[str, Any]:
+def picklable_state(module: nn.Module) -> dict[str, object]:
     """The state of a module without what Pyro's parameter store leaves on parameters, the last plate, and caches."""
     for parameter in module.parameters():
         parameter.__dict__.pop("unconstrained", None)  # a weak reference, which the store makes anew
@@ -121,9 +122,9 @@ class BayesianNetwork(PyroModule):
         self.members_dim = members_dim
         self.output = output
         self._given = weakref.ref(net)  # whose modules users may name layers by; the model does not keep it alive
-        self._constants: dict[str, tuple[Any, dist.TorchDistribution]] = {}
+        self._constants: dict[str, tuple[object, dist.TorchDistribution]] = {}
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         """The keyword arguments, except the network and the prior, as JSON; ``from_arguments`` takes them back."""
         return {
             "likelihood": None if self.likelihood is None else self.likelihood.describe(),
@@ -153,7 +154,7 @@ class BayesianNetwork(PyroModule):
         """Values of those parameters of the network that follow from :meth:`tensors` and are not stored, by name."""
         return {}
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return picklable_state(self)
 
     def __repr__(self) -> str:
@@ -216,7 +217,7 @@ class BayesianNetwork(PyroModule):
         """Samples all latent sites inside the members plate, in the order of :meth:`sites`."""
         raise NotImplementedError(f"{type(self).__name__} must define sample_latents()")
 
-    def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
+    def function(self, x: Inputs, latents: dict[str, Tensor], size: int) -> Tensor:
         """The network's output for given latents, ``[*members, 1 ..., size, *output]``."""
         raise NotImplementedError(f"{type(self).__name__} must define function()")
 
@@ -377,7 +378,7 @@ class BayesianNetwork(PyroModule):
         """The plate of latents that a guide may draw anew for every row of a batch."""
         return pyro.plate(self.site("rows"), 1, dim=-1, device=str(self.like().device))
 
-    def forward(self, x: Any, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Inputs, y: Tensor | None = None) -> Tensor:
         enter_mode(self)
         core, like = self.core(), self.like()
         parameters = core.parameters_by_name()
@@ -418,7 +419,7 @@ class BayesianNetwork(PyroModule):
             return pyro.sample(self.site("obs"), likelihood.given(f, y, noise, lead), obs=y)
 
 
-def like_of(model: Any) -> Tensor | None:
+def like_of(model: object) -> Tensor | None:
     """A tensor on the device and with the dtype of a model of this package; ``None`` for any other."""
     return model.like() if isinstance(model, BayesianNetwork) else None
 

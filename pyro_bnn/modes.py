@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,7 +83,7 @@ class RunningStatistics:
 
 
 @contextlib.contextmanager
-def frozen(program: Any) -> Iterator[None]:
+def frozen(program: object) -> Iterator[None]:
     """Inside, a module is in eval mode and has nothing to train; afterwards modes, buffers, all is as before."""
     module = program if isinstance(program, nn.Module) else nn.Module()
     trained = [(p, p.requires_grad) for p in module.parameters()]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
-from pyro_bnn.inputs import EXPECTED, describe
+from pyro_bnn.inputs import EXPECTED, Inputs, describe
 from pyro_bnn.modes import RunningStatistics, undisturbed
 from pyro_bnn.perturb import Layout, Perturb, Perturbation, Rank1Factors, Replacement, Use
 from pyro_bnn.perturb.probe import (
@@ -33,7 +33,7 @@ NORMALISATIONS: tuple[type[nn.Module], ...] = (
 )
 
 
-def batch_size(x: Any, y: Any = None) -> int:
+def batch_size(x: Inputs, y: Tensor | None = None) -> int:
     """Number of samples: the leading size of y, else that of the first tensor in x (any nesting of dict and tuple).
 
     :raises TypeError: when there is no tensor.
@@ -88,8 +88,8 @@ class Network(nn.Module):
             (name, self.net.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
             for name, _ in self.net.named_parameters()
         ]
-        self._layouts: dict[Any, dict[Use, Layout]] = {}
-        self._activations: dict[Any, int] = {}
+        self._layouts: dict[object, dict[Use, Layout]] = {}
+        self._activations: dict[object, int] = {}
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
         """Every parameter once, tied ones under their first name. Cheaper than ``named_parameters``."""
@@ -121,7 +121,7 @@ class Network(nn.Module):
         ids = {id(p) for m in modules for p in m._parameters.values() if p is not None and p.dim() == 1}
         return [name for name, p in self.net.named_parameters() if id(p) in ids]
 
-    def forward(self, x: Any, weights: dict[str, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Inputs, weights: dict[str, Tensor] | None = None) -> Tensor:
         """The network's output tensor, with some of its parameters replaced by ``weights``."""
         args, kwargs = (
             ((), x) if isinstance(x, dict) else (tuple(x), {}) if isinstance(x, (tuple, list)) else ((x,), {})
@@ -140,7 +140,7 @@ class Network(nn.Module):
             )
         return y
 
-    def perturbed(self, x: Any, size: int, perturbations: dict[str, Perturbation], members: int) -> Tensor:
+    def perturbed(self, x: Inputs, size: int, perturbations: dict[str, Perturbation], members: int) -> Tensor:
         """One pass in which every row has weights of its own: ``[members, size, ...]``.
 
         :param x: input with ``size`` samples.
@@ -158,7 +158,7 @@ class Network(nn.Module):
         require_rows(y, members * size)
         return y.unflatten(0, (members, size))
 
-    def layouts(self, x: Any, size: int, perturbed: Iterable[str]) -> dict[Use, Layout]:
+    def layouts(self, x: Inputs, size: int, perturbed: Iterable[str]) -> dict[Use, Layout]:
         """The layouts for inputs of this shape, probed on first sight. See :mod:`pyro_bnn.perturb.probe`."""
         # A network that sorts its samples looks regular as long as nothing differs by which it could sort them.
         shapes, chosen_names = _shapes(x, size), tuple(perturbed)
@@ -177,13 +177,13 @@ class Network(nn.Module):
             self._layouts[key] = layouts
         return self._layouts[key]
 
-    def activation_elements(self, x: Any, size: int) -> int:
+    def activation_elements(self, x: Inputs, size: int) -> int:
         """Numbers in the largest tensor that a module makes of one sample, from one pass in eval mode."""
         key = ("activation", _shapes(x, size))
         if key not in self._activations:
             largest = [1]
 
-            def note(module: nn.Module, args: Any, result: Any) -> None:
+            def note(module: nn.Module, args: object, result: object) -> None:
                 largest.extend(t.numel() for t in pytree.tree_leaves((args, result)) if isinstance(t, Tensor))
 
             handles = [m.register_forward_hook(note) for m in self.net.modules()]
@@ -196,12 +196,12 @@ class Network(nn.Module):
             self._activations[key] = max(largest)
         return self._activations[key]
 
-    def consumed(self, x: Any) -> set[str]:
+    def consumed(self, x: Inputs) -> set[str]:
         """The names of all parameters that some product, convolution or table look-up uses on this input."""
         with no_fused_attention():
             return find_consumed(self, self.net, x, batch_size(x))
 
-    def explicit(self, x: Any, weights: dict[str, Tensor], chunk_size: int | None = None) -> Tensor:
+    def explicit(self, x: Inputs, weights: dict[str, Tensor], chunk_size: int | None = None) -> Tensor:
         """One whole set of weights for each member: ``[members, size, ...]``.
 
         :param weights: by parameter name, each ``[members, *shape]``.
@@ -217,7 +217,7 @@ class Network(nn.Module):
             result: Tensor = run(weights)
         return result
 
-    def _in_turn(self, x: Any, weights: list[dict[str, Tensor]]) -> Tensor:
+    def _in_turn(self, x: Inputs, weights: list[dict[str, Tensor]]) -> Tensor:
         norms = (m for m in self.net.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training)
         statistics = RunningStatistics(norms)
         outputs = []
@@ -228,7 +228,7 @@ class Network(nn.Module):
         return torch.stack(outputs)
 
 
-def _shapes(x: Any, size: int) -> Any:
+def _shapes(x: Inputs, size: int) -> object:
     """What an input looks like apart from its number of samples, device and dtype."""
     leaves, spec = pytree.tree_flatten(x)
     shapes = tuple(

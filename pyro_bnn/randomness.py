@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
 
-def device_of(program: Any) -> torch.device:
+def device_of(program: object) -> torch.device:
     """Where a Pyro program has its parameters; the processor for one without."""
     parameters = program.parameters() if isinstance(program, nn.Module) else iter(())
     return next((p.device for p in parameters), torch.device("cpu"))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal, TypeAlias
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_bnn.priors import Prior
+
+#: A Pyro model or guide: what it is called with, and what it returns, is the user's.
+Program: TypeAlias = Callable[..., object]
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class ConstantPrior(dist.Independent):
         result = torch.addcmul(constant, factor, squares)
         return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> ConstantPrior:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> ConstantPrior:
         batch = torch.Size(batch_shape)
         if batch == self.batch_shape:
             return self

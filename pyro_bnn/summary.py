@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyro_bnn import display
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.svi.elbo import MixtureELBO
-from pyro_bnn.inputs import inputs
+from pyro_bnn.inputs import Inputs, inputs
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import training_mode, undisturbed
 from pyro_bnn.network import batch_size as count_samples
@@ -146,7 +146,7 @@ class Summary:
 
 
 def summary(
-    model: BayesianNetwork, guide: nn.Module | None = None, *, batch_size: int = 128, example: Any = None
+    model: BayesianNetwork, guide: nn.Module | None = None, *, batch_size: int = 128, example: Inputs = None
 ) -> Summary:
     """Layers, forms, priors and sizes of a model, with a guide those of both, with an input the memory of training.
 
@@ -265,7 +265,7 @@ def _parameter_of(parameters: Iterable[str], site: str) -> str:
 # ------------------------------------------------------------------------------------------ memory of training
 
 
-def _training_memory(model: BayesianNetwork, guide: nn.Module, example: Any, batch_size: int) -> TrainingMemory:
+def _training_memory(model: BayesianNetwork, guide: nn.Module, example: Inputs, batch_size: int) -> TrainingMemory:
     example = inputs(example, model.like())
     size = count_samples(example)
     steps = []
@@ -293,7 +293,7 @@ class _Step(NamedTuple):
     gradients: int
 
 
-def _measure(model: BayesianNetwork, guide: nn.Module, x: Any) -> _Step:
+def _measure(model: BayesianNetwork, guide: nn.Module, x: Inputs) -> _Step:
     """One step as :func:`~pyro_bnn.inference.fit` takes it, in train mode."""
     y = _labels(model, x)
     guide(x, y)  # an AutoGuide gets its parameters at its first call
@@ -312,7 +312,7 @@ def _measure(model: BayesianNetwork, guide: nn.Module, x: Any) -> _Step:
             parameter.grad = gradient
 
 
-def _labels(model: BayesianNetwork, x: Any) -> Tensor:
+def _labels(model: BayesianNetwork, x: Inputs) -> Tensor:
     """Some that the model might see, ``[N, ...]``: drawn from its likelihood at the network as it was given."""
     like = model.like()
     latents = {
@@ -331,7 +331,7 @@ class _Alive(TorchDispatchMode):
         self.now = self.most = 0
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         given = {_storage(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(result):

@@ -17,6 +17,7 @@ from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.baselines.masks import Masks, dropout_modules, find_masks, mask_shape
 from pyro_bnn.inference.baselines.point import Baseline, network_at
 from pyro_bnn.inference.batches import minibatches
+from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import Network, Output, no_fused_attention
@@ -66,7 +67,7 @@ class MCDropout(Baseline):
             raise ValueError(f"the dropout {everything!r} has p=1 and drops everything: choose p below 1")
 
     def fit(
-        self, data: Any, *, epochs: int = 0, batch_size: int = 128, seed: int | None = None, **options: Any
+        self, data: Data, *, epochs: int = 0, batch_size: int = 128, seed: int | None = None, **options: Any
     ) -> Posterior:
         """Trains the network if need be, and looks where it drops what.
 
@@ -141,7 +142,7 @@ class DropoutNetwork(BayesianNetwork):
             module.eval()
         return self
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         return super().arguments() | {"masks": {name: asdict(own) for name, own in self.masks.items()}}
 
     @classmethod
@@ -179,7 +180,7 @@ class DropoutNetwork(BayesianNetwork):
                 total = total + prior.elements(0.0, parameter, None).log_prob(parameter).sum()
         return total
 
-    def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
+    def function(self, x: Inputs, latents: dict[str, Tensor], size: int) -> Tensor:
         lead, core = self.lead_shape(latents), self.core()
         plates = lead + (1,) * (-self.members_dim - 1)
         masks = {
@@ -215,8 +216,8 @@ class DropoutNetwork(BayesianNetwork):
                 handle.remove()
 
 
-def _hook(name: str, masks: Iterator[Tensor], rate: float) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    def apply(module: nn.Module, args: Any, x: Tensor) -> Tensor:
+def _hook(name: str, masks: Iterator[Tensor], rate: float) -> Callable[[nn.Module, object, Tensor], Tensor]:
+    def apply(module: nn.Module, args: object, x: Tensor) -> Tensor:
         mask = next(masks, None)
         if mask is None:
             raise ValueError(f"the dropout {name!r} is called more often than in the pass that its masks were made for")
@@ -263,7 +264,7 @@ class DropoutGuide(MixtureGuide):
     def repr_arguments(self) -> dict[str, object]:
         return {"masks": len(self._masks), "units": sum(site.shape.numel() for site, _ in self._masks)}
 
-    def _weights(self, take: Any) -> dict[str, dist.TorchDistribution]:
+    def _weights(self, take: Callable[[Tensor], Tensor]) -> dict[str, dist.TorchDistribution]:
         noise = self._buffers["noise"]
         found = {} if noise is None else {self._noise_site: dist.Delta(noise)}
         return found | {site.name: mask_distribution(site, rate, self.like()) for site, rate in self._masks}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pyro_bnn.inference.baselines.point import Baseline
+from pyro_bnn.inputs import Data
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import derive_seeds, device_of, seeded
 
@@ -53,7 +54,7 @@ class DeepEnsemble(Baseline):
 
     def fit(
         self,
-        data: Any,
+        data: Data,
         *,
         epochs: int,
         checkpoint: str | os.PathLike[str] | None = None,

@@ -16,6 +16,7 @@ from torch.distributions.transforms import ReshapeTransform
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.baselines.point import Baseline, network_at
 from pyro_bnn.inference.batches import Minibatches, minibatches
+from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.models.dense import Dense
 from pyro_bnn.modes import undisturbed
@@ -78,7 +79,7 @@ class LastLayerLaplace(Baseline):
         return super().repr_arguments() | ({"prior": None} if self._chooses else {})
 
     def fit(
-        self, data: Any, *, epochs: int = 0, batch_size: int = 128, seed: int | None = None, **options: Any
+        self, data: Data, *, epochs: int = 0, batch_size: int = 128, seed: int | None = None, **options: Any
     ) -> Posterior:
         """Trains the network if need be, and goes through the data once for the curvature.
 
@@ -158,7 +159,7 @@ class LastLayerLaplace(Baseline):
         return total[order][:, order] / temperature, log_likelihood / temperature
 
 
-def find_last_layer(core: Network, x: Any) -> str:
+def find_last_layer(core: Network, x: Inputs) -> str:
     """The name of the linear layer whose output is that of the network.
 
     :raises ValueError: when there is none, it is used more than once, its weights are tied, or there are too many.
@@ -297,7 +298,7 @@ class LaplaceGuide(MixtureGuide):
     def repr_arguments(self) -> dict[str, object]:
         return {"weights": len(self.get_buffer("mean")), "sites": len(self._weight_sites)}
 
-    def forward(self, x: Any, y: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, x: Inputs, y: Tensor | None = None) -> dict[str, Tensor]:
         mean, root, noise = self.get_buffer("mean"), self.get_buffer("scale_tril"), self._buffers["noise"]
         values: dict[str, Tensor] = {}
         standard, start = mean[:0], 0

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.modes import undisturbed
 from pyro_bnn.network import NORMALISATIONS, Network, batch_size, no_fused_attention
 from pyro_bnn.perturb.probe import select_samples
@@ -45,7 +46,7 @@ class _DropoutFunctions(TorchFunctionMode):
 
     found: str | None = None
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         if func in _FUNCTIONS:
             call = inspect.signature(func).bind(*args, **(kwargs or {}))
             call.apply_defaults()
@@ -54,7 +55,7 @@ class _DropoutFunctions(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def find_masks(core: Network, x: Any) -> dict[str, Masks]:
+def find_masks(core: Network, x: Inputs) -> dict[str, Masks]:
     """Where a network drops what: the masks of all dropout modules that it reaches, by their names.
 
     :raises ValueError: when it drops by functions, reaches no dropout module, or has no samples on axis 0 there.
@@ -63,7 +64,7 @@ def find_masks(core: Network, x: Any) -> dict[str, Masks]:
     row = select_samples(x, batch_size(x), [0] * _ROWS)
     seen: dict[str, list[torch.Size]] = {name: [] for name in modules}
 
-    def note(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    def note(name: str) -> Callable[[nn.Module, object, Tensor], None]:
         return lambda module, args, result: seen[name].append(result.shape)
 
     handles = [module.register_forward_hook(note(name)) for name, module in modules.items()]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyro_bnn import display
 from pyro_bnn.inference.svi.fitting import fit
+from pyro_bnn.inputs import Data
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.models.dense import Dense, PointGuide
 from pyro_bnn.network import Output
@@ -62,7 +63,7 @@ class Baseline:
         net = self.net if net is None else net
         return Dense(net, self.likelihood, self.num_data, prior=self.prior, select=is_trainable, output=self.output)
 
-    def _mode(self, data: Any, epochs: int, net: nn.Module | None = None, **options: Any) -> Posterior:
+    def _mode(self, data: Data, epochs: int, net: nn.Module | None = None, **options: Any) -> Posterior:
         """One point: the mode of the posterior after so many epochs, or the network as it is after none.
 
         :raises ValueError: without training, when the noise is to be learned.

@@ -15,6 +15,7 @@ from pyro_bnn.inference.baselines.point import Baseline
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.svi.fitting import fit
 from pyro_bnn.inference.training import Callback, FitState
+from pyro_bnn.inputs import Data
 from pyro_bnn.models.dense import Dense, PointGuide
 from pyro_bnn.modes import evaluating
 from pyro_bnn.posterior import Posterior
@@ -115,7 +116,7 @@ class SWAG(Baseline):
 
     def fit(
         self,
-        data: Any,
+        data: Data,
         *,
         epochs: int,
         warmup_epochs: int = 0,
@@ -180,7 +181,9 @@ class SWAG(Baseline):
         posterior.losses = run.losses
         return posterior
 
-    def _draw(self, model: Dense, guide: PointGuide, data: Any, batch_size: int, n: int, seed: int | None) -> Posterior:
+    def _draw(
+        self, model: Dense, guide: PointGuide, data: Data, batch_size: int, n: int, seed: int | None
+    ) -> Posterior:
         moments, sites = self.moments, {site.name: site for site in model.sites()}
         order = [sites[name] for name in guide.coordinates()]
         with seeded(device_of(model), seed):
@@ -191,7 +194,7 @@ class SWAG(Baseline):
             return _with_statistics(Posterior.from_draws(model, draws, is_sampled=False), data, batch_size)
 
 
-def _with_statistics(posterior: Posterior, data: Any, batch_size: int) -> Posterior:
+def _with_statistics(posterior: Posterior, data: Data, batch_size: int) -> Posterior:
     """The same stored draws, each with the statistics of normalisation layers that it has on the data."""
     model, draws = posterior.model, posterior.draws(posterior.num_stored or 0)
     assert isinstance(model, Dense)

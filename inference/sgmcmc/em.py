@@ -25,6 +25,8 @@ from torch import Tensor
 
 from pyro_bnn.inference.sgmcmc.pruning import Rule, RuleName
 from pyro_bnn.inference.sgmcmc.spike_and_slab import SpikeAndSlabKernel
+from pyro_bnn.inputs import Data
+from pyro_bnn.sites import Program
 
 
 class SGHMCEM(SpikeAndSlabKernel):
@@ -56,8 +58,8 @@ class SGHMCEM(SpikeAndSlabKernel):
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        data: Any = None,
+        model: Program,
+        data: Data = None,
         *,
         step_size: float,
         friction: float,
@@ -95,7 +97,7 @@ class SGHMCEM(SpikeAndSlabKernel):
         e_step = "hard" if self.hard else "soft"
         return super().repr_arguments() | {"e_step": e_step, "rate": self.rate}
 
-    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+    def setup(self, warmup_steps: int, *args: object, **kwargs: object) -> None:
         super().setup(warmup_steps, *args, **kwargs)
         late = {"em_start": self.em_start if self.em_start else -1}
         late |= {"prune_start": self._prune_start} if self.prune is not None else {}
@@ -135,7 +137,7 @@ class SGHMCEM(SpikeAndSlabKernel):
         last = self.prune is not None and self.steps == self._warmup_steps - 1  # when a schedule has to be at its end
         return super()._prunes_now() or (last and self.steps >= self._prune_start)
 
-    def force(self, *batch: Any) -> Tensor:
+    def force(self, *batch: object) -> Tensor:
         """``grad U`` with the indicators replaced by their expectations: that of the collapsed prior."""
         grad = super().force(*batch)
         with torch.no_grad():

@@ -41,7 +41,7 @@ class Gradient:
     def __init__(
         self,
         potential: Potential,
-        kwargs: dict[str, Any],
+        kwargs: dict[str, object],
         chains: int | None,
         own_batches: bool,
         capture: bool | Literal["auto"],
@@ -59,7 +59,7 @@ class Gradient:
             )
         self._capture = potential.dim <= CAPTURE_SIZE and not moving if capture == "auto" else capture
         self._insist = capture is True
-        self._graphs: dict[Any, Graph] = {}
+        self._graphs: dict[object, Graph] = {}
         self._buffer = torch.zeros_like(self.theta)
         self._leaves: dict[str, Tensor] = {}
         if chains is None:
@@ -74,7 +74,7 @@ class Gradient:
         """How many forms of batches have been recorded."""
         return len(self._graphs)
 
-    def __call__(self, *batch: Any) -> Tensor:
+    def __call__(self, *batch: object) -> Tensor:
         """The gradient, in a buffer that the next call overwrites; ``energy`` is U then, one for each chain."""
         if self._capture:
             leaves, spec = pytree.tree_flatten(batch)
@@ -85,7 +85,7 @@ class Gradient:
                 return self._buffer.copy_(gradient)
         return self._eager(*batch)
 
-    def verify(self, *batch: Any) -> None:
+    def verify(self, *batch: object) -> None:
         """Compares the graph for this batch with the model, which may have changed since; drops graphs that differ."""
         if not self._capture:
             return
@@ -97,7 +97,7 @@ class Gradient:
             except AssertionError as error:
                 self._give_up(error, "is not what it was when it was recorded")
 
-    def _eager(self, *batch: Any) -> Tensor:
+    def _eager(self, *batch: object) -> Tensor:
         if self.chains is not None:
             gradient, self.energy = self._vectorised(self.theta, *batch)
             return self._buffer.copy_(gradient.detach())
@@ -108,8 +108,8 @@ class Gradient:
         self.energy = energy.detach()
         return self._buffer
 
-    def _vectorised(self, theta: Tensor, *batch: Any) -> tuple[Tensor, Tensor]:
-        def energy(row: Tensor, *own: Any) -> Tensor:
+    def _vectorised(self, theta: Tensor, *batch: object) -> tuple[Tensor, Tensor]:
+        def energy(row: Tensor, *own: object) -> Tensor:
             return self.potential(self.potential.split(row), *own, **self.kwargs)
 
         single = grad_and_value(energy)
@@ -119,7 +119,7 @@ class Gradient:
         axes = tuple(pytree.tree_map(lambda t: axis if isinstance(t, Tensor) else None, part) for part in batch)
         return vmap(single, in_dims=(0, *axes), randomness="different")(theta, *batch)
 
-    def _graph(self, leaves: list[Any], spec: Any) -> Graph | None:
+    def _graph(self, leaves: list[object], spec: object) -> Graph | None:
         """The graph for batches of this form, recorded on first sight; ``None`` for what cannot be recorded."""
         if not all(t is None or isinstance(t, (Tensor, bool, int, float, str)) for t in leaves):
             return None
@@ -163,7 +163,7 @@ class Gradient:
         self._compare(graph, leaves, spec)
         return graph
 
-    def _compare(self, graph: Graph, leaves: list[Any], spec: Any) -> None:
+    def _compare(self, graph: Graph, leaves: list[object], spec: object) -> None:
         tensors = [t for t in leaves if isinstance(t, Tensor)]
         results = []
         for function in (graph, self._run(leaves, spec)):
@@ -178,7 +178,7 @@ class Gradient:
         return torch.random.fork_rng([self.theta.device] if self.theta.is_cuda else [])
 
 
-def _moving_statistics(model: Any) -> str | None:
+def _moving_statistics(model: object) -> str | None:
     """The name of a layer whose running statistics move in training."""
     if isinstance(model, BayesianNetwork):
         return next(iter(model.moving_layers()), None)

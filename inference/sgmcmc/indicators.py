@@ -75,7 +75,7 @@ class SpikeAndSlabState(SiteGroups):
 
 
 def find_sites(
-    potential: Potential, args: tuple[Any, ...], kwargs: dict[str, Any]
+    potential: Potential, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[Densities, dict[str, Any], dict[str, Tensor]]:
     """The spike-and-slab sites of a model; the priors of their rates and scales that are sites; values of these.
 
@@ -118,8 +118,8 @@ def _require_alone(
     found: Densities,
     nodes: dict[str, Any],
     other: dict[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: tuple[object, ...],
+    kwargs: dict[str, object],
 ) -> None:
     """Nothing but its own weight may depend on a rate or scale that is maximised over."""
     densities = []

@@ -24,6 +24,8 @@ from torch import Tensor
 from pyro_bnn.inference.sgmcmc.preconditioners import MirrorDescent
 from pyro_bnn.inference.sgmcmc.pruning import Rule, RuleName
 from pyro_bnn.inference.sgmcmc.spike_and_slab import SpikeAndSlabKernel
+from pyro_bnn.inputs import Data
+from pyro_bnn.sites import Program
 
 #: standard deviation of the momentum with which a chain begins
 INITIAL_MOMENTUM = 1e-3
@@ -89,8 +91,8 @@ class KeFanSGHMC(SpikeAndSlabKernel):
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        data: Any = None,
+        model: Program,
+        data: Data = None,
         *,
         step_size: float,
         friction: float,
@@ -125,7 +127,7 @@ class KeFanSGHMC(SpikeAndSlabKernel):
             **options,
         )
 
-    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+    def setup(self, warmup_steps: int, *args: object, **kwargs: object) -> None:
         super().setup(warmup_steps, *args, **kwargs)
         if any(site.density.spike != "normal" or site.density.loc for site in self.sites):
             raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -14,8 +13,10 @@ from torch import Tensor, nn
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.inference.sgmcmc.gradient import Gradient
 from pyro_bnn.inference.sgmcmc.streams import Streams
+from pyro_bnn.inputs import Data
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.posterior.statistics import averaging
+from pyro_bnn.sites import Program
 
 #: minibatches over which the statistics of normalisation layers are averaged for a draw
 STATISTICS_BATCHES = 16
@@ -38,8 +39,8 @@ class MinibatchKernel(MCMCKernel):
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        data: Any = None,
+        model: Program,
+        data: Data = None,
         *,
         batch_size: int = 128,
         num_data: int | None = None,
@@ -76,11 +77,11 @@ class MinibatchKernel(MCMCKernel):
         """
         raise NotImplementedError(f"{type(self).__name__} must define update()")
 
-    def force(self, *batch: Any) -> Tensor:
+    def force(self, *batch: object) -> Tensor:
         """``grad U`` at theta, ``[*chains, dim]``, in a buffer that the next call overwrites."""
         return self.gradient(*batch)
 
-    def _make_potential(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Potential:
+    def _make_potential(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Potential:
         return Potential(self.model, *args, **kwargs)
 
     def _state(self, theta: Tensor) -> dict[str, Tensor]:
@@ -103,7 +104,7 @@ class MinibatchKernel(MCMCKernel):
 
     # ----------------------------------------------------------------------------------- the contract of a kernel
 
-    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+    def setup(self, warmup_steps: int, *args: object, **kwargs: object) -> None:
         """Forgets everything of an earlier chain. ``warmup_steps`` counts draws."""
         modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
         self._modes = [(module, module.training) for module in modules]

@@ -6,9 +6,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -21,6 +19,7 @@ from pyro_bnn.inference.progress import progress_bar
 from pyro_bnn.inference.sgmcmc.sghmc import SGHMC
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import device_of, seeded
+from pyro_bnn.sites import Program
 
 
 def sample(
@@ -29,7 +28,7 @@ def sample(
     warmup_steps: int = 0,
     num_chains: int = 1,
     *,
-    args: tuple[Any, ...] = (),
+    args: tuple[object, ...] = (),
     stream: str | os.PathLike[str] | None = None,
     progress: bool = True,
     seed: int | None = None,
@@ -57,7 +56,7 @@ def sample(
     ):
         if not isinstance(count, int) or count < least:
             raise ValueError(f"{name}={count!r}: expected a whole number, at least {least}")
-    model: Callable[..., Any] = kernel.model  # type: ignore[attr-defined]
+    model: Program = kernel.model  # type: ignore[attr-defined]
     with contextlib.ExitStack() as stack:
         stack.enter_context(seeded(device_of(model), seed))
         if isinstance(kernel, SGHMC):
@@ -77,7 +76,7 @@ def _run(
     num_samples: int,
     warmup_steps: int,
     num_chains: int,
-    args: tuple[Any, ...],
+    args: tuple[object, ...],
     stream: str | os.PathLike[str] | None,
     progress: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -25,6 +25,8 @@ from pyro_bnn import display
 from pyro_bnn.inference.sgmcmc.kernel import MinibatchKernel
 from pyro_bnn.inference.sgmcmc.noise import Noise
 from pyro_bnn.inference.sgmcmc.preconditioners import Preconditioner, preconditioner_for
+from pyro_bnn.inputs import Data
+from pyro_bnn.sites import Program
 
 
 def sghmc_step(
@@ -94,8 +96,8 @@ class SGHMC(MinibatchKernel):
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        data: Any = None,
+        model: Program,
+        data: Data = None,
         *,
         step_size: float,
         friction: float,
@@ -257,7 +259,7 @@ class SGLD(SGHMC):
     ``theta <- theta - (h^2 / N) tau grad U + sqrt(2 h^2 tau T / N) xi``; the epsilon of the paper is ``2 h^2 / N``.
     """
 
-    def __init__(self, model: Callable[..., Any], data: Any = None, *, step_size: float, **options: Any) -> None:
+    def __init__(self, model: Program, data: Data = None, *, step_size: float, **options: Any) -> None:
         if "friction" in options:
             raise ValueError("SGLD has friction 1 by definition; SGHMC takes friction=")
         super().__init__(model, data, step_size=step_size, friction=1.0, **options)

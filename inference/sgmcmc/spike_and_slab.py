@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from pyro_bnn.inference.potential import Potential
 from pyro_bnn.inference.sgmcmc.indicators import SpikeAndSlabState, find_sites, spike_and_slab_state
 from pyro_bnn.inference.sgmcmc.pruning import Rule, RuleName, rule
 from pyro_bnn.inference.sgmcmc.sghmc import SGHMC
+from pyro_bnn.inputs import Data
+from pyro_bnn.sites import Program
 
 
 class SpikeAndSlabKernel(SGHMC):
@@ -38,8 +40,8 @@ class SpikeAndSlabKernel(SGHMC):
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        data: Any = None,
+        model: Program,
+        data: Data = None,
         *,
         step_size: float,
         friction: float,
@@ -79,13 +81,13 @@ class SpikeAndSlabKernel(SGHMC):
 
     # ----------------------------------------------------------------------------------------------- setup
 
-    def _make_potential(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Potential:
+    def _make_potential(self, args: tuple[object, ...], kwargs: dict[str, object]) -> Potential:
         potential = super()._make_potential(args, kwargs)
         self._densities, self._hyper, held = find_sites(potential, args, kwargs)
         potential.leave_out(held, self._densities)
         return potential
 
-    def setup(self, warmup_steps: int, *args: Any, **kwargs: Any) -> None:
+    def setup(self, warmup_steps: int, *args: object, **kwargs: object) -> None:
         super().setup(warmup_steps, *args, **kwargs)
         self.sites = [
             spike_and_slab_state(name, density, self._hyper, weights)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -11,6 +10,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from pyro_bnn.inference.batches import Minibatches, minibatches
+from pyro_bnn.inputs import Data
+from pyro_bnn.sites import Program
 
 
 class Streams:
@@ -26,11 +27,11 @@ class Streams:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        data: Any,
+        model: Program,
+        data: Data,
         *,
         batch_size: int = 128,
-        arguments: tuple[Any, ...] = (),
+        arguments: tuple[object, ...] = (),
         chains: int | None = None,
     ) -> None:
         self.chains, self._arguments = chains, arguments
@@ -40,10 +41,10 @@ class Streams:
                 "every vectorised chain goes through the loader on its own, which persistent workers cannot serve: "
                 "persistent_workers=False, or one chain at a time"
             )
-        self._passes: list[Iterator[tuple[Any, ...]]] = [iter(()) for _ in range(chains or 1)]
+        self._passes: list[Iterator[tuple[object, ...]]] = [iter(()) for _ in range(chains or 1)]
 
     @property
-    def first(self) -> tuple[Any, ...]:
+    def first(self) -> tuple[object, ...]:
         """A batch, or the arguments."""
         return self._arguments if self._batches is None else self._batches.first
 
@@ -62,7 +63,7 @@ class Streams:
         """Whether :meth:`next` gives minibatches, one for each chain, and not the arguments that all share."""
         return self._batches is not None
 
-    def next(self) -> tuple[Any, ...]:
+    def next(self) -> tuple[object, ...]:
         """The next minibatch; of several chains one for each, stacked on axis 0.
 
         :raises ValueError: for several chains whose loader gives a shorter batch in an order that is not random.
@@ -76,7 +77,7 @@ class Streams:
         )
         return self._batches.take(*together)
 
-    def single(self) -> tuple[Any, ...]:
+    def single(self) -> tuple[object, ...]:
         """The next minibatch of the first chain alone."""
         return self._arguments if self._batches is None else self._batches.take(*self._rows(self._batches, 0))
 
@@ -84,13 +85,13 @@ class Streams:
         """Ends the passes that have begun, and with them the workers of a loader."""
         self._passes = [iter(()) for _ in self._passes]
 
-    def _rows(self, batches: Minibatches, chain: int) -> tuple[Any, ...]:
+    def _rows(self, batches: Minibatches, chain: int) -> tuple[object, ...]:
         while True:
             for rows in self._passes[chain]:
                 return rows
             self._passes[chain] = batches.rows()
 
-    def _full_rows(self, batches: Minibatches, chain: int) -> tuple[Any, ...]:
+    def _full_rows(self, batches: Minibatches, chain: int) -> tuple[object, ...]:
         """Chains side by side need batches of one length; the shorter rest of a random order can be left out."""
         while _length(batch := self._rows(batches, chain)) != _length(batches.first):
             if not batches.shuffled:
@@ -102,5 +103,5 @@ class Streams:
         return batch
 
 
-def _length(batch: tuple[Any, ...]) -> int:
+def _length(batch: tuple[object, ...]) -> int:
     return next(len(t) for t in reversed(pytree.tree_leaves(batch)) if isinstance(t, Tensor) and t.dim())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any, Literal
 
 import pyro
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from pyro_bnn import display
 from pyro_bnn.inference.potential import Potential
+from pyro_bnn.sites import Program
 
 #: standard deviation of unconstrained coordinates at ``init="small"``
 _SMALL = 0.1
@@ -35,7 +35,7 @@ class AutoParticles(PyroModule):
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         num_particles: int = 5,
         *,
         init: Literal["prior", "small"] | dict[str, Tensor] = "prior",
@@ -56,7 +56,7 @@ class AutoParticles(PyroModule):
         start = "given" if isinstance(self.init, dict) else self.init
         return display.call(self, model=model, particles=self.num_members, init=start)
 
-    def setup(self, *args: Any, **kwargs: Any) -> Potential:
+    def setup(self, *args: object, **kwargs: object) -> Potential:
         """Finds the sites and the starting points; later calls change nothing."""
         if self.potential is not None:
             return self.potential
@@ -94,7 +94,7 @@ class AutoParticles(PyroModule):
             raise RuntimeError("the particles are set up at the first call, which has not been yet")
         return self.potential.constrain(self.potential.split(self.theta.detach().clone()))
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         potential = self.setup(*args, **kwargs)
         uniform = dist.Categorical(logits=self.theta.new_zeros(self.num_members))
         index = pyro.sample("particle", uniform, infer={"is_auxiliary": True})

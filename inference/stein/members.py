@@ -17,6 +17,7 @@ from pyro_bnn.inference.potential import LogJoint
 from pyro_bnn.inference.stein.particles import RandomState, Segment
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import RunningStatistics, training_mode
+from pyro_bnn.sites import Program
 
 #: ``outputs of the networks on a batch [n, d] -> force on them [n, d]``, which counts as a constant
 Force = Callable[[Tensor], Tensor]
@@ -29,7 +30,7 @@ class MemberParticles:
     :param guide: whose members the particles are, all of them points.
     """
 
-    def __init__(self, model: Callable[..., Any], guide: MixtureGuide) -> None:
+    def __init__(self, model: Program, guide: MixtureGuide) -> None:
         self.model, self.guide = model, guide
         self.plate = f"{guide.prefix}.members" if guide.prefix else "members"
         self.kinds = [block.kind for block in guide.blocks()]
@@ -45,7 +46,7 @@ class MemberParticles:
         #: weights that all particles share, point estimates
         self.shared = [p for p in own if p.requires_grad]
 
-    def backward(self, args: tuple[Any, ...], attraction: float = 1.0, force: Force | None = None) -> Tensor:
+    def backward(self, args: tuple[object, ...], attraction: float = 1.0, force: Force | None = None) -> Tensor:
         """Sets the gradient of every block to those of ``attraction * U - <force(f), f>``; U of each particle, ``[n]``.
 
         f are the outputs of the networks on this batch. Weights that all particles share get the gradient of
@@ -62,7 +63,7 @@ class MemberParticles:
             block.grad = torch.zeros_like(block) if block.grad is None else block.grad
         return energies.detach()
 
-    def _differentiate(self, args: tuple[Any, ...], attraction: float, force: Force | None) -> Tensor:
+    def _differentiate(self, args: tuple[object, ...], attraction: float, force: Force | None) -> Tensor:
         """Adds the gradients of ``attraction * sum_i U_i - <force(f), f>``; U of each particle, ``[n]``."""
         raise NotImplementedError(f"{type(self).__name__} must define _differentiate()")
 
@@ -80,7 +81,7 @@ class MemberParticles:
             objective.backward(retain_graph=True)
             (-work).backward(inputs=leaves)
 
-    def offending_site(self, particle: int, args: tuple[Any, ...]) -> str:
+    def offending_site(self, particle: int, args: tuple[object, ...]) -> str:
         """The first site that is not finite in this particle, or whose log density is not."""
         values = self.natural([block.detach()[particle : particle + 1] for block in self.blocks])
         for name, value in values.items():
@@ -129,7 +130,7 @@ class MemberParticles:
 class Together(MemberParticles):
     """All members in one pass, in Pyro's members plate."""
 
-    def _differentiate(self, args: tuple[Any, ...], attraction: float, force: Force | None) -> Tensor:
+    def _differentiate(self, args: tuple[object, ...], attraction: float, force: Force | None) -> Tensor:
         draw = poutine.trace(self.guide).get_trace(*args)
         with self.outputs() as outputs, _MemberDensities(self.plate, draw.nodes) as joint:
             poutine.replay(self.model, trace=draw)(*args)
@@ -145,7 +146,7 @@ class OneByOne(MemberParticles):
     The force needs the outputs of all members, and so a pass before, without gradients and with the same noise.
     """
 
-    def _differentiate(self, args: tuple[Any, ...], attraction: float, force: Force | None) -> Tensor:
+    def _differentiate(self, args: tuple[object, ...], attraction: float, force: Force | None) -> Tensor:
         n = self.guide.num_members
         # a program that is none of ours may draw a subsample, which is to be the same for all members
         same = None if isinstance(self.model, BayesianNetwork) else RandomState(self.guide.like())
@@ -168,7 +169,7 @@ class OneByOne(MemberParticles):
         statistics.average()
         return torch.stack(found)
 
-    def _outputs_of_all(self, args: tuple[Any, ...], same: RandomState | None) -> tuple[Tensor, list[RandomState]]:
+    def _outputs_of_all(self, args: tuple[object, ...], same: RandomState | None) -> tuple[Tensor, list[RandomState]]:
         """The outputs of all members, ``[n, d]``, and the random state before each."""
         statistics = RunningStatistics(self._moving_layers())  # which these passes do not move
         outputs, noise = [], []
@@ -179,7 +180,7 @@ class OneByOne(MemberParticles):
         return torch.cat(outputs), noise
 
     def _energy(
-        self, i: int, args: tuple[Any, ...], noise: RandomState | None
+        self, i: int, args: tuple[object, ...], noise: RandomState | None
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """U of particle i, a scalar, what the network returns, and the leaves that they depend on."""
         if noise is not None:

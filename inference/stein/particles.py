@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class Segment(NamedTuple):
 class AnyParticles:
     """The particles of an :class:`AutoParticles`: one gradient of its potential, vectorised over them."""
 
-    def __init__(self, guide: AutoParticles, sequential: bool, args: tuple[Any, ...]) -> None:
+    def __init__(self, guide: AutoParticles, sequential: bool, args: tuple[object, ...]) -> None:
         self.potential = guide.setup(*args)
         self.blocks: list[nn.Parameter] = [guide.theta]
         self.shared: list[nn.Parameter] = []
@@ -36,7 +36,7 @@ class AnyParticles:
             start += shape.numel()
         self._in_turn = sequential
 
-    def backward(self, args: tuple[Any, ...], attraction: float = 1.0) -> Tensor:
+    def backward(self, args: tuple[object, ...], attraction: float = 1.0) -> Tensor:
         """Sets the gradient of the block to those of ``attraction * U``; U of each particle, ``[n]``."""
         (theta,) = self.blocks
         random = RandomState(theta)
@@ -67,10 +67,10 @@ class AnyParticles:
         theta.grad = gradient.detach() * attraction
         return energies.detach()
 
-    def _energy(self, row: Tensor, args: tuple[Any, ...]) -> Tensor:
+    def _energy(self, row: Tensor, args: tuple[object, ...]) -> Tensor:
         return self.potential(self.potential.split(row), *args)
 
-    def offending_site(self, particle: int, args: tuple[Any, ...]) -> str:
+    def offending_site(self, particle: int, args: tuple[object, ...]) -> str:
         return self.potential.offending_site(self.blocks[0].detach()[particle], *args)
 
 

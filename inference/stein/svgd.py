@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
 
 from pyro_bnn import display
 from pyro_bnn.guide import MixtureGuide
@@ -25,10 +24,12 @@ from pyro_bnn.inference.stein.members import Force, MemberParticles, OneByOne, T
 from pyro_bnn.inference.stein.particles import AnyParticles, Segment
 from pyro_bnn.inference.stein.positions import Positions
 from pyro_bnn.inference.training import Callback, Optim, build_optimizer, first_row, require_epochs, train
+from pyro_bnn.inputs import Data
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import device_of, seeded
+from pyro_bnn.sites import Program
 
 OfStep = float | Callable[[int], float]
 
@@ -113,7 +114,7 @@ class SVGD:
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Program,
         guide: MixtureGuide | AutoParticles,
         optim: Optim = None,
         *,
@@ -169,7 +170,7 @@ class SVGD:
         self.steps = 0
         self._parts: _Parts | None = None
 
-    def setup(self, *args: Any) -> None:
+    def setup(self, *args: object) -> None:
         """Makes particles, kernels and optimiser, from what the model is called with; later calls change nothing."""
         self._set_up(args)
 
@@ -193,7 +194,7 @@ class SVGD:
         names = ("kernel", "space", "scope", "method", "repulsion", "annealing", "lr", "steps")
         return display.call(self, **programs, **{name: getattr(self, name) for name in names})
 
-    def step(self, *args: Any) -> float:
+    def step(self, *args: object) -> float:
         """One update on what the model is called with; the mean of U over the particles, before it, per datum.
 
         :raises FloatingPointError: when U is not finite; nothing has moved then.
@@ -239,7 +240,7 @@ class SVGD:
 
     def fit(
         self,
-        data: DataLoader[Any] | Dataset[Any] | tuple[Any, Tensor],
+        data: Data,
         epochs: int,
         *,
         batch_size: int = 128,
@@ -269,7 +270,7 @@ class SVGD:
         batches = minibatches(self.model, data, batch_size)
         self._size = self.num_data or batches.size
 
-        def step(batch: tuple[Any, ...], run: TrainingRun) -> float:
+        def step(batch: tuple[object, ...], run: TrainingRun) -> float:
             self.steps = run.step
             return self.step(*batch)
 
@@ -307,7 +308,7 @@ class SVGD:
 
     # --------------------------------------------------------------------------------------------------- parts
 
-    def _set_up(self, args: tuple[Any, ...]) -> _Parts:
+    def _set_up(self, args: tuple[object, ...]) -> _Parts:
         if self._parts is None:
             particles: AnyParticles | MemberParticles
             if isinstance(self.guide, AutoParticles):
@@ -353,7 +354,7 @@ class SVGD:
                 gradient.copy_(torch.addmm(force, values.value.to(gradient), gradient, beta=-strength / n, alpha=1 / n))
 
 
-def _check_repulsion(value: Any) -> None:
+def _check_repulsion(value: object) -> None:
     if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(f"repulsion={value!r}: expected a number of at least 0, or a function of the step")
 

@@ -108,7 +108,7 @@ class MixtureELBO(TraceMeanField_ELBO):
                     check_site_shape(site, self.max_plate_nesting)
         return model_trace, guide_trace
 
-    def differentiable_loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def differentiable_loss(self, model: Any, guide: Any, *args: object, **kwargs: object) -> Tensor:
         """The negative ELBO in nats, for ``backward()``; it is not read, so a GPU need not be waited for."""
         loss: Any = 0.0
         for model_trace, guide_trace in self._get_traces(model, guide, args, kwargs):

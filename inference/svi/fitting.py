@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import pyro
@@ -14,7 +14,6 @@ from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Dataset
 
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.batches import minibatches
@@ -22,16 +21,18 @@ from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.schedules import Schedule
 from pyro_bnn.inference.svi.elbo import MixtureELBO, ScaleLatents
 from pyro_bnn.inference.training import Callback, Optim, Step, build_optimizer, first_row, require_epochs, train
+from pyro_bnn.inputs import Data
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import training_mode
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import device_of, seeded
+from pyro_bnn.sites import Program
 
 
 def fit(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    data: DataLoader[Any] | Dataset[Any] | tuple[Any, Tensor],
+    model: Program,
+    guide: Program,
+    data: Data,
     *,
     epochs: int,
     batch_size: int = 128,
@@ -113,7 +114,7 @@ def _elbo_step(objective: ELBO, size: int | None, annealing: float, clip_norm: f
     :param annealing: steps over which the weight of the KL divergence grows to 1.
     """
 
-    def step(batch: tuple[Any, ...], run: TrainingRun) -> float:
+    def step(batch: tuple[object, ...], run: TrainingRun) -> float:
         model, guide = run.model, run.guide
         beta = min(1.0, (run.step + 1) / annealing) if annealing > 0 else 1.0
         cause = None
@@ -145,7 +146,7 @@ def _elbo_step(objective: ELBO, size: int | None, annealing: float, clip_norm: f
 # ------------------------------------------------------------------------------------------------ parameters
 
 
-def _initialise(model: Callable[..., Any], guide: Callable[..., Any], first: tuple[Any, ...]) -> list[Tensor]:
+def _initialise(model: Program, guide: Program, first: tuple[object, ...]) -> list[Tensor]:
     """All trainable parameters: those of modules, and those that functions declare with ``pyro.param``."""
     modules = [program for program in (model, guide) if isinstance(program, nn.Module)]
     for module in modules:
@@ -166,8 +167,8 @@ def _initialise(model: Callable[..., Any], guide: Callable[..., Any], first: tup
 def _optimizer(
     optim: Optim,
     parameters: list[Tensor],
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     lr: float | None,
     weight_decay: float,
     decay: str,
@@ -188,7 +189,7 @@ def _optimizer(
     return build_optimizer(optim, [g for g in groups if g["params"]], lr)
 
 
-def _offending_site(model: Callable[..., Any], guide: Callable[..., Any], batch: tuple[Any, ...]) -> str | None:
+def _offending_site(model: Program, guide: Program, batch: tuple[object, ...]) -> str | None:
     """The first site whose log density is not finite."""
     with torch.no_grad(), pyro.validation_enabled(False):
         guide_trace = poutine.trace(guide).get_trace(*batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ class Codebook(nn.Module):
         self.register_buffer("open_pairs", None, persistent=False)  # follows from pair
         self._find_places()
         self.register_buffer("labels", label_weights(self._site_labels, assignment, self.outliers, self.between))
-        self._counts: dict[bool, tuple[Any, list[Tensor]]] = {}
+        self._counts: dict[bool, tuple[object, list[Tensor]]] = {}
         self.register_buffer("units", self._units() if units is None else units)
 
     def _require_match(self, assignment: Tensor, codes: Codes, outliers: Outliers, between: Between) -> None:
@@ -140,14 +140,14 @@ class Codebook(nn.Module):
         apart = merging.neighbour_distance(now) if len(now) > 1 else trace
         return torch.stack([apart, trace])
 
-    def _load_from_state_dict(self, *args: Any) -> None:
+    def _load_from_state_dict(self, *args: object) -> None:
         super()._load_from_state_dict(*args)
         self._find_places()
 
     def __len__(self) -> int:
         return len(self.loc)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_counts": {}}
 
     # -------------------------------------------------------------------------------------- as distributions

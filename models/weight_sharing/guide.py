@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pyro.distributions as dist
@@ -153,7 +154,7 @@ class CodebookGuide(MixtureGuide):
     def _named(self) -> list[tuple[str, nn.Parameter]]:
         return super()._named() + [(f"codebook.{name}", p) for name, p in self.book.trained()]
 
-    def _weights(self, take: Any) -> dict[str, dist.TorchDistribution]:
+    def _weights(self, take: Callable[[Tensor], Tensor]) -> dict[str, dist.TorchDistribution]:
         found = dict.fromkeys(self._order) | super()._weights(take)
         book = self.book
         for (name, shape), table in zip(book.sites, book.tables(self.sampling == "mixture"), strict=True):
@@ -171,7 +172,7 @@ class CodebookGuide(MixtureGuide):
 
     # --------------------------------------------------------------------------------------------- storage
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         return {"sampling": self.sampling, "codebook": describe_codebook(self.book.compact())}
 
     def tensors(self) -> dict[str, Tensor]:

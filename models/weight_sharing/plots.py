@@ -6,7 +6,7 @@ Every function returns a ``matplotlib.figure.Figure``, the caller's own: ``plot_
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 import torch
 from matplotlib.figure import Figure
@@ -15,8 +15,19 @@ from torch import Tensor
 
 from pyro_bnn.models.weight_sharing.codebook import Codebook
 
+
+class Published(TypedDict):
+    """A network that somebody made smaller: its error in per cent, and how many times smaller it is than in float32."""
+
+    network: str
+    method: str
+    error: float
+    ratio: float
+    source: str
+
+
 #: published points on MNIST: network, error in %, times smaller than float32, and where that is printed
-PUBLISHED: list[dict[str, Any]] = [
+PUBLISHED: list[Published] = [
     {"network": network, "method": method, "error": error, "ratio": ratio, "source": source}
     for method, source, points in (
         (
@@ -91,7 +102,7 @@ def plot_weights_per_code(book: Codebook) -> Figure:
 
 
 def plot_frontier(
-    rows: Sequence[Mapping[str, Any]], published: Sequence[Mapping[str, Any]] = tuple(PUBLISHED)
+    rows: Sequence[Mapping[str, str | float]], published: Sequence[Published] = tuple(PUBLISHED)
 ) -> Figure:
     """Error in per cent against bits a weight, for each network.
 

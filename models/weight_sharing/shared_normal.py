@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -54,7 +55,7 @@ class Table:
     counts: Tensor
     pairs: Pairs | None
     num_codes: int
-    codebook: Any
+    codebook: object
 
 
 class _Draw(torch.autograd.Function):
@@ -95,17 +96,17 @@ class SharedNormal(dist.TorchDistribution):
     """
 
     has_rsample = True
-    arg_constraints: dict[str, Any] = {}
+    arg_constraints: dict[str, constraints.Constraint] = {}
 
     def __init__(self, table: Table, shape: torch.Size, batch: torch.Size = torch.Size()) -> None:  # noqa: B008
         self.table = table
         super().__init__(batch, shape, validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> SharedNormal:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> SharedNormal:
         batch = torch.Size(batch_shape)
         return self if batch == self.batch_shape else SharedNormal(self.table, self.event_shape, batch)
 
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         batch = torch.Size(sample_shape) + self.batch_shape
         table, n = self.table, self.event_shape.numel()
         noise = torch.randn(batch.numel(), n, dtype=table.loc.dtype, device=table.loc.device)
@@ -161,7 +162,7 @@ class SharedNormal(dist.TorchDistribution):
         return total.expand(torch.broadcast_shapes(total.shape, self.batch_shape))
 
     @property
-    def support(self) -> Any:
+    def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.real, len(self.event_shape))
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pyro_bnn import priors
 from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
 from pyro_bnn.models.dense import MeanFieldGuide, freeze_random
@@ -94,7 +95,7 @@ class SharedWeights(BayesianNetwork):
     def sample_latents(self) -> dict[str, Tensor]:
         return self.sample_weights(self.priors, self._values())
 
-    def function(self, x: Any, latents: dict[str, Tensor], size: int) -> Tensor:
+    def function(self, x: Inputs, latents: dict[str, Tensor], size: int) -> Tensor:
         lead = self.lead_shape(latents)
         plates = lead + (1,) * (-self.members_dim - 1)
         weights = {}
@@ -135,7 +136,7 @@ class SharedWeights(BayesianNetwork):
 
     # --------------------------------------------------------------------------------------------- storage
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, object]:
         return super().arguments() | {
             "select": self.random,
             "chunk_size": self.chunk_size,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from rich.console import Console
@@ -56,7 +56,7 @@ def parse_methods(given: Sequence[str] | None, default_all: bool) -> list[Method
 
 
 def plan(
-    folder: Path, methods: Sequence[MethodName], asked: Mapping[str, Any], task: Task, overwrite: bool
+    folder: Path, methods: Sequence[MethodName], asked: Mapping[str, object], task: Task, overwrite: bool
 ) -> list[Planned]:
     """What there is to train, and what is there already.
 

@@ -88,7 +88,7 @@ class Options:
     category: tuple[str, ...] | None = None
     impute: bool | None = None
 
-    def used(self) -> dict[str, Any]:
+    def used(self) -> dict[str, object]:
         """The options that the method has, without those that stand for nothing, for pages."""
         return {
             name: value

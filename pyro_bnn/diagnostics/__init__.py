@@ -15,7 +15,7 @@ Six folders, each of which may use those before it:
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # ``_MODULES`` once more, for tools that read types
     from pyro_bnn.diagnostics import plots as plots
@@ -29,8 +29,8 @@ if TYPE_CHECKING:  # ``_MODULES`` once more, for tools that read types
     from pyro_bnn.diagnostics.checking.importance import pareto_k as pareto_k
     from pyro_bnn.diagnostics.checking.prior_checks import check_prior as check_prior
     from pyro_bnn.diagnostics.checking.prior_checks import prior_predictive as prior_predictive
+    from pyro_bnn.diagnostics.checking.ranks import SBCResult as SBCResult
     from pyro_bnn.diagnostics.checking.shrinkage import contraction as contraction
-    from pyro_bnn.diagnostics.checking.simulation import SBCResult as SBCResult
     from pyro_bnn.diagnostics.checking.simulation import sbc as sbc
     from pyro_bnn.diagnostics.checking.training import loss_verdict as loss_verdict
     from pyro_bnn.diagnostics.pages.report import report as report
@@ -67,8 +67,9 @@ _MODULES = {
     "checking.findings": "Finding Findings",
     "checking.importance": "compare_loo loo pareto_k",
     "checking.prior_checks": "check_prior prior_predictive",
+    "checking.ranks": "SBCResult",
     "checking.shrinkage": "contraction",
-    "checking.simulation": "SBCResult sbc",
+    "checking.simulation": "sbc",
     "checking.training": "loss_verdict",
     "pages.report": "report",
     "recalibration.conformal": "ConformalIntervals ConformalSets",
@@ -85,7 +86,7 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names.s
 __all__ = sorted([*_HOMES, "plots"])
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # torchmetrics, ArviZ and matplotlib take seconds to import, which a program that never calls them should not pay.
     if name == "plots":
         return import_module(f"{__name__}.plots")

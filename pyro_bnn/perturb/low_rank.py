@@ -183,7 +183,7 @@ class _Convolution(torch.autograd.Function):
         return torch.convolution(x, _merged(weight, a, b), bias, *options, False, [0] * (x.dim() - 2), 1)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[object, ...], output: Tensor) -> None:
         x, weight, bias, a, b, ctx.options = inputs
         ctx.save_for_backward(x, weight, a, b)
 

@@ -21,7 +21,7 @@ A *rule* rewrites one torch function. New rules are added with :func:`register`:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,7 +61,7 @@ class Perturb(TorchFunctionMode):
         #: by ``id`` of a tensor whose samples were put into another order: the tensor, and the order
         self.reordered: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         rule = RULES.get(func)
         if rule is None or not (rule.always or any(id(t) in self.perturbations for t in tensors((args, kwargs)))):
@@ -191,7 +191,7 @@ def shape_of(ndim: int, sizes: dict[int, int]) -> list[int]:
     return shape
 
 
-def tensors(values: Any) -> Iterator[Tensor]:
+def tensors(values: Iterable[object]) -> Iterator[Tensor]:
     """The tensors among the arguments of a call, inside lists and tuples too."""
     for value in values.values() if isinstance(values, dict) else values:
         if isinstance(value, Tensor):
@@ -203,7 +203,9 @@ def tensors(values: Any) -> Iterator[Tensor]:
 class Call:
     """A call that consumes at least one perturbed parameter: its arguments by name, and the mode that met it."""
 
-    def __init__(self, mode: Perturb, func: Any, args: Any, kwargs: dict[str, Any], signature: tuple[str, ...]) -> None:
+    def __init__(
+        self, mode: Perturb, func: Any, args: Any, kwargs: dict[str, object], signature: tuple[str, ...]
+    ) -> None:
         self.mode, self.func, self.args, self.kwargs = mode, func, args, kwargs
         self.arguments = dict(zip(signature, args, strict=False)) | kwargs
 
@@ -235,7 +237,7 @@ RULES: dict[Any, _Rule] = {}
 
 
 def register(
-    *functions: Any,
+    *functions: object,
     signature: Sequence[str],
     weights: Sequence[str] | None = None,
     always: bool = False,
@@ -264,7 +266,7 @@ def register(
     return decorate
 
 
-def consumed(function: Any, args: Any, kwargs: dict[str, Any] | None) -> list[Tensor]:
+def consumed(function: Any, args: Any, kwargs: dict[str, object] | None) -> list[Tensor]:
     """The tensors of a call that the rule of its torch function uses up as weights; none when there is no rule."""
     rule = RULES.get(function)
     if rule is None or not rule.consumes:

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.modes import undisturbed
 from pyro_bnn.perturb.factors import Perturbation, Rank1Factors, Replacement
 from pyro_bnn.perturb.layout import Layout, Use
@@ -32,7 +33,7 @@ _READ_NO_VALUES = {
 }
 
 
-def batched(leaf: Any, size: int) -> bool:
+def batched(leaf: object, size: int) -> TypeGuard[Tensor]:
     """Whether a leaf of x carries the batch: a tensor whose leading axis has the batch's length."""
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
 
@@ -42,7 +43,7 @@ def find_layouts(
     net: nn.Module,
     names: dict[int, str],
     neutral: dict[int, Perturbation],
-    x: Any,
+    x: Inputs,
     size: int,
 ) -> dict[Use, Layout]:
     """The layout of every use of a perturbed parameter.
@@ -96,7 +97,7 @@ class _Recorder(Perturb):
         self.by_rule: set[str] = set()
         self.without_rule: dict[str, list[str]] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: object, types: object, args: object = (), kwargs: Any = None) -> object:
         used = [t for t in tensors((args, kwargs or {})) if id(t) in self.perturbations]
         result = super().__torch_function__(func, types, args, kwargs)
         if used:
@@ -130,7 +131,7 @@ class _Recorder(Perturb):
             )
 
 
-def _name(function: Any) -> str:
+def _name(function: object) -> str:
     """A torch function as its documentation calls it: the getter of a property has no name of its own."""
     name = torch.overrides.resolve_name(function)
     return name.removesuffix(".__get__") if name else getattr(function, "__name__", str(function))
@@ -142,9 +143,9 @@ class _Finder(TorchFunctionMode):
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
         self.names, self.found = names, set[str]()
-        self.derived: list[Any] = []
+        self.derived: list[object] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if is_product(func):
             self.found.update(self.names[id(t)] for t in consumed(func, args, kwargs) if id(t) in self.names)
@@ -154,7 +155,7 @@ class _Finder(TorchFunctionMode):
         return result
 
 
-def find_consumed(run: Callable[..., Tensor], net: nn.Module, x: Any, size: int) -> set[str]:
+def find_consumed(run: Callable[..., Tensor], net: nn.Module, x: Inputs, size: int) -> set[str]:
     """The names of all parameters that the network gives to a product with a rule."""
     finder = _Finder({id(p): name for name, p in net.named_parameters()})
     with undisturbed(net), finder:
@@ -169,7 +170,7 @@ def check_fold(
     neutral: dict[int, Perturbation],
     parameters: dict[str, Tensor],
     layouts: dict[Use, Layout],
-    x: Any,
+    x: Inputs,
     size: int,
 ) -> None:
     """A folded batch of 2 members x 2 samples with random perturbations equals four runs with explicit weights.
@@ -208,7 +209,7 @@ def _misfold(
     neutral: dict[int, Perturbation],
     parameters: dict[str, Tensor],
     layouts: dict[Use, Layout],
-    pair: Any,
+    pair: object,
 ) -> str | None:
     """What goes wrong in a folded batch in which ``parameters`` are perturbed and the others keep their values."""
     like = next(iter(parameters.values()))
@@ -260,18 +261,17 @@ def _no_small_weights(net: nn.Module) -> Iterator[None]:
             p.copy_(value)
 
 
-def _per_sample(leaf: Any, size: int) -> bool:
+def _per_sample(leaf: object, size: int) -> TypeGuard[Tensor]:
     """Whether a leaf of x holds one integer for each sample, such as the lengths of sequences."""
-    integer = batched(leaf, size) and not (leaf.is_floating_point() or leaf.is_complex())
-    return bool(integer and leaf.dim() == 1)
+    return batched(leaf, size) and leaf.dim() == 1 and not (leaf.is_floating_point() or leaf.is_complex())
 
 
-def unlike(x: Any, size: int) -> bool:
+def unlike(x: Inputs, size: int) -> bool:
     """Whether samples differ in an integer of theirs, by which a network may sort them."""
     return any(_per_sample(leaf, size) and bool((leaf != leaf[0]).any()) for leaf in pytree.tree_leaves(x))
 
 
-def unlike_samples(x: Any, size: int, count: int) -> list[int]:
+def unlike_samples(x: Inputs, size: int, count: int) -> list[int]:
     """The first samples, or some that are in no order by an integer of theirs: least, greatest, least."""
     for leaf in pytree.tree_leaves(x):
         if _per_sample(leaf, size) and (leaf != leaf[0]).any():
@@ -280,10 +280,10 @@ def unlike_samples(x: Any, size: int, count: int) -> list[int]:
     return [i % size for i in range(count)]
 
 
-def select_samples(x: Any, size: int, index: list[int]) -> Any:
+def select_samples(x: Inputs, size: int, index: list[int]) -> object:
     """Some samples of x, without NaN."""
 
-    def pick(leaf: Any) -> Any:
+    def pick(leaf: object) -> object:
         if not batched(leaf, size):
             return leaf
         rows = leaf.detach()[torch.tensor(index, device=leaf.device)]
@@ -292,7 +292,7 @@ def select_samples(x: Any, size: int, index: list[int]) -> Any:
     return pytree.tree_map(pick, x)
 
 
-def _marks(x: Any) -> list[set[int]]:
+def _marks(x: Inputs) -> list[set[int]]:
     """Which leaves to mark together: all, only those of floating point, then each alone."""
     leaves = pytree.tree_leaves(x)
     all_ = {i for i, leaf in enumerate(leaves) if batched(leaf, _SAMPLES)}
@@ -301,7 +301,7 @@ def _marks(x: Any) -> list[set[int]]:
     return [way for i, way in enumerate(ways) if way and way not in ways[:i]]
 
 
-def _mark(x: Any, which: set[int], sample: int) -> Any:
+def _mark(x: Inputs, which: set[int], sample: int) -> object:
     leaves, spec = pytree.tree_flatten(x)
     leaves = list(leaves)
     for i in which:
@@ -346,7 +346,7 @@ def _constant(
     net: nn.Module,
     names: dict[int, str],
     neutral: dict[int, Perturbation],
-    x: Any,
+    x: Inputs,
     size: int,
     inputs: dict[Use, Tensor],
     uses: list[Use],

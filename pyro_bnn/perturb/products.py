@@ -156,7 +156,7 @@ def _but_padding(call: Call, index: Tensor, y: Tensor) -> Tensor:
     return torch.where((index == padding % call.weight.shape[0]).unsqueeze(-1), y.detach(), y)
 
 
-_TRANSPOSES: tuple[Any, ...] = (
+_TRANSPOSES: tuple[object, ...] = (
     Tensor.t,
     torch.t,
     vars(torch._C.TensorBase)["T"].__get__,

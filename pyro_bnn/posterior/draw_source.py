@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyro
@@ -13,11 +13,12 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
 from pyro_bnn.guide import MixtureGuide
-from pyro_bnn.inputs import inputs
+from pyro_bnn.inputs import Inputs, inputs
 from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import training_mode
 from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.randomness import derive_seeds, device_of, seeded
+from pyro_bnn.sites import Program
 
 #: numbers held at once by one pass of prediction: weights of a group of draws, or the largest activation
 MAX_ELEMENTS = 2**24
@@ -42,9 +43,7 @@ class DrawSource:
     :param store: the state of Pyro's parameter store in which programs that are functions were trained.
     """
 
-    def __init__(
-        self, model: Callable[..., Any], guide: Callable[..., Any], example: Any = None, store: Any = None
-    ) -> None:
+    def __init__(self, model: Program, guide: Program, example: Inputs = None, store: Any = None) -> None:
         self.model, self.guide, self.example, self.store = model, guide, example, store
         for program in (model, guide):
             if isinstance(program, nn.Module):
@@ -86,7 +85,7 @@ class DrawSource:
             asked = default if self.stored is None else min(len(self.stored), most or len(self.stored))
         return min(asked, 1) if self.is_deterministic else asked
 
-    def groups(self, n: int, seed: int | None = None, *, example: Any = None) -> Iterator[dict[str, Tensor]]:
+    def groups(self, n: int, seed: int | None = None, *, example: Inputs = None) -> Iterator[dict[str, Tensor]]:
         """n draws of each member, evenly spaced ones of stored draws. Groups depend on the model alone.
 
         :raises ValueError: when fewer than n draws are stored.
@@ -94,7 +93,7 @@ class DrawSource:
         return (draws for draws, _ in self.indexed_groups(n, seed, example=example))
 
     def indexed_groups(
-        self, n: int, seed: int | None = None, *, example: Any = None
+        self, n: int, seed: int | None = None, *, example: Inputs = None
     ) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
         """The same with the positions ``[size]`` of stored draws; ``None`` when a guide makes them."""
         for start, size, own_seed in self._plan(n, seed):
@@ -105,7 +104,7 @@ class DrawSource:
                 yield self._values(size, self._trace(size, own_seed, example)), None
 
     def traces(
-        self, n: int, seed: int | None = None, *, example: Any = None
+        self, n: int, seed: int | None = None, *, example: Inputs = None
     ) -> Iterator[tuple[dict[str, Tensor], list[poutine.Trace]]]:
         """The draws of :meth:`groups`, each group with the traces of the guide that it comes from.
 
@@ -137,7 +136,7 @@ class DrawSource:
     def _vectorises(self) -> bool:
         return isinstance(self.model, BayesianNetwork) and isinstance(self.guide, (MixtureGuide, AutoGuide))
 
-    def _trace(self, n: int, seed: int | None, example: Any) -> list[poutine.Trace]:
+    def _trace(self, n: int, seed: int | None, example: Inputs) -> list[poutine.Trace]:
         guide, model = self.guide, self.model
         example = self.example if example is None else example
         args = () if example is None else (inputs(example, like_of(model)),)
@@ -180,7 +179,7 @@ def in_groups(n: int, elements: int, seed: int | None = None) -> Iterator[tuple[
         yield start, min(group, n - start), own_seed
 
 
-def with_members(model: Callable[..., Any], draws: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_members(model: Program, draws: dict[str, Tensor]) -> dict[str, Tensor]:
     """``{site: [n, members, *event]}`` from draws that a trace or a sampler gave.
 
     :raises ValueError: when sites of the model are missing.

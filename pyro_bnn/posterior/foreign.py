@@ -9,11 +9,12 @@ from pyro import poutine
 from pyro.infer import Predictive
 from torch import Tensor
 
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.posterior.draw_source import DrawSource
 from pyro_bnn.randomness import device_of, seeded
 
 
-def predict_site(source: DrawSource, x: Any, n: int, seed: int | None, site: str | None) -> Tensor:
+def predict_site(source: DrawSource, x: Inputs, n: int, seed: int | None, site: str | None) -> Tensor:
     """``[n, 1, *shape]``: values of a site of the model, called with x, under n draws.
 
     :raises ValueError: when no site is named, or the model has none of this name.
@@ -35,7 +36,7 @@ def predict_site(source: DrawSource, x: Any, n: int, seed: int | None, site: str
     return values[site].unsqueeze(1)
 
 
-def log_likelihood(source: DrawSource, x: Any, y: Tensor, n: int, seed: int | None) -> Tensor:
+def log_likelihood(source: DrawSource, x: Inputs, y: Tensor, n: int, seed: int | None) -> Tensor:
     """``[n, 1, N]``: log density of the one site that observes y, in nats.
 
     :raises ValueError: when not exactly one site observes y.

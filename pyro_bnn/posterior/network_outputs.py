@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.perturb.probe import batched
@@ -15,7 +14,7 @@ from pyro_bnn.posterior import draw_source
 
 
 def network_outputs(
-    model: BayesianNetwork, latents: dict[str, Tensor], x: Any, num_members: int, batch_size: int | None = None
+    model: BayesianNetwork, latents: dict[str, Tensor], x: Inputs, num_members: int, batch_size: int | None = None
 ) -> Tensor:
     """``[n, members, N, *output]``.
 
@@ -43,5 +42,5 @@ def network_outputs(
     return torch.cat(groups) if len(groups) > 1 else groups[0]
 
 
-def _rows(x: Any, size: int, start: int, stop: int) -> Any:
+def _rows(x: Inputs, size: int, start: int, stop: int) -> object:
     return pytree.tree_map(lambda t: t[start:stop] if batched(t, size) else t, x)

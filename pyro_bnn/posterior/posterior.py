@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyro_bnn import display
 from pyro_bnn.guide import MixtureGuide
-from pyro_bnn.inputs import inputs, require_finite, targets
+from pyro_bnn.inputs import Inputs, inputs, require_finite, targets
 from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import evaluating
 from pyro_bnn.network import batch_size as count_samples
@@ -27,6 +27,7 @@ from pyro_bnn.posterior.statistics import Gathered, OfNetwork, Statistics, Store
 from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.priors import PriorLike
 from pyro_bnn.randomness import device_of, seeded
+from pyro_bnn.sites import Program
 from pyro_bnn.sparsity.channels import Size
 from pyro_bnn.sparsity.inclusion import inclusion_log_odds
 from pyro_bnn.sparsity.sparsify import network_of_draw, sparsify, with_weight_sites
@@ -45,13 +46,13 @@ class Posterior:
 
     def __init__(
         self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
+        model: Program,
+        guide: Program,
         *,
         losses: Sequence[float] = (),
         sampler: Mapping[str, float] = MappingProxyType({}),
-        example: Any = None,
-        store: Any = None,
+        example: Inputs = None,
+        store: object = None,
     ) -> None:
         self.losses, self.sampler = list(losses), dict(sampler)
         #: where draws come from: in groups, with the traces of a guide
@@ -59,7 +60,7 @@ class Posterior:
         self._gathered: Gathered | None = None
 
     @classmethod
-    def from_mcmc(cls, mcmc: MCMC, model: Callable[..., Any]) -> Posterior:
+    def from_mcmc(cls, mcmc: MCMC, model: Program) -> Posterior:
         """From a finished ``pyro.infer.MCMC`` run, all chains together."""
         posterior = cls.from_draws(model, mcmc.get_samples(), mcmc.num_chains)
         # What kernels say of each chain; mcmc.diagnostics() adds statistics of all draws, and refuses few.
@@ -74,7 +75,7 @@ class Posterior:
     @classmethod
     def from_draws(
         cls,
-        model: Callable[..., Any],
+        model: Program,
         draws: dict[str, Tensor],
         num_chains: int = 1,
         statistics: dict[str, Tensor] | None = None,
@@ -82,7 +83,7 @@ class Posterior:
         is_sampled: bool = True,
         losses: Sequence[float] = (),
         sampler: Mapping[str, float] = MappingProxyType({}),
-        store: Any = None,
+        store: object = None,
     ) -> Posterior:
         """From draws ``{site: [n, *event]}``; plate axes of size 1 that a model of ours adds may be there.
 
@@ -104,12 +105,12 @@ class Posterior:
         return cls(model, guide, losses=losses, sampler=sampler, store=store)
 
     @property
-    def model(self) -> Callable[..., Any]:
+    def model(self) -> Program:
         """The Pyro model."""
         return self.draw_source.model
 
     @property
-    def guide(self) -> Callable[..., Any]:
+    def guide(self) -> Program:
         """A Pyro guide that gives one draw a call: ``Predictive(model, guide=posterior.guide, num_samples=...)``.
 
         Statistics of normalisation layers are then those of the network: only ``predict`` has those of each draw.
@@ -170,7 +171,7 @@ class Posterior:
 
     # ------------------------------------------------------------------------------------------------- draws
 
-    def draws(self, n: int, seed: int | None = None, *, example: Any = None) -> dict[str, Tensor]:
+    def draws(self, n: int, seed: int | None = None, *, example: Inputs = None) -> dict[str, Tensor]:
         """``{site: [n, members, *event]}``: n draws of each member. Of stored draws: n evenly spaced ones.
 
         :param seed: ``predict`` with the same seed uses these very draws.
@@ -237,7 +238,7 @@ class Posterior:
 
     def predict(
         self,
-        x: Any,
+        x: Inputs,
         num_samples: int | None = None,
         batch_size: int | None = None,
         seed: int | None = None,
@@ -275,7 +276,12 @@ class Posterior:
         return Prediction(torch.cat(outputs), model.likelihood, torch.cat(noise) if noise else None)
 
     def log_likelihood(
-        self, x: Any, y: Any, num_samples: int | None = None, batch_size: int | None = None, seed: int | None = None
+        self,
+        x: Inputs,
+        y: object,
+        num_samples: int | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
     ) -> Tensor:
         """``[draws, members, N]``: ``log p(y | x, weights)`` under every draw of every member, in nats.
 
@@ -288,7 +294,7 @@ class Posterior:
         prediction = self.predict(x, num_samples, batch_size, seed)
         return prediction.log_prob(y)
 
-    def recompute_statistics(self, loader: Iterable[Any] | None) -> None:
+    def recompute_statistics(self, loader: Iterable[object] | None) -> None:
         """From now on every draw predicts with normalisation statistics of its own, gathered over ``loader``.
 
         Costs one pass over the loader for each draw; ``None`` goes back to the statistics of training, or to those that
@@ -307,7 +313,7 @@ class Posterior:
     # ----------------------------------------------------------------------------------------------- sparsity
 
     def inclusion_probabilities(
-        self, num_samples: int | None = None, seed: int | None = None, *, args: tuple[Any, ...] = ()
+        self, num_samples: int | None = None, seed: int | None = None, *, args: tuple[object, ...] = ()
     ) -> dict[str, Tensor]:
         """``{parameter: P(slab | data)}`` for every group of a spike-and-slab prior, shaped as the groups.
 
@@ -326,7 +332,7 @@ class Posterior:
         self,
         sparsity: float | None = None,
         *,
-        example: Any = None,
+        example: Inputs = None,
         shrink: bool = True,
         num_samples: int | None = None,
         seed: int | None = None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
@@ -60,7 +60,7 @@ class Stored:
 class Gathered:
     """Each draw has its own, averaged over the batches of a loader: one pass over it for each draw."""
 
-    def __init__(self, loader: Iterable[Any]) -> None:
+    def __init__(self, loader: Iterable[object]) -> None:
         self.loader = loader
 
     def parts(
@@ -91,7 +91,7 @@ def averaging(layers: Iterable[_NormBase]) -> Iterator[None]:
             layer.momentum = momentum
 
 
-def gather_statistics(model: BayesianNetwork, draw: dict[str, Tensor], batches: Iterable[Any]) -> None:
+def gather_statistics(model: BayesianNetwork, draw: dict[str, Tensor], batches: Iterable[object]) -> None:
     """Leaves in the network the statistics that its normalisation layers have under a draw: plain averages.
 
     :param draw: ``{site: [1, members, *event]}``.

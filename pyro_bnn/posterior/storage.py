@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.priors import PriorLike
 from pyro_bnn.randomness import forked
 from pyro_bnn.registry import find_class, is_storable
+from pyro_bnn.sites import Program
 
 FORMAT = "pyro_bnn posterior"
 VERSION = 2
@@ -43,8 +44,8 @@ class Stored(NamedTuple):
 
 def write(
     path: str | os.PathLike[str],
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     *,
     losses: Sequence[float] = (),
     sampler: Mapping[str, float] = MappingProxyType({}),

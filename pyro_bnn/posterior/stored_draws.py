@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -15,6 +13,7 @@ from torch import Tensor
 from pyro_bnn import display
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.registry import storable
+from pyro_bnn.sites import Program
 
 
 @storable
@@ -31,7 +30,7 @@ class DrawsGuide(PyroModule):
     def __init__(
         self,
         draws: dict[str, Tensor],
-        model: Callable[..., Any],
+        model: Program,
         num_chains: int = 1,
         statistics: dict[str, Tensor] | None = None,
         is_sampled: bool = True,
@@ -64,7 +63,7 @@ class DrawsGuide(PyroModule):
     def statistics(self) -> dict[str, Tensor]:
         return {name: self.get_buffer(f"statistics_{i}") for i, name in enumerate(self.statistics_names)}
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         stored = self.draws()
         count, members = next(iter(stored.values())).shape[:2]
         device = next(iter(stored.values())).device

@@ -52,7 +52,7 @@ class _Fixed(Prior):
         return d
 
 
-def _moved(value: Any, like: Tensor) -> Any:
+def _moved(value: object, like: Tensor) -> Any:
     """A distribution, whatever it is made of, with its tensors on the device and with the dtype of ``like``."""
     if isinstance(value, Tensor):
         return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
@@ -124,7 +124,7 @@ _BY_NAME = {
 }
 
 
-def describe(prior: PriorLike | None) -> Any:
+def describe(prior: PriorLike | None) -> object:
     """The prior as JSON.
 
     :raises TypeError: for a function or a Pyro distribution, which JSON cannot describe.

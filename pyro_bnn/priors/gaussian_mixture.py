@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -20,9 +20,9 @@ class CodeMixture(dist.MixtureSameFamily):
     :param codebook: whose codes they are; of a guide with the same one the KL divergence is a code length.
     """
 
-    codebook: Any = None
+    codebook: object = None
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> CodeMixture:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> CodeMixture:
         new: CodeMixture = super().expand(batch_shape, _instance)
         new.codebook = self.codebook
         return new
@@ -100,7 +100,7 @@ class CodebookPrior(Prior):
             "(pyro_bnn.models.WeightSharing), or take a fixed prior, such as GaussianMixture(locs, scales)"
         )
 
-    def with_codes(self, log_weights: Tensor, locs: Tensor, scales: Tensor, codebook: Any) -> Prior:
+    def with_codes(self, log_weights: Tensor, locs: Tensor, scales: Tensor, codebook: object) -> Prior:
         """The prior given the codes of a guide.
 
         :param log_weights: log pi, ``[K + 1]``, the slab first.

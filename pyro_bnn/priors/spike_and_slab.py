@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import pyro.distributions as dist
 import torch
@@ -187,7 +187,7 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
     :param scale: sigma ``[*batch]``, which multiplies both scales; ``None`` for 1.
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     has_rsample = False
 
     def __init__(
@@ -217,7 +217,7 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
         super().__init__(batch if batch_shape is None else batch_shape, shape, validate_args=validate_args)
 
     @property
-    def support(self) -> Any:
+    def support(self) -> constraints.Constraint:
         return constraints.independent(constraints.real, len(self.event_shape))
 
     def at(self, inclusion: Tensor, scale: Tensor | None) -> SpikeAndSlabDistribution:
@@ -225,7 +225,7 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
         parts = (self.spike_scale, self.slab_scale, self.event_shape, self.group, self.spike)
         return SpikeAndSlabDistribution(self.loc, inclusion, *parts, scale, validate_args=False)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> SpikeAndSlabDistribution:
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> SpikeAndSlabDistribution:
         parts = (self.spike_scale, self.slab_scale, self.event_shape, self.group, self.spike, self.scale)
         return SpikeAndSlabDistribution(self.loc, self.inclusion, *parts, batch_shape=torch.Size(batch_shape))
 
@@ -338,7 +338,7 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
         s0, s1 = self._scales
         return s1**-2, s0**-2 if self.spike == "normal" else 1 / s0
 
-    def sample(self, sample_shape: Any = ()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.batch_shape
         s0, s1 = self._scales
         with torch.no_grad():

@@ -154,7 +154,7 @@ def _argument(walk: Walk, node: fx.Node, position: int, name: str, default: Any)
     return node.kwargs.get(name, node.args[position] if position < len(node.args) else default)
 
 
-def _keys(names: str, *places: Any) -> list[Any]:
+def _keys(names: str, *places: object) -> list[Any]:
     return [getattr(place, name) for name in names.split() for place in places if hasattr(place, name)]
 
 

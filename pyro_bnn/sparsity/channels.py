@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.modes import undisturbed
 from pyro_bnn.network import no_fused_attention
 from pyro_bnn.sparsity.channel_rules import ONE, SEVERAL
@@ -122,7 +122,7 @@ class Size:
     multiply_adds: int | None = None
 
 
-def count(net: nn.Module, x: Any = None, kept: Mapping[str, Tensor] | None = None) -> Size:
+def count(net: nn.Module, x: Inputs = None, kept: Mapping[str, Tensor] | None = None) -> Size:
     """The size of a network. Tied parameters count once, and the bytes are those of a dense tensor, zeros included.
 
     :param x: an input; a tuple is taken as the arguments, a dict as keyword arguments. The multiply-adds are those of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,12 @@ from torch import Tensor
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import training_mode
 from pyro_bnn.priors import SpikeAndSlab, SpikeAndSlabDistribution
+from pyro_bnn.sites import Program
 
 Draws = dict[str, Tensor]
 
 
-def has_inclusion(model: Any) -> bool:
+def has_inclusion(model: object) -> bool:
     """Whether a network of this package has a spike-and-slab prior."""
     return any(isinstance(prior, SpikeAndSlab) for prior in getattr(model, "priors", {}).values())
 
@@ -40,9 +41,7 @@ def keep_highest(scores: Sequence[Tensor], densities: Sequence[SpikeAndSlabDistr
     return [part.unflatten(-1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def inclusion_log_odds(
-    model: Callable[..., Any], groups: Iterable[Draws], args: tuple[Any, ...] = ()
-) -> dict[str, Tensor]:
+def inclusion_log_odds(model: Program, groups: Iterable[Draws], args: tuple[object, ...] = ()) -> dict[str, Tensor]:
     """``log (p / (1 - p))`` in nats, with p as of ``posterior.inclusion_probabilities()``, which may round to 0 or 1.
 
     Groups that were removed have minus infinity.
@@ -63,9 +62,7 @@ def inclusion_log_odds(
     return {name: (included - excluded).float() for name, (included, excluded) in sums.items()}
 
 
-def _of_every_draw(
-    model: Callable[..., Any], groups: Iterable[Draws], args: tuple[Any, ...]
-) -> Iterator[tuple[str, Tensor]]:
+def _of_every_draw(model: Program, groups: Iterable[Draws], args: tuple[object, ...]) -> Iterator[tuple[str, Tensor]]:
     """Log odds ``[several, *groups]`` of each site, until every draw has had its turn."""
     for draws in groups:
         if isinstance(model, BayesianNetwork):
@@ -78,7 +75,7 @@ def _of_every_draw(
             yield from _log_odds(model, args, {name: value[i, 0] for name, value in draws.items()})
 
 
-def _log_odds(program: Callable[..., Any], args: tuple[Any, ...], values: Draws) -> Iterator[tuple[str, Tensor]]:
+def _log_odds(program: Program, args: tuple[object, ...], values: Draws) -> Iterator[tuple[str, Tensor]]:
     with torch.no_grad(), training_mode(False):
         trace = poutine.trace(poutine.condition(program, values)).get_trace(*args)
     nodes: dict[str, Any] = trace.nodes

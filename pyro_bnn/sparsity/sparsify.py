@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyro_bnn.inputs import inputs
+from pyro_bnn.inputs import Inputs, inputs
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import undisturbed
 from pyro_bnn.network import batch_size
@@ -35,7 +35,7 @@ class Sparse(NamedTuple):
     after: Size
 
 
-def with_weight_sites(model: Any) -> BayesianNetwork:
+def with_weight_sites(model: object) -> BayesianNetwork:
     """The model itself.
 
     :raises TypeError: when it is not one whose weights are sites.
@@ -54,7 +54,7 @@ def sparsify(
     odds: dict[str, Tensor],
     sparsity: float | None = None,
     *,
-    example: Any = None,
+    example: Inputs = None,
     shrink: bool = True,
 ) -> Sparse:
     """The model and its draws without the groups that are probably spikes; see :meth:`pyro_bnn.Posterior.sparsify`.
@@ -118,7 +118,7 @@ def _masks(model: BayesianNetwork, odds: dict[str, Tensor], sparsity: float | No
 
 
 def _without_constants(
-    model: BayesianNetwork, masks: Masks, draws: Draws, statistics: dict[str, Tensor], example: Any
+    model: BayesianNetwork, masks: Masks, draws: Draws, statistics: dict[str, Tensor], example: Inputs
 ) -> tuple[Channels, Draws]:
     """The channels to remove, and draws in which those that have no weights left pass nothing on.
 
@@ -147,7 +147,7 @@ def _without_constants(
 
 
 def _inputs(
-    model: BayesianNetwork, found: list[Dead], draws: Draws, statistics: dict[str, Tensor], example: Any
+    model: BayesianNetwork, found: list[Dead], draws: Draws, statistics: dict[str, Tensor], example: Inputs
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The least and the largest value of every input channel (of a linear layer: of every feature) of the layers that
     read dead channels, ``{layer: [draws, members, channels]}``, for the first row of the example."""
@@ -267,7 +267,7 @@ def _cut(channels: Channels, name: str, value: Tensor) -> Tensor:
     return channels.cut(name, value) if name in channels.index else value
 
 
-def _size(net: nn.Module, draws: Mapping[str, Tensor], example: Any) -> Size:
+def _size(net: nn.Module, draws: Mapping[str, Tensor], example: Inputs) -> Size:
     nonzero = sum(int((value != 0).flatten(0, 1).any(0).sum()) for value in draws.values())
     fixed = sum(int((p != 0).sum()) for name, p in net.named_parameters() if name not in draws)
     return replace(count(net, example), nonzero=nonzero + fixed)

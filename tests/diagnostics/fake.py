@@ -108,7 +108,7 @@ class FakePosterior:
         self.guide = None
         self.num_stored, self.num_chains, self.is_deterministic, self.is_sampled = None, 1, False, False
         self.draw_source = self  # a real posterior has an object of its own for draws in groups
-        self._sites = sites or {}
+        self.sites = sites or {}
         self.calls: list[dict[str, Any]] = []
 
     def count(self, asked: int | None = None) -> int:
@@ -136,7 +136,7 @@ class FakePosterior:
         return FakePrediction(members, y, likelihood)
 
     def draws(self, n: int, seed: int | None = None, *, example: Any = None) -> dict[str, Tensor]:
-        return {site: values[:n] for site, values in self._sites.items()}
+        return {site: values[:n] for site, values in self.sites.items()}
 
     def groups(self, n: int, seed: int | None = None, *, example: Any = None) -> Iterator[dict[str, Tensor]]:
         whole = self.draws(n, seed, example=example)

@@ -11,7 +11,7 @@ from pyro_bnn.models.weight_sharing.codebook import Between, Codebook, Codes, Ou
 from pyro_bnn.models.weight_sharing.storage import entropy_coding, packing
 
 
-def describe_codebook(book: Codebook) -> dict[str, Any]:
+def describe_codebook(book: Codebook) -> dict[str, object]:
     """What :func:`unpack_codebook` must know of a codebook beside its tensors, as JSON."""
     return {
         "sites": [[name, list(shape)] for name, shape in book.sites],

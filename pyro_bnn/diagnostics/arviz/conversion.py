@@ -17,7 +17,7 @@ from pyro_bnn.diagnostics.arviz.sites import posterior_group
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, predict_inputs, require_posterior
 from pyro_bnn.guide import MixtureGuide
-from pyro_bnn.inputs import labels, tensors
+from pyro_bnn.inputs import Inputs, labels, tensors
 from pyro_bnn.likelihoods import Categorical
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size as count_rows
@@ -37,12 +37,12 @@ COMPANIONS = ("inclusion", "guide", "function", "training")
 
 def to_arviz(
     posterior: Posterior,
-    x: Any = None,
-    y: Any = None,
+    x: Inputs = None,
+    y: object = None,
     *,
     sites: str | Sequence[str] | None = None,
     groups: str | Sequence[str] = GROUPS,
-    probes: Any = None,
+    probes: Inputs = None,
     num_samples: int | None = None,
     batch_size: int | None = None,
     max_values: int = 10_000_000,
@@ -147,7 +147,7 @@ def to_arviz(
     )
 
 
-def _checked_groups(groups: str | Sequence[str], x: Any, y: Tensor | None) -> tuple[str, ...]:
+def _checked_groups(groups: str | Sequence[str], x: Inputs, y: Tensor | None) -> tuple[str, ...]:
     wanted = (groups,) if isinstance(groups, str) else tuple(groups)
     if unknown := [group for group in wanted if group not in GROUPS]:
         raise ValueError(f"unknown group {unknown[0]!r}; groups= takes any of {', '.join(GROUPS)}")
@@ -172,7 +172,7 @@ def _at_probes(prediction: Prediction, chains: int, budget: Budget) -> xr.DataAr
     return sampled(values, chains, "probe", *outputs(values.dim() - 3 - len(classes)), *classes)
 
 
-def _guide(guide: Any, budget: Budget) -> Variables:
+def _guide(guide: object, budget: Budget) -> Variables:
     if not isinstance(guide, MixtureGuide):
         return {}
     group: Variables = {}
@@ -198,7 +198,7 @@ def _num_data(posterior: Posterior) -> int | None:
 
 
 def _sample_stats(
-    posterior: Posterior, num_samples: int, seed: int, x: Any, chains: int, joint: Variables | None, budget: Budget
+    posterior: Posterior, num_samples: int, seed: int, x: Inputs, chains: int, joint: Variables | None, budget: Budget
 ) -> Variables:
     """:param joint: the log-likelihood of all training data, if that is known."""
     model = posterior.model
@@ -225,7 +225,7 @@ def _training(losses: Sequence[float], budget: Budget) -> Variables:
 
 def _predictive(
     posterior: Posterior,
-    x: Any,
+    x: Inputs,
     y: Tensor | None,
     wanted: Sequence[str],
     settings: dict[str, Any],
@@ -292,7 +292,7 @@ def _predictive(
 
 
 def _log_likelihood_of_ones_own(
-    posterior: Posterior, x: Any, y: Tensor, settings: dict[str, Any], chains: int, budget: Budget
+    posterior: Posterior, x: Inputs, y: Tensor, settings: dict[str, Any], chains: int, budget: Budget
 ) -> Variables:
     """Of a Pyro model that is not of this package, at its one site that observes y."""
     values = posterior.log_likelihood(x, y, settings["num_samples"], seed=settings["seed"]).flatten(0, 1)
@@ -302,7 +302,7 @@ def _log_likelihood_of_ones_own(
     return {"obs": enumerated(values.cpu().double(), 1, chains)}
 
 
-def _constant_data(x: Any, budget: Budget) -> Variables:
+def _constant_data(x: Inputs, budget: Budget) -> Variables:
     rows = count_rows(x)
     group: Variables = {}
     for name, values in _named_tensors("x", x):
@@ -314,7 +314,7 @@ def _constant_data(x: Any, budget: Budget) -> Variables:
     return group
 
 
-def _named_tensors(name: str, x: Any) -> Iterator[tuple[str, Tensor]]:
+def _named_tensors(name: str, x: Inputs) -> Iterator[tuple[str, Tensor]]:
     if isinstance(x, Tensor):
         yield name, x
     elif isinstance(x, (dict, tuple, list)):
@@ -322,7 +322,7 @@ def _named_tensors(name: str, x: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _named_tensors(f"{name}_{safe(str(key))}", value)
 
 
-def _container(groups: dict[str, xr.Dataset], attrs: dict[str, Any]) -> Any:
+def _container(groups: dict[str, xr.Dataset], attrs: dict[str, object]) -> object:
     # ArviZ 1.x still answers to `arviz.InferenceData`, with a warning and another class.
     if arviz.__version__.partition(".")[0] == "0":
         container: Any = arviz.InferenceData

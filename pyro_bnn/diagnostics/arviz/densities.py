@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_bnn.diagnostics.scoring.precision import wide
 from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import training_mode
 
@@ -49,7 +50,7 @@ def log_prior(model: BayesianNetwork, draws: dict[str, Tensor]) -> Tensor:
 
 
 def log_densities(
-    posterior: Posterior, n: int, seed: int | None = None, *, example: Any = None
+    posterior: Posterior, n: int, seed: int | None = None, *, example: Inputs = None
 ) -> tuple[Tensor, Tensor | None]:
     r"""``log p(theta)`` and ``log q(theta)`` of the draws of ``posterior.draws(n, seed)``, each ``[n, members]``.
 
@@ -83,7 +84,7 @@ def has_density(posterior: Posterior) -> bool:
 
 
 def _groups(
-    posterior: Posterior, n: int, seed: int | None, example: Any
+    posterior: Posterior, n: int, seed: int | None, example: Inputs
 ) -> Iterator[tuple[dict[str, Tensor], list[poutine.Trace]]]:
     if posterior.num_stored is None:
         yield from posterior.draw_source.traces(n, seed, example=example)
@@ -98,7 +99,7 @@ def _sampled(trace: poutine.Trace) -> Iterator[tuple[str, Any]]:
             yield name, site
 
 
-def _has_density(guide: Any, trace: poutine.Trace) -> bool:
+def _has_density(guide: object, trace: poutine.Trace) -> bool:
     if isinstance(guide, (MixtureGuide, AutoGuide)):
         return any(not _is_point(site["fn"]) for _, site in _sampled(trace))
     # With auxiliary sites of its own, a guide's trace has the density of both together.
@@ -108,7 +109,7 @@ def _has_density(guide: Any, trace: poutine.Trace) -> bool:
     )
 
 
-def _is_point(fn: Any) -> bool:
+def _is_point(fn: object) -> bool:
     while not isinstance(fn, Delta) and hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return isinstance(fn, Delta)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pyro_bnn.diagnostics.arviz.arrays import Budget, Variables, at_least_float32, safe, sampled
+from pyro_bnn.inputs import Inputs
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
@@ -20,7 +21,7 @@ def posterior_group(
     sites: str | Sequence[str] | None,
     num_samples: int,
     seed: int,
-    example: Any,
+    example: Inputs,
     chains: int,
     budget: Budget,
 ) -> Variables:

@@ -9,5 +9,6 @@
 * ``prior_checks``: the functions that a prior implies.
 * ``shrinkage``: how much narrower the posterior is than the prior.
 * ``simulation``: simulation-based calibration of an inference algorithm.
-* ``uniformity``: the test of ranks that it uses.
+* ``ranks``: what the ranks that it returns say about the posterior.
+* ``uniformity``: the test of ranks that these use.
 """

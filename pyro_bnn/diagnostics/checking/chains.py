@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import arviz
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyro_bnn.diagnostics.arviz.arrays import at_least_float32, outputs, plain, safe
 from pyro_bnn.diagnostics.scoring.stream import require_posterior
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Categorical
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS
 from pyro_bnn.randomness import some_seed
@@ -30,7 +31,7 @@ RHAT = 1.01
 
 def convergence(
     runs: Posterior | Sequence[Posterior],
-    probes: Any = None,
+    probes: Inputs = None,
     *,
     space: Literal["function", "weights"] = "function",
     num_samples: int | None = None,
@@ -144,7 +145,9 @@ def _count(posterior: Posterior, num_samples: int | None) -> int:
     return posterior.draw_source.count_all(num_samples, POSTERIOR_DRAWS)
 
 
-def _function(posterior: Posterior, probes: Any, num_samples: int, batch_size: int | None, seed: int) -> xr.DataArray:
+def _function(
+    posterior: Posterior, probes: Inputs, num_samples: int, batch_size: int | None, seed: int
+) -> xr.DataArray:
     prediction = posterior.predict(probes, num_samples=num_samples, batch_size=batch_size, seed=seed)
     values = plain(prediction.per_member, 3)
     if values.isnan().any():

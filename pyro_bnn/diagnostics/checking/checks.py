@@ -23,6 +23,7 @@ from pyro_bnn.diagnostics.scoring.stream import (
     require_posterior,
     require_repeatable,
 )
+from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.posterior.stored_draws import DrawsGuide
@@ -44,11 +45,11 @@ HEAT = 0.1
 
 def check(
     posterior: Posterior,
-    data: Any = None,
+    data: Data = None,
     *,
-    x_train: Any = None,
-    y_train: Any = None,
-    ood: Any = None,
+    x_train: Inputs = None,
+    y_train: object = None,
+    ood: Data = None,
     num_samples: int | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
@@ -186,7 +187,7 @@ def _noise_of_heat(posterior: Posterior) -> float:
     return ERRORS * math.sqrt(3 / (coordinates * max(1.0, effective_size(some, posterior.num_chains))))
 
 
-def _fit(posterior: Posterior, x: Any, y: Any, batch_size: int | None, seed: int) -> Iterator[Finding]:
+def _fit(posterior: Posterior, x: Inputs, y: object, batch_size: int | None, seed: int) -> Iterator[Finding]:
     inside = posterior.posterior if isinstance(posterior, ScaledPosterior) else posterior
     if x is None or y is None or not has_density(inside):
         return
@@ -205,7 +206,7 @@ def _fit(posterior: Posterior, x: Any, y: Any, batch_size: int | None, seed: int
         )
 
 
-def _chains(posterior: Posterior, probes: Any, batch_size: int | None, seed: int) -> Iterator[Finding]:
+def _chains(posterior: Posterior, probes: Inputs, batch_size: int | None, seed: int) -> Iterator[Finding]:
     topic = "convergence"
     if not posterior.is_sampled:
         return

@@ -19,7 +19,7 @@ from pyro_bnn.diagnostics.arviz.densities import has_density, log_densities
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.diagnostics.scoring.precision import wide
 from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, require_posterior
-from pyro_bnn.inputs import labels, tensors
+from pyro_bnn.inputs import Inputs, labels, tensors
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior.draw_source import TAIL_DRAWS
@@ -55,8 +55,8 @@ class ParetoK:
 
 def pareto_k(
     posterior: Posterior,
-    x: Any,
-    y: Any,
+    x: Inputs,
+    y: object,
     *,
     num_samples: int | None = None,
     batch_size: int | None = None,
@@ -100,8 +100,8 @@ def pareto_k(
 
 def loo(
     posterior: Posterior,
-    x: Any,
-    y: Any,
+    x: Inputs,
+    y: object,
     *,
     num_samples: int | None = None,
     batch_size: int | None = None,
@@ -162,7 +162,7 @@ def loo(
     return newer.loo_approximate_posterior(data, log_p[0], log_q[0], pointwise=True)
 
 
-def compare_loo(posteriors: Mapping[str, Posterior], x: Any, y: Any, **settings: Any) -> pd.DataFrame:
+def compare_loo(posteriors: Mapping[str, Posterior], x: Inputs, y: object, **settings: Any) -> pd.DataFrame:
     """Posteriors of several models of the same data, ranked by PSIS-LOO: ``arviz.compare`` of :func:`loo` of each.
 
     :param posteriors: at least two, by name.
@@ -192,7 +192,7 @@ def fixed_weights(posterior: Posterior) -> int:
     return sum(p.numel() for name, p in model.core().net.named_parameters() if model.site(name) not in random)
 
 
-def _require_training_data(posterior: Posterior, x: Any, y: Any) -> None:
+def _require_training_data(posterior: Posterior, x: Inputs, y: object) -> None:
     if isinstance(posterior, ScaledPosterior):
         raise ValueError("scaled predictions are of no density that was inferred: give the posterior inside")
     if y is None:
@@ -227,7 +227,9 @@ def _enough_draws(posterior: Posterior, num_samples: int | None) -> int:
     return num_samples
 
 
-def _in_arviz(posterior: Posterior, x: Any, y: Any, num_samples: int, batch_size: int | None, seed: int) -> xr.DataTree:
+def _in_arviz(
+    posterior: Posterior, x: Inputs, y: object, num_samples: int, batch_size: int | None, seed: int
+) -> xr.DataTree:
     groups = ("posterior", "log_likelihood", "sample_stats")
     data = to_arviz(
         posterior,
@@ -261,7 +263,7 @@ def _old_arviz() -> bool:
     return bool(arviz.__version__.partition(".")[0] == "0")
 
 
-def _flat(values: Any) -> np.ndarray:
+def _flat(values: object) -> np.ndarray:
     """``[1, S]``: over chains, draws and members, in the order of the draws of the functions."""
     return np.asarray(values).reshape(1, -1)
 

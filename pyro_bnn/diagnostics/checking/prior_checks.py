@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pyro
@@ -13,7 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_bnn.diagnostics.checking.findings import Finding, Findings
-from pyro_bnn.inputs import inputs, targets
+from pyro_bnn.inputs import Inputs, inputs, targets
 from pyro_bnn.likelihoods import Bernoulli
 from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import frozen
@@ -21,6 +21,7 @@ from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior import Posterior, Prediction
 from pyro_bnn.posterior.draw_source import MAX_ELEMENTS, PRIOR_DRAWS, in_groups
 from pyro_bnn.randomness import device_of, seeded, some_seed
+from pyro_bnn.sites import Program
 
 #: probability between the quantiles whose distance is the scale of a distribution
 CENTRAL = 0.9
@@ -32,7 +33,7 @@ FAR, NEAR = 3.0, 0.1
 
 def prior_predictive(
     model: BayesianNetwork,
-    x: Any,
+    x: Inputs,
     *,
     num_samples: int = PRIOR_DRAWS,
     batch_size: int | None = None,
@@ -68,8 +69,8 @@ def prior_predictive(
 
 def prior_summary(
     model: BayesianNetwork,
-    x: Any,
-    y: Any = None,
+    x: Inputs,
+    y: object = None,
     *,
     num_samples: int = PRIOR_DRAWS,
     batch_size: int | None = None,
@@ -132,8 +133,8 @@ def prior_summary(
 
 def check_prior(
     model: BayesianNetwork,
-    x: Any,
-    y: Any = None,
+    x: Inputs,
+    y: object = None,
     *,
     num_samples: int = PRIOR_DRAWS,
     batch_size: int | None = None,
@@ -174,7 +175,7 @@ def check_prior(
 
 
 def prior_draws(
-    model: Callable[..., Any], n: int, seed: int | None = None, *, example: Any = None
+    model: Program, n: int, seed: int | None = None, *, example: Inputs = None
 ) -> Iterator[dict[str, Tensor]]:
     """``{site: [group, 1, *event]}``: n draws of all latent sites from the prior, in groups of bounded size.
 
@@ -209,7 +210,7 @@ def _vectorised(model: BayesianNetwork, n: int) -> dict[str, Tensor]:
     return {site.name: values[site.name].reshape((n, 1) + site.shape) for site in model.sites()}
 
 
-def _traced(model: Callable[..., Any], example: Any) -> dict[str, Tensor]:
+def _traced(model: Program, example: Inputs) -> dict[str, Tensor]:
     nodes: dict[str, Any] = poutine.trace(model).get_trace(*(() if example is None else (example,))).nodes
     return {
         name: site["value"][None, None]

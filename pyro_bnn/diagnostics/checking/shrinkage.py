@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_bnn.diagnostics.checking.prior_checks import central_width, prior_draws, prior_predictive
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.diagnostics.scoring.stream import require_posterior
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.posterior.draw_source import TAIL_DRAWS
@@ -43,7 +44,7 @@ class Contraction:
 
 def contraction(
     posterior: Posterior,
-    x: Any = None,
+    x: Inputs = None,
     *,
     num_samples: int | None = None,
     batch_size: int | None = None,

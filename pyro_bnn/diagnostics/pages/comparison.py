@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from pyro_bnn.diagnostics.pages.glossary import MetricFormat, formats_of
 from pyro_bnn.diagnostics.pages.page import Cell, Head, Picture, Table
 from pyro_bnn.diagnostics.scoring.scored import Scored, score
 from pyro_bnn.diagnostics.scoring.stream import require_repeatable
+from pyro_bnn.inputs import Data
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ class Candidate:
     """
 
     posterior: Posterior
-    metrics: Mapping[str, Any]
+    metrics: Mapping[str, float | None]
     num_samples: int | None = None
     description: str = ""
 
@@ -73,12 +74,12 @@ def differences(nll: Mapping[str, Tensor]) -> dict[str, PairedDifference]:
 
 def comparison(
     candidates: Mapping[str, Candidate],
-    data: Any,
+    data: Data,
     *,
     path: str | Path,
-    ood: Any = None,
+    ood: Data = None,
     title: str = "Comparison of posteriors",
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
 ) -> dict[str, PairedDifference]:

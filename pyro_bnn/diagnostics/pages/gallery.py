@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from pyro_bnn.diagnostics.scoring.scored import Scored
 from pyro_bnn.diagnostics.scoring.selective import aurc
 from pyro_bnn.diagnostics.scoring.stream import first_rows
 from pyro_bnn.guide import MixtureGuide
+from pyro_bnn.inputs import Inputs
 from pyro_bnn.sparsity.inclusion import has_inclusion
 
 if TYPE_CHECKING:
@@ -84,7 +85,9 @@ def elsewhere(scored: Scored, of: str = "") -> Picture:
     )
 
 
-def posterior_pictures(posterior: Posterior, x: Any, prediction: Prediction, y: Tensor, seed: int) -> Iterator[Picture]:
+def posterior_pictures(
+    posterior: Posterior, x: Inputs, prediction: Prediction, y: Tensor, seed: int
+) -> Iterator[Picture]:
     """What there is to see of the posterior itself and of the run that found it.
 
     :param x: some test inputs, for a band where they are one number each, and for how far members are apart.
@@ -153,7 +156,7 @@ def posterior_pictures(posterior: Posterior, x: Any, prediction: Prediction, y: 
         yield Picture(name, figure, name)
 
 
-def _is_line(x: Any, prediction: Prediction) -> bool:
+def _is_line(x: Inputs, prediction: Prediction) -> TypeGuard[Tensor]:
     """Whether the prediction is of one number, over one number."""
     one_input = isinstance(x, Tensor) and x[0].numel() == 1 and x.dim() <= 2
     return (

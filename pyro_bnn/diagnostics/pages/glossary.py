@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ METRIC_FORMATS: dict[str, MetricFormat] = {
 }
 
 
-def formats_of(*metrics: Mapping[str, Any]) -> Iterator[tuple[str, MetricFormat]]:
+def formats_of(*metrics: Mapping[str, object]) -> Iterator[tuple[str, MetricFormat]]:
     """Name and format of every number in any of the metrics: known ones first, in the order of ``METRIC_FORMATS``."""
     names = {name for one in metrics for name, value in one.items() if _is_number(value)}
     unknown = sorted(names - METRIC_FORMATS.keys())
@@ -97,5 +96,5 @@ def formats_of(*metrics: Mapping[str, Any]) -> Iterator[tuple[str, MetricFormat]
         yield name, METRIC_FORMATS.get(name, MetricFormat(name.replace("_", " "), "{:.4g}"))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import matplotlib
@@ -118,7 +117,7 @@ def settings_table(caption: str, settings: Mapping[str, object]) -> Table:
     return Table(caption, [Head("setting"), Head("value")], rows)
 
 
-def render(template: str, **content: Any) -> str:
+def render(template: str, **content: object) -> str:
     """The page of a template.
 
     :param template: a file in ``templates``.

@@ -14,6 +14,7 @@ from pyro_bnn.diagnostics.pages.page import Cell, Head, Table
 from pyro_bnn.diagnostics.scoring.metrics import evaluate
 from pyro_bnn.diagnostics.scoring.scored import score
 from pyro_bnn.diagnostics.scoring.stream import predict_batches, require_posterior, require_repeatable
+from pyro_bnn.inputs import Data
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
@@ -22,15 +23,15 @@ if TYPE_CHECKING:
 
 def report(
     posterior: Posterior,
-    data: Any,
+    data: Data,
     *,
     path: str | Path,
-    ood: Any = None,
+    ood: Data = None,
     twin: Posterior | None = None,
     title: str = "Report of a posterior",
-    metrics: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, object] | None = None,
     findings: Sequence[Finding] | None = None,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
     num_samples: int | None = None,
     batch_size: int | None = None,
     seed: int | None = None,

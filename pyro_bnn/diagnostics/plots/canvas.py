@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -21,13 +21,15 @@ LEVEL = 0.95
 #: points of one line or cloud from which an SVG holds them as an image, for its size
 MANY = 2000
 
+_Item = TypeVar("_Item")
+
 
 def new_figure(height: float) -> Figure:
     """A figure that belongs to the caller alone: ``pyplot`` does not know it, so that it is freed when unused."""
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
-def numbers(name: str, values: Any, dims: int | None = 1, finite: bool = True) -> np.ndarray:
+def numbers(name: str, values: object, dims: int | None = 1, finite: bool = True) -> np.ndarray:
     """A tensor of any device, or anything that is an array, as one of float64.
 
     :param dims: the number of axes that it must have; ``None`` takes any and flattens them.
@@ -45,7 +47,7 @@ def numbers(name: str, values: Any, dims: int | None = 1, finite: bool = True) -
     return array
 
 
-def probabilities(name: str, values: Any, dims: int | None = 1) -> np.ndarray:
+def probabilities(name: str, values: object, dims: int | None = 1) -> np.ndarray:
     """As :func:`numbers`, all in [0, 1].
 
     :raises ValueError: also when a value is outside.
@@ -69,7 +71,7 @@ def log_if_wide(axes: Axes, axis: str, values: np.ndarray) -> None:
         (axes.xaxis if axis == "x" else axes.yaxis).set_minor_formatter(NullFormatter())
 
 
-def spread(items: Sequence[Any], most: int) -> list[Any]:
+def spread(items: Sequence[_Item], most: int) -> list[_Item]:
     """At most so many of the items, evenly spaced, with the first and the last."""
     index = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
     return [items[i] for i in index]

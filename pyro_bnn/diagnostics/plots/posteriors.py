@@ -79,7 +79,7 @@ def plot_forest(draws: Any, names: Sequence[str] | None = None) -> Figure:
     return figure
 
 
-def _sites(draws: Any) -> dict[str, Tensor]:
+def _sites(draws: object) -> dict[str, Tensor]:
     """``{site: [draws, members, *event]}``, with chains as more draws."""
     if isinstance(draws, Mapping) and hasattr(group := draws.get("posterior"), "data_vars"):
         return dict(_stored_sites(group))

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from pyro_bnn.diagnostics.checking.simulation import SBCResult
+from pyro_bnn.diagnostics.checking.ranks import SBCResult
 from pyro_bnn.diagnostics.checking.training import LossVerdict
 from pyro_bnn.diagnostics.plots.canvas import LEVEL, MANY, legend_below, log_if_wide, new_figure, numbers, spread
 

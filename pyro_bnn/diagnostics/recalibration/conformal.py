@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, predict_inputs, require_posterior
+from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.likelihoods import Bernoulli
 from pyro_bnn.randomness import some_seed
 
@@ -45,7 +46,7 @@ class _SplitConformal:
     def __init__(
         self,
         posterior: Posterior,
-        data: Any,
+        data: Data,
         level: float = 0.9,
         *,
         num_samples: int | None = None,
@@ -85,7 +86,7 @@ class _SplitConformal:
     def _score(self, prediction: Prediction, y: Tensor) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} must define _score()")
 
-    def _predictions(self, x: Any) -> Iterable[Prediction]:
+    def _predictions(self, x: Inputs) -> Iterable[Prediction]:
         return predict_inputs(self.posterior, x, like=self._example, **self._settings)
 
 
@@ -125,7 +126,7 @@ class ConformalSets(_SplitConformal):
     def __init__(
         self,
         posterior: Posterior,
-        data: Any,
+        data: Data,
         level: float = 0.9,
         *,
         score: SetScore = "aps",
@@ -144,7 +145,7 @@ class ConformalSets(_SplitConformal):
         self._uniforms = torch.Generator().manual_seed(seed + 1)
         super().__init__(posterior, data, level, num_samples=num_samples, batch_size=batch_size, seed=seed)
 
-    def predict(self, x: Any) -> Tensor:
+    def predict(self, x: Inputs) -> Tensor:
         """``[N, C]`` booleans: which classes are in the set of each row.
 
         :param x: inputs of the network, or a ``DataLoader`` or ``Dataset`` of them, beside which labels are left out.
@@ -152,7 +153,7 @@ class ConformalSets(_SplitConformal):
         """
         return _joined([self._sets(prediction) for prediction in self._predictions(x)], "x")
 
-    def evaluate(self, data: Any) -> dict[str, float]:
+    def evaluate(self, data: Data) -> dict[str, float]:
         """``coverage``, the share of rows whose set holds y, and ``size``, the mean number of classes in a set.
 
         :param data: ``(x, y)`` that neither trained nor calibrated, in any form that calibration takes.
@@ -211,7 +212,7 @@ class ConformalIntervals(_SplitConformal):
 
     kinds = ("regression", "count")
 
-    def predict(self, x: Any) -> tuple[Tensor, Tensor]:
+    def predict(self, x: Inputs) -> tuple[Tensor, Tensor]:
         """Bounds ``[N, ...]`` in units of y, which belong to the interval.
 
         :param x: inputs of the network, or a ``DataLoader`` or ``Dataset`` of them, beside which labels are left out.
@@ -224,7 +225,7 @@ class ConformalIntervals(_SplitConformal):
             highs.append(high)
         return _joined(lows, "x"), _joined(highs, "x")
 
-    def evaluate(self, data: Any) -> dict[str, float]:
+    def evaluate(self, data: Data) -> dict[str, float]:
         """``coverage``, the share of y inside, and ``width``, the mean of high - low, where an empty interval has 0.
 
         :param data: ``(x, y)`` that neither trained nor calibrated, in any form that calibration takes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches
+from pyro_bnn.inputs import Data
 from pyro_bnn.posterior import Posterior, Prediction
 from pyro_bnn.randomness import some_seed
 
@@ -52,7 +54,7 @@ class ScaledPosterior(Posterior):
         prediction = self.posterior.predict(*args, **kwargs)
         return Prediction(prediction.outputs / self.temperature, prediction.likelihood)
 
-    def recompute_statistics(self, loader: Iterable[Any] | None) -> None:
+    def recompute_statistics(self, loader: Iterable[object] | None) -> None:
         """See ``Posterior.recompute_statistics``; the posterior inside changes, and T was fitted before it did."""
         self.posterior.recompute_statistics(loader)
 
@@ -65,7 +67,7 @@ class ScaledPosterior(Posterior):
         sparse = self.posterior.sparsify(*args, **kwargs)
         return replace(sparse, posterior=ScaledPosterior(sparse.posterior, self.temperature))
 
-    def save(self, path: Any, *, prior: bool = True) -> None:
+    def save(self, path: str | os.PathLike[str], *, prior: bool = True) -> None:
         """Not possible: a saved posterior has no place for T.
 
         :raises TypeError: always, with what to do.
@@ -79,7 +81,7 @@ class ScaledPosterior(Posterior):
 
 def scale_temperature(
     posterior: Posterior,
-    data: Any,
+    data: Data,
     *,
     num_samples: int | None = None,
     batch_size: int | None = None,

@@ -19,6 +19,7 @@ from pyro_bnn.diagnostics.scoring.scores import crps, interval_coverage, interva
 from pyro_bnn.diagnostics.scoring.selective import augrc, aurc, risk_at_coverage
 from pyro_bnn.diagnostics.scoring.similarity import disagreement
 from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, predict_inputs
+from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ KEPT = 0.8
 
 def evaluate(
     posterior: Posterior,
-    data: Any,
-    ood: Any = None,
+    data: Data,
+    ood: Data = None,
     *,
     num_samples: int | None = None,
     batch_size: int | None = None,
@@ -112,15 +113,15 @@ def evaluate(
     those of the other metrics, and compute each from tensors.
     """
     settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": some_seed(seed)}
-    quality: _Classification | _Regression | None = None
-    example: Any = None
+    quality: ClassificationMetrics | RegressionMetrics | None = None
+    example: Inputs = None
     for x, prediction, y in predict_batches(posterior, data, **settings):
         if quality is None:
             quality, example = _quality(prediction, ood is not None), x
         quality.update(prediction, y)
     if quality is None:
         raise ValueError("data is empty: evaluate needs at least one row; look at the filter or split that made it")
-    if ood is not None and isinstance(quality, _Classification):
+    if ood is not None and isinstance(quality, ClassificationMetrics):
         rows = 0
         for prediction in predict_inputs(posterior, ood, like=example, **settings):
             quality.update_ood(prediction)
@@ -140,12 +141,12 @@ def log_predictive_density(prediction: Prediction, y: Tensor) -> Tensor:
     return log_prob.logsumexp((0, 1)) - math.log(draws * members)
 
 
-def _quality(prediction: Prediction, with_ood: bool) -> _Classification | _Regression:
+def _quality(prediction: Prediction, with_ood: bool) -> ClassificationMetrics | RegressionMetrics:
     kind = getattr(prediction.likelihood, "kind", None)
     device = prediction.per_member.device
     if kind == "classification":
         classes = class_probabilities(prediction.probs, prediction.likelihood).shape[-1]
-        return _Classification(classes, device, with_ood)
+        return ClassificationMetrics(classes, device, with_ood)
     if kind not in ("regression", "count"):
         raise ValueError(
             f"evaluate needs a model with a likelihood of pyro_bnn.likelihoods; this one has {prediction.likelihood!r}"
@@ -155,10 +156,21 @@ def _quality(prediction: Prediction, with_ood: bool) -> _Classification | _Regre
             "ood= ranks inputs by the entropy of their class probabilities, which a regression does not have: leave "
             "out ood="
         )
-    return _Regression(device)
+    return RegressionMetrics(device)
 
 
-class _Classification:
+class ClassificationMetrics:
+    """The metrics of :func:`evaluate` for a classification, gathered batch by batch.
+
+    What each batch leaves in memory is two numbers for each label (``confidence``, ``correct``) and, with ``with_ood``,
+    three for each row (``inside``, and ``outside`` for out-of-distribution inputs), since these must be sorted in the
+    end. All else is a running mean.
+
+    :param classes: number C of classes.
+    :param device: where the predictions are.
+    :param with_ood: whether inputs that are out of distribution follow.
+    """
+
     def __init__(self, classes: int, device: torch.device, with_ood: bool) -> None:
         self.classes, self.with_ood = classes, with_ood
         self.means = {
@@ -166,13 +178,13 @@ class _Classification:
             for name in ("accuracy", "nll", "brier", "aleatoric", "epistemic", "disagreement")
         }
         self.classwise = ClasswiseCalibrationError(classes, BINS).to(device).set_dtype(precision(device))
-        #: what must be sorted in the end: confidence and correctness of each label, scores of each row
         self.confidence: list[Tensor] = []
         self.correct: list[Tensor] = []
         self.inside: dict[str, list[Tensor]] = defaultdict(list)
         self.outside: dict[str, list[Tensor]] = defaultdict(list)
 
     def update(self, prediction: Prediction, y: Tensor) -> None:
+        """Takes in one batch and its targets."""
         self.means["nll"].update(-log_predictive_density(prediction, y))
         labels = y.flatten().long()
         probs = class_probabilities(prediction.probs, prediction.likelihood).flatten(0, -2)
@@ -190,9 +202,11 @@ class _Classification:
             _append(self.inside, ood_scores(prediction))
 
     def update_ood(self, prediction: Prediction) -> None:
+        """Takes in one batch of inputs that are out of distribution."""
         _append(self.outside, ood_scores(prediction))
 
     def compute(self) -> dict[str, float]:
+        """``{metric: number}`` over all batches."""
         confidence, correct = torch.cat(self.confidence), torch.cat(self.correct)
         error = wide(~correct)
         result = {name: float(metric.compute()) for name, metric in self.means.items()}
@@ -212,7 +226,12 @@ class _Classification:
         return result
 
 
-class _Regression:
+class RegressionMetrics:
+    """The metrics of :func:`evaluate` for a regression or counts, gathered batch by batch: running means alone.
+
+    :param device: where the predictions are.
+    """
+
     def __init__(self, device: torch.device) -> None:
         self.metrics: dict[str, Metric] = {
             "nll": running_mean(device),
@@ -221,6 +240,7 @@ class _Regression:
         }
 
     def update(self, prediction: Prediction, y: Tensor) -> None:
+        """Takes in one batch and its targets."""
         self.metrics["nll"].update(-log_predictive_density(prediction, y))
         mean, interval = prediction.mean, prediction.interval(LEVEL)
         self.metrics["rmse"].update(mean.flatten(), y.reshape(mean.shape).to(mean.dtype).flatten())
@@ -231,6 +251,7 @@ class _Regression:
         self.metrics["epistemic"].update(prediction.epistemic)
 
     def compute(self) -> dict[str, float]:
+        """``{metric: number}`` over all batches."""
         return {name: float(metric.compute()) for name, metric in self.metrics.items()}
 
 

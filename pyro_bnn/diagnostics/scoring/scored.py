@@ -13,6 +13,7 @@ from pyro_bnn.diagnostics.scoring.ood import ood_scores
 from pyro_bnn.diagnostics.scoring.precision import wide
 from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities
 from pyro_bnn.diagnostics.scoring.stream import predict_batches, predict_inputs
+from pyro_bnn.inputs import Data, Inputs
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior, Prediction
@@ -47,7 +48,7 @@ class Scored:
 
 
 def score(
-    posterior: Posterior, data: Any, ood: Any = None, *, num_samples: int | None, batch_size: int | None, seed: int
+    posterior: Posterior, data: Data, ood: Data = None, *, num_samples: int | None, batch_size: int | None, seed: int
 ) -> Scored:
     """Scores every datum under the very draws that ``evaluate`` with the same settings uses.
 
@@ -55,7 +56,7 @@ def score(
     """
     settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
     rows: list[dict[str, Tensor]] = []
-    example: Any = None
+    example: Inputs = None
     for batch, (x, prediction, y) in enumerate(predict_batches(posterior, data, **settings)):
         example = x
         found = {"nll": -log_predictive_density(prediction, y)}

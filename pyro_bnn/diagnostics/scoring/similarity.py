@@ -13,6 +13,7 @@ from torchmetrics import Metric
 from pyro_bnn.diagnostics.scoring.precision import running_mean, wide
 from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities, member_probabilities, require_probabilities
 from pyro_bnn.diagnostics.scoring.stream import input_batches, predict_batch, require_posterior
+from pyro_bnn.inputs import Data
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def disagreement(prediction: Prediction) -> Tensor:
 def compare_to_reference(
     posterior: Posterior,
     reference: Posterior,
-    data: Any,
+    data: Data,
     *,
     num_samples: int | None = None,
     reference_samples: int | None = None,
@@ -101,7 +102,7 @@ def compare_to_reference(
 
 def diversity(
     posterior: Posterior,
-    data: Any,
+    data: Data,
     *,
     num_samples: int | None = None,
     batch_size: int | None = None,

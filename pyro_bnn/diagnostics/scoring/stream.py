@@ -12,6 +12,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from pyro_bnn.inputs import (
     LABELS,
+    Data,
+    Inputs,
     inputs,
     is_array,
     is_numbers,
@@ -34,8 +36,8 @@ ROWS = 256
 
 
 def predict_batches(
-    posterior: Posterior, data: Any, *, num_samples: int | None, batch_size: int | None, seed: int
-) -> Iterator[tuple[Any, Prediction, Tensor]]:
+    posterior: Posterior, data: Data, *, num_samples: int | None, batch_size: int | None, seed: int
+) -> Iterator[tuple[object, Prediction, Tensor]]:
     """Yields ``(x, prediction, y)`` for every batch, as tensors on the device of the model.
 
     Every batch is predicted with the same seed and so with the same draws: the functions that are looked at do not
@@ -58,7 +60,7 @@ def predict_batches(
 
 
 def predict_inputs(
-    posterior: Posterior, data: Any, *, like: Any, num_samples: int | None, batch_size: int | None, seed: int
+    posterior: Posterior, data: Data, *, like: object, num_samples: int | None, batch_size: int | None, seed: int
 ) -> Iterator[Prediction]:
     """Yields the prediction for every batch of inputs; labels that stand beside the inputs are left out.
 
@@ -71,7 +73,7 @@ def predict_inputs(
         yield predict_batch(posterior, x, num_samples, batch_size, seed)
 
 
-def input_batches(data: Any, batch_size: int | None) -> Iterator[tuple[Any, Tensor | None]]:
+def input_batches(data: Data, batch_size: int | None) -> Iterator[tuple[object, Tensor | None]]:
     """Yields ``(x, y)`` for every batch of data with labels or without; y is None where there are none.
 
     :param data: a ``DataLoader`` or another iterable of batches, a ``Dataset``, one pair ``(x, y)``, or x itself as a
@@ -93,7 +95,7 @@ def input_batches(data: Any, batch_size: int | None) -> Iterator[tuple[Any, Tens
 
 
 def predict_batch(
-    posterior: Posterior, x: Any, num_samples: int | None, batch_size: int | None, seed: int
+    posterior: Posterior, x: Inputs, num_samples: int | None, batch_size: int | None, seed: int
 ) -> Prediction:
     """The prediction for one batch.
 
@@ -109,7 +111,7 @@ def predict_batch(
     return prediction
 
 
-def require_posterior(posterior: Any) -> None:
+def require_posterior(posterior: object) -> None:
     """Refuses a model, a guide or a network in the place of a posterior.
 
     :raises TypeError: for whatever cannot predict.
@@ -121,7 +123,7 @@ def require_posterior(posterior: Any) -> None:
         )
 
 
-def require_repeatable(data: Any, name: str) -> None:
+def require_repeatable(data: Data, name: str) -> None:
     """Refuses data that can be passed over only once, where they are needed twice.
 
     :param name: the argument that holds data, for the message.
@@ -134,7 +136,7 @@ def require_repeatable(data: Any, name: str) -> None:
         )
 
 
-def first_rows(x: Any, rows: int) -> Any:
+def first_rows(x: Inputs, rows: int) -> object:
     """The first rows of inputs of any nesting."""
     size = count_rows(x)
     return pytree.tree_map(lambda t: t[:rows] if batched(t, size) else t, x)
@@ -154,12 +156,12 @@ def log_density(prediction: Prediction, y: Tensor) -> Tensor:
     return log_prob
 
 
-def _like(posterior: Any) -> Tensor | None:
+def _like(posterior: object) -> Tensor | None:
     require_posterior(posterior)
     return like_of(getattr(posterior, "model", None))
 
 
-def _pairs(data: Any, rows: int) -> Iterable[Any]:
+def _pairs(data: Data, rows: int) -> Iterable[object]:
     pair = _pair(data)
     if pair is None:
         return _loader(data, rows)
@@ -167,13 +169,13 @@ def _pairs(data: Any, rows: int) -> Iterable[Any]:
     return _slices((x, y), count_rows(x, y), rows)
 
 
-def _inputs(data: Any, like: Any, rows: int) -> Iterable[Any]:
+def _inputs(data: Data, like: object, rows: int) -> Iterable[object]:
     if _is_inputs(data) or isinstance(data, tuple):
         return _cut(tensors(_without_label(data, like)), rows)
     return (_without_label(batch, like) for batch in _loader(data, rows))
 
 
-def _loader(data: Any, rows: int) -> Iterable[Any]:
+def _loader(data: Data, rows: int) -> Iterable[object]:
     if isinstance(data, Dataset):
         # A loader takes a seed for its workers, from the global generator unless it has one of its own.
         return DataLoader(data, batch_size=rows, generator=torch.Generator())
@@ -185,7 +187,7 @@ def _loader(data: Any, rows: int) -> Iterable[Any]:
     )
 
 
-def _is_inputs(data: Any) -> bool:
+def _is_inputs(data: Data) -> bool:
     """Whether data are what a network takes, by themselves, and not batches of it."""
     return is_array(data) or isinstance(data, Mapping) or is_numbers(data)
 
@@ -196,18 +198,18 @@ def _rows(batch_size: int | None) -> int:
     return batch_size or ROWS
 
 
-def _cut(x: Any, rows: int) -> Iterator[Any]:
+def _cut(x: Inputs, rows: int) -> Iterator[object]:
     return _slices(x, count_rows(x), rows)
 
 
-def _slices(tree: Any, size: int, rows: int) -> Iterator[Any]:
-    def cut(start: int) -> Any:
+def _slices(tree: object, size: int, rows: int) -> Iterator[object]:
+    def cut(start: int) -> object:
         return pytree.tree_map(lambda t: t[start : start + rows] if batched(t, size) else t, tree)
 
     return (cut(start) for start in range(0, size, rows))
 
 
-def _pair(batch: Any) -> tuple[Any, Any] | None:
+def _pair(batch: object) -> tuple[Any, Any] | None:
     """``(x, y)``; ``None`` where y is no array with an axis of rows, nor a list of numbers in a tuple."""
     pair = split(batch)
     if pair is None or isinstance(batch, Mapping):
@@ -216,7 +218,7 @@ def _pair(batch: Any) -> tuple[Any, Any] | None:
     return pair if is_array(y) and len(y.shape) > 0 or isinstance(batch, tuple) and is_numbers(y) else None
 
 
-def _no_pair(batch: Any) -> str:
+def _no_pair(batch: object) -> str:
     got = f"expected pairs (x, y) in which y has an axis of rows, or dicts with {LABELS!r}, got {_describe(batch)}"
     one_row = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], (Tensor, int, float))
     if one_row:
@@ -224,7 +226,7 @@ def _no_pair(batch: Any) -> str:
     return f"{got}. Let the dataset return (x, y), with all inputs of the network in x"
 
 
-def _without_label(batch: Any, like: Any) -> Any:
+def _without_label(batch: object, like: object) -> object:
     """:param like: an input of the network, which may be a tuple itself, or a dict with ``labels`` among its inputs."""
     if isinstance(batch, Mapping):
         return batch if isinstance(like, Mapping) and LABELS in like else without_labels(batch)
@@ -233,7 +235,7 @@ def _without_label(batch: Any, like: Any) -> Any:
     return without_labels(batch)
 
 
-def _describe(data: Any) -> str:
+def _describe(data: Data) -> str:
     if isinstance(data, (tuple, list)):
         return f"a {type(data).__name__} of {len(data)} ({', '.join(type(item).__name__ for item in data[:4])})"
     return type(data).__name__

@@ -228,7 +228,7 @@ def test_whole_sites_by_name_and_by_pattern() -> None:
 
 def test_a_name_is_taken_literally_before_it_is_a_pattern() -> None:
     posterior = classifier()
-    posterior._sites = {"a.b": torch.rand(DRAWS, 1, 2), "acb": torch.rand(DRAWS, 1, 2)}
+    posterior.sites = {"a.b": torch.rand(DRAWS, 1, 2), "acb": torch.rand(DRAWS, 1, 2)}
     data = to_arviz(posterior, sites="a.b", groups="posterior", num_samples=DRAWS)["posterior"]
     assert set(data.data_vars) == {"a.b", "acb_mean", "acb_sd"}
 
@@ -237,9 +237,9 @@ def test_what_layers_share_lies_along_one_dimension() -> None:
     """Parameters of one name in several layers, some of which lack it, and one at the root of the network."""
     posterior = classifier(members=1)
     layers = ["stem", "layer1.0.conv1", "layer1.0.conv2"]
-    posterior._sites = {f"{layer}.weight.s": torch.full((DRAWS, 1, 4), float(i)) for i, layer in enumerate(layers)}
-    posterior._sites |= {f"{layer}.weight.s_tau": torch.full((DRAWS, 1), float(i)) for i, layer in enumerate(layers)}
-    posterior._sites |= {"layer1.0.conv2.bias": torch.ones(DRAWS, 1, 4), "class_token": torch.ones(DRAWS, 1, 4)}
+    posterior.sites = {f"{layer}.weight.s": torch.full((DRAWS, 1, 4), float(i)) for i, layer in enumerate(layers)}
+    posterior.sites |= {f"{layer}.weight.s_tau": torch.full((DRAWS, 1), float(i)) for i, layer in enumerate(layers)}
+    posterior.sites |= {"layer1.0.conv2.bias": torch.ones(DRAWS, 1, 4), "class_token": torch.ones(DRAWS, 1, 4)}
     data = to_arviz(posterior, groups="posterior", num_samples=DRAWS)["posterior"]
     assert data["weight.s_mean"].dims == data["weight.s_tau"].dims == ("chain", "draw", "layer")
     assert data.coords["layer"].values.tolist() == layers
@@ -258,14 +258,14 @@ def test_an_unknown_site_names_those_there_are(site: str) -> None:
 
 def test_slashes_in_names_make_no_groups() -> None:
     posterior = classifier()
-    posterior._sites = {"outer/inner": torch.rand(DRAWS, 1, 2)}
+    posterior.sites = {"outer/inner": torch.rand(DRAWS, 1, 2)}
     data = to_arviz(posterior, groups="posterior", sites="outer/inner", num_samples=DRAWS)
     assert data["posterior"]["outer.inner"].dims[-1] == "outer.inner_dim_0"
 
 
 def test_a_million_weights_become_two_numbers() -> None:
     posterior = classifier(members=1)
-    posterior._sites = {"big.weight": torch.rand(DRAWS, 1, 1000, 1000), "empty": torch.rand(DRAWS, 1, 0)}
+    posterior.sites = {"big.weight": torch.rand(DRAWS, 1, 1000, 1000), "empty": torch.rand(DRAWS, 1, 0)}
     data = to_arviz(posterior, groups="posterior", num_samples=DRAWS)
     assert set(data["posterior"].data_vars) == {"weight_mean", "weight_sd"}
     with pytest.raises(

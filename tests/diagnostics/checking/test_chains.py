@@ -8,6 +8,7 @@ from typing import Any
 import arviz
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from diagnostics.fake import FakePosterior, rows
 from pyro.infer import MCMC, NUTS
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import pyro_bnn as pb
 from pyro_bnn import likelihoods
-from pyro_bnn.diagnostics.checking.chains import convergence
+from pyro_bnn.diagnostics.checking.chains import convergence, effective_size, rhat_limit
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -44,8 +45,6 @@ def test_r_hat_of_two_chains_by_hand() -> None:
     With m chains halved into 2 m, the means of normal scores z of the halves give B, their variances W; done here with
     scipy's ranks, as in the paper, with the fractional offset 3/8.
     """
-    import scipy.stats
-
     one, two = run(seed=3), run(3.0, seed=4)
     found = convergence([one, two], rows(PROBES), num_samples=DRAWS)["rhat"]
     values = torch.stack((one.table[:, 0, 0], two.table[:, 0, 0])).numpy()
@@ -54,6 +53,23 @@ def test_r_hat_of_two_chains_by_hand() -> None:
     n = score.shape[1]
     between, within = n * score.mean(1).var(ddof=1), score.var(1, ddof=1).mean()
     assert float(found[0]) == pytest.approx(math.sqrt((n - 1) / n + between / (n * within)), rel=1e-6)
+
+
+@pytest.mark.parametrize(("draws", "chains", "quantities"), [(400, 4, 10), (60, 2, 1), (1000, 3, 5000)])
+def test_chance_passes_the_limit_of_r_hat_once_in_a_hundred_times(draws: int, chains: int, quantities: int) -> None:
+    """Proves that for each quantity two R-hats count: ``(2 M - 1) F`` is chi-square, with F = n (R-hat^2 - 1) + 1."""
+    n, freedom = draws / (2 * chains), 2 * chains - 1
+    f = n * (rhat_limit(draws, chains, quantities) ** 2 - 1) + 1
+    assert 2 * quantities * scipy.stats.chi2.sf(freedom * f, freedom) == pytest.approx(0.01)
+
+
+def test_the_effective_size_is_that_of_the_halves_of_every_chain() -> None:
+    """Proves that columns of four chains, one of them elsewhere, are cut into eight halves; an odd draw is left out."""
+    values = torch.randn(4, 101, 3, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    values[1] += 0.4
+    halves = values[:, :100].reshape(8, 50, 3).numpy()
+    expected = arviz.ess(arviz.convert_to_dataset({"x": halves}), method="bulk")["x"].mean()
+    assert effective_size(values.flatten(0, 1), 4) == pytest.approx(float(expected), rel=1e-9)
 
 
 def test_an_autocorrelated_chain_is_worth_fewer_draws() -> None:

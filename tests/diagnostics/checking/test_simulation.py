@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 import pyro_bnn as pb
 from pyro_bnn.diagnostics.checking.findings import Finding
-from pyro_bnn.diagnostics.checking.simulation import SBCResult, sbc
+from pyro_bnn.diagnostics.checking.ranks import SBCResult
+from pyro_bnn.diagnostics.checking.simulation import sbc
 from pyro_bnn.diagnostics.checking.uniformity import RankBand, chi_square, where_ranks_pile_up
 
 ROWS, NOISE = 8, 0.5
@@ -253,7 +254,7 @@ def test_guides_that_are_still_in_training_are_told() -> None:
     assert slow.falling >= 2  # of the third the truth is where guides start
     (finding,) = [finding for finding in slow.findings() if finding.topic == "training"]
     assert finding.severity == "warning" and f"{slow.falling} of 3 guides was still falling when" in finding.message
-    done = sbc(normal_mean, AutoNormal, torch.zeros(ROWS), simulations=3, progress=False)
+    done = sbc(normal_mean, AutoNormal, torch.zeros(ROWS), simulations=3, steps=300, progress=False)
     assert done.falling == 0 and all(finding.topic != "training" for finding in done.findings())
 
 

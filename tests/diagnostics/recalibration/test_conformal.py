@@ -173,11 +173,20 @@ def test_rows_keep_their_sets_whatever_the_rounding_of_their_batch(score: Any, m
     assert float(whole.gather(1, y[:, None]).double().mean()) >= 0.9
     for start in range(4):
         assert torch.equal(found.predict(cells[index[start : start + 1]]), whole[start : start + 1])
-    scores = ConformalSets._scores
+    probs = pb.Prediction.probs.fget
+
+    def scale_scores(by: float) -> None:
+        """Class probabilities under which every score is multiplied by a number: 1 - p, or a sum of p."""
+
+        def scaled(prediction: pb.Prediction) -> torch.Tensor:
+            return by * probs(prediction) if score == "aps" else 1 - by * (1 - probs(prediction))
+
+        monkeypatch.setattr(pb.Prediction, "probs", property(scaled))
+
     for factor in (1 + 1e-6, 1 - 1e-6):  # ten roundings of float32
-        monkeypatch.setattr(ConformalSets, "_scores", lambda self, p, by=factor: by * scores(self, p))
+        scale_scores(factor)
         assert torch.equal(found.predict(cells[index]), whole)
-    monkeypatch.setattr(ConformalSets, "_scores", lambda self, p: scores(self, p) + 1e-4)
+    scale_scores(1 + 3e-4)
     assert not torch.equal(found.predict(cells[index]), whole), "that is no rounding"
 
 

@@ -207,7 +207,7 @@ def test_what_stays_in_memory_does_not_grow_with_draws_or_classes(
     draws: int, classes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[Any] = []
-    monkeypatch.setattr(metrics._Classification, "compute", lambda quality: kept.append(quality) or {}, raising=True)
+    monkeypatch.setattr(metrics.ClassificationMetrics, "compute", lambda metric: kept.append(metric) or {})
     posterior = classifier(draws=draws, classes=classes)
     evaluate(posterior, (rows(200), labels(200, 3)), ood=rows(300)[200:], num_samples=draws, batch_size=50)
     quality = kept[0]

@@ -103,7 +103,8 @@ def test_the_reference_is_of_this_problem_and_agrees_with_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "step_size", "warmup", "draws"), [(NUM_DATA, 0.08, 30, 90), (NUM_DATA // 4, 0.025, 40, 120)]
+    ("batch_size", "step_size", "warmup", "draws"),
+    [pytest.param(NUM_DATA, 0.08, 30, 90, marks=pytest.mark.slow), (NUM_DATA // 4, 0.025, 40, 120)],
 )
 def test_the_posterior_is_that_of_nuts(batch_size: int, step_size: float, warmup: int, draws: int) -> None:
     """Proves that SGHMC has the means and standard deviations of NUTS, with the gradients of the whole data and with
@@ -120,8 +121,8 @@ def test_the_posterior_is_that_of_nuts(batch_size: int, step_size: float, warmup
 @pytest.mark.parametrize(
     ("bound", "change", "options"),
     [
-        ("ratio", {}, {"temperature": 0.25}),
-        ("mean", {"noise": 2 * NOISE}, {}),
+        pytest.param("ratio", {}, {"temperature": 0.25}, marks=pytest.mark.slow),
+        pytest.param("mean", {"noise": 2 * NOISE}, {}, marks=pytest.mark.slow),
         ("correlation", {"prior": pb.priors.Normal(0.0, 1.0)}, {}),
     ],
     ids=["temperature", "noise", "prior"],

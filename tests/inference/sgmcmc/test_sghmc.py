@@ -79,6 +79,17 @@ def test_stationary_variance_is_the_closed_form(step_size: float, friction: floa
     assert configurational == pytest.approx(float((temperature * factor).mean()), rel=0.03)
 
 
+@pytest.mark.parametrize("temperature", [0.25, 4.0])
+def test_a_chain_starts_with_the_momentum_of_its_temperature(temperature: float) -> None:
+    """Proves u ~ N(0, T) before the first step: the variance of 12,000 coordinates within four standard errors."""
+    torch.manual_seed(0)
+    kernel = SGHMC(gaussian(), step_size=0.1, friction=0.1, temperature=temperature)
+    kernel.setup(1)
+    kernel.begin_at(kernel.initial_params)
+    found = float(kernel.momentum.square().mean())
+    assert found == pytest.approx(temperature, rel=4 * math.sqrt(2 / kernel.momentum.numel()))
+
+
 def test_halving_the_step_divides_the_bias_by_four() -> None:
     """Proves second order in h, measured and not from the formula."""
     bias = []

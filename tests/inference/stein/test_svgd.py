@@ -59,6 +59,7 @@ def test_variances_of_a_gaussian(n: int, bound: float) -> None:
     assert float((ratio - 1).abs().max()) < bound
 
 
+@pytest.mark.slow
 def test_a_wide_kernel_keeps_the_variance_of_fifteen_dimensions() -> None:
     """Proves that 200 particles recover .36 of the variance of a Gaussian with the median rule, and .9 of it with five
     times its bandwidth."""
@@ -72,7 +73,7 @@ def test_a_wide_kernel_keeps_the_variance_of_fifteen_dimensions() -> None:
     assert 0.3 < found[0] < 0.42 and found[1] > 0.9
 
 
-@pytest.mark.parametrize("h", [0.5, 1.0])
+@pytest.mark.parametrize("h", [pytest.param(0.5, marks=pytest.mark.slow), 1.0])
 def test_the_fixed_point_of_wgd(h: float) -> None:
     """Proves that "wgd" makes its density estimate meet the target, variance + h / 2 = 1, within 5 % at n = 200; the
     particles themselves are too narrow by design."""
@@ -93,7 +94,14 @@ def correlated() -> None:
     pyro.sample("z", dist.MultivariateNormal(MEAN, COVARIANCE))
 
 
-@pytest.mark.parametrize("space", [RBF(), IMQ(), KernelSum([RBF(ScaledMedian(0.5)), LinearKernel()])])
+@pytest.mark.parametrize(
+    "space",
+    [
+        RBF(),
+        pytest.param(IMQ(), marks=pytest.mark.slow),
+        pytest.param(KernelSum([RBF(ScaledMedian(0.5)), LinearKernel()]), marks=pytest.mark.slow),
+    ],
+)
 def test_moments_of_a_correlated_gaussian(space: Kernel) -> None:
     """Proves means and covariances within 7 % at n = 200 for every family of kernels, from one small cloud."""
     torch.manual_seed(0)
@@ -140,6 +148,7 @@ def moments_of_banana(kernel: Kernel, n: int) -> Tensor:
     return torch.stack([b.mean(), a.square().mean(), b.var(correction=0)]) / torch.tensor(exact, dtype=DOUBLE)
 
 
+@pytest.mark.slow
 def test_moments_of_a_banana() -> None:
     """Proves moments of a curved target, over two sites, within 7 % of quadrature at n = 200: all of them with the
     heavy-tailed kernel, and the first two with RBF. Its variance of b, a fourth moment of a, is 16 % short at n = 200;
@@ -151,7 +160,7 @@ def test_moments_of_a_banana() -> None:
     assert bool(((1 - many) < 0.6 * (1 - few)).all())
 
 
-@pytest.mark.parametrize("start", ["prior", "one place", "one place, annealed"])
+@pytest.mark.parametrize("start", ["prior", pytest.param("one place", marks=pytest.mark.slow), "one place, annealed"])
 def test_both_modes_are_covered(start: str) -> None:
     """Proves that 200 particles find two modes with their own means and widths, wherever they start; and their weights
     from a broad start or with annealing. The score does not tell the weights of modes apart: without either, more

@@ -114,6 +114,18 @@ def test_entropy_constraint_shortens_the_code() -> None:
     assert errors[0] < errors[1] < errors[2]
 
 
+def test_the_code_length_is_weighed_against_half_the_mean_square_error() -> None:
+    """One step of ``|x_i - c_k|^2 / (2 v) - rate log pi_k`` by brute force; v is half the mean square at the start."""
+    x = plane(5000)
+    m = clustering.fit_plane(x, 8, seed=0)
+    squares, nearest = torch.cdist(x, m.means).square().min(1)
+    means = torch.stack([x[nearest == k].mean(0) for k in range(8)])
+    shares = nearest.bincount(minlength=8) / len(x)
+    cost = torch.cdist(x, means).square() / squares.mean() - 2.0 * shares.log()
+    found, labels = clustering.quantise(x, m, 2.0, iterations=1)
+    assert torch.equal(labels.long(), cost.argmin(1)) and not torch.equal(labels.long(), nearest)
+
+
 @pytest.mark.parametrize("zero", [False, True])
 def test_labels_are_the_nearest_codes_and_codes_the_means_of_their_members(zero: bool) -> None:
     """Lloyd's two conditions by brute force, where deviations hardly differ; the labels of Gaussians
