@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, NamedTuple
 
 import pyro
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from pyro_bnn.entry import checks
 from pyro_bnn.inputs import LABELS, Data, Inputs, describe, inputs, integers_in, require_finite, split, targets
@@ -118,12 +128,13 @@ def _loader(data: Data, batch_size: int) -> DataLoader[object]:
 
 
 def _of_loader(model: Program, loader: DataLoader[object]) -> Minibatches:
-    size = len(loader.dataset) if isinstance(loader.dataset, Sized) else None
-    if size is not None and not loader.drop_last:
-        _require_num_data(model, size)
+    size, why = _size_of(loader)
+    if size is not None:
+        _require_num_data(model, size, why)
 
     def batches() -> Iterator[tuple[object, ...]]:
-        return (_loaded(model, batch) for batch in loader)
+        each = (_loaded(model, batch) for batch in loader)
+        return each if size is not None else _counted(model, each)
 
     try:
         with torch.random.fork_rng([]):
@@ -136,10 +147,71 @@ def _of_loader(model: Program, loader: DataLoader[object]) -> Minibatches:
         raise TypeError(
             "the loader has no length, by which annealing and schedules count: give its data set a __len__"
         ) from None
-    if isinstance(model, BayesianNetwork) and model.num_data:
-        size = model.num_data
+    known = model.num_data if size is None and isinstance(model, BayesianNetwork) else size
     shuffled = isinstance(getattr(loader, "sampler", None), RandomSampler)
-    return Minibatches(batches, lambda *batch: batch, steps, size, first, shuffled)
+    return Minibatches(batches, lambda *batch: batch, steps, known, first, shuffled)
+
+
+def _size_of(loader: DataLoader[object]) -> tuple[int | None, str]:
+    """Number N of different samples that passes through a loader train on, and why where that is not all there are.
+
+    What a sampler leaves out of every pass is no datum; what it leaves out of one pass and takes in another is.
+    ``None`` where only a pass can tell: of an iterable data set, and of one whose items are batches.
+    """
+    if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
+        return None, ""
+    total = len(loader.dataset)
+    sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if type(sampler) is not BatchSampler:  # its own kind of batches, or of indices
+        if isinstance(sampler, (SequentialSampler, RandomSampler)):  # items that are batches
+            return None, ""
+        return _size_by_passing(sampler, total)
+    rows, last = sampler.sampler, sampler.batch_size
+    match rows:
+        case SubsetRandomSampler():
+            taken = len({int(i) for i in rows.indices})
+            return taken, f"its SubsetRandomSampler takes {taken} of the {total} samples of its data set"
+        case WeightedRandomSampler():
+            taken = int((rows.weights > 0).sum())
+            return taken, f"its WeightedRandomSampler gives {taken} of the {total} samples a weight above 0"
+        case SequentialSampler():
+            taken = total - total % last if sampler.drop_last and total >= last else total
+            left = f"drop_last without shuffling leaves the same {total - taken} of {total} out of every pass"
+            return taken, left if taken < total else ""
+        case RandomSampler() | DistributedSampler():
+            return total, ""
+    return _size_by_passing(sampler, total)
+
+
+def _size_by_passing(sampler: Any, total: int) -> tuple[int | None, str]:
+    """Two passes over the indices of a sampler that is not torch's: the same samples twice are all that it takes."""
+    with torch.random.fork_rng([]):
+        one, other = ({int(i) for item in sampler for i in _indices(item)} for _ in range(2))
+    if not one or one != other:
+        return total, ""
+    return len(one), f"its {type(sampler).__name__} takes {len(one)} of the {total} samples of its data set"
+
+
+def _indices(item: Any) -> list[Any]:
+    return (
+        item.tolist()
+        if isinstance(item, Tensor) and item.dim()
+        else list(item)
+        if isinstance(item, Iterable)
+        else [item]
+    )
+
+
+def _counted(model: Program, batches: Iterator[tuple[object, ...]]) -> Iterator[tuple[object, ...]]:
+    """The batches of a pass, which is refused at its end if it had not as many samples as the model was told."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        if isinstance(model, BayesianNetwork):
+            x, y = batch
+            seen += count_samples(x, y if isinstance(y, Tensor) else None)
+    if seen:
+        _require_num_data(model, seen, "that is how many came in one pass, which nothing tells before")
 
 
 def _loaded(model: Program, batch: object) -> tuple[object, ...]:
@@ -158,11 +230,12 @@ def _loaded(model: Program, batch: object) -> tuple[object, ...]:
 # ------------------------------------------------------------------------------------------------------- checks
 
 
-def _require_num_data(model: Program, size: int) -> None:
+def _require_num_data(model: Program, size: int, why: str = "") -> None:
     if isinstance(model, BayesianNetwork) and model.num_data is not None and model.num_data != size:
         raise ValueError(
-            f"the model was built with num_data={model.num_data}, but the data has {size} samples: the likelihood "
-            "would be scaled wrongly. Build the model with the size of the training set"
+            f"the model was built with num_data={model.num_data}, but the data has {size} samples"
+            f"{f' ({why})' if why else ''}: the likelihood would be scaled wrongly. Build the model with the size of "
+            f"the training set, num_data={size}"
         )
 
 

@@ -1,5 +1,5 @@
 """The command line: `pyro-bnn fit` trains a Bayesian network beside its deterministic twin, `evaluate` scores it again,
-`report` makes a page of a run and `compare` one of several methods."""
+`predict` applies it to new rows, `report` makes a page of a run and `compare` one of several methods."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,6 @@ from torch import nn
 
 import pyro_bnn as pb
 from pyro_bnn.command import runs
-from pyro_bnn.command.data import IMAGE_SIZE, Task, load_task
 from pyro_bnn.command.options import (
     FamilyName,
     GroupName,
@@ -26,10 +25,14 @@ from pyro_bnn.command.options import (
     check,
     complete,
 )
-from pyro_bnn.command.pretrained import find_weights, image_size
 from pyro_bnn.command.recipes import Metrics, Trained, find_device, new_network, score, train_and_score
+from pyro_bnn.data import IMAGE_SIZE, Task
+from pyro_bnn.data import load as load_data
+from pyro_bnn.data.run_folder import predict as predict_new
+from pyro_bnn.data.task import TaskKind
 from pyro_bnn.diagnostics.pages.glossary import formats_of
-from pyro_bnn.files import write_json
+from pyro_bnn.files import replacing, write_json
+from pyro_bnn.models.architectures.pretrained import find_weights, image_size
 
 #: metrics that `fit` and `evaluate` print; the others are in metrics.json and on the page of `report`
 PRINTED = frozenset(
@@ -52,6 +55,22 @@ def fit(
         str, typer.Option(help="digits, or a path: .npz, .csv (with --target) or a folder of images")
     ] = "digits",
     target: Annotated[str | None, typer.Option(help="column of a .csv that is to be predicted")] = None,
+    task_: Annotated[
+        TaskKind | None, typer.Option("--task", help="whether the target is a class or a number, if values do not tell")
+    ] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option(help="column of a .csv that is no input; repeat for several")
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="share of the rows for testing [default: 0.3], or a column of a .csv with train and test"),
+    ] = None,
+    category: Annotated[
+        list[str] | None, typer.Option(help="column of a .csv with categories that look like numbers; repeat")
+    ] = None,
+    impute: Annotated[
+        bool, typer.Option("--impute", help="empty cells of a .csv: the median, and an input that says where")
+    ] = False,
     method: Annotated[
         MethodName,
         typer.Option(
@@ -110,6 +129,11 @@ def fit(
         asked: dict[str, Any] = {
             "data": data if data == "digits" else str(Path(data).resolve()),
             "target": target,
+            "task": task_,
+            "drop": tuple(drop or ()) or None,
+            "split": _split(split),
+            "category": tuple(category or ()) or None,
+            "impute": impute or None,
             "network": None if network == "auto" else network,
             "epochs": epochs,
             "components": components,
@@ -136,7 +160,16 @@ def fit(
         if weights is not None and network != "auto":
             raise ValueError(f"--pretrained {pretrained} has a network of its own: no --network")
         place = find_device(device)
-        task = load_task(data, target, size=IMAGE_SIZE if weights is None else image_size(weights))
+        task = load_data(
+            data,
+            target,
+            size=IMAGE_SIZE if weights is None else image_size(weights),
+            task=task_,
+            drop=drop or (),
+            split=_split(split),
+            category=category or (),
+            impute=impute,
+        )
         folder = out or Path("runs") / f"{method}-{task.name}"
         _require_folder(folder)
         _require_free(folder / "config.json", f"{str(folder)!r} holds a run already", overwrite)
@@ -167,6 +200,8 @@ def fit(
             console.print("No --pretrained: first the deterministic network, then particles around it")
         elif method == "weight-sharing":
             console.print("No --pretrained: first the deterministic network, then codes for its weights")
+        for note in task.notes:
+            console.print(f"Note: {note}", soft_wrap=True, highlight=False)
         fitted = train_and_score(net, task, options, console, known, field)
         runs.save(folder, task, options, fitted)
     console.print(_table(fitted.metrics, options, task.name))
@@ -180,6 +215,10 @@ def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="run folder of `pyro-bnn fit`")],
     data: Annotated[str | None, typer.Option(help="other data of the same form; their test part is scored")] = None,
     target: Annotated[str | None, typer.Option(help="column of a .csv [default: that of the run]")] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option(help="column that training did not have; repeat for several")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="share or column, as for `fit` [default: that of the run]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
 ) -> None:
@@ -187,7 +226,7 @@ def evaluate(
     with _user_errors(ValueError, OSError):
         place = find_device(device)
         run = runs.read(folder)
-        task = run.task(data, target)
+        task = run.task(data, target, drop=drop or (), split=_split(split))
         net = run.network().to(place)
         posterior, twin = run.posterior(net), run.posterior(net, "deterministic")
         known = run.metrics() if run.is_measured else {}
@@ -195,6 +234,35 @@ def evaluate(
         metrics["deterministic"] = known.get("deterministic", {}) | score(twin, task, run.options)
         write_json(folder / ("metrics.json" if data is None else f"metrics-{task.name}.json"), metrics)
     Console(quiet=quiet).print(_table(metrics, run.options, task.name))
+
+
+@app.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder of `pyro-bnn fit`")],
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="rows without a target: a file as that of training")],
+    out: Annotated[Path | None, typer.Option(help="file of comma-separated values [default: to the console]")] = None,
+    level: Annotated[float, typer.Option(help="probability of the interval of a number")] = 0.95,
+    samples: Annotated[int | None, typer.Option(min=1, help="draws [default: those of the run]")] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option(help="column that training did not have; repeat for several")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file that is there")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Predicts rows without a target, in the units of the training file, as comma-separated values."""
+    with _user_errors(ValueError, OSError):
+        place = find_device(device)
+        if out is not None:
+            if out.is_dir():
+                raise IsADirectoryError(f"--out {out} is a folder; give a file")
+            _require_free(out, f"{str(out)!r} is there already", overwrite)
+        table = predict_new(folder, new, level=level, num_samples=samples, drop=drop or (), device=place)
+        if out is None:
+            typer.echo(table.to_csv(index=False), nl=False)
+            return
+        with replacing(out) as temporary:
+            table.to_csv(temporary, index=False)
+    typer.echo(f"Saved {len(table)} rows in {out}", err=True)
 
 
 @app.command()
@@ -236,6 +304,22 @@ def compare(
         str | None, typer.Option(help="as for `fit` [default: that of the first of --runs, or digits]")
     ] = None,
     target: Annotated[str | None, typer.Option(help="column of a .csv that is to be predicted")] = None,
+    task_: Annotated[
+        TaskKind | None, typer.Option("--task", help="whether the target is a class or a number, if values do not tell")
+    ] = None,
+    drop: Annotated[
+        list[str] | None, typer.Option(help="column of a .csv that is no input; repeat for several")
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(help="share of the rows for testing [default: 0.3], or a column of a .csv with train and test"),
+    ] = None,
+    category: Annotated[
+        list[str] | None, typer.Option(help="column of a .csv with categories that look like numbers; repeat")
+    ] = None,
+    impute: Annotated[
+        bool, typer.Option("--impute", help="empty cells of a .csv: the median, and an input that says where")
+    ] = False,
     methods: Annotated[
         list[str] | None,
         typer.Option(help="to train, with commas or repeated [default: all, or with --runs none]"),
@@ -269,13 +353,27 @@ def compare(
         given = [runs.read(folder) for folder in runs_ or []]
         if data is None and given:
             data, target = given[0].options.data, target or given[0].options.target
-        task = load_task(data or "digits", target, given[0].encoding if given else None)
+        task = load_data(
+            data or "digits",
+            target,
+            given[0].encoding if given else None,
+            task=task_,
+            drop=drop or (),
+            split=_split(split),
+            category=category or (),
+            impute=impute,
+        )
         folder = out or Path("runs") / f"compare-{task.name}"
         _require_folder(folder)
         _require_free(folder / "comparison.json", f"{str(folder)!r} holds a comparison already", overwrite)
         asked: dict[str, Any] = {
             "data": str(Path(data).resolve()) if data not in (None, "digits") else "digits",
             "target": target,
+            "task": task_,
+            "drop": tuple(drop or ()) or None,
+            "split": _split(split),
+            "category": tuple(category or ()) or None,
+            "impute": impute or None,
             "network": None if network == "auto" else network,
             "epochs": epochs,
             "batch_size": batch_size,
@@ -283,6 +381,8 @@ def compare(
             "seed": seed,
             "device": str(place),
         }
+        for note in task.notes:
+            console.print(f"Note: {note}", soft_wrap=True, highlight=False)
         plan = comparing.plan(folder, chosen, asked, task, overwrite)
         comparing.require_same_data(given, task)
         found = [*given, *comparing.train_all(plan, task, console)]
@@ -309,6 +409,14 @@ def _table(metrics: Metrics, options: Options, name: str) -> Table:
         if key in PRINTED:
             table.add_row(shown.label, shown.text(metrics[key]), shown.text(metrics["deterministic"].get(key)))
     return table
+
+
+def _split(given: str | None) -> str | float | None:
+    """A share where there is a number, else the name of a column."""
+    try:
+        return None if given is None else float(given)
+    except ValueError:
+        return given
 
 
 def _require_folder(path: Path) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pyro_bnn.command.data import Task
+from pyro_bnn.data import Task
+from pyro_bnn.data.task import TaskKind
 
 MethodName = Literal["rank1", "dense", "spike-slab", "bella", "weight-sharing"]
 NetworkName = Literal["auto", "cnn", "mlp", "resnet18"]
@@ -81,6 +82,11 @@ class Options:
     pretrained: str | None = None
     codes: int = 256
     sampling: SamplingName = "codebook"
+    task: TaskKind | None = None
+    drop: tuple[str, ...] | None = None
+    split: str | float | None = None
+    category: tuple[str, ...] | None = None
+    impute: bool | None = None
 
     def used(self) -> dict[str, object]:
         """The options that the method has, without those that stand for nothing, for pages."""

@@ -6,17 +6,17 @@ import math
 import time
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
 
 import pyro_bnn as pb
-from pyro_bnn.command import pretrained
-from pyro_bnn.command.data import Task
-from pyro_bnn.command.options import NetworkName, Options
-from pyro_bnn.models import architectures
+from pyro_bnn.command.options import Options
+from pyro_bnn.data import Task
+from pyro_bnn.models.architectures import pretrained
+from pyro_bnn.models.architectures.named import build_network
 
 Metrics = dict[str, Any]
 
@@ -137,24 +137,6 @@ def _prior(options: Options) -> pb.priors.Prior:
             return pb.priors.SpikeAndSlab(0.1 * scale, scale, group=options.group)
         case "gaussian-mixture":  # most weights near zero
             return pb.priors.GaussianMixture(locs=[0.0, 0.0], scales=[0.01, 0.2], weights=[0.9, 0.1])
-
-
-def build_network(name: str, in_shape: tuple[int, ...], out_features: int, load: bool = False) -> nn.Module:
-    """A network by the name in a run's options.
-
-    :param name: a :data:`NetworkName`, or weights of torchvision, which ``load`` gives to their network.
-    :raises ValueError: when it does not take such inputs.
-    :raises OSError: when the weights are not to be had.
-    """
-    if name not in get_args(NetworkName):
-        return pretrained.build(name, in_shape, out_features, load)
-    if name == "mlp":
-        return architectures.mlp(math.prod(in_shape), (128, 128), out_features)
-    if len(in_shape) != 3 or min(in_shape[1:]) < 4:
-        raise ValueError(f"--network {name} takes images [channels, height, width], a row of these data is {in_shape}")
-    if name == "resnet18":
-        return architectures.resnet18(out_features, in_channels=in_shape[0])
-    return architectures.digits_cnn(out_features, in_channels=in_shape[0])
 
 
 def new_network(options: Options, task: Task, console: Console) -> nn.Module:

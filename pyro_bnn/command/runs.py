@@ -13,19 +13,23 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 import pyro_bnn as pb
-from pyro_bnn.command.data import Encoding, Task, load_task
 from pyro_bnn.command.options import Options
-from pyro_bnn.command.recipes import Fitted, Metrics, Trained, build_network
-from pyro_bnn.files import read_json, replacing, require_seal, sealed, write_json
+from pyro_bnn.command.recipes import Fitted, Metrics, Trained
+from pyro_bnn.data import Encoding, Task
+from pyro_bnn.data import load as load_data
+from pyro_bnn.data.run_folder import RUN_FORMAT, read_run
+from pyro_bnn.files import read_json, replacing, sealed, write_json
+from pyro_bnn.models.architectures.named import build_network
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS
 
-RUN_FORMAT = 1
 ARVIZ_ROWS = 1000
 
 
@@ -46,15 +50,23 @@ class Run:
     in_shape: tuple[int, ...]
     encoding: Encoding
 
-    def task(self, data: str | None = None, target: str | None = None) -> Task:
+    def task(
+        self,
+        data: str | None = None,
+        target: str | None = None,
+        *,
+        drop: Sequence[str] = (),
+        split: str | float | None = None,
+    ) -> Task:
         """The data of the run, or others of the same form, read as its own were.
 
+        :param drop, split: see :func:`pyro_bnn.data.from_csv`.
         :raises ValueError: when they are of another form.
         :raises OSError: when they are not to be had.
         """
         if target is None and (data is None or Path(data).suffix.lower() == ".csv"):
             target = self.options.target
-        task = load_task(data or self.options.data, target, self.encoding, self.in_shape[-1])
+        task = load_data(data or self.options.data, target, self.encoding, self.in_shape[-1], drop=drop, split=split)
         if tuple(task.x_test.shape[1:]) != self.in_shape:
             raise ValueError(
                 f"a row of {data or self.options.data!r} has shape {tuple(task.x_test.shape[1:])}, "
@@ -90,28 +102,20 @@ class Run:
         return read_json(self.folder / "metrics.json")
 
 
-def is_run(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
-
-
 def read(folder: Path) -> Run:
     """The run in a folder.
 
     :raises FileNotFoundError: when there is none.
     :raises ValueError: when its configuration is not one that this version reads.
     """
-    path = folder / "config.json"
-    if not is_run(folder):
-        raise FileNotFoundError(f"{str(folder)!r} is not the folder of a run: it has no config.json")
-    config = read_json(path)
-    if config.get("format") != RUN_FORMAT:
-        raise ValueError(f"{str(path)!r} has format {config.get('format')!r}, this version reads format {RUN_FORMAT}")
-    if "digest" in config:  # runs of before have none
-        require_seal(config, path)
+    found = read_run(folder)
     try:
-        encoding = Encoding.from_json(config["encoding"])
-        return Run(folder, Options(**config["options"]), tuple(config["in_shape"]), encoding)
-    except (KeyError, TypeError, AttributeError) as error:
+        options: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in found.options.items()
+        }
+        return Run(folder, Options(**options), found.in_shape, found.encoding)
+    except TypeError as error:
+        path = folder / "config.json"
         raise ValueError(f"{str(path)!r} is not the configuration of a run: {error}") from error
 
 

@@ -13,7 +13,7 @@ import torch
 from sklearn.model_selection import StratifiedKFold
 
 import pyro_bnn as pb
-from pyro_bnn.command.data import digits
+from pyro_bnn.data import digits
 from pyro_bnn.inference import cosine, fit
 from pyro_bnn.models import Dense, PointGuide, Rank1, Rank1Guide
 from pyro_bnn.models.architectures import digits_cnn

@@ -16,7 +16,7 @@ from html_page import require_self_contained
 from PIL import Image
 
 import pyro_bnn as pb
-from pyro_bnn.command import data
+from pyro_bnn import data
 from pyro_bnn.command.cli import app
 from pyro_bnn.command.options import MethodName, complete
 from pyro_bnn.models import architectures

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 import pyro_bnn as pb
-from pyro_bnn.command import pretrained
-from pyro_bnn.command.pretrained import Pretrained, find_weights
-from pyro_bnn.command.recipes import build_network
+from pyro_bnn.models.architectures import pretrained
+from pyro_bnn.models.architectures.named import build_network
+from pyro_bnn.models.architectures.pretrained import Pretrained, find_weights
 
 NAME = "MobileNet_V3_Small_Weights.IMAGENET1K_V1"
 FILE = "mobilenet_v3_small-047dcff4.pth"

@@ -283,3 +283,12 @@ def test_a_run_of_before_there_were_all_methods_is_evaluated(runs: Path) -> None
         del config["options"][option]
     path.write_text(json.dumps(config))
     require_metrics(evaluated(path.parent), before)
+
+
+@pytest.mark.parametrize(("name", "new"), [("rank1", "labels.csv"), ("regression", "numbers.csv")])
+def test_a_run_of_before_predicts_new_rows(name: str, new: str, runs: Path) -> None:
+    """Proves that columns are found by name without what newer runs know of them, the target standing among them."""
+    table = pb.predict(runs / name, runs / new)
+    with open(runs / new) as file:
+        assert len(table) == len(file.readlines()) - 1
+    assert table.select_dtypes("number").notna().all(axis=None)

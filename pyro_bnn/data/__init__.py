@@ -1,0 +1,29 @@
+"""Data in files as tensors: tables, arrays, images, and the digits that come with scikit-learn.
+
+:func:`load` makes a :class:`Task` of a file. Its :class:`Encoding` is what training saw of the file, by which every
+later file is read: :func:`load` with ``encoding=`` for data with targets, :func:`load_inputs` for rows without.
+"""
+
+from pyro_bnn.data.arrays import from_npz
+from pyro_bnn.data.digits import digits
+from pyro_bnn.data.encoding import ArrayForm, Column, Encoding
+from pyro_bnn.data.images import IMAGE_SIZE, from_image_folder, read_image
+from pyro_bnn.data.loading import NewRows, load, load_inputs
+from pyro_bnn.data.tables import from_csv
+from pyro_bnn.data.task import Task
+
+__all__ = [
+    "IMAGE_SIZE",
+    "ArrayForm",
+    "Column",
+    "Encoding",
+    "NewRows",
+    "Task",
+    "digits",
+    "from_csv",
+    "from_image_folder",
+    "from_npz",
+    "load",
+    "load_inputs",
+    "read_image",
+]
