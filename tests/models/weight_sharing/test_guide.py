@@ -138,7 +138,7 @@ def test_a_vision_transformer() -> None:
 
 def test_bad_input() -> None:
     model = WeightSharing(chain(2, 4, 1), Gaussian(0.3), N)
-    for codes, message in ((13, "codes=13, but there are only 12 weights"), (0, "codes=0: expected the number")):
+    for codes, message in ((13, "codes=13, but there are only 12 weights"), (0, "codes=0: expected a whole number")):
         with pytest.raises(ValueError, match=message):
             CodebookGuide(model, codes, blend=0.0, outliers=0.0)
     with pytest.raises(ValueError, match="sampling='paper': expected one of 'codebook', 'mixture'"):
