@@ -58,7 +58,16 @@ def row_weights(net: nn.Module, perturbations: dict[str, Perturbation], member: 
             return parameters[name] + p.scale * torch.einsum("or,r...->o...", b, a)
         return outer(parameters[name], pick(p.r), pick(p.s), groups_of(net, name))
 
-    return {name: own(name, p) for name, p in perturbations.items()}
+    weights = {name: own(name, p) for name, p in perturbations.items()}
+    for name in weights:
+        owner, _, leaf = name.rpartition(".")
+        padding = getattr(net.get_submodule(owner), "padding_idx", None) if leaf == "weight" else None
+        if (
+            padding is not None
+            and sum(q is parameters[name] for _, q in net.named_parameters(remove_duplicate=False)) == 1
+        ):
+            weights[name][padding] = parameters[name][padding].detach()  # the row for padding is not perturbed
+    return weights
 
 
 def call(net: nn.Module, x: Any) -> Any:
