@@ -145,7 +145,7 @@ def test_bad_input() -> None:
         CodebookGuide(model, 3, sampling="paper")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="init_scale=0"):
         CodebookGuide(model, 3, init_scale=0)
-    with pytest.raises(ValueError, match="outliers=1.5: expected a share"):
+    with pytest.raises(ValueError, match="outliers=1.5: expected a number in"):
         CodebookGuide(model, 3, outliers=1.5)
     with pytest.raises(TypeError, match=r"takes a pyro_bnn.models.WeightSharing, got Rank1"):
         CodebookGuide(pb.models.Rank1(chain(2, 1), Gaussian(0.3), N), 3)  # type: ignore[arg-type]
