@@ -52,8 +52,9 @@ def replacing_folder(path: Path, last: str = "") -> Iterator[Path]:
     """An empty folder to write to, whose files take their places in ``path`` once all are written.
 
     A folder that is not there appears whole. In one that is there, files of the same names are replaced one after the
-    other, ``last`` after all others, and everything else stays. After an error ``path`` is as it was. The folders above
-    it are made, a symbolic link stays one, and permissions are those that the umask gives.
+    other, ``last`` after all others, and everything else stays. After an error while they are written ``path`` is as it
+    was; one while they take their places leaves the rest as they were. The folders above it are made, a symbolic link
+    stays one, and permissions are those that the umask gives.
 
     :raises OSError: when it cannot be written; the message names ``path``.
     """

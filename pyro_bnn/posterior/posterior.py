@@ -397,7 +397,7 @@ class Posterior:
         :param prior: ``False`` leaves the prior out, and :func:`load` then needs ``prior=``.
         :raises TypeError: when model, guide, output or prior cannot be described in JSON; the message names the remedy.
         :raises FileExistsError: when ``path`` exists and is no posterior.
-        :raises OSError: when the disk refuses it; a posterior that was there before still loads.
+        :raises OSError: when the disk refuses it; what is there is whole then, the older posterior or this one.
         """
         storage.write(path, self.model, self.guide, losses=self.losses, sampler=self.sampler, prior=prior)
 

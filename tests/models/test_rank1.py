@@ -539,7 +539,7 @@ def test_predictive_agrees_with_the_posterior(model: Rank1) -> None:
     guide = Rank1Guide(model, 3, init_dropout_rate=0.05)
     with torch.no_grad():
         guide.scale_loc[0][:, -1] = -3.0  # little noise
-    posterior = pb.Posterior(model, guide)
+    posterior = pb.Posterior(model.eval(), guide.eval())
     ours = posterior.predict(x, 500, seed=0).per_member.flatten(0, 1)
     theirs = Predictive(model, guide=posterior.guide, num_samples=1000, parallel=True)(x)["obs"].reshape(1000, N)
     error = (ours.var(0) / 500 + theirs.var(0) / 1000).sqrt()  # components are strata: at least this accurate

@@ -159,7 +159,7 @@ def test_gaussian_moments_and_interval_against_scipy() -> None:
     torch.testing.assert_close(prediction.log_prob(y), torch.tensor(expected))
     with pytest.raises(TypeError, match="probs is not defined"):
         _ = prediction.probs
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match=r"level=1.0: expected a number in \(0, 1\)"):
         prediction.interval(1.0)
 
 

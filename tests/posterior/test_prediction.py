@@ -319,25 +319,31 @@ def test_options_survive_a_file(kind: str, tmp_path: Path) -> None:
     assert again[0].losses == again[1].losses
 
 
-def test_a_rename_that_fails_leaves_the_older_posterior(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The older folder is out of the way when the new one cannot take its place: it comes back."""
-    posterior, _ = fitted("point")
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_rename_that_fails_leaves_a_whole_posterior(
+    failing: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The older one before any file took its place, the newer one after the first did, which holds all of it."""
+    posterior, x = fitted("point")
     posterior.save(tmp_path / "p")
-    before = (tmp_path / "p" / "tensors.safetensors").read_bytes()
     replace, calls = storage.os.replace, []
 
-    def second_fails(a: Any, b: Any) -> None:
+    def fails(a: Any, b: Any) -> None:
         calls.append(b)
-        if len(calls) == 2:
+        if len(calls) == failing:
             raise OSError("no space left")
         replace(a, b)
 
-    monkeypatch.setattr(storage.os, "replace", second_fails)
     other, _ = fitted("dense")
-    with pytest.raises(OSError, match="no space left"):
-        other.save(tmp_path / "p")
-    assert (tmp_path / "p" / "tensors.safetensors").read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "replace", fails)
+        with pytest.raises(OSError, match="no space left"):
+            other.save(tmp_path / "p")
+    left = pb.load(tmp_path / "p", posterior.model.core().net)
+    expected = posterior if failing == 1 else other
+    torch.testing.assert_close(left.predict(x, seed=0).outputs, expected.predict(x, seed=0).outputs, rtol=0, atol=0)
     assert [f.name for f in tmp_path.iterdir()] == ["p"]
+    assert sorted(f.name for f in (tmp_path / "p").iterdir()) == ["posterior.json", "tensors.safetensors"]
 
 
 def test_a_distribution_as_prior_is_named_in_the_refusal(tmp_path: Path) -> None:
