@@ -47,6 +47,7 @@ class TrainingRun:
         self.model, self.guide = model, guide
         self.parameters, self.optimizer, self.scheduler = list(parameters), optimizer, scheduler
         self.buffers = [b for program in (model, guide) if isinstance(program, nn.Module) for b in program.buffers()]
+        self._names = self._find_names()  # now: a buffer that is replaced while codes merge is another tensor then
         self.epoch, self.step = 0, step
         self.settings = dict(settings)
         self.losses: list[float] = []
@@ -110,7 +111,7 @@ class TrainingRun:
                     "step": self.step,
                     "losses": self.losses,
                     "values": [v.detach() for v in (*self.parameters, *self.buffers)],
-                    "names": self._names(),
+                    "names": self._names,
                     "settings": self.settings,
                     "optimizer": self.optimizer.state_dict(),
                     "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
@@ -146,8 +147,8 @@ class TrainingRun:
 
     def _require_same(self, state: Mapping[str, Any], path: str | os.PathLike[str], epochs: int | None) -> None:
         values, saved = [*self.parameters, *self.buffers], state["values"]
-        own = [(name, v.dtype, v.shape) for name, v in zip(self._names(), values, strict=True)]
-        names = state.get("names", self._names())
+        own = [(name, v.dtype, v.shape) for name, v in zip(self._names, values, strict=True)]
+        names = state.get("names", self._names)
         if own != [(name, v.dtype, v.shape) for name, v in zip(names, saved, strict=False)] or len(own) != len(saved):
             raise ValueError(
                 f"{path} is the checkpoint of another model or guide (its tensors have other names, shapes or dtypes); "
@@ -188,7 +189,7 @@ class TrainingRun:
         for device, saved in zip(self._cuda_devices(), state["cuda_random"], strict=True):
             torch.cuda.set_rng_state(saved, device)
 
-    def _names(self) -> list[str]:
+    def _find_names(self) -> list[str]:
         """Of parameters and buffers; those that only Pyro's store knows have none."""
         known: dict[int, str] = {}
         for program, of in ((self.model, "model"), (self.guide, "guide")):

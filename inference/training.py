@@ -209,7 +209,9 @@ def require_supports(model: poutine.Trace, guide: poutine.Trace) -> None:
         low, high = _bounds(prior["fn"].support)
         point = isinstance(_base(site["fn"]), dist.Delta)
         value: Tensor = site["value"]
-        least, most = (float(value.detach().min()), float(value.detach().max())) if point else _bounds(site["fn"].support)
+        least, most = (
+            (float(value.detach().min()), float(value.detach().max())) if point else _bounds(site["fn"].support)
+        )
         if least < low or most > high:
             found = "points" if point else f"a {type(_base(site['fn'])).__name__} on"
             raise ValueError(

@@ -81,7 +81,11 @@ def require_network(net: object) -> None:
         latent = isinstance(part, PyroModule) and part.__dict__.get("_pyro_samples")
         if isinstance(part, (ProgramModule, AutoGuide)) or latent:
             where = f"net has {type(part).__name__} as its part {name!r}" if name else f"net={type(part).__name__}"
-            core = ": its network is model.core().net" if isinstance(part, BayesianNetwork) else ""
+            core = (
+                ": its network is copy.deepcopy(model.core().net).requires_grad_()"
+                if isinstance(part, BayesianNetwork)
+                else ""
+            )
             raise TypeError(f"{where}: expected a plain network, not a program that is Bayesian already{core}")
 
 

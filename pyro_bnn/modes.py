@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pyro_bnn.entry.threads import one_at_a_time
 
 _mode: ContextVar[bool | None] = ContextVar("mode", default=None)
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
 
 
 @contextlib.contextmanager
@@ -123,7 +124,7 @@ def frozen(program: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(net: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, full precision; modes, buffers and random state are put back."""
+    """Eval mode, no gradients, full precision; modes, buffers, tables with max_norm and random state are put back."""
     devices = {t.device for t in [*net.parameters(), *net.buffers()] if t.device.type == "cuda"}
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_at_a_time)
@@ -132,4 +133,17 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
         for kind in {"cpu", *(device.type for device in devices)}:
             stack.enter_context(torch.autocast(kind, enabled=False))
         stack.enter_context(evaluating(net))
+        stack.enter_context(_keeping_tables(net))
         yield
+
+
+@contextlib.contextmanager
+def _keeping_tables(net: nn.Module) -> Iterator[None]:
+    """Puts back the tables that every pass of the network writes into."""
+    tables = [m.weight.data for m in net.modules() if isinstance(m, _TABLES) and m.max_norm is not None]
+    values = [table.clone() for table in tables]
+    try:
+        yield
+    finally:
+        for table, value in zip(tables, values, strict=True):
+            table.copy_(value)

@@ -146,7 +146,7 @@ class Network(nn.Module):
         strays: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if weights and (training, len(weights)) not in self._inspected:
             parameters = self.parameters_by_name()
-            strays = Strays({id(parameters[name]): name for name in weights})
+            strays = Strays({id(parameters[name]): name for name in weights if name in parameters})
         with strays, this.running():
             y = self._tensor(self.net(*args, **kwargs))
         if weights:

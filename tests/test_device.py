@@ -138,7 +138,8 @@ def test_every_tensor_of_guide_model_and_prediction_is_on_the_networks_device(ne
         outputs = network_outputs(on_gpu, latents, x_gpu, posterior.num_members)
         prediction = pb.Prediction(outputs, likelihood)
         scores = [disagreement(prediction), *ood_scores(prediction).values()]
-        for value in (prediction.probs, prediction.entropy, prediction.log_prob(y_gpu), *scores):
+        density = likelihood.given(outputs, y_gpu, lead=3)  # prediction.log_prob reads the labels first
+        for value in (prediction.probs, prediction.entropy, density.log_prob(y_gpu), *scores):
             assert isinstance(value, FakeTensor) and value.device.type == "cuda"
         for density in log_densities(posterior, 3):
             assert density is None or density.device.type == "cuda"

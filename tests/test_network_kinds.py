@@ -217,7 +217,7 @@ def whole_way(name: str, model_name: str, kind: Kind, tmp_path: Path) -> None:
     guide = guide_class(model, **options)
 
     # gradients, by plain autograd on the weights that a draw stands for
-    posterior = pb.Posterior(model, guide)
+    posterior = pb.Posterior(model.eval(), guide.eval())
     latents = {n: v[0, 0].detach().requires_grad_() for n, v in posterior.draws(1, seed=0).items()}
     f = model.function(x, {n: v[None, None] for n, v in latents.items()}, N)[0]
     y = torch.randint(0, CLASSES, (N,) + f.shape[2:])

@@ -41,7 +41,7 @@ from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import keeping_modes, settle
 from pyro_bnn.network import batch_size
 from pyro_bnn.posterior import Posterior
-from pyro_bnn.randomness import device_of, seeded
+from pyro_bnn.randomness import device_of, forked, seeded
 from pyro_bnn.sites import Program
 
 OfStep = float | Callable[[int], float]
@@ -344,7 +344,8 @@ class SVGD:
             if isinstance(self.guide, AutoParticles):
                 particles = AnyParticles(self.guide, self.sequential is True, args)
             else:
-                require_supports(*prior_and_guide(self.model, self.guide, args))
+                with forked(device_of(self.model)):  # the draw is no step of the run
+                    require_supports(*prior_and_guide(self.model, self.guide, args))
                 particles = (OneByOne if self._in_turn(args) else Together)(self.model, self.guide)
             pairs = self._pairs() if self.space == "product" else []
             groups = list(divide(particles.segments, pairs, self.scope))

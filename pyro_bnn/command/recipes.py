@@ -251,7 +251,9 @@ def train_weight_sharing(
 
     :return: the posterior, and its ``compression_report()``.
     """
-    net = trained_network(twin.posterior) if field is None else copy.deepcopy(field.model.core().net)  # type: ignore[attr-defined]
+    net = (
+        trained_network(twin.posterior) if field is None else copy.deepcopy(field.model.core().net).requires_grad_()  # type: ignore[attr-defined]
+    )
     likelihood, size = _likelihood(task), len(task.x_train)
     prior: pb.priors.PriorLike = _prior(options)
     if options.prior == "gaussian-mixture":  # the codebook is the prior of what it codes

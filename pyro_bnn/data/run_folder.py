@@ -15,6 +15,7 @@ from torch import nn
 from pyro_bnn import posterior as posteriors
 from pyro_bnn.data.encoding import Encoding
 from pyro_bnn.data.loading import load_inputs
+from pyro_bnn.entry import checks
 from pyro_bnn.files import read_json, require_seal
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.models.architectures.named import build_network
@@ -141,8 +142,9 @@ def predict(
     """
     import pandas as pd  # takes time to import
 
-    if not 0 < level < 1:
-        raise ValueError(f"level={level!r}: expected a probability strictly between 0 and 1")
+    level = checks.share("level", level)
+    checks.optional(checks.count, "num_samples", num_samples)
+    checks.seed("seed", seed)
     known = read_run(Path(run))
     rows = load_inputs(Path(new), known.encoding, known.in_shape[-1], drop=drop)
     if tuple(rows.x.shape[1:]) != known.in_shape:

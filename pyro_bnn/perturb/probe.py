@@ -216,7 +216,7 @@ def check_fold(
     :raises ValueError: when axis 0 of the network's output does not run over its rows.
     """
     pair = select_samples(x, size, unlike_samples(x, size, 2))
-    with undisturbed(net), _no_small_weights(net), Steady():
+    with undisturbed(net), _no_small_weights(net):
         reason = _misfold(run, names, neutral, parameters, layouts, pair, padded)
         if reason is None:
             return
@@ -266,7 +266,7 @@ def _misfold(
     folded = pytree.tree_map(lambda t: torch.cat([t, t]) if batched(t, 2) else t, pair)
     ids = {name: i for i, name in names.items()}
     try:
-        with Perturb(neutral | {ids[n]: p for n, p in perturbations.items()}, names, layouts, 2, 2, padded):
+        with Steady(), Perturb(neutral | {ids[n]: p for n, p in perturbations.items()}, names, layouts, 2, 2, padded):
             y = run(folded)
     except RuntimeError as error:
         return str(error)
@@ -276,7 +276,8 @@ def _misfold(
     for m in range(2):
         for b in range(2):
             weights = {n: p.explicit(parameters[n], m, b) for n, p in perturbations.items()}
-            alone = run(select_samples(pair, 2, [b, b]), weights)[0]
+            with Steady():
+                alone = run(select_samples(pair, 2, [b, b]), weights)[0]
             scale = alone.abs().max()
             if not torch.allclose(y[2 * m + b], alone, rtol=0, atol=float(tolerance * scale), equal_nan=True):
                 return "another output"

@@ -54,7 +54,7 @@ class Pass:
 
     :param net: the network.
     :param slots: of its parameters, see :func:`find_slots`.
-    :param weights: the tensors that take the place of parameters, by name.
+    :param weights: the tensors that take the place of parameters, and of buffers, by name.
     :param mode: what rewrites the calls that consume weights; ``None`` when nothing does.
     """
 
@@ -69,7 +69,11 @@ class Pass:
         self._forward_hooks: list[_Entry] | None = None
         self._entries: list[_Entry] = []
         for name, value in weights.items():
-            for module, own in slots[name]:
+            if name not in slots:
+                buffer = net.get_buffer(name)
+                holders = [m._buffers for m in net.modules()]
+                self._entries += [(held, own, value) for held in holders for own in held if held[own] is buffer]
+            for module, own in slots.get(name, ()):
                 self._entries.append((module._parameters, own, value))
                 if isinstance(module, nn.RNNBase):  # it makes a list of its weights, which goes with them
                     known = vars(module)

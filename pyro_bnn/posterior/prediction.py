@@ -193,7 +193,7 @@ class Prediction:
         """
         density = self._distribution(y)
         if self.likelihood is not None and y.numel():
-            self.likelihood.check(y, self.outputs)
+            self.likelihood.check(y, self.outputs[0, 0])
         return density.log_prob(y)
 
     @one_at_a_time

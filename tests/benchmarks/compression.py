@@ -10,6 +10,7 @@ training images; ``--validate`` measures on the other 10,000, which is how setti
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -191,7 +192,9 @@ class Study:
         if own_prior:
             prior = {name: CodebookPrior() for name in model.weights()} | {".*": PRIOR}
             state = model.state_dict()
-            model = WeightSharing(model.core().net, LIKELIHOOD, len(self.train[1]), prior=prior)
+            model = WeightSharing(
+                copy.deepcopy(model.core().net).requires_grad_(), LIKELIHOOD, len(self.train[1]), prior=prior
+            )
             model.load_state_dict(state)
         s = self.settings
         guide = CodebookGuide.from_mean_field(model, field, **({"codes": s.codes, "seed": 0} | options))

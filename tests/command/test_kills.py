@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,14 @@ def require_same_runs(found: Path, expected: Path) -> None:
 
 def kill_and_run_again(name: str, folder: Path, kills: int) -> None:
     data = small_npz(folder / "small.npz")
+    start = time.perf_counter()
     run(*command(name, data, folder / "whole"))
+    seconds = time.perf_counter() - start
     rng, ended = random.Random(kills), 0
     arguments = command(name, data, folder / "killed" / "run")
-    for _ in range(kills):
-        ended += killed.kill_after(lambda: CliRunner().invoke(app, arguments), 0.3 + 2 * rng.random()) == -9
+    for i in range(kills):
+        moment = 0.6 * seconds * (i + rng.random()) / kills
+        ended += killed.kill_after(lambda: CliRunner().invoke(app, arguments), moment) == -9
     assert ended, "no command was killed before it ended"
     if not (folder / "killed" / "run" / ("config.json" if name == "fit" else "comparison.json")).is_file():
         run(*arguments)

@@ -237,6 +237,7 @@ DOORS = [
             likelihoods.HeteroscedasticGaussian,
         )
     ),
+    Door(likelihoods.Categorical, likelihoods.Categorical, {"class_dim": [*NEVER, math.inf, 0, 1.5]}),
     Door(
         likelihoods.Gaussian,
         likelihoods.Gaussian,
@@ -323,6 +324,11 @@ DOORS = [
     Door(pruning.KeFanRule, pruning.KeFanRule, {"hard_threshold": POSITIVE}),
     # posteriors
     draws_of(pb.Posterior.predict, X),
+    Door(
+        pb.predict,
+        lambda **options: pb.predict("no run", "new.csv", **options),
+        {"level": SHARE, "num_samples": COUNT, "seed": SEED},
+    ),
     draws_of(pb.Posterior.log_likelihood, X, Y),
     *(
         Door(method, lambda method=method, **o: method(posterior(), **({"n": 1} | o)), {"n": COUNT, "seed": SEED})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,12 +214,16 @@ def kill_and_resume(engine: Callable[..., pb.Posterior], folder: Path, kills: in
     """A run that is killed so many times, at seeded moments, ends where one that is not does, to the last bit."""
     (folder / "whole").mkdir()
     (folder / "killed").mkdir()
+    engine(folder / "warm.pt", epochs=1)  # a first run takes longer
     torch.manual_seed(5)
+    start = time.perf_counter()
     whole = engine(folder / "whole" / "run.pt", epochs=kills + 2)
+    seconds = time.perf_counter() - start
     rng, ended = random.Random(kills), 0
-    for _ in range(kills):
+    for i in range(kills):
         torch.manual_seed(5)
-        ended += killed.kill_after(lambda: engine(folder / "killed" / "run.pt", epochs=kills + 2), 0.2 * rng.random())
+        moment = 0.5 * seconds * (i + rng.random()) / kills
+        ended += killed.kill_after(lambda: engine(folder / "killed" / "run.pt", epochs=kills + 2), moment)
     torch.manual_seed(5)
     resumed = engine(folder / "killed" / "run.pt", epochs=kills + 2)
     assert ended, "no run was killed before it ended"

@@ -384,7 +384,7 @@ def test_particles_with_gains_and_biases_of_their_own(name: str) -> None:
     pixels = 32 if name == "convnext_tiny" else 16
     x = torch.randn(2, 3, pixels, pixels, dtype=torch.float64)
     with torch.no_grad():
-        for member in pb.Posterior(model, guide).predict(x, num_samples=1).outputs[0]:
+        for member in pb.Posterior(model.eval(), guide.eval()).predict(x, num_samples=1).outputs[0]:
             torch.testing.assert_close(member, net(x), rtol=1e-10, atol=1e-12)
     for value in guide.parameters():
         value.data += 0.02 * torch.randn_like(value)

@@ -208,5 +208,5 @@ def test_bad_input(measure: object) -> None:
         measure(probs, torch.full((5,), 4))
     with pytest.raises(ValueError, match="labels from -1"):
         measure(probs, torch.full((5,), -1))
-    with pytest.raises(ValueError, match="bins=0: expected at least one"):
+    with pytest.raises(ValueError, match="bins=0: expected a whole number, at least 1"):
         measure(probs, y, bins=0)

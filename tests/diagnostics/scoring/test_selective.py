@@ -162,5 +162,5 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="loss holds NaN"):
         aurc(confidence, loss * math.nan)
     for coverage in (0, -0.1, 1.1, math.nan):
-        with pytest.raises(ValueError, match="above 0 and at most 1"):
+        with pytest.raises(ValueError, match=r"expected a number in \(0, 1\]"):
             risk_at_coverage(confidence, loss, coverage)

@@ -379,8 +379,8 @@ def test_the_rule_of_ke_and_fan() -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: InclusionRule(0.0), "between 0 and 1"),
-        (lambda: MagnitudeRule(1.0), "between 0 and 1"),
+        (lambda: InclusionRule(0.0), r"expected a number in \(0, 1\)"),
+        (lambda: MagnitudeRule(1.0), r"expected a number in \(0, 1\)"),
         (lambda: KeFanRule(-1.0), "positive"),
         (lambda: pb.inference.pruning.rule("random"), "'inclusion'"),
     ],

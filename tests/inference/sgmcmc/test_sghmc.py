@@ -389,7 +389,7 @@ def test_pickling_streaming_and_chosen_sites() -> None:
 def test_every_model_and_every_way_to_predict() -> None:
     """Proves that a sampled network is a Posterior as any other: Dense and Rank1, chains, predict, log_likelihood."""
     dense, x, y = network()
-    rank1 = Rank1(dense.core().net, pb.likelihoods.Gaussian(0.5), 64)
+    rank1 = Rank1(dense.core().net.requires_grad_(), pb.likelihoods.Gaussian(0.5), 64)
     for model in (dense, rank1):
         kernel = SGHMC(model, (x, y), step_size=0.02, friction=0.1, batch_size=16, thinning=5)
         posterior = sample(kernel, 6, 4, num_chains=1 if model is rank1 else 3, seed=0, progress=False)
@@ -600,7 +600,7 @@ def test_flat_improper_priors_and_flat_gradients() -> None:
     """Proves that a network whose biases have no proper prior starts at its own, and that rmsprop survives a gradient
     of exactly zero."""
     dense, x, y = network()
-    model = Rank1(dense.core().net, pb.likelihoods.Gaussian(0.5), 64, weight_prior=None)
+    model = Rank1(dense.core().net.requires_grad_(), pb.likelihoods.Gaussian(0.5), 64, weight_prior=None)
     kernel = SGHMC(model, (x, y), step_size=0.02, friction=0.1)
     kernel.setup(0)
     assert torch.equal(kernel.initial_params["0.bias"].flatten(), model.core().net[0].bias)
@@ -613,7 +613,7 @@ def test_nothing_is_left_behind() -> None:
     """Proves that point-estimated weights get no gradients, modules return to their modes, a second run starts anew,
     and a kernel that has run can still be pickled."""
     dense, x, y = network()
-    model = Rank1(dense.core().net, pb.likelihoods.Gaussian(0.5), 64).eval()
+    model = Rank1(dense.core().net.requires_grad_(), pb.likelihoods.Gaussian(0.5), 64).eval()
     kernel = SGHMC(model, (x, y), step_size=0.02, friction=0.1, capture=False)
     MCMC(kernel, 2, 1, disable_progbar=True).run()
     assert all(p.grad is None for p in model.parameters())

@@ -188,7 +188,7 @@ class Lengths(Dataset[Any]):
 
 
 def test_sequences_of_different_lengths() -> None:
-    model = Dense(chain(2, 4, 3).float(), Categorical(), 8)
+    model = Dense(chain(2, 4, 3).float(), Categorical(class_dim=-1), 8)  # one has as many labels as there are classes
     loader = DataLoader(Lengths(), batch_size=4)
     posterior = fit(model, MeanFieldGuide(model), loader, epochs=2, progress=False)
     assert np.isfinite(posterior.losses).all()

@@ -198,7 +198,7 @@ def test_merging_on_a_schedule(tmp_path: Any) -> None:
     train(5, tmp_path / "run")
     resumed, later = train(9, tmp_path / "run")
     assert later.history == merge.history[2:] and resumed.losses == posterior.losses
-    with pytest.raises(ValueError, match="start=3, stop=2, every=1"):
+    with pytest.raises(ValueError, match="stop=2: expected a whole number, at least 3"):
         MergeCodes(start=3, stop=2)
     dense = Dense(chain(2, 1).float(), Gaussian(0.3), N)
     with pytest.raises(TypeError, match="MergeCodes is for a CodebookGuide, the guide is a MeanFieldGuide"):
