@@ -78,8 +78,15 @@ def codebook_for(model: WeightSharing) -> Codebook:
     )
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("method", ["rank1", "dense", "bella", "codebook", "mixture", "shared"])
+@pytest.mark.parametrize(
+    "network, method",
+    [
+        pytest.param(network, method, marks=[pytest.mark.slow] if is_slow else [])
+        for method in ("rank1", "dense", "bella", "codebook", "mixture", "shared")
+        for network in NETWORKS
+        for is_slow in [network == "vit_b_16" and method in ("codebook", "mixture", "shared")]
+    ],
+)
 def test_every_tensor_of_guide_model_and_prediction_is_on_the_networks_device(network: str, method: str) -> None:
     """Proves that guide trace, replayed model, log densities and prediction need no tensor of another device."""
     net, x = NETWORKS[network]()

@@ -43,6 +43,7 @@ def test_svi_with_two_networks_in_the_users_own_guide_recovers_the_group_effects
     assert dict(pyro.get_param_store().items()) == store_before
 
 
+@pytest.mark.slow
 def test_nuts_on_the_same_model_recovers_the_group_effects(example: ModuleType) -> None:
     """Proves that the model without any guide is an ordinary Pyro model for MCMC, with both networks' latents.
 

@@ -197,7 +197,9 @@ def test_conjugate_regression_on_the_whole_data(preconditioner: Any) -> None:
     check_regression(problem, posterior.draws(posterior.num_stored or 0)["b"][:, 0], 0.05)
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["batches", "plate"])
+@pytest.mark.parametrize(
+    "own", [pytest.param(False, id="batches"), pytest.param(True, id="plate", marks=pytest.mark.slow)]
+)
 def test_minibatches_heat_by_what_is_reported(own: bool) -> None:
     """Proves that at B = N / 10 the mean is right, and the variance too large by the factor that gradient_noise()
     predicts, within 10 %: the noise of independent minibatches is reported and not corrected."""

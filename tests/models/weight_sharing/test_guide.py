@@ -105,6 +105,7 @@ NETWORKS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_a_residual_network_with_batch_normalisation() -> None:
     """One global codebook over all convolutions; statistics move in training and not in prediction."""
     torch.manual_seed(0)
