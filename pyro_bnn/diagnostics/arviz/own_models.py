@@ -10,6 +10,7 @@ from torch import Tensor
 from pyro_bnn.diagnostics.arviz.arrays import Budget, Variables, enumerated, outputs, plain
 from pyro_bnn.diagnostics.arviz.densities import log_guide
 from pyro_bnn.inputs import Inputs, inputs, targets
+from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.posterior import foreign
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 def is_of_own_model(posterior: Posterior) -> bool:
     """Whether nothing says what the model's outputs mean."""
     model = posterior.model
-    return not isinstance(model, BayesianNetwork) and getattr(model, "likelihood", None) is None
+    return not isinstance(model, BayesianNetwork) and not isinstance(getattr(model, "likelihood", None), Likelihood)
 
 
 def groups_of_own_model(
