@@ -21,6 +21,7 @@ from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.models.architectures.named import build_network
 from pyro_bnn.posterior import Posterior, Prediction
 from pyro_bnn.priors import PriorLike
+from pyro_bnn.sites import Program
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -81,6 +82,7 @@ def load(
     path: str | os.PathLike[str],
     net: nn.Module | None = None,
     *,
+    model: Program | None = None,
     prior: PriorLike | None = None,
     likelihood: Likelihood | None = None,
     device: torch.device | str | None = None,
@@ -91,6 +93,8 @@ def load(
 
     :param net: a network of the same architecture; it is copied, its own weights do not matter. A run folder knows its
         network, so that none is needed there.
+    :param model: for draws of a Pyro model of your own, that model, in the place of ``net``; a module is copied, and
+        its copy has the parameters and buffers that were saved.
     :param prior: the prior, when it was not saved, or in place of the saved one.
     :param likelihood: in place of the saved one, where the class of an own likelihood is not to be had.
     :param device: where to put it; by default where ``net`` is.
@@ -98,6 +102,8 @@ def load(
     :raises ValueError: when it is no posterior, is damaged, was written by a newer version, or is for another network.
     """
     folder = Path(path)
+    if model is not None:
+        return posteriors.load(folder, net, model=model, prior=prior, likelihood=likelihood, device=device)
     if is_run(folder):
         net = read_run(folder).network() if net is None else net
         folder = folder / "posterior"
@@ -109,7 +115,7 @@ def load(
         else:
             raise ValueError(
                 f"{folder} is no run folder, which would know its network: give one of the same architecture, "
-                "load(path, net)"
+                "load(path, net); for draws of a Pyro model of your own, load(path, model=...)"
             )
     return posteriors.load(folder, net, prior=prior, likelihood=likelihood, device=device)
 

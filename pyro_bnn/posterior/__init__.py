@@ -2,8 +2,8 @@
 
 :class:`Posterior` is the facade. Behind it, ``draw_source`` makes draws (of a guide, or ``stored_draws``),
 ``statistics`` gives each draw its normalisation statistics, ``network_outputs`` runs the network on them, ``foreign``
-does the same for a Pyro model of the user's own, ``prediction`` says what the outputs mean, and ``storage`` writes and
-reads files.
+does the same for a Pyro model of the user's own, ``prediction`` says what the outputs mean, ``storage`` and
+``own_draws`` say what is written of networks and of own models, and ``folder`` writes and reads the files.
 """
 
 from pyro_bnn.posterior.posterior import Posterior, Sparsified, load

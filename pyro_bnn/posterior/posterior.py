@@ -22,7 +22,7 @@ from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import evaluating, settle
 from pyro_bnn.network import batch_size as count_samples
-from pyro_bnn.posterior import foreign, storage
+from pyro_bnn.posterior import foreign, own_draws, storage
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS, DrawSource, with_members
 from pyro_bnn.posterior.network_outputs import network_outputs
 from pyro_bnn.posterior.prediction import Prediction
@@ -234,14 +234,19 @@ class Posterior:
         return made
 
     @one_at_a_time
-    def as_draws(self, n: int, seed: int | None = None) -> Posterior:
-        """The same posterior as n stored draws of every member: the form that any guide can be saved in."""
-        guide = self._stored(n, seed)
-        return Posterior(self.model, guide, losses=self.losses, sampler=self.sampler)
+    def as_draws(self, n: int, seed: int | None = None, *, example: Inputs = None) -> Posterior:
+        """The same posterior as n stored draws of every member: the form that any guide can be saved in.
 
-    def _stored(self, n: int, seed: int | None) -> DrawsGuide:
+        :param example: an input, for guides of other packages that need one.
+        """
+        guide, source = self._stored(n, seed, example), self.draw_source
+        return Posterior(
+            self.model, guide, losses=self.losses, sampler=self.sampler, example=source.example, store=source.store
+        )
+
+    def _stored(self, n: int, seed: int | None, example: Inputs = None) -> DrawsGuide:
         n = checks.count("n", n)
-        groups = list(self.draw_source.indexed_groups(n, seed))
+        groups = list(self.draw_source.indexed_groups(n, seed, example=example))
         draws = {name: torch.cat([group[name] for group, _ in groups]) for name in groups[0][0]}
         statistics = {}
         if self.draw_source.stored is not None:
@@ -304,14 +309,24 @@ class Posterior:
         num_samples: int | None = None,
         batch_size: int | None = None,
         seed: int | None = None,
+        *,
+        observed_site: str | None = None,
     ) -> Tensor:
         """``[draws, members, N]``: ``log p(y | x, weights)`` under every draw of every member, in nats.
 
         :param x, y: data as :meth:`predict` and :func:`~pyro_bnn.inference.fit` take them.
+        :param observed_site: of a model of your own with several, the site whose data are meant; by default the one
+            whose values are y.
+        :raises ValueError: when it cannot be told which site observes y, or draws and sites of the model differ.
         """
         x, y = inputs(x, like_of(self.model)), targets(y, like_of(self.model))
         if not isinstance(self.model, BayesianNetwork):
-            return foreign.log_likelihood(self.draw_source, x, y, self.draw_source.count(num_samples), seed)
+            count = self.draw_source.count(num_samples)
+            return foreign.log_likelihood(self.draw_source, x, y, count, seed, observed_site)
+        if observed_site is not None:
+            raise ValueError(
+                "observed_site= is for models of your own: one of this package observes y at its likelihood alone"
+            )
         count_samples(x, y)
         prediction = self.predict(x, num_samples, batch_size, seed)
         return prediction.log_prob(y)
@@ -393,13 +408,21 @@ class Posterior:
         Likelihoods and priors of one's own are saved by the names of their classes, which are dataclasses; models and
         guides are decorated with :func:`~pyro_bnn.storable`. Their modules must be imported before the file is loaded.
 
+        Of a Pyro model of your own the draws are saved, with the parameters and buffers of a model that is a module and
+        those of Pyro's store that were trained. The program is not: ``load(path, model=...)`` is given it.
+
         :param path: a folder, which may hold an older posterior. Other files in it stay.
         :param prior: ``False`` leaves the prior out, and :func:`load` then needs ``prior=``.
         :raises TypeError: when model, guide, output or prior cannot be described in JSON; the message names the remedy.
         :raises FileExistsError: when ``path`` exists and is no posterior.
         :raises OSError: when the disk refuses it; what is there is whole then, the older posterior or this one.
         """
-        storage.write(path, self.model, self.guide, losses=self.losses, sampler=self.sampler, prior=prior)
+        model, guide = self.model, self.guide
+        if isinstance(model, BayesianNetwork):
+            storage.write(path, model, guide, losses=self.losses, sampler=self.sampler, prior=prior)
+        else:
+            store = self.draw_source.store
+            own_draws.write_draws(path, model, guide, store, losses=self.losses, sampler=self.sampler)
 
 
 def _plain_network(model: BayesianNetwork, latents: dict[str, Tensor]) -> nn.Module:
@@ -435,8 +458,9 @@ class Sparsified:
 @one_at_a_time
 def load(
     path: str | os.PathLike[str],
-    net: nn.Module,
+    net: nn.Module | None = None,
     *,
+    model: Program | None = None,
     prior: PriorLike | None = None,
     likelihood: Likelihood | None = None,
     device: torch.device | str | None = None,
@@ -444,12 +468,24 @@ def load(
     """The posterior that :meth:`Posterior.save` wrote; the same ``seed`` gives the same predictions, bit for bit.
 
     :param net: a network of the same architecture; it is copied, its own weights do not matter.
+    :param model: for draws of a Pyro model of your own, that model, in the place of ``net``; a module is copied.
     :param prior: the prior, when it was not saved, or in place of the saved one.
     :param likelihood: in place of the saved one, where the class of an own likelihood is not to be had.
     :param device: where to put it; by default where ``net`` is.
+    :raises TypeError: unless one of ``net`` and ``model`` is given, and for what does not go with ``model``.
     :raises FileNotFoundError: when there is nothing at ``path``.
     :raises ValueError: when it is no posterior, is damaged, was written by a newer version, or is for another network.
     """
+    if model is not None:
+        if net is not None or prior is not None or likelihood is not None:
+            raise TypeError(
+                "net=, prior= and likelihood= are for networks: a model of your own has them, give it alone"
+            )
+        draws = own_draws.read_draws(path, model, device=device)
+        settle(draws.model)
+        return Posterior(draws.model, draws.guide, losses=draws.losses, sampler=draws.sampler, store=draws.store)
+    if net is None:
+        raise TypeError("give a network of the same architecture, or model= for draws of a Pyro model of your own")
     stored = storage.read(path, net, prior=prior, likelihood=likelihood, device=device)
     settle(stored.model, stored.guide)
     return Posterior(stored.model, stored.guide, losses=stored.losses, sampler=stored.sampler)

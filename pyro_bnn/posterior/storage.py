@@ -1,59 +1,32 @@
-"""Posteriors on disk: a folder with ``posterior.json`` (what it is) and ``tensors.safetensors`` (its numbers).
+"""Posteriors of networks on disk: what ``posterior.json`` says of model and guide, and which numbers go beside it.
 
-Nothing is pickled. ``posterior.json`` has a digest of itself and one of the numbers. The file of numbers holds the same
-description once more, and the digest of the description that it replaces, so that it is a whole posterior from the
-moment at which it takes the place of an older one: a save that is killed leaves the old or the new posterior, even
-between the two files.
+Nothing is pickled. ``folder`` writes and reads the two files.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from pyro_bnn import likelihoods, priors
-from pyro_bnn.files import alone_in, digest_of, read_json, replacing_folder, require_seal, sealed, write_tensors
 from pyro_bnn.given.copying import unwrapped
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork
-from pyro_bnn.posterior import older
+from pyro_bnn.posterior.folder import MISFITS, contents, write_contents
+from pyro_bnn.posterior.own_draws import is_of_own_model
 from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.priors import PriorLike
 from pyro_bnn.randomness import forked
 from pyro_bnn.registry import find_class, is_storable
 from pyro_bnn.sites import Program
 
-FORMAT = "pyro_bnn posterior"
-VERSION = 3
-_JSON, _TENSORS = "posterior.json", "tensors.safetensors"
-#: where the file of numbers has the description, and the digest of the file of the description that it replaces
-_EMBEDDED, _REPLACES = "posterior", "replaces"
-
-
-#: the first version with digests
-_FIRST_SEALED = 3
-#: what is raised by descriptions and numbers that do not fit together
-_MISFITS = (
-    AttributeError,
-    IndexError,
-    KeyError,
-    OverflowError,
-    RecursionError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 _REGISTER = "a class of your own needs the decorator pyro_bnn.storable, and its module must be imported before you load"
 
 
@@ -113,27 +86,17 @@ def write(
         names = {"names": guide.names, "statistics": guide.statistics_names}
         names |= {"chains": guide.num_chains, "sampled": guide.is_sampled}
     arguments = guide.arguments() if isinstance(guide, MixtureGuide) else {}
-    content = sealed(
+    write_contents(
+        path,
         {
-            "format": FORMAT,
-            "version": VERSION,
             "model": description,
             "guide": {"class": type(guide).__name__, **arguments, **names},
             "network": parameters,
             "losses": list(losses),
             "sampler": dict(sampler),
-            "tensors": digest_of(tensors),
-        }
+        },
+        tensors,
     )
-    path = Path(path)
-    if path.exists() and not (path / _JSON).is_file():
-        raise FileExistsError(f"{path} exists and is no posterior; choose another path or remove it")
-    with alone_in(path), replacing_folder(path, last=_JSON) as temporary:
-        written = {_EMBEDDED: json.dumps(content)}
-        if (path / _JSON).is_file():
-            written[_REPLACES] = _digest_of_file(path / _JSON)
-        write_tensors(temporary / _TENSORS, tensors, written)
-        (temporary / _JSON).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def tensors_of(model: BayesianNetwork, guide: MixtureGuide | DrawsGuide) -> dict[str, Tensor]:
@@ -166,7 +129,9 @@ def read(
     path, net = Path(path), unwrapped(net)
     if not path.exists():
         raise FileNotFoundError(f"there is no posterior at {path}")
-    content, tensors = _contents(path)
+    content, tensors = contents(path)
+    if is_of_own_model(content):
+        raise ValueError(f"{path} holds draws of a Pyro model of one's own, not of a network: load(path, model=...)")
     try:
         _require_same_network(content["network"], net, path)
         model = _model(content["model"], net, tensors, prior, likelihood, path)
@@ -175,7 +140,7 @@ def read(
         _take_implied(model, guide, tensors, path)
         losses = [float(loss) for loss in content["losses"]]
         sampler = {str(name): float(value) for name, value in content.get("sampler", {}).items()}
-    except _MISFITS as error:
+    except MISFITS as error:
         raise ValueError(
             f"the posterior in {path} is damaged or for another network ({type(error).__name__}: {error})"
         ) from error
@@ -290,75 +255,6 @@ def _implied(model: BayesianNetwork, guide: nn.Module) -> dict[str, Tensor]:
 def _kept_buffers(net: nn.Module) -> list[tuple[str, Tensor]]:
     kept = net.state_dict().keys()
     return [(name, buffer) for name, buffer in net.named_buffers() if name in kept]
-
-
-def _contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What the two files hold, in the words of the present version, with all digests checked."""
-    file = path / _JSON
-    if not file.is_file():
-        raise ValueError(f"{path} is not a posterior: it has no {_JSON}. Give the folder that posterior.save() wrote")
-    content = read_json(file)
-    version = _version(content, file)
-    if version >= _FIRST_SEALED or "digest" in content:
-        require_seal(content, file)
-    tensors, metadata = _read_tensors(path / _TENSORS)
-    if metadata.get(_REPLACES) == _digest_of_file(file):
-        # a save was killed after its numbers had taken the place of older ones, and before its description had
-        content = _embedded(metadata, path / _TENSORS)
-        version = _version(content, path / _TENSORS)
-    if version < _FIRST_SEALED:
-        return _as_now(content, version, file), tensors
-    if content["tensors"] != digest_of(tensors):
-        raise ValueError(
-            f"{path / _TENSORS} is damaged, or is that of another posterior: its numbers do not have the digest that "
-            f"{_JSON} says. Save the posterior again, or restore it from a copy"
-        )
-    return content, tensors
-
-
-def _version(content: Mapping[str, Any], file: Path) -> int:
-    if content.get("format") != FORMAT:
-        raise ValueError(f"{file} is not a {FORMAT}")
-    version = content.get("version")
-    if not isinstance(version, int) or version < 1:
-        raise ValueError(f"{file} is damaged: version {version!r}, expected a number from 1 to {VERSION}")
-    if version > VERSION:
-        raise ValueError(
-            f"{file.parent} was written in format version {version}; this pyro_bnn reads versions up to {VERSION}. "
-            "Install a newer pyro_bnn"
-        )
-    return version
-
-
-def _as_now(content: dict[str, Any], version: int, file: Path) -> dict[str, Any]:
-    try:
-        return older.from_version_1(content) if version == 1 else content
-    except _MISFITS as error:
-        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); save the posterior again") from error
-
-
-def _embedded(metadata: Mapping[str, str], file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(metadata[_EMBEDDED])
-        require_seal(content, file)
-    except _MISFITS as error:
-        raise ValueError(f"{file} is damaged ({error}); save the posterior again") from error
-    return dict(content)
-
-
-def _digest_of_file(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not file.is_file():
-        raise ValueError(f"{file.parent} is incomplete: {file.name} is missing")
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata = opened.metadata() or {}
-        return safetensors.torch.load_file(file), metadata
-    except (SafetensorError, OSError, *_MISFITS) as error:
-        raise ValueError(f"{file} is truncated or damaged ({error}); save the posterior again") from error
 
 
 def _require_same_network(saved: dict[str, list[Any]], net: nn.Module, path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_bnn.diagnostics.arviz.arrays import Budget, Variables, array, enumerated, outputs, plain, safe, sampled
 from pyro_bnn.diagnostics.arviz.densities import log_densities
+from pyro_bnn.diagnostics.arviz.own_models import groups_of_own_model, is_of_own_model
 from pyro_bnn.diagnostics.arviz.sites import posterior_group
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, predict_inputs, require_posterior
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 #: what to_arviz makes unless told otherwise
 GROUPS = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "observed_data", "constant_data")
+#: what it makes where it is asked for: of a Pyro model of one's own
+ON_REQUEST = ("prior_predictive",)
 #: groups that come with others
 COMPANIONS = ("inclusion", "guide", "function", "training")
 
@@ -45,6 +48,7 @@ def to_arviz(
     sites: str | Sequence[str] | None = None,
     groups: str | Sequence[str] = GROUPS,
     probes: Inputs = None,
+    observed_site: str | None = None,
     num_samples: int | None = None,
     batch_size: int | None = None,
     max_values: int = 10_000_000,
@@ -61,6 +65,7 @@ def to_arviz(
     ``inclusion``             the posterior inclusion probability of every group of a spike-and-slab prior, by
                               parameter ``(<parameter>_dim_0, ...)``; comes with ``posterior``
     ``posterior_predictive``  ``obs``, draws of y, ``(chain, draw, obs_id[, output])``
+    ``prior_predictive``      ``obs``, draws of y under the prior, of a Pyro model of your own; where ``groups`` has it
     ``function``              what y is drawn from: ``probs`` ``(chain, draw, obs_id, class)`` of a classification,
                               ``mean`` of a regression or count; comes with ``posterior_predictive``
     ``log_likelihood``        ``obs``, log p(y_n | draw), ``(chain, draw, obs_id)``, in nats
@@ -92,6 +97,8 @@ def to_arviz(
     :param groups: which groups to make; ``function`` and ``training`` come with others, as said above.
     :param probes: a few inputs of the network. The function at these is the part of the posterior that has no
         symmetries: class probabilities, or the mean of y, to be looked at with R-hat, ESS and trace plots.
+    :param observed_site: of a Pyro model of your own, the site that y is observed at; by default the one whose values
+        are y.
     :param num_samples: draws from every member, S; by default all draws that the posterior stores (as after MCMC), and
         100 of one that draws anew. Always 1 of particles and points. PSIS-LOO needs S K of this order.
     :param batch_size: the most rows of x in one forward pass.
@@ -109,6 +116,7 @@ def to_arviz(
     require_posterior(posterior)
     x, y = None if x is None else tensors(x), None if y is None else labels(y)
     wanted = _checked_groups(groups, x, y)
+    _require_kind(posterior, wanted, observed_site)
     seed = some_seed(seed)
     num_samples = posterior.draw_source.count_all(num_samples, POSTERIOR_DRAWS)
     chains = posterior.num_chains if num_samples == posterior.num_stored else 1
@@ -127,7 +135,10 @@ def to_arviz(
         budget.take("observed_data/obs", y.numel())
         tree["observed_data"] = {"obs": array(plain(y, 1), "obs_id", *outputs(plain(y, 1).dim() - 1))}
     settings = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
-    tree |= _predictive(posterior, x, y, wanted, settings, chains, budget)
+    if is_of_own_model(posterior):
+        tree |= groups_of_own_model(posterior, x, y, wanted, observed_site, settings, chains, budget)
+    else:
+        tree |= _predictive(posterior, x, y, wanted, settings, chains, budget)
     if "sample_stats" in wanted:
         joint = tree.get("log_likelihood") if y is not None and y.shape[0] == _num_data(posterior) else None
         tree["sample_stats"] = _sample_stats(posterior, num_samples, seed, x, chains, joint, budget)
@@ -144,17 +155,17 @@ def to_arviz(
         )
         attrs["left_out"] = ", ".join(budget.left_out)
     return _container(
-        {name: xr.Dataset(tree[name]) for name in (*GROUPS, *COMPANIONS) if tree.get(name)},
+        {name: xr.Dataset(tree[name]) for name in (*GROUPS, *ON_REQUEST, *COMPANIONS) if tree.get(name)},
         attrs,
     )
 
 
 def _checked_groups(groups: str | Sequence[str], x: Inputs, y: Tensor | None) -> tuple[str, ...]:
     wanted = (groups,) if isinstance(groups, str) else tuple(groups)
-    if unknown := [group for group in wanted if group not in GROUPS]:
-        raise ValueError(f"unknown group {unknown[0]!r}; groups= takes any of {', '.join(GROUPS)}")
+    if unknown := [group for group in wanted if group not in GROUPS + ON_REQUEST]:
+        raise ValueError(f"unknown group {unknown[0]!r}; groups= takes any of {', '.join((*GROUPS, *ON_REQUEST))}")
     for missing, argument, needed_by in (
-        (x is None, "x", ("posterior_predictive", "log_likelihood", "constant_data")),
+        (x is None, "x", ("posterior_predictive", "prior_predictive", "log_likelihood", "constant_data")),
         (y is None, "y", ("log_likelihood", "observed_data")),
     ):
         if missing and (needy := [group for group in wanted if group in needed_by]):
@@ -163,6 +174,17 @@ def _checked_groups(groups: str | Sequence[str], x: Inputs, y: Tensor | None) ->
                 "other groups="
             )
     return wanted
+
+
+def _require_kind(posterior: Posterior, wanted: Sequence[str], observed_site: str | None) -> None:
+    if is_of_own_model(posterior):
+        return
+    if observed_site is not None:
+        raise ValueError("observed_site= is for models of your own: one of this package observes y at its likelihood")
+    if asked := [group for group in wanted if group in ON_REQUEST]:
+        raise ValueError(
+            f"the group {asked[0]} is for models of your own: for a network take diagnostics.prior_predictive(model, x)"
+        )
 
 
 def _at_probes(prediction: Prediction, chains: int, budget: Budget) -> xr.DataArray:
@@ -239,13 +261,10 @@ def _predictive(
     if not (with_y or with_log_likelihood):
         return {}
     likelihood = getattr(posterior.model, "likelihood", None)
-    if likelihood is None and not isinstance(posterior.model, BayesianNetwork) and not with_y and y is not None:
-        return {"log_likelihood": _log_likelihood_of_ones_own(posterior, x, y, settings, chains, budget)}
     if likelihood is None:
         raise ValueError(
-            "posterior_predictive, and log_likelihood of a model of this package, need a likelihood of "
-            "pyro_bnn.likelihoods, and this one has none: choose other groups=, such as ('posterior', "
-            "'log_likelihood') for a Pyro model of your own"
+            "posterior_predictive and log_likelihood of a model of this package need a likelihood of "
+            "pyro_bnn.likelihoods, and this one has none: choose other groups=, such as 'posterior'"
         )
     functions = settings["num_samples"] * posterior.num_members
     rows = count_rows(x, y)
@@ -291,17 +310,6 @@ def _predictive(
             dims = (*outputs(values.dim() - 2 - len(classes)), *classes)
             tree["function"] = {function: enumerated(values, posterior.num_members, chains, *dims)}
     return tree
-
-
-def _log_likelihood_of_ones_own(
-    posterior: Posterior, x: Inputs, y: Tensor, settings: dict[str, Any], chains: int, budget: Budget
-) -> Variables:
-    """Of a Pyro model that is not of this package, at its one site that observes y."""
-    values = posterior.log_likelihood(x, y, settings["num_samples"], seed=settings["seed"]).flatten(0, 1)
-    if values.isnan().any():
-        raise ValueError("the log-density of y under the posterior is NaN: look at the scales of the model")
-    budget.take("log_likelihood/obs", values.numel())
-    return {"obs": enumerated(values.cpu().double(), 1, chains)}
 
 
 def _constant_data(x: Inputs, budget: Budget) -> Variables:

@@ -74,15 +74,18 @@ def log_densities(
         prior.append(log_prior(model, draws))
         if traces and all(_has_density(posterior.guide, trace) for trace in traces):
             with torch.no_grad():
-                guide.append(_log_guide(posterior, draws, traces))
+                guide.append(log_guide(posterior, draws, traces))
     return torch.cat(prior), torch.cat(guide) if guide else None
 
 
-def has_density(posterior: Posterior) -> bool:
-    """Whether draws come from a guide with a density, and the model is of this package."""
-    if posterior.num_stored is not None or not isinstance(posterior.model, BayesianNetwork):
+def has_density(posterior: Posterior, example: Inputs = None) -> bool:
+    """Whether draws come from a guide with a density."""
+    if posterior.num_stored is not None:
         return False
-    return log_densities(posterior, 1, seed=0)[1] is not None
+    source = posterior.draw_source
+    return all(
+        _has_density(posterior.guide, trace) for _, traces in source.traces(1, 0, example=example) for trace in traces
+    )
 
 
 def _groups(
@@ -117,7 +120,8 @@ def _is_point(fn: object) -> bool:
     return isinstance(fn, Delta)
 
 
-def _log_guide(posterior: Posterior, draws: dict[str, Tensor], traces: list[poutine.Trace]) -> Tensor:
+def log_guide(posterior: Posterior, draws: dict[str, Tensor], traces: list[poutine.Trace]) -> Tensor:
+    """``log q(theta)`` of draws with the traces that they come from, ``[n, members]``."""
     guide, model = posterior.guide, posterior.model
     if isinstance(guide, MixtureGuide) and isinstance(model, BayesianNetwork):
         return _log_mixture(model, dict(_sampled(traces[0])), draws)

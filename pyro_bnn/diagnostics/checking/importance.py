@@ -16,6 +16,7 @@ import xarray as xr
 
 from pyro_bnn.diagnostics.arviz.conversion import to_arviz
 from pyro_bnn.diagnostics.arviz.densities import has_density, log_densities
+from pyro_bnn.diagnostics.arviz.own_models import importance_densities, is_of_own_model, require_separate_data
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.diagnostics.scoring.precision import wide
 from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, require_posterior
@@ -79,17 +80,19 @@ def pareto_k(
     Source: Yao, Vehtari, Simpson and Gelman (2018), algorithm 1; Vehtari et al. (2024).
     """
     require_posterior(posterior)
-    if not has_density(posterior):
+    if not isinstance(posterior.model, BayesianNetwork) or not has_density(posterior):
         raise ValueError(
             "k-hat compares the density of a guide with that of the posterior, and this posterior has none: it is of "
             "stored draws, particles or points, or of a model that is not of this package. Look at R-hat and ESS "
             "(convergence) or at the diversity of members"
         )
+    if (likelihood := posterior.model.likelihood) is None:
+        raise ValueError("k-hat needs the density of the data, and the model has no likelihood: give it one")
     _require_training_data(posterior, x, y)
     count, seed = _enough_draws(posterior, num_samples), some_seed(seed)
     log_p, log_q = log_densities(posterior, count, seed, example=x)
     assert log_q is not None
-    temperature = posterior.model.likelihood.temperature  # type: ignore[attr-defined]
+    temperature = likelihood.temperature
     for _, prediction, target in predict_batches(
         posterior, (x, y), num_samples=count, batch_size=batch_size, seed=seed
     ):
@@ -109,6 +112,7 @@ def loo(
     num_samples: int | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
+    observed_site: str | None = None,
 ) -> Any:
     r"""PSIS-LOO: the expected log predictive density of a datum that was left out, in nats over all data.
 
@@ -126,25 +130,30 @@ def loo(
     :param x: the training inputs; for a variational posterior all ``num_data`` of them.
     :param y: their targets.
     :param num_samples: draws of each member; by default all stored ones, or 1,000 over all members.
+    :param observed_site: of a Pyro model of your own, the site whose data are left out, one element of its plates at a
+        time, while the data of other sites stay; by default the site whose values are y.
     :returns: ArviZ's ``ELPDData`` with ``pareto_k`` of each datum, for ``arviz.compare``. Its ``se`` is
         ``sqrt(N var(elpd_i))``, whose variance divides by N in ArviZ 0.x and by N - 1 in 1.x.
     :raises ValueError: when a variational posterior is not given all its training data, draws are neither of a sampler
         nor of a guide with a density (particles, networks of an ensemble), the predictions, the likelihood or the
-        sampler have a temperature, or there are fewer than 100 draws over all members.
+        sampler have a temperature, data of an own model cannot be left out one by one (a subsampled plate, masks,
+        scales, one density for several rows), or there are fewer than 100 draws over all members.
 
     Source: Vehtari, Gelman and Gabry (2017); Magnusson, Andersen, Jonasson and Vehtari (2019), eq. 5.
     """
     require_posterior(posterior)
     _require_untempered(posterior)
-    variational = has_density(posterior)
-    if variational:
+    own = is_of_own_model(posterior)
+    variational = has_density(posterior, tensors(x) if own else None)
+    if own and (variational or posterior.is_sampled):
+        require_separate_data(posterior, tensors(x), labels(y), observed_site)
+    elif variational:
         _require_training_data(posterior, x, y)
     elif not posterior.is_sampled:
         raise ValueError(
-            "these draws are neither of a sampler nor of a guide with a density for a model of this package, as "
-            "particles, networks of an ensemble and stored draws of a guide: they may agree with one another whatever "
-            "the posterior is, so that leave-one-out would call them reliable. Compare scores on held-out data "
-            "(evaluate)"
+            "these draws are neither of a sampler nor of a guide with a density, as particles, networks of an "
+            "ensemble and stored draws of a guide: they may agree with one another whatever the posterior is, so that "
+            "leave-one-out would call them reliable. Compare scores on held-out data (evaluate)"
         )
     if fixed := fixed_weights(posterior):
         warnings.warn(
@@ -153,12 +162,17 @@ def loo(
             stacklevel=2,
         )
     count = _enough_draws(posterior, num_samples)
-    data = _in_arviz(posterior, x, y, count, batch_size, some_seed(seed))
+    seed = some_seed(seed)
+    data = _in_arviz(posterior, x, y, count, batch_size, seed, observed_site)
     if not variational:
         _warn_of_chains_apart(data)
         return arviz.loo(_for_arviz(data), pointwise=True)
-    stats: Any = data["sample_stats"]
-    log_p, log_q = _flat(stats["log_p"]), _flat(stats["log_q"])
+    if own:
+        joint, guide = importance_densities(posterior, tensors(x), labels(y), count, seed, observed_site)
+        log_p, log_q = _flat(joint.cpu()), _flat(guide.cpu())
+    else:
+        stats: Any = data["sample_stats"]
+        log_p, log_q = _flat(stats["log_p"]), _flat(stats["log_q"])
     if _old_arviz():
         return _approximate_loo(data, log_p - log_q)
     newer: Any = arviz
@@ -232,7 +246,13 @@ def _enough_draws(posterior: Posterior, num_samples: int | None) -> int:
 
 
 def _in_arviz(
-    posterior: Posterior, x: Inputs, y: object, num_samples: int, batch_size: int | None, seed: int
+    posterior: Posterior,
+    x: Inputs,
+    y: object,
+    num_samples: int,
+    batch_size: int | None,
+    seed: int,
+    observed_site: str | None,
 ) -> xr.DataTree:
     groups = ("posterior", "log_likelihood", "sample_stats")
     data = to_arviz(
@@ -243,6 +263,7 @@ def _in_arviz(
         num_samples=num_samples,
         batch_size=batch_size,
         seed=seed,
+        observed_site=observed_site,
         max_values=10**9,
     )
     return data if isinstance(data, xr.DataTree) else data.to_datatree()

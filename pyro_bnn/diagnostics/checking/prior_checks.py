@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_bnn.diagnostics.checking.findings import Finding, Findings
+from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inputs import Inputs, inputs, targets
 from pyro_bnn.likelihoods import Bernoulli
@@ -21,6 +22,7 @@ from pyro_bnn.modes import frozen
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior import Posterior, Prediction
 from pyro_bnn.posterior.draw_source import MAX_ELEMENTS, PRIOR_DRAWS, in_groups
+from pyro_bnn.posterior.foreign import predict_from_prior
 from pyro_bnn.randomness import device_of, seeded, some_seed
 from pyro_bnn.sites import Program
 
@@ -34,30 +36,37 @@ FAR, NEAR = 3.0, 0.1
 
 @one_at_a_time
 def prior_predictive(
-    model: BayesianNetwork,
+    model: Program,
     x: Inputs,
     *,
     num_samples: int = PRIOR_DRAWS,
     batch_size: int | None = None,
     seed: int | None = None,
+    return_site: str | None = None,
 ) -> Prediction:
     """What the prior predicts at x: the functions ``f = net(x; w)``, ``w ~ prior``, as a posterior's prediction.
 
     What is no latent site is as the network has it: the W of a rank-1 network, normalisation layers, W_0 of a Bella.
 
-    :param model: a model of this package.
+    :param model: a model of this package, or any Pyro model, which is called with x alone.
     :param x: tensor, array, frame, dict or tuple with N rows on axis 0, any number of them.
     :param num_samples: number S of functions; ``.outputs`` is ``[S, 1, N, *output]``.
     :param batch_size: the most rows of x in one forward pass; by default what fits a fixed memory budget.
     :param seed: of the draws; ``None`` takes another one at each call, from torch's global generator.
-    :raises TypeError: for a model that is not of this package.
-    :raises ValueError: for NaN in x, or a prior that has no draws since it is improper.
+    :param return_site: of a model that is not of this package, the site whose values are wanted.
+    :raises TypeError: for what is no model.
+    :raises ValueError: for NaN in x, a prior that has no draws since it is improper, or a ``return_site`` that is
+        missing, that the model has not, or that it observes without y.
     """
+    if not callable(model):
+        raise TypeError(f"prior_predictive takes a Pyro model, got {type(model).__name__}")
     if not isinstance(model, BayesianNetwork):
-        raise TypeError(
-            f"prior_predictive takes one of pyro_bnn.models, got {type(model).__name__}: for another Pyro program use "
-            "pyro.infer.Predictive(model, num_samples=...)(x)"
-        )
+        count = checks.count("num_samples", num_samples)
+        with proper_priors():
+            values = predict_from_prior(model, inputs(x, None), count, some_seed(seed), return_site)
+        return Prediction(values, None)
+    if return_site is not None:
+        raise ValueError("return_site= is for models of your own: one of this package returns its functions")
     parts = []
     with frozen(model):
         for draws in prior_draws(model, num_samples, some_seed(seed)):

@@ -13,7 +13,7 @@ from scipy.optimize import minimize_scalar
 
 from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches
 from pyro_bnn.entry import checks
-from pyro_bnn.inputs import Data
+from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.posterior import Posterior, Prediction
 from pyro_bnn.randomness import some_seed
 
@@ -58,9 +58,9 @@ class ScaledPosterior(Posterior):
         """See ``Posterior.recompute_statistics``; the posterior inside changes, and T was fitted before it did."""
         self.posterior.recompute_statistics(loader)
 
-    def as_draws(self, n: int, seed: int | None = None) -> ScaledPosterior:
+    def as_draws(self, n: int, seed: int | None = None, *, example: Inputs = None) -> ScaledPosterior:
         """See ``Posterior.as_draws``; with the same T."""
-        return ScaledPosterior(self.posterior.as_draws(n, seed), self.temperature)
+        return ScaledPosterior(self.posterior.as_draws(n, seed, example=example), self.temperature)
 
     def sparsify(self, *args: Any, **kwargs: Any) -> Sparsified:
         """See ``Posterior.sparsify``; with the same T."""

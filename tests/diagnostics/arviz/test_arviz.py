@@ -347,8 +347,9 @@ def test_errors() -> None:
         to_arviz(posterior, x[:0], y[:0])
     with pytest.raises(ValueError, match="label 7, but the network has 3 outputs"):
         to_arviz(posterior, x, torch.full((N,), 7))
+    function = pb.models.Dense(nn.Linear(1, 1), None)
     with pytest.raises(ValueError, match="need a likelihood of pyro_bnn"):
-        to_arviz(FakePosterior(posterior.table, None, sites=sites()), x, y)
+        to_arviz(pb.Posterior(function, pb.models.MeanFieldGuide(function)), torch.zeros(3, 1), torch.zeros(3, 1))
     posterior.table[0, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="predicts NaN"):
         to_arviz(posterior, x, y)
