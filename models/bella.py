@@ -288,7 +288,10 @@ class ParticleGuide(MixtureGuide):
     @one_at_a_time
     def __init__(self, model: Bella, particles: int = 5, *, init: Init = "gaussian", init_scale: float = 1e-2) -> None:
         if not isinstance(model, Bella):
-            raise TypeError(f"ParticleGuide takes a pyro_bnn.models.Bella, got {type(model).__name__}")
+            raise TypeError(
+                f"ParticleGuide takes a pyro_bnn.models.Bella, got {type(model).__name__}: for other models use "
+                "pyro_bnn.inference.AutoParticles"
+            )
         if init not in ("kaiming", "gaussian", "orthogonal"):
             raise ValueError(f"init={init!r}: expected 'kaiming', 'gaussian' or 'orthogonal'")
         if init == "orthogonal" and model.rank % 2:

@@ -368,7 +368,10 @@ class Rank1Guide(MixtureGuide):
         draws: Literal["row", "member"] = "row",
     ) -> None:
         if not isinstance(model, Rank1):
-            raise TypeError(f"Rank1Guide takes a pyro_bnn.models.Rank1, got {type(model).__name__}")
+            raise TypeError(
+                f"Rank1Guide takes a pyro_bnn.models.Rank1, got {type(model).__name__}: for other models use "
+                "pyro_bnn.models.MeanFieldGuide"
+            )
         init_dropout_rate = checks.share("init_dropout_rate", init_dropout_rate)
         if family not in ("normal", "cauchy"):
             raise ValueError(

@@ -82,7 +82,8 @@ def require_network(net: object) -> None:
         if isinstance(part, (ProgramModule, AutoGuide)) or latent:
             where = f"net has {type(part).__name__} as its part {name!r}" if name else f"net={type(part).__name__}"
             core = (
-                ": its network is copy.deepcopy(model.core().net).requires_grad_()"
+                ": its network is copy.deepcopy(model.core().net).requires_grad_(). For the model as it is use "
+                "pyro_bnn.models.MeanFieldGuide, pyro_bnn.inference.SGHMC or SVGD with AutoParticles"
                 if isinstance(part, BayesianNetwork)
                 else ""
             )

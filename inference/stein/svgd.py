@@ -169,7 +169,10 @@ class SVGD:
             raise ValueError(f"method='wgd' divides by a density: {self.kernel} is not positive everywhere")
         self._pairs: Any = pairs
         if space == "product" and pairs is None:
-            raise ValueError(f"space='product' needs a guide with pairs(), which {type(guide).__name__} has not")
+            raise ValueError(
+                f"space='product' needs a guide with pairs(), which {type(guide).__name__} has not: use "
+                "pyro_bnn.models.ParticleGuide with a pyro_bnn.models.Bella, or space='factor'"
+            )
         if space == "function":
             if method == "svgd":
                 raise ValueError("space='function' goes with method='wgd': gradients of others cannot be pulled back")

@@ -70,7 +70,10 @@ class CodebookGuide(MixtureGuide):
         if isinstance(model, SharedWeights):
             raise TypeError("the weights of this model share their values already: its guide is model.shared_guide()")
         if not isinstance(model, Dense):
-            raise TypeError(f"{type(self).__name__} takes a pyro_bnn.models.WeightSharing, got {type(model).__name__}")
+            raise TypeError(
+                f"{type(self).__name__} takes a pyro_bnn.models.WeightSharing, got {type(model).__name__}: for other "
+                "models use pyro_bnn.models.MeanFieldGuide"
+            )
         if sampling == "shared":
             raise ValueError(
                 "sampling='shared' is a property of the model: SharedWeights(..., codebook=guide.book) of a guide with "
