@@ -111,8 +111,13 @@ def prior_summary(
     :raises TypeError: for a model that is not of this package.
     :raises ValueError: for a model without a likelihood, fewer than 2 rows, or y that does not fit.
     """
-    likelihood = getattr(model, "likelihood", None)
-    if isinstance(model, BayesianNetwork) and likelihood is None:
+    if not isinstance(model, BayesianNetwork):
+        raise TypeError(
+            f"check_prior takes one of pyro_bnn.models, got {type(model).__name__}: nothing says what the functions of "
+            "another Pyro program mean. Look at prior_predictive(model, x, return_site=...)"
+        )
+    likelihood = model.likelihood
+    if likelihood is None:
         raise ValueError(
             "the model has no likelihood, so that nothing says what its functions mean: look at prior_predictive(...)"
         )
