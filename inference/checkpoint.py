@@ -18,6 +18,7 @@ from pyro_bnn.factorised import split
 from pyro_bnn.files import replacing
 from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.settings import differences
+from pyro_bnn.model import ProgramModule
 from pyro_bnn.sites import Program
 
 VERSION = 2
@@ -96,6 +97,7 @@ class TrainingRun:
         with torch.no_grad():
             for value, good in zip([*self.parameters, *self.buffers], self._good, strict=True):
                 value.copy_(good)
+        self._follow()
         self.optimizer.state.clear()
 
     def write(self, path: str | os.PathLike[str]) -> None:
@@ -181,6 +183,7 @@ class TrainingRun:
         with torch.no_grad():
             for value, saved in zip([*self.parameters, *self.buffers], state["values"], strict=True):
                 value.copy_(saved)
+        self._follow()
         self.epoch, self.step, self.losses = state["epoch"], state["step"], list(state["losses"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None and state["scheduler"] is not None:
@@ -188,6 +191,11 @@ class TrainingRun:
         torch.set_rng_state(state["random"])
         for device, saved in zip(self._cuda_devices(), state["cuda_random"], strict=True):
             torch.cuda.set_rng_state(saved, device)
+
+    def _follow(self) -> None:
+        for program in (self.model, self.guide):
+            if isinstance(program, ProgramModule):
+                program.state_was_set()
 
     def _find_names(self) -> list[str]:
         """Of parameters and buffers; those that only Pyro's store knows have none."""

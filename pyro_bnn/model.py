@@ -69,6 +69,12 @@ def picklable_state(module: nn.Module) -> dict[str, object]:
 class ProgramModule(PyroModule):
     """A Pyro program of this package, a model or a guide: what is no network."""
 
+    def state_was_set(self) -> None:
+        """Is called after parameters and buffers were given other values one by one, as of a checkpoint.
+
+        A program that keeps what follows from them makes it anew here.
+        """
+
 
 def require_network(net: object) -> None:
     """Refuses what is given in the place of a network.

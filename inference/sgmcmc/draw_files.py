@@ -22,7 +22,8 @@ from pyro_bnn import display
 from pyro_bnn.files import read_json, require_seal, sealed, write_json
 from pyro_bnn.posterior import Posterior
 
-_FORMAT, _JSON, _COUNT = "pyro_bnn streamed draws", "draws.json", "draws.count"
+_FORMAT, _VERSION = "pyro_bnn streamed draws", 1
+_JSON, _COUNT = "draws.json", "draws.count"
 #: a character that no name of a site has in the name of its file
 _STATISTICS = "statistics="
 
@@ -59,7 +60,7 @@ class DrawFiles:
         try:
             arrays = {path: _reserved(path, shape, dtype, made) for path, (shape, dtype) in shapes.items()}
             made += [folder / _JSON, folder / _COUNT]
-            content = {"format": _FORMAT, "version": 1, "chains": chains, "samples": samples}
+            content = {"format": _FORMAT, "version": _VERSION, "chains": chains, "samples": samples}
             names = {"sites": list(values), "statistics": list(statistics)}
             write_json(folder / _JSON, sealed(content | names))
             self._count = (folder / _COUNT).open("wb", buffering=0)
@@ -103,6 +104,8 @@ def load_stream(folder: str | os.PathLike[str], model: Callable[..., Any]) -> Po
     if content.get("format") != _FORMAT:
         raise ValueError(f"{str(path)!r} is not a file of {_FORMAT}")
     require_seal(content, path)
+    if content["version"] > _VERSION:
+        raise ValueError(f"{str(path)!r} was written by a newer pyro_bnn (version {content['version']}): install that")
     chains, samples = content["chains"], content["samples"]
     count = _read_count(folder / _COUNT, samples)
     draws = {

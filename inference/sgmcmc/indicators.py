@@ -74,6 +74,9 @@ class SpikeAndSlabState(SiteGroups):
             self.renew()
 
 
+NO_SITE = "the model has no spike-and-slab site: give it a prior of pyro_bnn.priors.SpikeAndSlab, or use SGHMC"
+
+
 def find_sites(
     potential: Potential, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[Densities, dict[str, Any], dict[str, Tensor]]:
@@ -84,9 +87,7 @@ def find_sites(
     nodes: dict[str, Any] = potential.prior_trace().nodes
     found = {n: nodes[n]["fn"] for n in potential.shapes if isinstance(nodes[n]["fn"], SpikeAndSlabDistribution)}
     if not found:
-        raise ValueError(
-            "the model has no spike-and-slab site: give it a prior of pyro_bnn.priors.SpikeAndSlab, or use SGHMC"
-        )
+        raise ValueError(NO_SITE)
     again: dict[str, Any] = potential.prior_trace().nodes
     held: dict[str, Tensor] = {}
     for name, density in found.items():

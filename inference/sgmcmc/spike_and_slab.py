@@ -12,11 +12,36 @@ from torch import Tensor
 
 from pyro_bnn.entry import checks
 from pyro_bnn.inference.potential import Potential
-from pyro_bnn.inference.sgmcmc.indicators import SpikeAndSlabState, find_sites, spike_and_slab_state
+from pyro_bnn.inference.sgmcmc.indicators import NO_SITE, SpikeAndSlabState, find_sites, spike_and_slab_state
 from pyro_bnn.inference.sgmcmc.pruning import Rule, RuleName, rule
 from pyro_bnn.inference.sgmcmc.sghmc import SGHMC
 from pyro_bnn.inputs import Data
+from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.priors import (
+    Cauchy,
+    CodebookPrior,
+    GaussianMixture,
+    HierarchicalCauchy,
+    HierarchicalNormal,
+    Horseshoe,
+    Laplace,
+    Normal,
+    StudentT,
+)
 from pyro_bnn.sites import Program
+
+#: priors that tell by their class that they are no spike and slab; one of your own, or a distribution, may be one
+_WITHOUT_SPIKE = {
+    Cauchy,
+    CodebookPrior,
+    GaussianMixture,
+    HierarchicalCauchy,
+    HierarchicalNormal,
+    Horseshoe,
+    Laplace,
+    Normal,
+    StudentT,
+}
 
 
 class SpikeAndSlabKernel(SGHMC):
@@ -35,6 +60,8 @@ class SpikeAndSlabKernel(SGHMC):
     :param hard: whether the E-step takes the likelier component in place of probabilities.
     :param soft_threshold: with a hard step, the mean square of a group from which on it is in the slab.
     :param em_start, em_every, prune, prune_start, prune_every: see the subclasses.
+    :raises ValueError: for a model without such a site: here where the classes of its priors tell, else when sampling
+        starts.
     """
 
     sites: list[SpikeAndSlabState]
@@ -65,6 +92,9 @@ class SpikeAndSlabKernel(SGHMC):
         ):
             if count is not None:
                 checks.count(name, count, least)
+        given = vars(model).get("priors", {}) if isinstance(model, BayesianNetwork) else {}
+        if given and {type(prior) for prior in given.values()} <= _WITHOUT_SPIKE:
+            raise ValueError(NO_SITE)
         self.hard, self.soft_threshold, self.prune = hard, soft_threshold, rule(prune)
         self.em_start, self.em_every, self.prune_start, self.prune_every = em_start, em_every, prune_start, prune_every
         super().__init__(model, data, step_size=step_size, friction=friction, **options)

@@ -125,9 +125,9 @@ class Codebook(nn.Module):
     def _find_places(self) -> None:
         """What the labels of each site mean, and which pairs are open."""
         self._site_labels = labels_by_site([shape for _, shape in self.sites], len(self), self.outliers, self.between)
-        self._find_open_pairs()
+        self.find_open_pairs()
 
-    def _find_open_pairs(self) -> None:
+    def find_open_pairs(self) -> None:
         """Pairs that have not become one code, as positions in ``pair``, and where those of each site are."""
         self.open_pairs = (self.pair[:, 0] != self.pair[:, 1]).nonzero().flatten()
         starts = [site.between.start for site in self._site_labels] + [len(self.between)]
@@ -319,7 +319,7 @@ class Codebook(nn.Module):
         for part in self.labels.split(2**22):
             part.copy_(table.index_select(0, part))
         self.pair.copy_(into.to(torch.int32)[self.pair.long()])
-        self._find_open_pairs()
+        self.find_open_pairs()
         # two codes that are one now: a plain member of it
         closed = self.pair[:, 0] == self.pair[:, 1]
         self.labels[self.between[closed]] = self.pair[closed, 0]

@@ -143,6 +143,9 @@ class CodebookGuide(MixtureGuide):
                     value.copy_(theirs[name])
         return made
 
+    def state_was_set(self) -> None:
+        self.codebook.find_open_pairs()
+
     @property
     def book(self) -> Codebook:
         """The codebook, read past Pyro's attribute hooks."""

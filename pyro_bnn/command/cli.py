@@ -40,6 +40,23 @@ PRINTED = frozenset(
     "seconds trainable_parameters sparsity bits_per_coded_weight".split()
 )
 
+# how a file is read, in the commands that train
+TargetColumn = Annotated[str | None, typer.Option(help="column of a .csv that is to be predicted")]
+TaskOption = Annotated[
+    TaskKind | None, typer.Option("--task", help="whether the target is a class or a number, if values do not tell")
+]
+DropColumns = Annotated[list[str] | None, typer.Option(help="column of a .csv that is no input; repeat for several")]
+SplitRows = Annotated[
+    str | None,
+    typer.Option(help="share of the rows for testing [default: 0.3], or a column of a .csv with train and test"),
+]
+CategoryColumns = Annotated[
+    list[str] | None, typer.Option(help="column of a .csv with categories that look like numbers; repeat")
+]
+Impute = Annotated[
+    bool, typer.Option("--impute", help="empty cells of a .csv: the median, and an input that says where")
+]
+
 app = typer.Typer(
     help="Bayesian neural networks as Pyro programs.",
     no_args_is_help=True,
@@ -54,23 +71,12 @@ def fit(
     data: Annotated[
         str, typer.Option(help="digits, or a path: .npz, .csv (with --target) or a folder of images")
     ] = "digits",
-    target: Annotated[str | None, typer.Option(help="column of a .csv that is to be predicted")] = None,
-    task_: Annotated[
-        TaskKind | None, typer.Option("--task", help="whether the target is a class or a number, if values do not tell")
-    ] = None,
-    drop: Annotated[
-        list[str] | None, typer.Option(help="column of a .csv that is no input; repeat for several")
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(help="share of the rows for testing [default: 0.3], or a column of a .csv with train and test"),
-    ] = None,
-    category: Annotated[
-        list[str] | None, typer.Option(help="column of a .csv with categories that look like numbers; repeat")
-    ] = None,
-    impute: Annotated[
-        bool, typer.Option("--impute", help="empty cells of a .csv: the median, and an input that says where")
-    ] = False,
+    target: TargetColumn = None,
+    task_: TaskOption = None,
+    drop: DropColumns = None,
+    split: SplitRows = None,
+    category: CategoryColumns = None,
+    impute: Impute = False,
     method: Annotated[
         MethodName,
         typer.Option(
@@ -303,23 +309,12 @@ def compare(
     data: Annotated[
         str | None, typer.Option(help="as for `fit` [default: that of the first of --runs, or digits]")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="column of a .csv that is to be predicted")] = None,
-    task_: Annotated[
-        TaskKind | None, typer.Option("--task", help="whether the target is a class or a number, if values do not tell")
-    ] = None,
-    drop: Annotated[
-        list[str] | None, typer.Option(help="column of a .csv that is no input; repeat for several")
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(help="share of the rows for testing [default: 0.3], or a column of a .csv with train and test"),
-    ] = None,
-    category: Annotated[
-        list[str] | None, typer.Option(help="column of a .csv with categories that look like numbers; repeat")
-    ] = None,
-    impute: Annotated[
-        bool, typer.Option("--impute", help="empty cells of a .csv: the median, and an input that says where")
-    ] = False,
+    target: TargetColumn = None,
+    task_: TaskOption = None,
+    drop: DropColumns = None,
+    split: SplitRows = None,
+    category: CategoryColumns = None,
+    impute: Impute = False,
     methods: Annotated[
         list[str] | None,
         typer.Option(help="to train, with commas or repeated [default: all, or with --runs none]"),

@@ -94,12 +94,27 @@ class Run:
     def metrics(self) -> Metrics:
         """
         :raises FileNotFoundError: when the run has none.
+        :raises ValueError: when the file does not hold the scores of a run and of its deterministic network.
         """
         if not self.is_measured:
             raise FileNotFoundError(
                 f"the run in {str(self.folder)!r} has no metrics.json; `pyro-bnn evaluate {self.folder}` makes one"
             )
-        return read_json(self.folder / "metrics.json")
+        path = self.folder / "metrics.json"
+        found = read_json(path)
+        scores = {name: value for name, value in found.items() if not isinstance(value, dict)}
+        twin = found.get("deterministic")
+        if not isinstance(twin, dict) or not scores or not _are_numbers(scores) or not _are_numbers(twin):
+            raise ValueError(
+                f"{str(path)!r} does not hold the scores of a run: it is damaged. Remove it, and `pyro-bnn evaluate "
+                f"{self.folder}` makes one"
+            )
+        return found
+
+
+def _are_numbers(scores: Metrics) -> bool:
+    """Whether all scores are numbers, or missing because the data do not have them."""
+    return all(value is None or isinstance(value, (int, float)) for value in scores.values())
 
 
 def read(folder: Path) -> Run:

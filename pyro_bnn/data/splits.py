@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pyro_bnn.entry import checks
+
 TEST_SHARE = 0.3
 #: what folders and cells of a column that splits are called, in lower case
 PARTS = {
@@ -28,9 +30,7 @@ def by_share(rows: int, share: float | None, strata: np.ndarray | None = None) -
     """
     from sklearn.model_selection import train_test_split  # takes a second to import
 
-    share = TEST_SHARE if share is None else share
-    if not 0 < share < 1:
-        raise ValueError(f"the share of rows for testing must lie between 0 and 1, got {share}")
+    share = TEST_SHARE if share is None else checks.share("split", share)
     test_rows = math.ceil(share * rows)
     if rows - test_rows < 1:
         raise ValueError(f"{share:g} of {rows} rows for testing leaves none for training")

@@ -253,7 +253,8 @@ def _learned(
     about = (input_names(columns), x_mean, x_scale)
     if classes:
         known = class_names(y, f"column {target!r}")
-        if absent := [name for i, name in enumerate(known) if i not in labels(y[train], known, "")]:
+        trained = set(labels(y[train], known, "").tolist())
+        if absent := [name for i, name in enumerate(known) if i not in trained]:
             raise ValueError(f"class {listed([repr(name) for name in absent])} is in no training row")
         return Encoding(*about, known, table=tuple(columns), target=target, left_out=order, split=split)
     (y_mean,), (y_scale,) = moments(y[train][:, None])

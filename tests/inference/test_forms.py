@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal
@@ -192,7 +193,14 @@ def test_a_space_of_products_is_refused_without_pairs(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_sghmc_within_em_refuses_a_form_without_spike_and_slab(form: str) -> None:
-    """Proves that the first step is refused when no site has the prior, and that SGHMC is named."""
-    kernel = SGHMCEM(FORMS[form](), (X, targets()), step_size=0.01, friction=0.1, batch_size=ROWS)
+    """Proves that the kernel is refused where it is made when no prior can be one, and that SGHMC is named."""
+    with pytest.raises(ValueError, match=r"no spike-and-slab site: .*or use SGHMC"):
+        SGHMCEM(FORMS[form](), (X, targets()), step_size=0.01, friction=0.1, batch_size=ROWS)
+
+
+def test_sghmc_within_em_refuses_distributions_without_a_spike_when_it_starts() -> None:
+    """Proves that a prior whose class does not tell is looked at with the model, and refused in the same words."""
+    model = Dense(network(), LIKELIHOOD, ROWS, prior=lambda name, w: dist.Normal(0.0, 1.0).expand(w.shape))
+    kernel = SGHMCEM(model, (X, targets()), step_size=0.01, friction=0.1, batch_size=ROWS)
     with pytest.raises(ValueError, match=r"no spike-and-slab site: .*or use SGHMC"):
         sample(kernel, 2, 2, progress=False)

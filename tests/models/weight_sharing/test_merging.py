@@ -165,13 +165,14 @@ def test_the_state_of_the_optimiser_follows_a_merger(optim: str) -> None:
         assert float(state["step"]) == 4
 
 
-def test_merging_on_a_schedule(tmp_path: Any) -> None:
+@pytest.mark.parametrize("sampling", ["codebook", "mixture"])
+def test_merging_on_a_schedule(sampling: Any, tmp_path: Any) -> None:
     """Codes merge at the epochs asked for; training goes on, resumes from a checkpoint, and fewer codes are stored."""
     x, y = (v.float() for v in data())
 
     def train(epochs: int, checkpoint: Any = None) -> tuple[Any, MergeCodes]:
         model = WeightSharing(chain(2, 16, 8, 1).float(), Gaussian(0.3), N)
-        guide = CodebookGuide(model, 24, blend=0.05, outliers=0.05, seed=0)
+        guide = CodebookGuide(model, 24, sampling=sampling, blend=0.05, outliers=0.05, seed=0)
         merge = MergeCodes(start=2, stop=6, every=2, tightness=2.0)
         posterior = fit(
             model,
