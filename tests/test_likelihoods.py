@@ -276,6 +276,11 @@ def test_description_round_trip(likelihood: Likelihood) -> None:
             from_description(broken)
 
 
+def test_a_categorical_of_before_has_its_classes_last() -> None:
+    """What versions wrote that knew no ``class_dim`` means what they did."""
+    assert from_description({"class": "Categorical", "temperature": 1.0}) == Categorical(class_dim=-1)
+
+
 def test_first_argument_is_the_scale() -> None:
     """What a likelihood is about comes first; the temperature goes by name alone."""
     assert Gaussian(0.1) == Gaussian(scale=0.1) and Gaussian(0.1).temperature == 1.0

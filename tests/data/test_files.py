@@ -71,6 +71,20 @@ def test_missing_values_are_imputed_by_what_training_saw(tmp_path: Path) -> None
         data.load_inputs(write(tmp_path / "new.csv", "size,age\n0,1\n,1\n"), encoding)
 
 
+def test_the_median_knows_nothing_of_test_rows(tmp_path: Path) -> None:
+    """Proves by rows whose test half is far away: the median, the mean and the scale are those of the training half."""
+    training = [1.0, 2.0, 3.0, 4.0, None, 10.0]
+    lines = [f"{'' if v is None else v},{i % 2},train" for i, v in enumerate(training)]
+    lines += [f"{1000 + i},{i % 2},test" for i in range(6)]
+    file = write(tmp_path / "far.csv", "\n".join(["age,y,part", *lines]) + "\n")
+    task = data.load(file, "y", split="part", impute=True)
+    (age,) = task.encoding.table
+    assert age.median == 3.0  # of 1, 2, 3, 4, 10
+    filled = np.asarray([1.0, 2.0, 3.0, 4.0, 3.0, 10.0])
+    assert task.encoding.x_mean[0] == pytest.approx(filled.mean())
+    assert task.encoding.x_scale[0] == pytest.approx(filled.std())
+
+
 def test_columns_are_found_by_name(tmp_path: Path) -> None:
     """Proves: another order changes nothing, a missing and a new column are named, `drop` takes out the new one."""
     task = data.load(csv(tmp_path / "a.csv", rows()), "y")

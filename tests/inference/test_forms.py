@@ -5,16 +5,27 @@ from collections.abc import Callable
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoLowRankMultivariateNormal
-from torch import Tensor, nn
+from last_layer import (
+    LIKELIHOOD,
+    ROWS,
+    X,
+    by_low_rank_normal,
+    by_mean_field,
+    by_sghmc,
+    by_svgd,
+    distance,
+    last_layer,
+    mean_field_ratio,
+    network,
+    targets,
+)
 
 import pyro_bnn as pb
-from pyro_bnn.inference import SGHMC, SGHMCEM, SVGD, SWAG, AutoParticles, DeepEnsemble, LastLayerLaplace, fit, sample
+from pyro_bnn.inference import SGHMCEM, SVGD, SWAG, AutoParticles, DeepEnsemble, LastLayerLaplace, sample
 from pyro_bnn.models import (
     Bella,
     CodebookGuide,
     Dense,
-    MeanFieldGuide,
     ParticleGuide,
     Rank1,
     Rank1Guide,
@@ -22,29 +33,11 @@ from pyro_bnn.models import (
     WeightSharing,
 )
 
-ROWS = 16
-NOISE = 0.3
-LIKELIHOOD = pb.likelihoods.Gaussian(NOISE)
-X = torch.linspace(-1, 1, ROWS)[:, None]
-PROBES = torch.linspace(-1.5, 1.5, 21)[:, None]
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(1, 3), nn.Tanh(), nn.Linear(3, 1))
-
 
 def shared() -> SharedWeights:
     model = WeightSharing(network(), LIKELIHOOD, ROWS)
     guide = CodebookGuide.from_network(model, codes=4, outliers=0.0, blend=0.0, smallest=0, seed=0)
     return SharedWeights(network(), LIKELIHOOD, ROWS, codebook=guide.book)
-
-
-def last_layer() -> Dense:
-    """The last layer alone is random, and the rest is frozen: otherwise `fit` trains it as point estimates."""
-    model = Dense(network(), LIKELIHOOD, ROWS, select="2")
-    model.requires_grad_(False)
-    return model
 
 
 FORMS: dict[str, Callable[[], pb.models.Dense | Rank1 | Bella | SharedWeights]] = {
@@ -54,64 +47,6 @@ FORMS: dict[str, Callable[[], pb.models.Dense | Rank1 | Bella | SharedWeights]] 
     "last layer": last_layer,
     "codebook": shared,
 }
-
-
-def targets() -> Tensor:
-    return torch.sin(2.5 * X) + NOISE * torch.randn(X.shape, generator=torch.Generator().manual_seed(1))
-
-
-def exact() -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation at the probes: Bayesian linear regression on the frozen features, weights N(0, 1)."""
-    hidden = network()[:2]
-
-    def features(x: Tensor) -> Tensor:
-        with torch.no_grad():
-            return torch.cat([hidden(x), torch.ones(len(x), 1)], 1).double()
-
-    seen, new = features(X), features(PROBES)
-    covariance = torch.linalg.inv(seen.T @ seen / NOISE**2 + torch.eye(seen.shape[1]))
-    mean = covariance @ seen.T @ targets().double() / NOISE**2
-    return (new @ mean)[:, 0], ((new @ covariance) * new).sum(1).sqrt()
-
-
-def distance(posterior: pb.Posterior, num_samples: int | None) -> tuple[float, float]:
-    """Root mean square difference of means in exact standard deviations, and the geometric mean ratio of deviations."""
-    f = posterior.predict(PROBES, num_samples=num_samples).outputs.double().reshape(-1, len(PROBES))
-    mean, std = exact()
-    return ((f.mean(0) - mean) / std).square().mean().sqrt().item(), (f.std(0) / std).log().mean().exp().item()
-
-
-def by_mean_field(components: int) -> pb.Posterior:
-    model = last_layer()
-    guide = MeanFieldGuide(model, components)
-    return fit(model, guide, (X, targets()), epochs=1200, lr=0.01, batch_size=ROWS, seed=0, progress=False)
-
-
-def by_low_rank_normal() -> pb.Posterior:
-    model = last_layer()
-    torch.manual_seed(0)
-    guide = AutoLowRankMultivariateNormal(model, rank=3, init_scale=0.1)
-    return fit(model, guide, (X, targets()), epochs=1500, lr=0.01, batch_size=ROWS, seed=0, progress=False)
-
-
-def by_sghmc() -> pb.Posterior:
-    kernel = SGHMC(last_layer(), (X, targets()), step_size=0.02, friction=0.1, batch_size=ROWS, thinning=5)
-    return sample(kernel, 1000, 200, 4, seed=0, progress=False)
-
-
-def by_svgd() -> pb.Posterior:
-    model = last_layer()
-    torch.manual_seed(0)
-    engine = SVGD(model, AutoParticles(model, 20), lr=0.05)
-    return engine.fit((X, targets()), epochs=800, batch_size=ROWS, seed=0, progress=False)
-
-
-def mean_field_ratio() -> float:
-    """What the best mean field has: variances 1 / precision_ii (Bishop 2006, 10.1.2) in place of the covariance."""
-    with torch.no_grad():
-        seen, new = (torch.cat([network()[:2](x), torch.ones(len(x), 1)], 1).double() for x in (X, PROBES))
-    precision = seen.T @ seen / NOISE**2 + torch.eye(seen.shape[1])
-    return ((new**2 / precision.diagonal()).sum(1).sqrt() / exact()[1]).log().mean().exp().item()
 
 
 def test_sghmc_of_the_last_layer_has_the_exact_posterior() -> None:
@@ -131,28 +66,33 @@ def test_laplace_of_the_last_layer_has_the_exact_covariance() -> None:
 
 @pytest.mark.parametrize("components", [1, 3])
 def test_mean_field_of_the_last_layer_has_the_deviations_of_the_best_factorised_normal(components: int) -> None:
-    """Proves the optimum of the bound: a deviation that is too large by a known ratio, and a mean that is near.
+    """Proves the optimum of the bound: a deviation that is too large by a known ratio, and the exact mean.
 
-    The last steps of Adam at a constant learning rate leave the mean up to 0.35 deviations away, as measured.
+    Of the mean 0.02 is the error of 4000 draws; the rest is what the optimiser leaves along two directions in which the
+    posterior is 17 times as wide as in the others (0.06 to 0.10 over seeds, `python -m tests.benchmarks.forms`).
     """
-    off, ratio = distance(by_mean_field(components), 2000)
-    assert off < 0.6
-    assert abs(ratio / mean_field_ratio() - 1) < 0.15
+    off, ratio = distance(by_mean_field(components), 4000)
+    assert off < 0.25
+    assert abs(ratio / mean_field_ratio() - 1) < 0.1
 
 
 def test_svgd_of_the_last_layer_has_the_mean_and_too_small_a_deviation() -> None:
     """Proves that 20 particles are at the exact mean, with about half of the deviation (0.50 as measured)."""
-    off, ratio = distance(by_svgd(), None)
+    off, ratio = distance(by_svgd(20), None)
     assert off < 0.1
     assert 0.35 < ratio < 0.7
 
 
 @pytest.mark.slow
-def test_a_low_rank_normal_of_the_last_layer_is_near_the_exact_posterior() -> None:
-    """Proves that Pyro's AutoLowRankMultivariateNormal trains: 0.21 deviations off and a ratio of 1.26 as measured."""
-    off, ratio = distance(by_low_rank_normal(), 2000)
-    assert off < 0.6
-    assert 0.8 < ratio < 1.5
+def test_a_low_rank_normal_of_the_last_layer_comes_near_the_exact_posterior() -> None:
+    """Proves that Pyro's AutoLowRankMultivariateNormal, which holds the exact covariance, is on its way to it.
+
+    Its mean is there within the error of 4000 draws and of the last steps; its deviations, 1.24 times the exact ones
+    after 3,000 steps, come nearer with more steps. The best factorised Normal has 1.31.
+    """
+    found = [distance(by_low_rank_normal(steps), 4000) for steps in (3000, 10_000)]
+    assert all(off < 0.15 for off, _ in found)
+    assert 1.0 < found[1][1] < found[0][1] < mean_field_ratio()
 
 
 @pytest.mark.parametrize("form", FORMS)
