@@ -22,7 +22,18 @@ from torch.utils.data import (
 )
 
 from pyro_bnn.entry import checks
-from pyro_bnn.inputs import LABELS, Data, Inputs, describe, inputs, integers_in, require_finite, split, targets
+from pyro_bnn.inputs import (
+    LABELS,
+    Data,
+    Inputs,
+    describe,
+    inputs,
+    integers_in,
+    naming_shapes,
+    require_finite,
+    split,
+    targets,
+)
 from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import undisturbed
 from pyro_bnn.network import batch_size as count_samples
@@ -259,7 +270,7 @@ def _output_of_first(network: BayesianNetwork, x: Inputs, size: int) -> Tensor:
     examples: dict[object, Tensor] = network.__dict__.setdefault("_output_examples", {})
     if key not in examples:
         try:
-            with undisturbed(network.core().net):
+            with undisturbed(network.core().net), naming_shapes(x):
                 examples[key] = network.core()(row)[:1]
         except Exception as error:
             if takes(network.core(), x):

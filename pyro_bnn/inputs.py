@@ -18,6 +18,7 @@ Everything goes to the device of the network. A tensor that has device and dtype
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
@@ -160,6 +161,18 @@ def integers_in(x: object) -> list[str]:
     """The dtypes of tensors of integers in x, each once."""
     found = (leaf.dtype for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor))
     return sorted({str(d) for d in found if not (d.is_floating_point or d.is_complex or d == torch.bool)})
+
+
+@contextlib.contextmanager
+def naming_shapes(x: object) -> Iterator[None]:
+    """Inside, what a network raises has a note with the shapes that it was given."""
+    try:
+        yield
+    except Exception as error:
+        found = (leaf for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor))
+        held = ", ".join(f"{list(leaf.shape)} of {str(leaf.dtype).removeprefix('torch.')}" for leaf in found)
+        error.add_note(f"x is {held}, with the samples on axis 0; the network was called with rows of it")
+        raise
 
 
 def describe(value: object) -> str:

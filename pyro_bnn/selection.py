@@ -137,8 +137,13 @@ class _Names:
 
 
 def _nearest(one: str, known: Iterable[str], what: str) -> str:
-    found = difflib.get_close_matches(one, sorted(set(known)), _MOST_SUGGESTIONS, _LEAST_LIKENESS)
-    return f"; the nearest {what} are {', '.join(map(repr, found))}" if found else f"; no {what} are like it"
+    names = sorted(set(known))
+    found = difflib.get_close_matches(one, names, _MOST_SUGGESTIONS, _LEAST_LIKENESS)
+    if found:
+        return f"; the nearest {what} are {', '.join(map(repr, found))}"
+    some, left = names[:_MOST_SUGGESTIONS], len(names) - _MOST_SUGGESTIONS
+    more = f" and {left} more" if left > 0 else ""
+    return f"; no {what} are like it" + (f": there are {', '.join(map(repr, some))}{more}" if some else "")
 
 
 def _name_of(module: nn.Module, given: nn.Module | None, net: nn.Module, option: str) -> str:

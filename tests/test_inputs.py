@@ -509,6 +509,21 @@ def test_y_keeps_its_kind_of_number(likelihood: Any, y: list[Any], message: str)
         minibatches(model, (X, y), 2)
 
 
+def test_what_a_network_raises_is_told_with_the_shape_of_x() -> None:
+    """torch names the shapes of two matrices alone, and after a split into rows not those that the user gave."""
+    x, wrong = torch.randn(6, 4), torch.randn(6, 5)
+    model = pb.models.Dense(nn.Linear(4, 3), Categorical(), 6)
+    guide = pb.models.MeanFieldGuide(model)
+    labels = torch.arange(6) % 3
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as in_fit:
+        pb.inference.fit(model, guide, (wrong, labels), epochs=1, progress=False)
+    posterior = pb.inference.fit(model, guide, (x, labels), epochs=1, progress=False)
+    with pytest.raises(RuntimeError, match="cannot be multiplied") as in_predict:
+        posterior.predict(wrong)
+    for caught in (in_fit, in_predict):
+        assert any(r"x is [6, 5] of float32" in note for note in caught.value.__notes__)
+
+
 def test_counts_may_be_integers_of_any_size() -> None:
     model = Dense(nn.Linear(2, 1), Poisson(), 4)
     first = minibatches(model, (X, np.array([3, 0, 2, 1], dtype=np.uint8)), 4).first

@@ -17,7 +17,7 @@ from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.given.copying import copy_of
 from pyro_bnn.guide import MixtureGuide
-from pyro_bnn.inputs import Inputs, inputs, require_finite, targets
+from pyro_bnn.inputs import Inputs, inputs, naming_shapes, require_finite, targets
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import evaluating, settle
@@ -293,7 +293,7 @@ class Posterior:
             return Prediction(foreign.predict_site(source, x, count, seed, return_site), None)
         require_finite(x)
         outputs, noise = [], []
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), naming_shapes(x):
             for group, index in source.indexed_groups(count, seed, example=x):
                 if model.site("noise") in group:
                     noise.append(group[model.site("noise")])

@@ -422,6 +422,25 @@ def test_evaluate_refuses_a_broken_posterior(digits_run: tuple[Path, str], tmp_p
     assert "posterior" in result.stderr and result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"null", b"{}", b'{"nll": 1.0}', b'{"nll": 1.0, "deterministic": [2]}', b"\xff"]
+    + [b'{"nll": "low", "deterministic": {"nll": 1.0}}', b'{"deterministic": {"nll": 1.0}}'],
+)
+def test_scores_that_are_none_are_one_message(content: bytes, digits_run: tuple[Path, str], tmp_path: Path) -> None:
+    """Proves for damage of all kinds that the file is named, and that what it held is not guessed."""
+    folder = tmp_path / "run"
+    shutil.copytree(digits_run[0], folder)
+    (folder / "metrics.json").write_bytes(content)
+    for command in (
+        ("evaluate", folder),
+        ("compare", "--runs", folder, "--runs", digits_run[0], "--out", tmp_path / "c"),
+    ):
+        result = run(*command, expect=2)
+        assert str(folder / "metrics.json") in result.stderr and result.stderr.count("\n") == 1
+    assert (folder / "metrics.json").read_bytes() == content
+
+
 def test_a_run_without_metrics_says_how_to_make_them(digits_run: tuple[Path, str], tmp_path: Path) -> None:
     """Proves that report and compare name the run, what it lacks and the command, and that this command mends it."""
     folder = tmp_path / "run"
