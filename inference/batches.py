@@ -34,12 +34,12 @@ from pyro_bnn.inputs import (
     split,
     targets,
 )
-from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import undisturbed
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.perturb.probe import rows_belong_together, takes
 from pyro_bnn.perturb.samples import batched
-from pyro_bnn.sites import Program
+from pyro_bnn.program.model import BayesianNetwork, like_of
+from pyro_bnn.program.sites import Program
 
 
 class Minibatches(NamedTuple):

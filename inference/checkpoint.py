@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pyro_bnn.factorised import split
 from pyro_bnn.files import replacing
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.settings import differences
-from pyro_bnn.model import ProgramModule
-from pyro_bnn.sites import Program
+from pyro_bnn.program.factorised import split
+from pyro_bnn.program.guide import MixtureGuide
+from pyro_bnn.program.module import ProgramModule
+from pyro_bnn.program.sites import Program
 
 VERSION = 2
 #: what stands behind the content: a digest of all before it, which readers of the content do not see

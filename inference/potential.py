@@ -18,10 +18,10 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
 from pyro_bnn.entry.threads import one_at_a_time
-from pyro_bnn.factorised import split
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import training_mode
-from pyro_bnn.sites import Program
+from pyro_bnn.program.factorised import split
+from pyro_bnn.program.model import BayesianNetwork
+from pyro_bnn.program.sites import Program
 
 
 class Potential:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_bnn import display
 from pyro_bnn.files import digest_of
 from pyro_bnn.inputs import inputs, split, targets
-from pyro_bnn.model import BayesianNetwork, like_of
+from pyro_bnn.program.model import BayesianNetwork, like_of
 
 #: characters of a digest, enough to tell two runs of one person apart
 _SHORT = 16

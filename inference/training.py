@@ -23,13 +23,13 @@ from torch.utils import _pytree as pytree
 
 from pyro_bnn import display
 from pyro_bnn.entry import checks
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.batches import Minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.progress import progress_bar
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import undisturbed
-from pyro_bnn.sites import Program
+from pyro_bnn.program.guide import MixtureGuide
+from pyro_bnn.program.model import BayesianNetwork
+from pyro_bnn.program.sites import Program
 
 #: What ``optim=`` takes, in every engine. See :func:`build_optimizer`.
 Optim = str | type[Optimizer] | Callable[[list[dict[str, Any]]], Optimizer] | Optimizer | None

@@ -18,16 +18,16 @@ from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.given.copying import unwrapped
 from pyro_bnn.given.fixed import has_spectral_norm, not_frozen, require_own_weights, require_random
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
 from pyro_bnn.network import NORMALISATIONS
 from pyro_bnn.perturb import LowRankFactors, Perturbation, Replacement, Shift
 from pyro_bnn.priors import Normal, Prior, PriorLike
+from pyro_bnn.program.guide import MixtureGuide
+from pyro_bnn.program.model import BayesianNetwork, Form, NetworkOptions
+from pyro_bnn.program.sites import Site
 from pyro_bnn.registry import storable
 from pyro_bnn.selection import Select
-from pyro_bnn.sites import Site
 
 Init = Literal["kaiming", "gaussian", "orthogonal"]
 
@@ -63,7 +63,7 @@ class Bella(BayesianNetwork):
     :param affine: whether gains and biases of normalisation layers belong to each particle, or which of them, selected
         in the same way. They start as given.
     :param affine_prior: of these; ``loc=None`` means around the given values.
-    :param options: see :class:`~pyro_bnn.model.NetworkOptions`.
+    :param options: see :class:`~pyro_bnn.program.model.NetworkOptions`.
     :raises ValueError: when ``select``, ``head`` or ``affine`` matches nothing, a number is out of range, or
         ``product_scale`` and ``prior`` are both given.
     """

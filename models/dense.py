@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from pyro_bnn import priors
 from pyro_bnn.entry import checks
 from pyro_bnn.given.fixed import not_frozen, require_random
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
 from pyro_bnn.perturb.probe import require_rows
 from pyro_bnn.priors import Normal, PriorLike
+from pyro_bnn.program.guide import MixtureGuide
+from pyro_bnn.program.model import BayesianNetwork, Form, NetworkOptions
+from pyro_bnn.program.sites import Site
 from pyro_bnn.registry import storable
 from pyro_bnn.selection import Select
-from pyro_bnn.sites import Site
 
 
 class DenseOptions(NetworkOptions, total=False):
@@ -44,7 +44,7 @@ class Dense(BayesianNetwork):
     :param select: which parameters are random, see :func:`~pyro_bnn.selection.select_parameters`; by default all except
         those of normalisation layers and those with ``requires_grad=False``.
     :param chunk_size: how many members are vectorised at a time; ``None`` for all.
-    :param options: see :class:`~pyro_bnn.model.NetworkOptions`.
+    :param options: see :class:`~pyro_bnn.program.model.NetworkOptions`.
     :raises ValueError: when ``select`` matches nothing, or a prior does not fit.
     """
 

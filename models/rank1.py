@@ -21,16 +21,16 @@ from pyro_bnn import priors
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.given.fixed import not_frozen, require_own_weights, require_random
-from pyro_bnn.guide import Family, MixtureGuide
 from pyro_bnn.inputs import Inputs, inputs
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
 from pyro_bnn.network import batch_size
 from pyro_bnn.perturb import Perturbation, Rank1Factors, Replacement
 from pyro_bnn.priors import HierarchicalCauchy, Normal, Prior, PriorLike
+from pyro_bnn.program.guide import Family, MixtureGuide
+from pyro_bnn.program.model import BayesianNetwork, Form, NetworkOptions
+from pyro_bnn.program.sites import Site, sample_local, sample_scales, sample_share
 from pyro_bnn.registry import storable
 from pyro_bnn.selection import Select
-from pyro_bnn.sites import Site, sample_local, sample_scales, sample_share
 
 
 @storable
@@ -57,7 +57,7 @@ class Rank1(BayesianNetwork):
         clips at 10, which matters for Cauchy draws); ``None`` for no clipping.
     :param example: an input; given, the weights are those that the network is seen to use, and the layouts are probed
         at once. Needed when ``forward`` calls ``F.linear`` and the like on parameters of its own.
-    :param options: see :class:`~pyro_bnn.model.NetworkOptions`.
+    :param options: see :class:`~pyro_bnn.program.model.NetworkOptions`.
     :raises ValueError: when ``select`` matches nothing, or a prior does not fit.
     """
 
@@ -376,7 +376,7 @@ class Rank1Guide(MixtureGuide):
         if family not in ("normal", "cauchy"):
             raise ValueError(
                 f"family={family!r}: expected 'normal' or 'cauchy'. Points without a spread are a "
-                "pyro_bnn.guide.MixtureGuide(model, components, family='point')"
+                "pyro_bnn.program.guide.MixtureGuide(model, components, family='point')"
             )
         if draws not in ("row", "member"):
             raise ValueError(f"draws={draws!r}: expected 'row' or 'member'")

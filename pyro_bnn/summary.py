@@ -18,16 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pyro_bnn import display
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.svi.elbo import MixtureELBO
 from pyro_bnn.inputs import Inputs, inputs
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import training_mode, undisturbed
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.perturb.samples import select_samples
 from pyro_bnn.posterior import Prediction, storage
 from pyro_bnn.posterior.network_outputs import network_outputs
 from pyro_bnn.posterior.stored_draws import DrawsGuide
+from pyro_bnn.program.guide import MixtureGuide
+from pyro_bnn.program.model import BayesianNetwork
 
 if TYPE_CHECKING:
     import pandas as pd

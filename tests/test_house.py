@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 #: python files of one folder, not counting `__init__.py` and `__main__.py`
 LARGEST_FOLDER = 14
+#: lines of a file; one that is longer than about 400 is two ideas
+LONGEST_FILE = 440
 #: packages whose names are public under their parent: a user writes `pb.inference.SGHMC`
 SHELVES = {
     "pyro_bnn.inference.baselines": "pyro_bnn.inference",
@@ -64,6 +66,11 @@ def test_no_folder_has_more_files_than_one_can_overlook() -> None:
         if not path.stem.startswith("__"):
             sizes[path.parent] = sizes.get(path.parent, 0) + 1
     assert {str(folder): size for folder, size in sizes.items() if size > LARGEST_FOLDER} == {}
+
+
+def test_no_file_is_longer_than_one_idea() -> None:
+    sizes = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in code_files()}
+    assert {path: size for path, size in sizes.items() if size > LONGEST_FILE} == {}
 
 
 def test_every_package_is_in_the_wheel() -> None:

@@ -14,21 +14,21 @@ from torch import Tensor, nn
 
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.baselines.masks import Masks, dropout_modules, find_masks, mask_shape
 from pyro_bnn.inference.baselines.point import Baseline, network_at
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import settle
 from pyro_bnn.network import Network, Output
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.priors import Normal, PriorLike
 from pyro_bnn.priors.choice import resolve
+from pyro_bnn.program.guide import MixtureGuide
+from pyro_bnn.program.model import BayesianNetwork
+from pyro_bnn.program.sites import Site
 from pyro_bnn.randomness import device_of, forked
 from pyro_bnn.registry import storable
-from pyro_bnn.sites import Site
 
 #: what an alpha dropout puts in the place of a unit: the value of SELU far to the left
 SELU_LIMIT = -1.7580993408473766
@@ -110,7 +110,7 @@ class DropoutNetwork(BayesianNetwork):
     :param num_data: size N of the training set.
     :param masks: of every module, as :func:`~pyro_bnn.inference.baselines.masks.find_masks` finds them.
     :param prior: of the weights W, whose log density enters the model as one factor.
-    :param prefix, members_dim, output: see :class:`~pyro_bnn.model.BayesianNetwork`.
+    :param prefix, members_dim, output: see :class:`~pyro_bnn.program.model.BayesianNetwork`.
     """
 
     def __init__(

@@ -15,7 +15,6 @@ from torch.distributions.transforms import ReshapeTransform
 
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.baselines.point import Baseline, network_at
 from pyro_bnn.inference.batches import Minibatches, minibatches
 from pyro_bnn.inputs import Data, Inputs
@@ -25,6 +24,7 @@ from pyro_bnn.modes import settle, undisturbed
 from pyro_bnn.network import Network, Output
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.priors import Normal
+from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.randomness import device_of, forked
 from pyro_bnn.registry import storable
 

@@ -13,12 +13,12 @@ from pyro_bnn.given.copying import copy_of, unwrapped
 from pyro_bnn.inference.svi.fitting import fit
 from pyro_bnn.inputs import Data
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import require_network
 from pyro_bnn.models.dense import Dense, PointGuide
 from pyro_bnn.modes import settle
 from pyro_bnn.network import Output
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.priors import Normal, PriorLike
+from pyro_bnn.program.module import require_network
 
 
 @dataclass(eq=False, repr=False)

@@ -22,8 +22,8 @@ from pyro_bnn.models.dense import Dense, PointGuide
 from pyro_bnn.modes import evaluating
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.posterior.statistics import gather_statistics
+from pyro_bnn.program.sites import Site
 from pyro_bnn.randomness import derive_seeds, device_of, seeded
-from pyro_bnn.sites import Site
 
 
 class Moments:

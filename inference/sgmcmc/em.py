@@ -27,7 +27,7 @@ from pyro_bnn.entry import checks
 from pyro_bnn.inference.sgmcmc.pruning import Rule, RuleName
 from pyro_bnn.inference.sgmcmc.spike_and_slab import SpikeAndSlabKernel
 from pyro_bnn.inputs import Data
-from pyro_bnn.sites import Program
+from pyro_bnn.program.sites import Program
 
 
 class SGHMCEM(SpikeAndSlabKernel):

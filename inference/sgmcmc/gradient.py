@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.inference.sgmcmc.graphs import record
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.perturb.vectoriser import Vectoriser
+from pyro_bnn.program.model import BayesianNetwork
 
 #: A step of a model with more latent numbers than this is arithmetic more than overhead.
 CAPTURE_SIZE = 2**17

@@ -25,7 +25,7 @@ from pyro_bnn.inference.sgmcmc.preconditioners import MirrorDescent
 from pyro_bnn.inference.sgmcmc.pruning import Rule, RuleName
 from pyro_bnn.inference.sgmcmc.spike_and_slab import SpikeAndSlabKernel
 from pyro_bnn.inputs import Data
-from pyro_bnn.sites import Program
+from pyro_bnn.program.sites import Program
 
 #: standard deviation of the momentum with which a chain begins
 INITIAL_MOMENTUM = 1e-3

@@ -15,9 +15,9 @@ from pyro_bnn.inference.potential import Potential
 from pyro_bnn.inference.sgmcmc.gradient import Gradient
 from pyro_bnn.inference.sgmcmc.streams import Streams
 from pyro_bnn.inputs import Data
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.posterior.statistics import averaging
-from pyro_bnn.sites import Program
+from pyro_bnn.program.model import BayesianNetwork
+from pyro_bnn.program.sites import Program
 
 #: minibatches over which the statistics of normalisation layers are averaged for a draw
 STATISTICS_BATCHES = 16

@@ -20,8 +20,8 @@ from pyro_bnn.inference.sgmcmc.draw_files import DrawFiles
 from pyro_bnn.inference.sgmcmc.sghmc import SGHMC
 from pyro_bnn.modes import settle
 from pyro_bnn.posterior import Posterior
+from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import device_of, seeded
-from pyro_bnn.sites import Program
 
 
 @one_at_a_time

@@ -27,7 +27,7 @@ from pyro_bnn.inference.sgmcmc.kernel import MinibatchKernel
 from pyro_bnn.inference.sgmcmc.noise import Noise
 from pyro_bnn.inference.sgmcmc.preconditioners import Preconditioner, preconditioner_for
 from pyro_bnn.inputs import Data
-from pyro_bnn.sites import Program
+from pyro_bnn.program.sites import Program
 
 
 def sghmc_step(

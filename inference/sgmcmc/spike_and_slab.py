@@ -16,7 +16,6 @@ from pyro_bnn.inference.sgmcmc.indicators import NO_SITE, SpikeAndSlabState, fin
 from pyro_bnn.inference.sgmcmc.pruning import Rule, RuleName, rule
 from pyro_bnn.inference.sgmcmc.sghmc import SGHMC
 from pyro_bnn.inputs import Data
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.priors import (
     Cauchy,
     CodebookPrior,
@@ -28,7 +27,8 @@ from pyro_bnn.priors import (
     Normal,
     StudentT,
 )
-from pyro_bnn.sites import Program
+from pyro_bnn.program.model import BayesianNetwork
+from pyro_bnn.program.sites import Program
 
 #: priors that tell by their class that they are no spike and slab; one of your own, or a distribution, may be one
 _WITHOUT_SPIKE = {

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from pyro_bnn.inference.batches import Minibatches, minibatches
 from pyro_bnn.inference.training import require_rows_for_statistics
 from pyro_bnn.inputs import Data
-from pyro_bnn.sites import Program
+from pyro_bnn.program.sites import Program
 
 
 class Streams:

@@ -14,8 +14,8 @@ from pyro_bnn import display
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.potential import Potential
-from pyro_bnn.model import ProgramModule
-from pyro_bnn.sites import Program
+from pyro_bnn.program.module import ProgramModule
+from pyro_bnn.program.sites import Program
 
 #: standard deviation of unconstrained coordinates at ``init="small"``
 _SMALL = 0.1

@@ -13,13 +13,13 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_bnn.entry.threads import one_at_a_time
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.potential import LogJoint
 from pyro_bnn.inference.stein.particles import Segment
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import RunningStatistics, keeping_modes, training_mode
+from pyro_bnn.program.guide import MixtureGuide
+from pyro_bnn.program.model import BayesianNetwork
+from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import RandomState
-from pyro_bnn.sites import Program
 
 #: ``outputs of the networks on a batch [n, d] -> force on them [n, d]``, which counts as a constant
 Force = Callable[[Tensor], Tensor]

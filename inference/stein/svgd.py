@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from pyro_bnn import display
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.schedules import Schedule
@@ -37,12 +36,13 @@ from pyro_bnn.inference.training import (
     train,
 )
 from pyro_bnn.inputs import Data
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import keeping_modes, settle
 from pyro_bnn.network import batch_size
 from pyro_bnn.posterior import Posterior
+from pyro_bnn.program.guide import MixtureGuide
+from pyro_bnn.program.model import BayesianNetwork
+from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import device_of, forked, seeded
-from pyro_bnn.sites import Program
 
 OfStep = float | Callable[[int], float]
 
@@ -101,8 +101,8 @@ class SVGD:
     kernel; other parameters of a model stay as they are.
 
     :param model: a model of this package, or any Pyro model with continuous latents.
-    :param guide: a :class:`~pyro_bnn.guide.MixtureGuide` of points, or :class:`AutoParticles`; its particles move in
-        place.
+    :param guide: a :class:`~pyro_bnn.program.guide.MixtureGuide` of points, or :class:`AutoParticles`; its particles
+        move in place.
     :param optim: ``"adam"`` by default; see :func:`~pyro_bnn.inference.training.build_optimizer` for what else it may
         be. A step has particles in one tensor: what an optimiser adapts must not mix rows.
     :param kernel: see :mod:`pyro_bnn.inference.stein.kernels`; by default ``RBF("median")``.

@@ -21,7 +21,7 @@ from torch.distributions import kl_divergence
 
 from pyro_bnn import display
 from pyro_bnn.entry import checks
-from pyro_bnn.factorised import FactorisedNormal, kl_of_block
+from pyro_bnn.program.factorised import FactorisedNormal, kl_of_block
 
 
 class ScaleLatents(Messenger):

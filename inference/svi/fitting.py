@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.schedules import Schedule
@@ -37,11 +36,12 @@ from pyro_bnn.inference.training import (
     train,
 )
 from pyro_bnn.inputs import Data
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import keeping_modes, settle, training_mode
 from pyro_bnn.posterior import Posterior
+from pyro_bnn.program.guide import MixtureGuide
+from pyro_bnn.program.model import BayesianNetwork
+from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import device_of, seeded
-from pyro_bnn.sites import Program
 
 
 @one_at_a_time

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from pyro_bnn import display
 from pyro_bnn.entry import checks
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.models.weight_sharing import merging
 from pyro_bnn.models.weight_sharing.deviations import deviations, padded, rho_of
 from pyro_bnn.models.weight_sharing.labels import is_code, label_weights, labels_by_site, slices_between
 from pyro_bnn.models.weight_sharing.merging import MergeRule
 from pyro_bnn.models.weight_sharing.plane import PlaneMixture
 from pyro_bnn.models.weight_sharing.shared_normal import Pairs, Table
+from pyro_bnn.program.model import BayesianNetwork
 
 
 class Codes(NamedTuple):

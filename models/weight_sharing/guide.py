@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
-from pyro_bnn.guide import SMALLEST_SCALE, MixtureGuide
-from pyro_bnn.model import Form
 from pyro_bnn.models.dense import Dense, MeanFieldGuide
 from pyro_bnn.models.weight_sharing.codebook import Codebook
 from pyro_bnn.models.weight_sharing.from_weights import codebook_from_weights
@@ -22,6 +20,8 @@ from pyro_bnn.models.weight_sharing.shared_normal import SharedNormal
 from pyro_bnn.models.weight_sharing.shared_weights import SharedWeights
 from pyro_bnn.models.weight_sharing.storage.compression import compression_report
 from pyro_bnn.models.weight_sharing.storage.packed_codebook import describe_codebook, pack_codebook, unpack_codebook
+from pyro_bnn.program.guide import SMALLEST_SCALE, MixtureGuide
+from pyro_bnn.program.model import Form
 from pyro_bnn.registry import storable
 from pyro_bnn.selection import Select
 

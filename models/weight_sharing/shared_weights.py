@@ -10,19 +10,19 @@ from torch import Tensor, nn
 
 from pyro_bnn import priors
 from pyro_bnn.entry import checks
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import BayesianNetwork, Form, NetworkOptions
 from pyro_bnn.models.dense import MeanFieldGuide, freeze_random
 from pyro_bnn.models.weight_sharing.codebook import Codebook
 from pyro_bnn.models.weight_sharing.deviations import rho_of
 from pyro_bnn.models.weight_sharing.storage.packed_codebook import describe_codebook, pack_codebook, unpack_codebook
 from pyro_bnn.perturb.probe import require_rows
 from pyro_bnn.priors import CodebookPrior, Normal, PriorLike
+from pyro_bnn.program.guide import MixtureGuide
+from pyro_bnn.program.model import BayesianNetwork, Form, NetworkOptions
+from pyro_bnn.program.sites import Site
 from pyro_bnn.registry import storable
 from pyro_bnn.selection import Select
-from pyro_bnn.sites import Site
 
 
 @storable

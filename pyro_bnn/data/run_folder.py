@@ -21,7 +21,7 @@ from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.models.architectures.named import build_network
 from pyro_bnn.posterior import Posterior, Prediction
 from pyro_bnn.priors import PriorLike
-from pyro_bnn.sites import Program
+from pyro_bnn.program.sites import Program
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import Inputs, inputs
-from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import keeping_modes, settle, training_mode
 from pyro_bnn.posterior.stored_draws import DrawsGuide
+from pyro_bnn.program.guide import MixtureGuide
+from pyro_bnn.program.model import BayesianNetwork, like_of
+from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import derive_seeds, device_of, seeded
-from pyro_bnn.sites import Program
 
 #: numbers held at once by one pass of prediction: weights of a group of draws, or the largest activation
 MAX_ELEMENTS = 2**24

@@ -11,10 +11,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_bnn.inputs import Inputs
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.posterior.draw_source import DrawSource
+from pyro_bnn.program.model import BayesianNetwork
+from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import device_of, seeded
-from pyro_bnn.sites import Program
 
 
 class Densities(NamedTuple):

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_bnn.inputs import Inputs
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.perturb.samples import batched
 from pyro_bnn.posterior import draw_source
+from pyro_bnn.program.model import BayesianNetwork
 
 
 def network_outputs(

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from pyro_bnn import display
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.posterior.folder import MISFITS, contents, write_contents
 from pyro_bnn.posterior.stored_draws import DrawsGuide
-from pyro_bnn.sites import Program
+from pyro_bnn.program.model import BayesianNetwork
+from pyro_bnn.program.sites import Program
 
 #: the key of the description of a model that is no network of ours
 PROGRAM = "program"

@@ -15,22 +15,20 @@ from torch import Tensor, nn
 from pyro_bnn import display
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
-from pyro_bnn.given.copying import copy_of
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import Inputs, inputs, naming_shapes, require_finite, targets
-from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import BayesianNetwork, like_of
-from pyro_bnn.modes import evaluating, settle
+from pyro_bnn.modes import evaluating
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.posterior import foreign, own_draws, storage
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS, DrawSource, with_members
 from pyro_bnn.posterior.network_outputs import network_outputs
+from pyro_bnn.posterior.plain_networks import plain_networks
 from pyro_bnn.posterior.prediction import Prediction
 from pyro_bnn.posterior.statistics import Gathered, OfNetwork, Statistics, Stored
 from pyro_bnn.posterior.stored_draws import DrawsGuide
-from pyro_bnn.priors import PriorLike
+from pyro_bnn.program.guide import MixtureGuide
+from pyro_bnn.program.model import BayesianNetwork, like_of
+from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import device_of, seeded
-from pyro_bnn.sites import Program
 from pyro_bnn.sparsity.channels import Size
 from pyro_bnn.sparsity.inclusion import inclusion_log_odds
 from pyro_bnn.sparsity.sparsify import network_of_draw, sparsify, with_weight_sites
@@ -214,24 +212,9 @@ class Posterior:
         :raises TypeError: when draws are no weights, as of MC dropout, or the model is not of this package.
         :raises ValueError: when fewer than n draws are stored.
         """
-        model = self.model
-        if not isinstance(model, BayesianNetwork):
-            raise TypeError(
-                f"networks() is for models of this package, which know their network, not {display.name_of(model)}: "
-                "posterior.sample(n) gives values of its sites"
-            )
         n = checks.count("n", n)
         checks.seed("seed", seed)
-        members = self._random_members(n, seed)
-        made: list[nn.Module] = []
-        with torch.no_grad(), evaluating(model):
-            for group, index in self.draw_source.indexed_groups(n, seed):
-                for part in self._statistics().parts(model, group, index):
-                    for i in range(len(next(iter(part.values())))):
-                        member = int(members[len(made)])
-                        latents = {name: value[i, member % value.shape[1]] for name, value in part.items()}
-                        made.append(_plain_network(model, latents))
-        return made
+        return plain_networks(self.draw_source, self._statistics(), self._random_members(n, seed), seed)
 
     @one_at_a_time
     def as_draws(self, n: int, seed: int | None = None, *, example: Inputs = None) -> Posterior:
@@ -425,15 +408,6 @@ class Posterior:
             own_draws.write_draws(path, model, guide, store, losses=self.losses, sampler=self.sampler)
 
 
-def _plain_network(model: BayesianNetwork, latents: dict[str, Tensor]) -> nn.Module:
-    """A copy of the network as it lies in the model, with the weights of one draw of one member."""
-    net = copy_of(model.core().net).eval().requires_grad_()
-    parameters = dict(net.named_parameters())
-    for name, value in model.core().held(model.weights_of(latents)).items():
-        parameters[name].data.copy_(value)
-    return net
-
-
 @dataclass(frozen=True)
 class Sparsified:
     """What is left of a posterior.
@@ -453,39 +427,3 @@ class Sparsified:
         stored = self.posterior.draw_source.stored
         assert stored is not None
         return network_of_draw(with_weight_sites(self.posterior.model), stored.draws(), stored.statistics(), draw)
-
-
-@one_at_a_time
-def load(
-    path: str | os.PathLike[str],
-    net: nn.Module | None = None,
-    *,
-    model: Program | None = None,
-    prior: PriorLike | None = None,
-    likelihood: Likelihood | None = None,
-    device: torch.device | str | None = None,
-) -> Posterior:
-    """The posterior that :meth:`Posterior.save` wrote; the same ``seed`` gives the same predictions, bit for bit.
-
-    :param net: a network of the same architecture; it is copied, its own weights do not matter.
-    :param model: for draws of a Pyro model of your own, that model, in the place of ``net``; a module is copied.
-    :param prior: the prior, when it was not saved, or in place of the saved one.
-    :param likelihood: in place of the saved one, where the class of an own likelihood is not to be had.
-    :param device: where to put it; by default where ``net`` is.
-    :raises TypeError: unless one of ``net`` and ``model`` is given, and for what does not go with ``model``.
-    :raises FileNotFoundError: when there is nothing at ``path``.
-    :raises ValueError: when it is no posterior, is damaged, was written by a newer version, or is for another network.
-    """
-    if model is not None:
-        if net is not None or prior is not None or likelihood is not None:
-            raise TypeError(
-                "net=, prior= and likelihood= are for networks: a model of your own has them, give it alone"
-            )
-        draws = own_draws.read_draws(path, model, device=device)
-        settle(draws.model)
-        return Posterior(draws.model, draws.guide, losses=draws.losses, sampler=draws.sampler, store=draws.store)
-    if net is None:
-        raise TypeError("give a network of the same architecture, or model= for draws of a Pyro model of your own")
-    stored = storage.read(path, net, prior=prior, likelihood=likelihood, device=device)
-    settle(stored.model, stored.guide)
-    return Posterior(stored.model, stored.guide, losses=stored.losses, sampler=stored.sampler)

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
 from pyro_bnn.inputs import inputs, without_labels
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size
+from pyro_bnn.program.model import BayesianNetwork
 
 
 class Statistics(Protocol):

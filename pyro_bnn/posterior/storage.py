@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 from pyro_bnn import likelihoods, priors
 from pyro_bnn.given.copying import unwrapped
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.posterior.folder import MISFITS, contents, write_contents
 from pyro_bnn.posterior.own_draws import is_of_own_model
 from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.priors import PriorLike
+from pyro_bnn.program.guide import MixtureGuide
+from pyro_bnn.program.model import BayesianNetwork
+from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import forked
 from pyro_bnn.registry import find_class, is_storable
-from pyro_bnn.sites import Program
 
 _REGISTER = "a class of your own needs the decorator pyro_bnn.storable, and its module must be imported before you load"
 

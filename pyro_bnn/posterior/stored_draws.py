@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pyro_bnn import display
-from pyro_bnn.model import BayesianNetwork, ProgramModule
+from pyro_bnn.program.model import BayesianNetwork
+from pyro_bnn.program.module import ProgramModule
+from pyro_bnn.program.sites import Program
 from pyro_bnn.registry import storable
-from pyro_bnn.sites import Program
 
 
 @storable

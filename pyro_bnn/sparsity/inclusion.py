@@ -12,10 +12,10 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_bnn.entry.threads import one_at_a_time
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import training_mode
 from pyro_bnn.priors import SpikeAndSlab, SpikeAndSlabDistribution
-from pyro_bnn.sites import Program
+from pyro_bnn.program.model import BayesianNetwork
+from pyro_bnn.program.sites import Program
 
 Draws = dict[str, Tensor]
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Inputs, inputs
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import undisturbed
 from pyro_bnn.network import batch_size
 from pyro_bnn.perturb.samples import select_samples
+from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.sparsity.channels import Channels, Size, count
 from pyro_bnn.sparsity.inclusion import keep_highest
 from pyro_bnn.sparsity.walk import Block, Dead

@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 import pyro_bnn as pb
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference import RBF, SVGD, AutoParticles
+from pyro_bnn.program.guide import MixtureGuide
 from tests.benchmarks.measure import write_results
 
 PARTICLES = 20

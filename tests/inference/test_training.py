@@ -13,13 +13,13 @@ from by_hand import chain
 from torch import Tensor, nn
 
 import pyro_bnn as pb
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference import SVGD, AutoParticles, FitState, fit, multistep
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.training import build_optimizer, train
 from pyro_bnn.likelihoods import Gaussian
 from pyro_bnn.models import Dense, MeanFieldGuide
+from pyro_bnn.program.guide import MixtureGuide
 
 N = 12
 

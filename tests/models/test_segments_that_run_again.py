@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import pyro_bnn as pb
 from pyro_bnn.inference.potential import Potential
-from pyro_bnn.model import BayesianNetwork
+from pyro_bnn.program.model import BayesianNetwork
 
 N = 12
 

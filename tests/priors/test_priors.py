@@ -31,7 +31,7 @@ from pyro_bnn.priors import (
     from_description,
     resolve,
 )
-from pyro_bnn.sites import site_distribution
+from pyro_bnn.program.sites import site_distribution
 
 ALL = [
     Normal(0.3, 0.7),

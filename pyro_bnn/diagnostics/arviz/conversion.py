@@ -18,18 +18,18 @@ from pyro_bnn.diagnostics.arviz.sites import posterior_group
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, predict_inputs, require_posterior
 from pyro_bnn.entry.threads import one_at_a_time
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import Inputs, labels, tensors
 from pyro_bnn.likelihoods import Categorical
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS
+from pyro_bnn.program.guide import MixtureGuide
+from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.randomness import some_seed
 from pyro_bnn.sparsity.inclusion import has_inclusion
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
-    from pyro_bnn.posterior.posterior import Prediction
+    from pyro_bnn.posterior.prediction import Prediction
 
 #: what to_arviz makes unless told otherwise
 GROUPS = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "observed_data", "constant_data")

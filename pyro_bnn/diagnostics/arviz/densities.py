@@ -15,10 +15,10 @@ from torch import Tensor
 
 from pyro_bnn.diagnostics.scoring.precision import wide
 from pyro_bnn.entry.threads import one_at_a_time
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inputs import Inputs
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.modes import training_mode
+from pyro_bnn.program.guide import MixtureGuide
+from pyro_bnn.program.model import BayesianNetwork
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior

@@ -11,8 +11,8 @@ from pyro_bnn.diagnostics.arviz.arrays import Budget, Variables, enumerated, out
 from pyro_bnn.diagnostics.arviz.densities import log_guide
 from pyro_bnn.inputs import Inputs, inputs, targets
 from pyro_bnn.likelihoods import Likelihood
-from pyro_bnn.model import BayesianNetwork
 from pyro_bnn.posterior import foreign
+from pyro_bnn.program.model import BayesianNetwork
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior

@@ -17,14 +17,14 @@ from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inputs import Inputs, inputs, targets
 from pyro_bnn.likelihoods import Bernoulli
-from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import frozen
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior import Posterior, Prediction
 from pyro_bnn.posterior.draw_source import MAX_ELEMENTS, PRIOR_DRAWS, in_groups
 from pyro_bnn.posterior.foreign import predict_from_prior
+from pyro_bnn.program.model import BayesianNetwork, like_of
+from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import device_of, seeded, some_seed
-from pyro_bnn.sites import Program
 
 #: probability between the quantiles whose distance is the scale of a distribution
 CENTRAL = 0.9

@@ -27,12 +27,12 @@ from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.progress import progress_bar
 from pyro_bnn.inputs import Inputs, inputs
-from pyro_bnn.model import BayesianNetwork, like_of
 from pyro_bnn.modes import frozen
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior import Posterior
+from pyro_bnn.program.model import BayesianNetwork, like_of
+from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import derive_seeds, device_of, seeded, some_seed
-from pyro_bnn.sites import Program
 
 #: rows of x at which the outputs of a network are ranked
 PROBES = 5

@@ -24,7 +24,7 @@ from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
-    from pyro_bnn.posterior.posterior import Prediction
+    from pyro_bnn.posterior.prediction import Prediction
 
 #: what a central interval holds
 LEVEL = 0.95

@@ -24,13 +24,13 @@ from pyro_bnn.inputs import (
     tensors,
     without_labels,
 )
-from pyro_bnn.model import like_of
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.perturb.samples import batched
+from pyro_bnn.program.model import like_of
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
-    from pyro_bnn.posterior.posterior import Prediction
+    from pyro_bnn.posterior.prediction import Prediction
 
 #: rows in one batch, where neither the caller nor a loader says how many
 ROWS = 256

@@ -15,13 +15,13 @@ from scipy import integrate, stats
 from torch import Tensor, nn
 
 import pyro_bnn as pb
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.inference.schedules import cosine
 from pyro_bnn.inference.stein.autoparticles import AutoParticles
 from pyro_bnn.inference.stein.kernels import IMQ, RBF, Kernel, KernelSum, LinearKernel, ScaledMedian
 from pyro_bnn.inference.stein.svgd import SVGD, cyclical_annealing
 from pyro_bnn.models import Dense, Rank1
+from pyro_bnn.program.guide import MixtureGuide
 
 DOUBLE = torch.float64
 Method = Literal["svgd", "wgd", "ensemble"]

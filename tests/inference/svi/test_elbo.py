@@ -19,7 +19,6 @@ from scipy import integrate, stats
 from torch import Tensor
 
 import pyro_bnn as pb
-from pyro_bnn.factorised import NormalBlock
 from pyro_bnn.inference import MixtureELBO, ScaleLatents
 from pyro_bnn.inference.svi.elbo import kolchinsky_tracey as correction
 from pyro_bnn.likelihoods import Categorical, Gaussian
@@ -33,6 +32,7 @@ from pyro_bnn.priors import (
     Normal,
     StudentT,
 )
+from pyro_bnn.program.factorised import NormalBlock
 
 N = 7
 PRIORS: list[Any] = [
@@ -153,7 +153,7 @@ def test_sites_of_a_block_count_as_if_each_were_alone(
 ) -> None:
     """Proves that what is drawn and compared together adds up to the KL divergences that PyTorch has for each site,
     with one site in a block, some or all, also when a user scales one of them; and so do the gradients."""
-    monkeypatch.setattr("pyro_bnn.guide.BLOCK_SIZE", block_size)
+    monkeypatch.setattr("pyro_bnn.program.guide.BLOCK_SIZE", block_size)
     x, y = data()
     model = model_class(chain(2, 3, 1), Gaussian(), N, prior=prior)
     guide = (MeanFieldGuide if model_class is Dense else Rank1Guide)(model, 3)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, Self, TypedDict
 
@@ -19,8 +19,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide import AutoGuide
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -33,67 +31,12 @@ from pyro_bnn.likelihoods import Gaussian, Likelihood
 from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import Network, Output, batch_size
 from pyro_bnn.priors import Prior, PriorLike
+from pyro_bnn.program.module import ProgramModule, picklable_state, register_parameters, require_network
+from pyro_bnn.program.sites import ConstantPrior, Site, sample_local, sample_scales, sample_share, site_distribution
 from pyro_bnn.selection import Select, select_parameters
-from pyro_bnn.sites import ConstantPrior, Site, sample_local, sample_scales, sample_share, site_distribution
 
 #: see :meth:`BayesianNetwork.forms`
 Form = Literal["dense", "rank-1", "low-rank", "codebook", "point", "frozen"]
-
-
-def register_parameters(owner: PyroModule, named: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """``pyro.param`` statements for parameters that a module owns, so that ``pyro.infer.SVI`` finds them.
-
-    The store is made to hold the module's own tensors, whatever it held under these names: an entry left by an earlier
-    model would otherwise be optimised in their place, silently.
-    """
-    if not poutine.runtime.am_i_wrapped():
-        return
-    store = pyro.get_param_store()
-    for name, parameter in named:
-        fullname = owner._pyro_get_fullname(name)
-        if store._params.get(fullname) is not parameter:
-            store._params[fullname] = parameter
-            store._param_to_name[parameter] = fullname
-            store._constraints[fullname] = torch.distributions.constraints.real
-        pyro.param(fullname)
-
-
-def picklable_state(module: nn.Module) -> dict[str, object]:
-    """The state of a module without what Pyro's parameter store leaves on parameters, the last plate, and caches."""
-    for parameter in module.parameters():
-        parameter.__dict__.pop("unconstrained", None)  # a weak reference, which the store makes anew
-    left_out = ("_members", "_given", "_outputs")
-    return {k: v if k != "_constants" else {} for k, v in module.__dict__.items() if k not in left_out}
-
-
-class ProgramModule(PyroModule):
-    """A Pyro program of this package, a model or a guide: what is no network."""
-
-    def state_was_set(self) -> None:
-        """Is called after parameters and buffers were given other values one by one, as of a checkpoint.
-
-        A program that keeps what follows from them makes it anew here.
-        """
-
-
-def require_network(net: object) -> None:
-    """Refuses what is given in the place of a network.
-
-    :raises TypeError: for what is no module, and for a model, a guide or a network that has latent weights already.
-    """
-    if not isinstance(net, nn.Module):
-        raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")
-    for name, part in net.named_modules():
-        latent = isinstance(part, PyroModule) and part.__dict__.get("_pyro_samples")
-        if isinstance(part, (ProgramModule, AutoGuide)) or latent:
-            where = f"net has {type(part).__name__} as its part {name!r}" if name else f"net={type(part).__name__}"
-            core = (
-                ": its network is copy.deepcopy(model.core().net).requires_grad_(). For the model as it is use "
-                "pyro_bnn.models.MeanFieldGuide, pyro_bnn.inference.SGHMC or SVGD with AutoParticles"
-                if isinstance(part, BayesianNetwork)
-                else ""
-            )
-            raise TypeError(f"{where}: expected a plain network, not a program that is Bayesian already{core}")
 
 
 class NetworkOptions(TypedDict, total=False):
@@ -123,6 +66,10 @@ class BayesianNetwork(ProgramModule):
     :param share: see :class:`~pyro_bnn.network.Network`.
     """
 
+    in_place_of_network = (
+        ": its network is copy.deepcopy(model.core().net).requires_grad_(). For the model as it is use "
+        "pyro_bnn.models.MeanFieldGuide, pyro_bnn.inference.SGHMC or SVGD with AutoParticles"
+    )
     #: as it was given, and resolved for each site that has one
     prior: PriorLike
     priors: dict[str, Prior]

@@ -10,9 +10,9 @@ from by_hand import chain
 from pyro import poutine
 
 import pyro_bnn as pb
-from pyro_bnn.guide import MixtureGuide
 from pyro_bnn.likelihoods import Gaussian
 from pyro_bnn.models import Dense, Rank1, Rank1Guide
+from pyro_bnn.program.guide import MixtureGuide
 
 
 def test_outputs_are_recorded_inside_and_not_after() -> None:

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 
 from pyro_bnn import display
 from pyro_bnn.entry import checks
-from pyro_bnn.factorised import NormalBlock, split
 from pyro_bnn.inputs import Inputs
-from pyro_bnn.model import BayesianNetwork, Form, ProgramModule, picklable_state, register_parameters
 from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import batch_size
-from pyro_bnn.sites import Site
+from pyro_bnn.program.factorised import NormalBlock, split
+from pyro_bnn.program.model import BayesianNetwork, Form
+from pyro_bnn.program.module import ProgramModule, picklable_state, register_parameters
+from pyro_bnn.program.sites import Site
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

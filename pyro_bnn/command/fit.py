@@ -1,0 +1,201 @@
+"""`pyro-bnn fit`: trains a Bayesian network beside its deterministic twin."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from torch import nn
+
+import pyro_bnn as pb
+from pyro_bnn.command import runs
+from pyro_bnn.command.options import (
+    FamilyName,
+    GroupName,
+    MethodName,
+    NetworkName,
+    Options,
+    PriorName,
+    SamplingName,
+    UpdateName,
+    check,
+    complete,
+)
+from pyro_bnn.command.recipes import Trained, find_device, new_network, train_and_score
+from pyro_bnn.command.terminal import (
+    CategoryColumns,
+    DropColumns,
+    Impute,
+    SplitRows,
+    TargetColumn,
+    TaskOption,
+    parse_split,
+    require_folder,
+    require_free,
+    table_of_metrics,
+    user_errors,
+)
+from pyro_bnn.data import IMAGE_SIZE, Task
+from pyro_bnn.data import load as load_data
+from pyro_bnn.models.architectures.pretrained import find_weights, image_size
+
+
+def fit(
+    data: Annotated[
+        str, typer.Option(help="digits, or a path: .npz, .csv (with --target) or a folder of images")
+    ] = "digits",
+    target: TargetColumn = None,
+    task_: TaskOption = None,
+    drop: DropColumns = None,
+    split: SplitRows = None,
+    category: CategoryColumns = None,
+    impute: Impute = False,
+    method: Annotated[
+        MethodName,
+        typer.Option(
+            help="rank-1 factors, mean-field Normals on all weights, SGHMC under spike and slab, low-rank particles, "
+            "or a codebook of Normals that all weights share"
+        ),
+    ] = "rank1",
+    network: Annotated[NetworkName, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
+    epochs: Annotated[
+        int, typer.Option(min=1, help="passes over the training data; spike-slab: of warm-up, then one for each draw")
+    ] = 60,
+    components: Annotated[int | None, typer.Option(min=1, help="of the guide's mixture; rank1: 4, dense: 1")] = None,
+    prior: Annotated[
+        PriorName | None,
+        typer.Option(help="rank1: hierarchical-cauchy, dense: normal, weight-sharing: gaussian-mixture of its codes"),
+    ] = None,
+    family: Annotated[FamilyName, typer.Option(help="of the guide; cauchy for rank1 alone")] = "normal",
+    group: Annotated[GroupName, typer.Option(help="what a spike-and-slab prior includes together")] = "weight",
+    sparsity: Annotated[
+        float | None, typer.Option(min=0, max=0.999, help="share of weights to remove; spike-slab alone, there 0.8")
+    ] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="1 is the posterior; spike-slab alone")] = 1.0,
+    particles_: Annotated[int | None, typer.Option("--particles", min=1, help="of bella, there 5")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="of what bella adds to each weight, there 4")] = None,
+    update: Annotated[UpdateName | None, typer.Option(help="of bella's particles, there svgd")] = None,
+    pretrained: Annotated[
+        str | None,
+        typer.Option(
+            help="what bella and weight-sharing start from, instead of training: the network of a run folder (for "
+            "weight-sharing the mean field of a dense run, else the deterministic one), or, for bella, weights of "
+            "torchvision (ResNet18_Weights.DEFAULT) with a new last layer"
+        ),
+    ] = None,
+    codes: Annotated[int | None, typer.Option(min=1, help="of weight-sharing, there 256")] = None,
+    sampling: Annotated[
+        SamplingName | None,
+        typer.Option(help="of weight-sharing: weights share Normals (codebook), or values (shared)"),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="rows of a training step")] = 64,
+    lr: Annotated[
+        float, typer.Option(help="of AdamW, falling to 0 along a cosine; spike-slab: also the step size squared")
+    ] = 1e-2,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="draws (from each component) for a prediction, 16; bella's are its particles"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of weights, batches and draws")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="run folder [default: runs/METHOD-DATA]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run in that folder")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
+) -> None:
+    """Trains a Bayesian network and, with the same budget, its deterministic twin; compares both on test data."""
+    console = Console(quiet=quiet)
+    with user_errors(ValueError, OSError):
+        asked: dict[str, Any] = {
+            "data": data if data == "digits" else str(Path(data).resolve()),
+            "target": target,
+            "task": task_,
+            "drop": tuple(drop or ()) or None,
+            "split": parse_split(split),
+            "category": tuple(category or ()) or None,
+            "impute": impute or None,
+            "network": None if network == "auto" else network,
+            "epochs": epochs,
+            "components": components,
+            "prior": prior,
+            "family": family,
+            "group": group,
+            "sparsity": sparsity,
+            "temperature": temperature,
+            "particles": particles_,
+            "rank": rank,
+            "update": update,
+            "pretrained": pretrained,
+            "codes": codes,
+            "sampling": sampling,
+            "batch_size": batch_size,
+            "lr": lr,
+            "samples": samples,
+            "seed": seed,
+        }
+        check(method, asked)
+        weights = None
+        if method == "bella" and pretrained is not None and not Path(pretrained).exists():
+            weights = find_weights(pretrained)
+        if weights is not None and network != "auto":
+            raise ValueError(f"--pretrained {pretrained} has a network of its own: no --network")
+        place = find_device(device)
+        task = load_data(
+            data,
+            target,
+            size=IMAGE_SIZE if weights is None else image_size(weights),
+            task=task_,
+            drop=drop or (),
+            split=parse_split(split),
+            category=category or (),
+            impute=impute,
+        )
+        folder = out or Path("runs") / f"{method}-{task.name}"
+        require_folder(folder)
+        require_free(folder / "config.json", f"{str(folder)!r} holds a run already", overwrite)
+        asked["device"] = str(place)
+        if weights is not None:
+            asked["network"] = asked["pretrained"] = weights
+        elif pretrained is not None:
+            asked["pretrained"] = str(Path(pretrained).resolve())
+        options = complete(method, asked, task)
+        net = new_network(options, task, console)
+        known, field = None, None
+        if pretrained is not None and not weights:
+            known, field = _pretrained(Path(pretrained), options, net, task)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    with user_errors(ArithmeticError, ValueError, OSError):
+        if known is not None:
+            which = "mean field" if method == "weight-sharing" and field is not None else "deterministic network"
+            console.print(f"The {which} of {pretrained}", soft_wrap=True, highlight=False)
+        elif weights is not None:
+            console.print(
+                f"{weights} with a new last layer: first all of it is tuned as the deterministic network, then "
+                "particles begin anew around the given weights, each with a last layer of its own",
+                soft_wrap=True,
+                highlight=False,
+            )
+        elif method == "bella":
+            console.print("No --pretrained: first the deterministic network, then particles around it")
+        elif method == "weight-sharing":
+            console.print("No --pretrained: first the deterministic network, then codes for its weights")
+        for note in task.notes:
+            console.print(f"Note: {note}", soft_wrap=True, highlight=False)
+        fitted = train_and_score(net, task, options, console, known, field)
+        runs.save(folder, task, options, fitted)
+    console.print(table_of_metrics(fitted.metrics, options, task.name))
+    console.print(f"Saved in {folder}", soft_wrap=True, highlight=False)
+    with user_errors(runs.ArvizFileError, exit_code=1):
+        runs.save_for_arviz(folder, task, options, fitted.posterior)
+
+
+def _pretrained(folder: Path, options: Options, net: nn.Module, task: Task) -> tuple[Trained, pb.Posterior | None]:
+    """The deterministic network of another run on data of the same form, and its mean field, if it has one."""
+    theirs = runs.read(folder)
+    if (theirs.options.network, theirs.in_shape) != (options.network, tuple(task.x_train.shape[1:])):
+        raise ValueError(
+            f"--pretrained {folder} holds the network {theirs.options.network!r} for inputs of shape "
+            f"{theirs.in_shape}; this run has {options.network!r} for {tuple(task.x_train.shape[1:])}"
+        )
+    field = theirs.options.method == "dense" and theirs.options.components == 1
+    return theirs.twin(net), theirs.posterior(net) if field else None
