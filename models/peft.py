@@ -10,20 +10,28 @@ import json
 import math
 import os
 import re
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from pyro_bnn.files import replacing_folder, write_tensors
+from pyro_bnn.files import digest_of, replacing_folder, write_tensors
 from pyro_bnn.models.bella import Bella, ParticleGuide, draw_factor
 from pyro_bnn.selection import is_linear
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+# In the metadata of the tensors that are written here; adapters of other libraries have none of them.
+#: the same for all particles of one save
+_SAVE = "pyro_bnn.save"
+_DIGEST = "pyro_bnn.digest"
+#: what the configuration says of the product A B: a kill may leave the tensors beside that of an older save
+_SCALING = "pyro_bnn.scaling"
 #: kinds of layers whose stored weight has its input at dimension 0
 _INPUT_FIRST = ("embedding", "linear, [in, out]")
 
@@ -47,6 +55,7 @@ def save_adapters(model: Bella, guide: ParticleGuide, path: str | os.PathLike[st
     if path.exists() and not all(re.fullmatch(r"particle_\d+", child.name) for child in path.iterdir()):
         raise FileExistsError(f"{path} exists and holds other files; choose another path or remove it")
     values = {name: value.cpu() for name, value in guide.coordinates().items()}
+    save = uuid.uuid4().hex
     with replacing_folder(path, last=_CONFIG) as temporary:
         for i, name in enumerate(names):
             tensors: dict[str, Tensor] = {}
@@ -58,8 +67,10 @@ def save_adapters(model: Bella, guide: ParticleGuide, path: str | os.PathLike[st
             for parameter, value in (_given(model) | own).items():
                 tensors[_PREFIX + parameter] = value.cpu().clone(memory_format=torch.contiguous_format)
             (temporary / name).mkdir()
-            write_tensors(temporary / name / _TENSORS, tensors, {"format": "pt"})
-            (temporary / name / _CONFIG).write_text(json.dumps(_config(model, kinds), indent=1) + "\n")
+            config = _config(model, kinds)
+            seal = {_SAVE: save, _DIGEST: digest_of(tensors), _SCALING: _scaling(config)}
+            write_tensors(temporary / name / _TENSORS, tensors, {"format": "pt"} | seal)
+            (temporary / name / _CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     for stale in path.glob("particle_*"):
         if stale.name not in names:
             for file in (_CONFIG, _TENSORS):
@@ -74,17 +85,35 @@ def load_adapters(model: Bella, guide: ParticleGuide, paths: list[str | os.PathL
 
     The rank may be lower than the model's, and alpha may be another: B takes the difference.
 
-    :raises ValueError: for more checkpoints than particles, one that is damaged or of another kind, or one whose
-        layers are not those of the model.
+    :raises ValueError: for more checkpoints than particles, one that is damaged or of another kind, one whose layers
+        are not those of the model, or particles of two saves in one folder, as an interrupted save leaves them.
     :raises FileNotFoundError: where there is none.
     """
     if len(paths) > guide.num_members:
         raise ValueError(f"{len(paths)} checkpoints for {guide.num_members} particles")
     found = [_read(model, Path(path)) for path in paths]  # all of them, before any particle moves
+    _require_one_save([Path(path) for path in paths])
     values = guide.coordinates()
     for i, particle in enumerate(found):
         for name, value in particle.items():
             values[model.site(name)][i].copy_(value)
+
+
+def _require_one_save(paths: list[Path]) -> None:
+    """
+    :raises ValueError: when adapters in one folder are of different saves.
+    """
+    saves: dict[Path, dict[str, Path]] = {}
+    for path in paths:
+        if (save := _metadata(path).get(_SAVE)) is not None:
+            saves.setdefault(path.resolve().parent, {}).setdefault(save, path)
+    for folder, of in saves.items():
+        if len(of) > 1:
+            old, new, *_ = sorted(path.name for path in of.values())
+            raise ValueError(
+                f"{old!r} and {new!r} in {str(folder)!r} are of two saves, the later of which was interrupted: save "
+                "the particles again. To mix particles of two saves, move them to folders of their own"
+            )
 
 
 def _kind(model: Bella, weight: str) -> str:
@@ -183,15 +212,26 @@ def _targets(model: Bella, modules: list[str]) -> list[str] | str:
     return sorted(modules)
 
 
+def _scaling(config: Mapping[str, object]) -> str:
+    return json.dumps({name: config.get(name) for name in ("r", "lora_alpha", "use_rslora")})
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path / _TENSORS, "pt") as opened:
+        return dict(opened.metadata() or {})
+
+
 def _read(model: Bella, path: Path) -> dict[str, Tensor]:
     """``{weight.A: ..., weight.B: ..., own parameter: ...}`` of one checkpoint."""
     if not (path / _CONFIG).is_file():
         raise FileNotFoundError(f"{path} is no adapter: it has no {_CONFIG}")
     try:
         config = json.loads((path / _CONFIG).read_text())
-        tensors = safetensors.torch.load_file(path / _TENSORS)
+        tensors, metadata = safetensors.torch.load_file(path / _TENSORS), _metadata(path)
     except (ValueError, SafetensorError, OSError) as error:
         raise ValueError(f"the adapter in {path} is damaged or has no {_TENSORS} ({error})") from None
+    if metadata.get(_DIGEST) not in (None, digest_of(tensors)):
+        raise ValueError(f"{path / _TENSORS} is damaged: its numbers do not have its digest. Save the particles again")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path} holds an adapter of type {config.get('peft_type')!r}; expected 'LORA'")
     for option in ("use_dora", "rank_pattern", "alpha_pattern"):
@@ -201,6 +241,11 @@ def _read(model: Bella, path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path / _CONFIG} has no r or no lora_alpha")
     if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda")):
         raise ValueError(f"{path} belongs to a base network that {config['init_lora_weights']} has changed")
+    if metadata.get(_SCALING) not in (None, _scaling(config)):
+        raise ValueError(
+            f"{path / _CONFIG} says {_scaling(config)}, but {_TENSORS} was saved with {metadata[_SCALING]}: one of "
+            "them is of another save. Save the particles again"
+        )
     rank = int(config["r"])
     if rank > model.rank:
         raise ValueError(f"{path} has rank {rank}: Bella(rank={rank}) or more takes it, and not rank={model.rank}")

@@ -26,7 +26,7 @@ from pyro_bnn.command.terminal import (
 )
 from pyro_bnn.data import load as load_data
 from pyro_bnn.data.run_folder import predict as predict_new
-from pyro_bnn.files import replacing, write_json
+from pyro_bnn.files import replacing
 
 app = typer.Typer(
     help="Bayesian neural networks as Pyro programs.",
@@ -61,7 +61,7 @@ def evaluate(
         known = run.metrics() if run.is_measured else {}
         metrics = known | score(posterior, task, run.options)
         metrics["deterministic"] = known.get("deterministic", {}) | score(twin, task, run.options)
-        write_json(folder / ("metrics.json" if data is None else f"metrics-{task.name}.json"), metrics)
+        runs.write_metrics(folder / ("metrics.json" if data is None else f"metrics-{task.name}.json"), metrics)
     Console(quiet=quiet).print(table_of_metrics(metrics, run.options, task.name))
 
 

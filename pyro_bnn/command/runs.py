@@ -3,7 +3,7 @@
 A run folder holds
 
 - ``config.json``: every option as it was used, the shape of the inputs and how raw data became tensors;
-- ``metrics.json``: the metrics of the Bayesian network, and under ``deterministic`` those of its twin;
+- ``metrics.json``: the metrics of the Bayesian network, under ``deterministic`` those of its twin, and a digest;
 - ``posterior/`` and ``deterministic/``: the two fitted posteriors, for `pyro_bnn.load`;
 - ``posterior.nc``: the posterior and its predictions on test data, for ArviZ;
 - ``report.html``: what `pyro-bnn report` makes of them.
@@ -26,7 +26,7 @@ from pyro_bnn.command.recipes import Fitted, Metrics, Trained
 from pyro_bnn.data import Encoding, Task
 from pyro_bnn.data import load as load_data
 from pyro_bnn.data.run_folder import RUN_FORMAT, read_run
-from pyro_bnn.files import read_json, replacing, sealed, write_json
+from pyro_bnn.files import read_json, replacing, require_seal, sealed, write_json
 from pyro_bnn.models.architectures.named import build_network
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS
 
@@ -102,6 +102,12 @@ class Run:
             )
         path = self.folder / "metrics.json"
         found = read_json(path)
+        try:
+            if "digest" in found:  # files of before it was written have none
+                require_seal(found, path)
+        except ValueError as error:
+            raise ValueError(f"{error}; or remove it, and `pyro-bnn evaluate {self.folder}` makes one") from None
+        found.pop("digest", None)
         scores = {name: value for name, value in found.items() if not isinstance(value, dict)}
         twin = found.get("deterministic")
         if not isinstance(twin, dict) or not scores or not _are_numbers(scores) or not _are_numbers(twin):
@@ -142,7 +148,7 @@ def save(folder: Path, task: Task, options: Options, fitted: Fitted) -> None:
         (folder / stale).unlink(missing_ok=True)
     fitted.posterior.save(folder / "posterior")
     fitted.twin.posterior.save(folder / "deterministic")
-    write_json(folder / "metrics.json", fitted.metrics)
+    write_metrics(folder / "metrics.json", fitted.metrics)
     config = {
         "format": RUN_FORMAT,
         "options": asdict(options),
@@ -150,6 +156,11 @@ def save(folder: Path, task: Task, options: Options, fitted: Fitted) -> None:
         "encoding": asdict(task.encoding),
     }
     write_json(folder / "config.json", sealed(config))
+
+
+def write_metrics(path: Path, metrics: Metrics) -> None:
+    """Writes scores with a digest, by which damage to one of them is found."""
+    write_json(path, sealed(metrics))
 
 
 def save_for_arviz(folder: Path, task: Task, options: Options, posterior: pb.Posterior) -> None:

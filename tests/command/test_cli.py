@@ -120,7 +120,7 @@ def test_evaluate_finds_the_same_numbers(digits_run: tuple[Path, str]) -> None:
     """Proves that scoring a saved run gives exactly the metrics of its training, and keeps what training cost."""
     folder, _ = digits_run
     before = metrics_of(folder)
-    (folder / "metrics.json").write_text(json.dumps(before | {"accuracy": -1.0}))
+    (folder / "metrics.json").write_text(json.dumps(before | {"accuracy": -1.0}))  # as before there was a digest
     output = run("evaluate", folder).output
     assert metrics_of(folder) == before
     assert f"{before['nll']:.4f}" in output
@@ -431,10 +431,25 @@ def test_scores_that_are_none_are_one_message(content: bytes, digits_run: tuple[
     """Proves for damage of all kinds that the file is named, and that what it held is not guessed."""
     folder = tmp_path / "run"
     shutil.copytree(digits_run[0], folder)
+    require_refused_scores(folder, digits_run[0], content, tmp_path)
+
+
+def test_a_score_that_was_changed_is_refused(digits_run: tuple[Path, str], tmp_path: Path) -> None:
+    """Proves for every bit of one digit of a score that the digest tells what JSON alone cannot."""
+    folder = tmp_path / "run"
+    shutil.copytree(digits_run[0], folder)
+    content = (folder / "metrics.json").read_bytes()
+    place = content.index(b".", content.index(b'"nll"')) + 1
+    flipped = (content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :] for bit in range(7))
+    for damaged in flipped:
+        require_refused_scores(folder, digits_run[0], damaged, tmp_path)
+
+
+def require_refused_scores(folder: Path, other: Path, content: bytes, tmp_path: Path) -> None:
     (folder / "metrics.json").write_bytes(content)
     for command in (
         ("evaluate", folder),
-        ("compare", "--runs", folder, "--runs", digits_run[0], "--out", tmp_path / "c"),
+        ("compare", "--runs", folder, "--runs", other, "--out", tmp_path / "c"),
     ):
         result = run(*command, expect=2)
         assert str(folder / "metrics.json") in result.stderr and result.stderr.count("\n") == 1

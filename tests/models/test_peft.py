@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,48 @@ def test_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="damaged"):
         load_adapters(model, guide, folders)
     assert all(torch.equal(v, start[n]) for n, v in guide.coordinates().items()), "nothing is half loaded"
+
+
+def saved_twice(tmp_path: Path) -> tuple[Bella, ParticleGuide, Path, Path]:
+    """Two saves of two particles, of which the second has another alpha."""
+    _, _, model, guide = case("convolutions")
+    save_adapters(model, guide, tmp_path / "old")
+    _, _, other, own = case("convolutions", alpha=32)
+    save_adapters(other, own, tmp_path / "new")
+    return model, guide, tmp_path / "old", tmp_path / "new"
+
+
+def test_what_an_interrupted_save_leaves_is_refused(tmp_path: Path) -> None:
+    """Proves that particles of two saves, and tensors beside the configuration of another save, are never mixed."""
+    model, guide, old, new = saved_twice(tmp_path)
+    start = {n: v.clone() for n, v in guide.coordinates().items()}
+    apart = [old / "particle_0", new / "particle_1"]
+    load_adapters(model, guide, apart)
+    for name, value in start.items():
+        guide.coordinates()[name].copy_(value)
+    shutil.copytree(new / "particle_1", old / "particle_1", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="'particle_0' and 'particle_1' in .* are of two saves"):
+        load_adapters(model, guide, [old / "particle_0", old / "particle_1"])
+    shutil.copy(new / "particle_0" / "adapter_model.safetensors", old / "particle_0")
+    with pytest.raises(ValueError, match=r'says .*"lora_alpha": .*was saved with .*"lora_alpha": 32'):
+        load_adapters(model, guide, [old / "particle_0"])
+    assert all(torch.equal(v, start[n]) for n, v in guide.coordinates().items()), "nothing is half loaded"
+
+
+def test_a_flipped_bit_of_an_adapter_is_refused(tmp_path: Path) -> None:
+    """Proves for bits all over the numbers that the digest finds them, and that PEFT's own files need none."""
+    _, _, model, guide = case("convolutions")
+    folder = save_adapters(model, guide, tmp_path / "particles")[0]
+    file = folder / "adapter_model.safetensors"
+    content = file.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for place in range(header, len(content), max(1, (len(content) - header) // 40)):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
+        with pytest.raises(ValueError, match="damaged"):
+            load_adapters(model, guide, [folder])
+    file.write_bytes(content)
+    safetensors.torch.save_file(safetensors.torch.load_file(file), file, {"format": "pt"})
+    load_adapters(model, guide, [folder])
 
 
 def test_other_adapters_are_not_replaced(tmp_path: Path) -> None:
