@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from pyro_bnn.given.fixed import padding_rows, with_row_of
 from pyro_bnn.inputs import EXPECTED, Inputs, describe
 from pyro_bnn.modes import RunningStatistics, undisturbed
 from pyro_bnn.perturb import Layout, Perturb, Perturbation, Rank1Factors, Replacement, Use
+from pyro_bnn.perturb.decisions import Decisions
 from pyro_bnn.perturb.probe import (
     check_fold,
     find_consumed,
@@ -96,6 +98,8 @@ class Network(nn.Module):
         self._activations: dict[object, int] = {}
         #: kinds of passes that were looked at for what could not be right in them, which takes time
         self._inspected: set[tuple[bool, int | str]] = set()
+        #: whether members that are folded into one batch would share a decision
+        self._decides = False
         self._vectoriser = Vectoriser(f"the forward pass of {type(net).__name__}", "members")
 
     def parameters_by_name(self) -> dict[str, nn.Parameter]:
@@ -181,7 +185,10 @@ class Network(nn.Module):
         return frozenset(id(self.net.get_parameter(name)) for name in self.padding)
 
     def perturbed(self, x: Inputs, size: int, perturbations: dict[str, Perturbation], members: int) -> Tensor:
-        """One pass in which every row has weights of its own: ``[members, size, ...]``.
+        """Every row of every member has weights of its own: ``[members, size, ...]``.
+
+        In one pass; where the network decides in Python on values that its weights have a part in, in one pass for each
+        member, as members may decide differently.
 
         :param x: input with ``size`` samples.
         :param perturbations: by parameter name, each ``[members | 1, size | 1, n]``.
@@ -189,6 +196,10 @@ class Network(nn.Module):
         parameters = self.parameters_by_name()
         names = {id(parameters[name]): name for name in perturbations}
         layouts = self.layouts(x, size, perturbations.keys())
+        if members > 1 and self._decides:
+            return self._in_turn(
+                lambda i: self.perturbed(x, size, {n: p.of_member(i) for n, p in perturbations.items()}, 1)[0], members
+            )
         folded = x
         if members > 1:
             folded = pytree.tree_map(lambda t: t.repeat(members, *[1] * (t.dim() - 1)) if batched(t, size) else t, x)
@@ -212,8 +223,18 @@ class Network(nn.Module):
             names = {id(parameters[name]): name for name in perturbed}
             neutral = {id(parameters[name]): _neutral(p) for name, p in chosen.items()}
             with no_fused_attention():
-                layouts = find_layouts(self, self.net, names, neutral, x, size)
-                check_fold(self, self.net, names, neutral, chosen, layouts, x, size, self._padded())
+                decisions = Decisions(parameters[name] for name in chosen)
+                layouts = find_layouts(self, self.net, names, neutral, x, size, decisions)
+                check_fold(
+                    self, self.net, names, neutral, chosen, layouts, x, size, self._padded(), decides=decisions.found
+                )
+            if decisions.found and not self._decides:
+                self._decides = True
+                warnings.warn(
+                    f"{type(self.net).__name__} makes numbers of Python (`if`, .item(), ...) of values that its "
+                    "random weights have a part in: members run one by one, as each may decide differently",
+                    stacklevel=2,
+                )
             _keep(self._layouts, key, layouts)
         return self._layouts[key]
 
@@ -266,25 +287,32 @@ class Network(nn.Module):
         members = next(iter(values.values())).shape[0]
         if members == 1:
             return run({name: value[0] for name, value in values.items()}).unsqueeze(0)
-        moving = [m for m in self.net.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
 
         def in_turn() -> Tensor:
-            statistics = RunningStatistics(moving)
-            outputs = []
-            for member in range(members):
-                with statistics.one_pass():
-                    outputs.append(run({name: value[member] for name, value in values.items()}))
-            statistics.average()
-            return torch.stack(outputs)
+            return self._in_turn(lambda i: run({name: value[i] for name, value in values.items()}), members)
 
         def at_once() -> Tensor:
             with no_fused_attention(), _without_vmap_in_buffers(self.net):
                 result: Tensor = vmap(run, randomness="different", chunk_size=chunk_size)(values)
             return result
 
-        if moving or any(isinstance(m, nn.RNNBase) for m in self.net.modules()):
+        if self._moving_layers() or any(isinstance(m, nn.RNNBase) for m in self.net.modules()):
             return in_turn()
         return self._vectoriser(at_once, in_turn, next(iter(values.values())))
+
+    def _moving_layers(self) -> list[nn.Module]:
+        """The normalisation layers that gather statistics in a pass."""
+        return [m for m in self.net.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+
+    def _in_turn(self, run: Callable[[int], Tensor], members: int) -> Tensor:
+        """``run(i)`` of every member i, ``[members, ...]``; statistics move once, to the mean over the members."""
+        statistics = RunningStatistics(self._moving_layers())
+        outputs = []
+        for member in range(members):
+            with statistics.one_pass():
+                outputs.append(run(member))
+        statistics.average()
+        return torch.stack(outputs)
 
 
 def _keep_ties(network: Network, keys: object) -> None:

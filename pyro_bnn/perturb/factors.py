@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_bnn.perturb.layout import of_member
 from pyro_bnn.perturb.low_rank import LowRankFactors, Shift
 
 
@@ -27,6 +28,9 @@ class Rank1Factors(NamedTuple):
         """The factors of ``W[start : start + length]``."""
         return Rank1Factors(self.r.narrow(-1, start, length), self.s)
 
+    def of_member(self, member: int) -> Rank1Factors:
+        return Rank1Factors(of_member(self.r, member), of_member(self.s, member))
+
     def explicit(self, weight: Tensor, member: int, row: int) -> Tensor:
         """The weight that one row of one member sees; the definition that every rule must agree with."""
         r, s = (_pick(factor, member, row) for factor in self)
@@ -46,6 +50,9 @@ class Replacement(NamedTuple):
 
     def narrow(self, start: int, length: int) -> Replacement:
         return Replacement(self.value.narrow(-1, start, length))
+
+    def of_member(self, member: int) -> Replacement:
+        return Replacement(of_member(self.value, member))
 
     def explicit(self, weight: Tensor, member: int, row: int) -> Tensor:
         return _pick(self.value, member, row).view_as(weight).to(weight.dtype)

@@ -1,9 +1,11 @@
-"""Where the samples are inside a network: what a probe finds for each use of a weight, and what a rule reads."""
+"""Where members and samples are: inside a network, as a probe finds it for each use of a weight, and in a fold."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import NamedTuple
+
+from torch import Tensor
 
 
 class Use(NamedTuple):
@@ -31,3 +33,8 @@ class Fold(NamedTuple):
 
     members: int
     rows: int
+
+
+def of_member(values: Tensor, member: int) -> Tensor:
+    """``[members | 1, ...] -> [1, ...]``: what one member has alone."""
+    return values.narrow(0, member if values.shape[0] > 1 else 0, 1)

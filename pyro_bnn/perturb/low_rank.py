@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pyro_bnn.perturb.layout import Fold, Layout
+from pyro_bnn.perturb.layout import Fold, Layout, of_member
 
 Op = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 #: stride, padding and dilation of a convolution
@@ -36,6 +36,9 @@ class LowRankFactors(NamedTuple):
     def narrow(self, start: int, length: int) -> LowRankFactors:
         """The factors of ``W[start : start + length]``."""
         return LowRankFactors(self.A, self.B.narrow(1, start, length), self.scale)
+
+    def of_member(self, member: int) -> LowRankFactors:
+        return LowRankFactors(of_member(self.A, member), of_member(self.B, member), self.scale)
 
     def explicit(self, weight: Tensor, member: int, row: int) -> Tensor:
         """The weight that one member sees; the definition that every rule must agree with."""
@@ -100,6 +103,9 @@ class Shift(NamedTuple):
 
     def narrow(self, start: int, length: int) -> Shift:
         return Shift(self.delta.narrow(1, start, length))
+
+    def of_member(self, member: int) -> Shift:
+        return Shift(of_member(self.delta, member))
 
     def explicit(self, weight: Tensor, member: int, row: int) -> Tensor:
         return weight + self.delta[member if self.delta.shape[0] > 1 else 0].to(weight.dtype)

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.modes import undisturbed
+from pyro_bnn.perturb.decisions import Decisions
 from pyro_bnn.perturb.factors import Perturbation, Rank1Factors, Replacement
 from pyro_bnn.perturb.layout import Layout, Use
 from pyro_bnn.perturb.mode import Perturb, consumed, is_product, passes_on, tensors
@@ -42,6 +43,7 @@ def find_layouts(
     neutral: dict[int, Perturbation],
     x: Inputs,
     size: int,
+    decisions: Decisions,
 ) -> dict[Use, Layout]:
     """The layout of every use of a perturbed parameter.
 
@@ -49,6 +51,7 @@ def find_layouts(
     :param names: name of each perturbed parameter, by ``id``.
     :param neutral: a perturbation of shape ``[1, 1, n]`` for each of them, that changes nothing.
     :param x: an example input whose tensors have ``size`` samples on axis 0.
+    :param decisions: notes those of the first pass, which the others repeat.
     :raises ValueError: when a perturbed parameter is never consumed by a rule, or by an operation without one.
     :raises RuntimeError: when the samples of the batch cannot be told apart where a weight is used.
     """
@@ -56,7 +59,7 @@ def find_layouts(
     with undisturbed(net), Steady():
         base = _Recorder(neutral, names)
         try:
-            with base:
+            with decisions, base:
                 run(base_x)
         except Exception as error:
             if takes(run, base_x) or not takes(run, x):  # what a rule says, or the network of any input
@@ -74,7 +77,7 @@ def find_layouts(
             try:
                 for sample in (1, 2):
                     recorder = _Recorder(neutral, names)
-                    with recorder:
+                    with decisions.again(), recorder:
                         run(marked_at(sample))
                     marked.append(recorder.inputs)
             except Exception as error:  # this way of marking is not one that the network can run: the next may be
@@ -93,7 +96,7 @@ def find_layouts(
                 f"Let forward() take them, or use a model that needs no look inside, such as pb.models.Dense"
             ) from failures[0]
         if missing:
-            layouts |= _constant(run, net, names, neutral, x, size, base.inputs, missing, failures)
+            layouts |= _constant(run, names, neutral, x, size, decisions, base.inputs, missing, failures)
     return layouts
 
 
@@ -209,18 +212,25 @@ def check_fold(
     x: Inputs,
     size: int,
     padded: frozenset[int] = frozenset(),
+    *,
+    decides: bool = False,
 ) -> None:
     """A folded batch of 2 members x 2 samples with random perturbations equals four runs with explicit weights.
 
+    :param decides: whether the network decides in Python on values that weights have a part in. The runs may then
+        decide differently: they are compared a second time with the decisions of the first run in all of them.
     :raises RuntimeError: when it does not; the message names the parameters at fault.
     :raises ValueError: when axis 0 of the network's output does not run over its rows.
     """
     pair = select_samples(x, size, unlike_samples(x, size, 2))
     with undisturbed(net), _no_small_weights(net):
-        reason = _misfold(run, names, neutral, parameters, layouts, pair, padded)
-        if reason is None:
-            return
-        alone = {n: _misfold(run, names, neutral, {n: p}, layouts, pair, padded) for n, p in parameters.items()}
+        for alike in (False, True) if decides else (False,):
+            reason = _misfold(run, net, names, neutral, parameters, layouts, pair, padded, alike)
+            if reason is None:
+                return
+        alone = {
+            n: _misfold(run, net, names, neutral, {n: p}, layouts, pair, padded, decides) for n, p in parameters.items()
+        }
         bad = [n for n, why in alone.items() if why is not None] or list(parameters)
     raise RuntimeError(
         f"rows with weights of their own for {', '.join(map(repr, bad[:5]))} do not give what the network gives with "
@@ -243,14 +253,19 @@ def require_rows(y: Tensor, rows: int) -> None:
 
 def _misfold(
     run: Callable[..., Tensor],
+    net: nn.Module,
     names: dict[int, str],
     neutral: dict[int, Perturbation],
     parameters: dict[str, Tensor],
     layouts: dict[Use, Layout],
     pair: Any,
     padded: frozenset[int],
+    alike: bool,
 ) -> str | None:
-    """What goes wrong in a folded batch in which ``parameters`` are perturbed and the others keep their values."""
+    """What goes wrong in a folded batch in which ``parameters`` are perturbed and the others keep their values.
+
+    :param alike: whether all runs make the decisions of the first.
+    """
     like = next(iter(parameters.values()))
     generator = torch.Generator().manual_seed(0)
 
@@ -265,8 +280,13 @@ def _misfold(
             perturbations[name] = Rank1Factors(random(parameter.shape[0]), random(parameter.shape[1]))
     folded = pytree.tree_map(lambda t: torch.cat([t, t]) if batched(t, 2) else t, pair)
     ids = {name: i for i, name in names.items()}
+    decisions = Decisions(p for p in net.parameters() if id(p) in names)
     try:
-        with Steady(), Perturb(neutral | {ids[n]: p for n, p in perturbations.items()}, names, layouts, 2, 2, padded):
+        with (
+            Steady(),
+            decisions,
+            Perturb(neutral | {ids[n]: p for n, p in perturbations.items()}, names, layouts, 2, 2, padded),
+        ):
             y = run(folded)
     except RuntimeError as error:
         return str(error)
@@ -276,7 +296,7 @@ def _misfold(
     for m in range(2):
         for b in range(2):
             weights = {n: p.explicit(parameters[n], m, b) for n, p in perturbations.items()}
-            with Steady():
+            with Steady(), decisions.again() if alike else contextlib.nullcontext():
                 alone = run(select_samples(pair, 2, [b, b]), weights)[0]
             scale = alone.abs().max()
             if not torch.allclose(y[2 * m + b], alone, rtol=0, atol=float(tolerance * scale), equal_nan=True):
@@ -326,18 +346,18 @@ def _divisors(n: int) -> list[int]:
 
 def _constant(
     run: Callable[..., Tensor],
-    net: nn.Module,
     names: dict[int, str],
     neutral: dict[int, Perturbation],
     x: Inputs,
     size: int,
+    decisions: Decisions,
     inputs: dict[Use, Tensor],
     uses: list[Use],
     failures: list[Exception],
 ) -> dict[Use, Layout]:
     """Layouts of tensors that no mark reached: the same for every sample, with or without an axis for the batch."""
     smaller = _Recorder(neutral, names)
-    with smaller:
+    with decisions.again(), smaller:
         run(select_samples(x, size, unlike_samples(x, size, 2)))
     layouts: dict[Use, Layout] = {}
     for use in uses:

@@ -1,0 +1,86 @@
+"""What a network decides in Python on values that its weights have a part in, as ``if h.sum() > 0`` does.
+
+Such a decision is made once for a whole pass. Members that are folded into one batch would share it, although each of
+them alone may decide otherwise; and two passes can be compared only if they decide alike.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pyro_bnn.perturb.mode import tensors
+
+#: functions by which a tensor becomes a number, a list or an array of Python
+_TO_PYTHON: frozenset[Callable[..., object]] = frozenset(
+    {
+        *(Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__complex__, Tensor.__index__, Tensor.item),
+        *(Tensor.__contains__, Tensor.is_nonzero, torch.is_nonzero),
+        *(Tensor.equal, torch.equal, Tensor.allclose, torch.allclose),
+        *(Tensor.tolist, Tensor.numpy, Tensor.__array__),
+    }
+)
+
+
+class _Decision(NamedTuple):
+    function: Callable[..., object]
+    shape: torch.Size
+    value: object
+    is_of_weights: bool
+
+
+class Decisions(TorchFunctionMode):
+    """Notes the decisions of the pass inside, by following weights through it: what is made of them is theirs too.
+
+    :param weights: the tensors that are followed.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]) -> None:
+        super().__init__()
+        #: whether there is one on what the weights have a part in
+        self.found = False
+        self._made: list[_Decision] = []
+        #: kept alive, so that no other tensor is given an ``id`` that is in it
+        self._of_weights = {id(weight): weight for weight in weights}
+
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        takes_part = any(id(t) in self._of_weights for t in tensors((args, kwargs)))
+        result = func(*args, **kwargs)
+        if func in _TO_PYTHON:
+            self._made.append(_Decision(func, _shape(args, kwargs), copy.copy(result), takes_part))
+        if takes_part:
+            self.found |= func in _TO_PYTHON
+            written = args[:1] if func is Tensor.__setitem__ else ()
+            self._of_weights |= {id(t): t for t in tensors((result, written))}
+        return result
+
+    def again(self) -> TorchFunctionMode:
+        """A mode in which a pass decides as the one before did, where weights had a part in it."""
+        return _Again(self._made)
+
+
+class _Again(TorchFunctionMode):
+    def __init__(self, made: list[_Decision]) -> None:
+        super().__init__()
+        self._left = iter(made)
+
+    def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        before = next(self._left, None) if func in _TO_PYTHON else None
+        if (
+            before is not None
+            and before.is_of_weights
+            and (before.function, before.shape) == (func, _shape(args, kwargs))
+        ):
+            return copy.copy(before.value)
+        return func(*args, **kwargs)
+
+
+def _shape(args: object, kwargs: object) -> torch.Size:
+    return next(tensors((args, kwargs))).shape
