@@ -140,6 +140,8 @@ def _loader(data: Data, batch_size: int) -> DataLoader[object]:
 
 def _of_loader(model: Program, loader: DataLoader[object]) -> Minibatches:
     size, why = _size_of(loader)
+    if size == 0:
+        raise ValueError(f"the loader is empty{f': {why}' if why else ''}; give it at least one sample")
     if size is not None:
         _require_num_data(model, size, why)
 

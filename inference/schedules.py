@@ -14,6 +14,22 @@ from pyro_bnn.entry import checks
 Schedule = Callable[[Optimizer, int, int], LRScheduler]
 
 
+def scheduler_of(schedule: Schedule | None, optimizer: Optimizer, steps: int, epochs: int) -> LRScheduler | None:
+    """What a schedule makes of a training of so many steps an epoch; ``None`` without one.
+
+    :raises TypeError: when it is no function, or returns no scheduler.
+    """
+    if schedule is None:
+        return None
+    expected = "expected pyro_bnn.inference.cosine(), multistep(...) or a function (optimizer, steps, epochs)"
+    if not callable(schedule) or isinstance(schedule, type):
+        raise TypeError(f"schedule={schedule!r}: {expected}")
+    scheduler = schedule(optimizer, steps, epochs)
+    if not hasattr(scheduler, "step"):
+        raise TypeError(f"schedule={schedule!r} returned {scheduler!r}: {expected} that returns a scheduler")
+    return scheduler
+
+
 def cosine(warmup: float = 0.0) -> Schedule:
     """From the base rate to 0 along half a cosine, after a linear warm-up of ``warmup`` epochs.
 
@@ -41,6 +57,8 @@ def multistep(warmup: float, milestones: Sequence[float], ratio: float) -> Sched
     """
     checks.not_negative("warmup", warmup)
     checks.positive("ratio", ratio)
+    if not isinstance(milestones, Sequence) or isinstance(milestones, str):
+        raise TypeError(f"milestones={milestones!r}: expected a list of epochs")
     for milestone in milestones:
         checks.not_negative("milestones", milestone)
 

@@ -94,8 +94,11 @@ def train(
     :raises ValueError: when the checkpoint is damaged, or that of a run with other settings or more epochs.
     :raises OSError: when the checkpoint cannot be written.
     """
+    callbacks = checks.functions("callbacks", callbacks)
+    checks.truth("progress", progress)
     require_rows_for_statistics(run.model, batches)
     if checkpoint is not None:
+        checkpoint = checks.path("checkpoint", checkpoint)
         run.resume(checkpoint, epochs)
     run.remember()
     with progress_bar(label, epochs, done=run.epoch, progress=progress) as bar:

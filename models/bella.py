@@ -89,6 +89,10 @@ class Bella(BayesianNetwork):
     ) -> None:
         rank = checks.count("rank", rank)
         alpha = checks.optional(checks.positive, "alpha", alpha)
+        checks.truth("rank_stabilised", rank_stabilised)
+        for option, given in {"head_prior": head_prior, "affine_prior": affine_prior}.items():
+            if not isinstance(given, Prior):
+                raise TypeError(f"{option}={given!r}: expected an object of pyro_bnn.priors, such as Normal(0.0, 1.0)")
         super().__init__(net, likelihood, num_data, **options, share=True)
         self.rank, self.rank_stabilised, self.head_prior = rank, rank_stabilised, head_prior
         self.alpha = float((8 if rank_stabilised else 4 * rank) if alpha is None else alpha)

@@ -84,6 +84,7 @@ class Rank1(BayesianNetwork):
                 "(Normal, Cauchy, Laplace or StudentT), or None for a flat prior"
             )
         clip = checks.optional(checks.positive, "clip", clip)
+        checks.truth("member_bias", member_bias)
         self.prior, self.weight_prior, self.member_bias, self.clip = prior, weight_prior, member_bias, clip
         example = None if example is None else inputs(example, self.like())
         consumed = None if example is None else core.consumed(example)
@@ -396,6 +397,7 @@ class Rank1Guide(MixtureGuide):
                 elif isinstance(init_means, TorchDistributionMixin):
                     loc.copy_(init_means.expand(loc.shape).sample())
                 else:
+                    checks.function("init_means", init_means)
                     loc.copy_(init_means(loc.shape))
         self.start_scales((init_dropout_rate / (1 - init_dropout_rate)) ** 0.5)
 

@@ -48,6 +48,8 @@ class DeepEnsemble(Baseline):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.build is not None:
+            checks.function("build", self.build)
         self.num_networks = checks.count("num_networks", self.num_networks)
 
     def repr_arguments(self) -> dict[str, object]:
@@ -85,7 +87,7 @@ class DeepEnsemble(Baseline):
         seeds = derive_seeds(seed, 2 * self.num_networks)
         points = []
         for member in range(self.num_networks):
-            own = None if checkpoint is None else _numbered(Path(checkpoint), member)
+            own = None if checkpoint is None else _numbered(Path(checks.path("checkpoint", checkpoint)), member)
             net = self._new_network(seeds[2 * member])
             run = {"checkpoint": own, "seed": seeds[2 * member + 1], **options}
             points.append(self._mode(data, epochs, net, **run))

@@ -170,7 +170,7 @@ class SWAG(Baseline):
             batch_size=batch_size,
             optim=sgd,
             clip_norm=clip_norm,
-            callbacks=[*callbacks, collect],
+            callbacks=[*checks.functions("callbacks", callbacks), collect],
             progress=progress,
             seed=training_seed,
         )

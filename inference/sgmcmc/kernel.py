@@ -54,7 +54,8 @@ class MinibatchKernel(MCMCKernel):
         check_every = checks.count("check_every", check_every)
         num_data = checks.optional(checks.count, "num_data", num_data)
         self.model, self.data = model, data
-        self.batch_size, self.thinning, self.check_every, self.capture = batch_size, thinning, check_every, capture
+        self.batch_size, self.thinning, self.check_every = batch_size, thinning, check_every
+        self.capture = checks.truth_or_auto("capture", capture)
         self._asked_num_data = num_data
         self._users_start: dict[str, Tensor] | None = None
         self.chains: int | None = None

@@ -59,6 +59,10 @@ def sample(
     warmup_steps = checks.count("warmup_steps", warmup_steps, 0)
     num_chains = checks.count("num_chains", num_chains)
     checks.seed("seed", seed)
+    checks.truth("progress", progress)
+    if not isinstance(args, tuple):
+        raise TypeError(f"args={args!r}: expected a tuple of what the model is called with, as args=(x, y)")
+    stream = None if stream is None else checks.path("stream", stream)
     model: Program = kernel.model  # type: ignore[attr-defined]
     with contextlib.ExitStack() as stack:
         stack.enter_context(seeded(device_of(model), seed))

@@ -17,7 +17,7 @@ from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
-from pyro_bnn.inference.schedules import Schedule
+from pyro_bnn.inference.schedules import Schedule, scheduler_of
 from pyro_bnn.inference.settings import settings_of
 from pyro_bnn.inference.stein.autoparticles import AutoParticles
 from pyro_bnn.inference.stein.groups import Group, divide
@@ -165,6 +165,8 @@ class SVGD:
                 f"kernel={kernel!r}: expected a kernel of pyro_bnn.inference with its bandwidth, such as RBF('median') "
                 "or IMQ(2.0), or an object of a subclass of Kernel"
             )
+        if annealing is not None:
+            checks.function("annealing", annealing)
         if method == "wgd" and not self.kernel.positive:
             raise ValueError(f"method='wgd' divides by a density: {self.kernel} is not positive everywhere")
         self._pairs: Any = pairs
@@ -181,7 +183,7 @@ class SVGD:
         self.model, self.guide, self.optim, self.lr = model, guide, optim, lr
         self.space, self.scope, self.method = space, scope, method
         self.repulsion, self.annealing = repulsion, annealing
-        self.num_data, self.sequential = num_data, sequential
+        self.num_data, self.sequential = num_data, checks.truth_or_auto("sequential", sequential)
         self._size = num_data
         self.steps = 0
         self._parts: _Parts | None = None
@@ -301,9 +303,8 @@ class SVGD:
             settings: dict[str, str] = {}
             if checkpoint is not None:
                 settings = self._settings(data, optimizer, batch_size, schedule, seed)
-            scheduler = None
-            if schedule is not None:
-                scheduler = schedule(optimizer, batches.steps, epochs)
+            scheduler = scheduler_of(schedule, optimizer, batches.steps, epochs)
+            if scheduler is not None:
                 stack.callback(_restart_rates, optimizer)
             parameters = [*particles.blocks, *particles.shared]
             run = TrainingRun(self.model, self.guide, parameters, optimizer, scheduler, self.steps, settings)

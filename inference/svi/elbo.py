@@ -37,7 +37,7 @@ class ScaleLatents(Messenger):
 
     def __init__(self, scale: float = 1.0, per_member: bool = False) -> None:
         super().__init__()
-        self.scale, self.per_member = checks.not_negative("scale", scale), per_member
+        self.scale, self.per_member = checks.not_negative("scale", scale), checks.truth("per_member", per_member)
 
     def __repr__(self) -> str:
         return display.call(self, scale=self.scale, per_member=self.per_member)

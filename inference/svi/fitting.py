@@ -21,7 +21,7 @@ from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
-from pyro_bnn.inference.schedules import Schedule
+from pyro_bnn.inference.schedules import Schedule, scheduler_of
 from pyro_bnn.inference.settings import settings_of
 from pyro_bnn.inference.svi.elbo import MixtureELBO, ScaleLatents
 from pyro_bnn.inference.training import (
@@ -106,6 +106,8 @@ def fit(
     checks.not_negative("kl_annealing", kl_annealing)
     checks.optional(checks.positive, "clip_norm", clip_norm)
     checks.seed("seed", seed)
+    if elbo is not None and not isinstance(elbo, ELBO):
+        raise TypeError(f"elbo={elbo!r}: expected pyro_bnn.inference.MixtureELBO() or an ELBO of pyro.infer")
     require_programs(model, guide)
     if isinstance(guide, AutoLaplaceApproximation):
         raise TypeError(
@@ -126,7 +128,7 @@ def fit(
             options = {"schedule": schedule, "kl_annealing": kl_annealing, "elbo": objective, "clip_norm": clip_norm}
             size = {} if isinstance(data, DataLoader) else {"batch_size": batch_size}
             settings = settings_of(model, guide, optimizer, data, **options, **size, method="SVI", seed=seed)
-        scheduler = schedule(optimizer, batches.steps, epochs) if schedule is not None else None
+        scheduler = scheduler_of(schedule, optimizer, batches.steps, epochs)
         run = TrainingRun(model, guide, parameters, optimizer, scheduler, settings=settings)
         step = _elbo_step(objective, batches.size, kl_annealing * batches.steps, clip_norm)
         train(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,7 @@ class MergeCodes:
         checks.limit("gradient_limit", gradient_limit)
         checks.limit("variance_limit", variance_limit)
         checks.fraction("absorb", absorb)
+        checks.choice("how", how, get_args(MergeRule))
         self.start, self.stop, self.every = start, stop, every
         self.gradient_limit, self.absorb = gradient_limit, absorb
         self.options: dict[str, Any] = {"tightness": tightness, "variance_limit": variance_limit, "how": how}

@@ -101,7 +101,7 @@ def load(
     :raises FileNotFoundError: when there is nothing at ``path``.
     :raises ValueError: when it is no posterior, is damaged, was written by a newer version, or is for another network.
     """
-    folder = Path(path)
+    folder = Path(checks.path("path", path))
     if model is not None:
         return posteriors.load(folder, net, model=model, prior=prior, likelihood=likelihood, device=device)
     if is_run(folder):

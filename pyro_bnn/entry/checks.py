@@ -1,17 +1,19 @@
-"""Checks of the numbers that a public function is given, with one form of message: ``name=value: what was expected``.
+"""Checks of what a public function is given, with one form of message: ``name=value: expected ...``.
 
-Each returns the number as a plain ``int`` or ``float``. What is no number at all, a bool included, is a TypeError, and
-a number that is out of range a ValueError.
+Checks of numbers return a plain ``int`` or ``float``. A value of another type, for numbers also a bool, is a TypeError,
+and a number that is out of range a ValueError.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 Number = TypeVar("Number", int, float)
+Callback = TypeVar("Callback", bound=Callable[..., object])
 
 #: the largest seed: some functions use the next as well, which is still one for torch
 LARGEST_SEED = 2**63 - 1
@@ -74,6 +76,68 @@ def seed(name: str, value: object) -> int | None:
     if value is None:
         return None
     return _whole(name, value, 0, LARGEST_SEED, "expected None, or a whole number from 0 to 2**63 - 1")
+
+
+def truth(name: str, value: object) -> bool:
+    """``True`` or ``False``."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: expected True or False, not {type(value).__name__}")
+    return value
+
+
+def truth_or_auto(name: str, value: object) -> bool | Literal["auto"]:
+    """``True``, ``False`` or ``"auto"``."""
+    if value == "auto":
+        return "auto"
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r}: expected True, False or 'auto', not {type(value).__name__}")
+    return value
+
+
+def choice(name: str, value: object, known: Iterable[str]) -> None:
+    """One of some words."""
+    if value not in (words := tuple(known)):
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"{name}={value!r}: expected one of {', '.join(map(repr, words))}")
+
+
+def names(name: str, value: object) -> tuple[str, ...]:
+    """One string, or several."""
+    found = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
+    if not all(isinstance(one, str) for one in found):
+        raise TypeError(f"{name}={value!r}: expected a string or a list of strings")
+    return tuple(str(one) for one in found)
+
+
+def function(name: str, value: object) -> None:
+    """A function, or another object that can be called."""
+    if not callable(value):
+        raise TypeError(f"{name}={value!r}: expected a function, not {type(value).__name__}")
+
+
+def text(name: str, value: object) -> str:
+    """A string."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}={value!r}: expected a string, not {type(value).__name__}")
+    return value
+
+
+def path(name: str, value: object) -> str:
+    """A path, as a string."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}={value!r}: expected a path, not {type(value).__name__}")
+    return str(os.fspath(value))
+
+
+def functions(name: str, value: Iterable[Callback]) -> list[Callback]:
+    """Several functions."""
+    expected = f"{name}={value!r}: expected a list of functions"
+    if not isinstance(value, Iterable) or isinstance(value, str):
+        raise TypeError(f"{expected}, not {type(value).__name__}")
+    found = list(value)
+    if odd := [one for one in found if not callable(one)]:
+        raise TypeError(f"{expected}; {odd[0]!r} cannot be called")
+    return found
 
 
 def _whole(name: str, value: object, least: int, most: int | None, expected: str) -> int:

@@ -100,6 +100,7 @@ class Posterior:
         :raises ValueError: when a site lacks draws, or they do not divide into the chains.
         """
         num_chains = checks.count("num_chains", num_chains)
+        checks.truth("is_sampled", is_sampled)
         counts = {len(value) for value in draws.values()}
         if len(counts) != 1 or counts.pop() % num_chains:
             raise ValueError(
@@ -272,6 +273,11 @@ class Posterior:
         x = inputs(x, like_of(model))
         if isinstance(model, BayesianNetwork) and not count_samples(x):
             raise ValueError("x is empty: give at least one row; look at the filter or split that made it")
+        if return_site is not None and isinstance(model, BayesianNetwork) and model.likelihood is not None:
+            raise ValueError(
+                f"return_site={return_site!r} is for models of your own: one of this package predicts at its "
+                "likelihood, and posterior.draws(n) has its other sites"
+            )
         if not isinstance(model, BayesianNetwork) or model.likelihood is None and return_site is not None:
             return Prediction(foreign.predict_site(source, x, count, seed, return_site), None)
         require_finite(x)
@@ -374,6 +380,7 @@ class Posterior:
         :raises ValueError: without a spike-and-slab site, for a sparsity out of range, a network that cannot be traced,
             or when an example is needed.
         """
+        checks.truth("shrink", shrink)
         model = with_weight_sites(self.model)
         guide = self._stored(self.draw_source.count_all(num_samples, POSTERIOR_DRAWS), seed)
         odds = inclusion_log_odds(self.model, DrawSource(self.model, guide).groups(len(guide)))
@@ -400,6 +407,8 @@ class Posterior:
         :raises FileExistsError: when ``path`` exists and is no posterior.
         :raises OSError: when the disk refuses it; what is there is whole then, the older posterior or this one.
         """
+        checks.truth("prior", prior)
+        path = checks.path("path", path)
         model, guide = self.model, self.guide
         if isinstance(model, BayesianNetwork):
             storage.write(path, model, guide, losses=self.losses, sampler=self.sampler, prior=prior)

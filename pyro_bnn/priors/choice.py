@@ -83,6 +83,8 @@ def resolve(prior: PriorLike, names: tuple[str, ...], like: Tensor) -> Prior:
             f"no pattern of the prior matches {names[0]!r} (patterns: {', '.join(map(repr, prior))}); the whole name "
             "of it or of a module that it is in must match. Add a last pattern '.*' for all others."
         )
+    if isinstance(prior, type):
+        raise TypeError(f"prior={prior.__name__}: expected an object and not its class, as {prior.__name__}() is")
     if isinstance(prior, Prior):
         prior.require_fit(names[0], like)
         return prior

@@ -86,10 +86,14 @@ class BayesianNetwork(ProgramModule):
         share: bool = False,
     ) -> None:
         require_network(net)
-        super().__init__(prefix)
+        super().__init__(checks.text("prefix", prefix))
+        if output is not None and not isinstance(output, (str, int)) and not callable(output):
+            raise TypeError(f"output={output!r}: expected a key, an index or a function of what the network returns")
         if likelihood is not None and not isinstance(likelihood, Likelihood):
+            kind = f": write {likelihood.__name__}()" if isinstance(likelihood, type) else ""
             raise TypeError(
                 f"likelihood must be one of pyro_bnn.likelihoods (or None for the function alone), got {likelihood!r}"
+                f"{kind}"
             )
         if likelihood is not None or num_data is not None:
             num_data = checks.count("num_data", num_data)

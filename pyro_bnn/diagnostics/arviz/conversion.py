@@ -17,6 +17,7 @@ from pyro_bnn.diagnostics.arviz.own_models import groups_of_own_model, is_of_own
 from pyro_bnn.diagnostics.arviz.sites import posterior_group
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, predict_inputs, require_posterior
+from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inputs import Inputs, labels, tensors
 from pyro_bnn.likelihoods import Categorical
@@ -115,6 +116,8 @@ def to_arviz(
     """
     require_posterior(posterior)
     x, y = None if x is None else tensors(x), None if y is None else labels(y)
+    if sites is not None:
+        sites = checks.names("sites", sites)
     wanted = _checked_groups(groups, x, y)
     _require_kind(posterior, wanted, observed_site)
     seed = some_seed(seed)
@@ -161,7 +164,7 @@ def to_arviz(
 
 
 def _checked_groups(groups: str | Sequence[str], x: Inputs, y: Tensor | None) -> tuple[str, ...]:
-    wanted = (groups,) if isinstance(groups, str) else tuple(groups)
+    wanted = checks.names("groups", groups)
     if unknown := [group for group in wanted if group not in GROUPS + ON_REQUEST]:
         raise ValueError(f"unknown group {unknown[0]!r}; groups= takes any of {', '.join((*GROUPS, *ON_REQUEST))}")
     for missing, argument, needed_by in (

@@ -162,7 +162,7 @@ class _Experiment:
                 "constraints": {n: c for n, c in store._constraints.items() if n in parameters},
             }
         self.latents = self._latent_sites(nodes)
-        wanted = self.latents if sites is None else [sites] if isinstance(sites, str) else list(sites)
+        wanted = self.latents if sites is None else checks.names("sites", sites)
         if unknown := [name for name in wanted if name not in self.latents]:
             raise ValueError(
                 f"sites: {unknown[0]!r} is no latent site of the model; there are {', '.join(self.latents)}"
