@@ -288,8 +288,8 @@ def _misfold(
             Perturb(neutral | {ids[n]: p for n, p in perturbations.items()}, names, layouts, 2, 2, padded),
         ):
             y = run(folded)
-    except RuntimeError as error:
-        return str(error)
+    except (RuntimeError, IndexError, TypeError, AssertionError) as error:  # of a network that meets odd shapes
+        return str(error) or type(error).__name__
     require_rows(y, 4)
     # a network may return more digits than its weights have
     tolerance = max(torch.finfo(t.dtype).eps for t in (y, *parameters.values())) ** 0.5
@@ -298,6 +298,8 @@ def _misfold(
             weights = {n: p.explicit(parameters[n], m, b) for n, p in perturbations.items()}
             with Steady(), decisions.again() if alike else contextlib.nullcontext():
                 alone = run(select_samples(pair, 2, [b, b]), weights)[0]
+            if y.shape[1:] != alone.shape:
+                return f"an output of shape {tuple(y.shape[1:])} instead of {tuple(alone.shape)} for a sample"
             scale = alone.abs().max()
             if not torch.allclose(y[2 * m + b], alone, rtol=0, atol=float(tolerance * scale), equal_nan=True):
                 return "another output"
