@@ -8,11 +8,11 @@ from typing import Any
 import pyro.distributions as dist
 import pytest
 import torch
+from entry import test_numbers as doors
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import pyro_bnn as pb
 from pyro_bnn import diagnostics, inference, likelihoods, models, priors
-from tests.entry import test_numbers as doors
 
 X, Y = doors.X, doors.Y
 
