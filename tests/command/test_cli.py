@@ -216,7 +216,7 @@ def test_weight_sharing_starts_at_a_network_or_a_mean_field_and_comes_back(tmp_p
     common = ("fit", "--method", "weight-sharing", *net, "--codes", 40)
     output = run(*common, "--out", tmp_path / "a").output
     assert "No --pretrained: first the deterministic network, then codes for its weights" in output
-    assert "weight sharing, at most 40 codes" in output and "bits a coded weight" in output
+    assert "weight sharing, at most 40 codes" in output and "bits per coded weight" in output
     found = metrics_of(tmp_path / "a")
     assert found["accuracy"] > 0.5 and found["compression"]["codes"] <= 40
     posterior = pb.load(tmp_path / "a" / "posterior", architectures.mlp(64, (128, 128), 10))
@@ -516,10 +516,10 @@ def test_report_has_every_number_of_the_run_and_no_other(digits_run: tuple[Path,
         if isinstance(value, (int, float))
     }
     assert reader.numbers() == expected and len(expected) == 2 * len(MEASURED | COST)
-    settings = reader.text[reader.text.index("How it came about") :]
+    settings = reader.text[reader.text.index("How it was made") :]
     assert "components" in settings and "particles" not in settings and "None" not in settings
     assert "digits: rank1, 4 components" in reader.text and f"{metrics['nll']:.4f}" in reader.text
-    assert reader.text.index("Verdicts") < reader.text.index("NLL") < reader.text.index("Pictures")
+    assert reader.text.index("Findings") < reader.text.index("NLL") < reader.text.index("Pictures")
     result = run("report", folder, "--out", tmp_path / "page.html", expect=2)
     assert "is there already; give another --out, or --overwrite" in result.stderr and result.stderr.count("\n") == 1
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == html
