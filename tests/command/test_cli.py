@@ -344,7 +344,7 @@ def test_a_run_is_not_overwritten_unasked(digits_run: tuple[Path, str]) -> None:
         (["fit", "--data", "table.csv", "--target", "c"], "there is no column 'c'; its columns are: a, b"),
         (["fit", "--data", "empty.npz"], "it lacks x_train, y_train, x_test, y_test"),
         (["fit", "--data", "notes.txt"], "expected an .npz file, a .csv file or a folder of images"),
-        (["fit", "--target", "a"], "a target column ('a') goes with a .csv file"),
+        (["fit", "--target", "a"], "a target column ('a') is for a .csv file"),
         (["fit", "--lr", "0"], "--lr must be a positive number, got 0.0"),
         (["fit", "--lr", "nan"], "--lr must be a positive number, got nan"),
         (["fit", "--method", "dense", "--family", "cauchy"], "--family goes with --method rank1, and not with dense"),

@@ -210,7 +210,7 @@ def test_a_deep_network_with_standard_normal_weights_saturates_and_a_scaled_one_
     x = inputs()
     findings = check_prior(dense(deep(3), likelihoods.Categorical()), x)
     assert "saturation" in topics(findings)
-    assert "beyond 0.81" in findings[0].message  # (1 + (1 + 1/2 + 1/3) / 3) / 2
+    assert "above 0.81" in findings[0].message  # (1 + (1 + 1/2 + 1/3) / 3) / 2
     assert topics(check_prior(dense(deep(3), likelihoods.Categorical(), scaled), x)) == []
 
 
