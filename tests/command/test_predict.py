@@ -171,7 +171,7 @@ def test_wrong_calls_are_one_message(runs: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ((runs / "nowhere", new), "is not the folder of a run"),
         ((runs / "price", "nowhere.csv"), "there is nothing at 'nowhere.csv'"),
-        ((runs / "price", new, "--out", tmp_path / "there.csv"), "is there already; give another --out"),
+        ((runs / "price", new, "--out", tmp_path / "there.csv"), "exists already; give another --out"),
         ((runs / "price", new, "--out", tmp_path), "is a folder; give a file"),
         ((runs / "price", new, "--level", 1), "level=1.0: expected a number in (0, 1)"),
         ((runs / "price", new, "--drop", "c"), "there is no column 'c'"),

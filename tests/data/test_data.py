@@ -166,7 +166,9 @@ def test_new_data_are_read_with_an_earlier_encoding(tmp_path: Path) -> None:
     torch.testing.assert_close(other.x_test[:, 0], task.x_test[:, 0] + shift, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(other.x_test[:, 1:], task.x_test[:, 1:])
     frame.assign(colour="blue").to_csv(new, index=False)
-    with pytest.raises(ValueError, match="'colour' has 'blue' in row 1 .* did not occur in training; expected one of green, red"):
+    with pytest.raises(
+        ValueError, match="'colour' has 'blue' in row 1 .* did not occur in training; expected one of green, red"
+    ):
         data.load(new, target="kind", encoding=encoding)
 
     frame.drop(columns="size").to_csv(new, index=False)
@@ -214,7 +216,10 @@ def test_image_folder_without_parts_is_split_by_class(tmp_path: Path) -> None:
         ({"x_train": np.full((40, 3), np.nan)}, "x_train holds NaN or infinite values"),
         ({"x_test": np.full((10, 3), np.inf)}, "x_test holds NaN or infinite values"),
         ({"y_train": np.full(40, np.nan)}, "y_train holds NaN or infinite values"),
-        ({"y_train": np.eye(40), "y_test": np.eye(10)}, r"y_train must hold class labels or numbers to predict, \[N\] or \[N, 1\]"),
+        (
+            {"y_train": np.eye(40), "y_test": np.eye(10)},
+            r"y_train must hold class labels or numbers to predict, \[N\] or \[N, 1\]",
+        ),
         ({"x_train": np.zeros(40)}, r"x_train must hold numbers, \[N, ...\]"),
         ({"x_train": np.full((40, 3), "a")}, r"x_train must hold numbers, \[N, ...\]"),
         ({"y_train": np.arange(40) % 2, "y_test": np.arange(10)}, "class '2' is not among the training classes 0, 1"),
