@@ -1,4 +1,4 @@
-"""What an object says of itself: a line and a few fields as plain text, and the same as HTML in a notebook."""
+"""How objects are printed: a title and a few fields, as plain text or as HTML in a notebook."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import html
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 
-#: fields of an object by name; those that are ``None`` or empty are left out
+#: the fields of an object, by name; fields that are ``None`` or empty are left out
 Fields = Mapping[str, object]
 
-#: characters of the value of an argument, after which it is cut
+#: number of characters to which the value of an argument is shortened
 _WIDTH = 120
 
 
 def call(owner: object, **arguments: object) -> str:
-    """``SGLD(step_size=0.1, temperature=1.0)``: the class with what it was built from; programs by their names."""
+    """A class with its arguments, such as ``SGLD(step_size=0.1, temperature=1.0)``; programs are shown by name."""
     inside = ", ".join(f"{name}={argument(value)}" for name, value in arguments.items())
     return f"{type(owner).__name__}({inside})"
 
@@ -26,17 +26,17 @@ def name_of(program: object) -> str:
 
 
 def number(value: float) -> str:
-    """A count with separators, any other number with four digits."""
+    """An integer with separators, any other number with four significant digits."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def plural(count: int, noun: str) -> str:
-    """``1 draw``, ``1,000 draws``."""
+    """A count with its noun: ``1 draw``, ``1,000 draws``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def size(count: float) -> str:
-    """A number of bytes in the unit that suits it, 1 MB = 10^6 bytes."""
+    """A number of bytes in a suitable unit; 1 MB = 10^6 bytes."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
@@ -45,14 +45,14 @@ def size(count: float) -> str:
 
 
 def text(title: str, fields: Fields) -> str:
-    """The title, and below it every field on a line of its own."""
+    """The title, and below it each field on its own line."""
     shown = _shown(fields)
     width = max(map(len, shown), default=0)
     return "\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in shown.items())])
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Rows of text below their headings; what looks like a number stands to the right."""
+    """A plain-text table with headings; columns of numbers are aligned to the right."""
     rows = [list(columns), *(list(row) for row in rows)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
     right = [all(row[i][:1].isdigit() or not row[i] for row in rows[1:]) for i in range(len(columns))]
@@ -64,9 +64,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def html_text(title: str, fields: Fields, body: str = "") -> str:
-    """The same for a notebook.
+    """The same as :func:`text`, as HTML for a notebook.
 
-    :param body: HTML of what follows, such as a table.
+    :param body: HTML that follows the fields, such as a table.
     """
     rows = "".join(
         f"<tr><th style='text-align:left'>{html.escape(name)}</th>"
@@ -77,7 +77,7 @@ def html_text(title: str, fields: Fields, body: str = "") -> str:
 
 
 def html_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Rows of text as a table."""
+    """Rows of text as an HTML table."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in columns)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
@@ -88,7 +88,7 @@ def _shown(fields: Fields) -> dict[str, str]:
 
 
 def argument(value: object) -> str:
-    """The value of an argument in one line; programs, classes and networks by their names."""
+    """The value of an argument in one line; programs, classes and networks are shown by name."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {argument(own)}" for key, own in value.items()) + "}"
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""What a model and a guide are made of, layer by layer, how large they are, and what training them takes."""
+"""The layers and sizes of a model and its guide, and the memory that training them needs."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from pyro_bnn.program.model import BayesianNetwork
 if TYPE_CHECKING:
     import pandas as pd
 
-#: batches at which a step is measured; its memory at any other is on the line through both
+#: batch sizes at which a step is measured; memory at other batch sizes is extrapolated linearly
 _MEASURED = (2, 4)
-#: what belongs to no layer: the noise, codes, parts of a guide that all layers share
+#: name for what belongs to no layer: the noise, codes, parts of a guide that all layers share
 _SHARED = "(shared)"
 
 
@@ -42,16 +42,16 @@ _SHARED = "(shared)"
 class Layer:
     """One layer of a network.
 
-    :param name: of the module; parameters that belong to no layer, as the noise or a codebook, are ``(shared)``.
-    :param kind: its type.
-    :param weight: shape of its weight, the first parameter with two axes or else the first.
-    :param form: in which this weight is random: dense, rank-1, low-rank or codebook; point estimates are ``point``
-        where training moves them and ``frozen`` where not.
-    :param prior: of its random parameters.
-    :param parameters: numbers that the layer has in the plain network.
-    :param random: numbers that the posterior is over, those of scales among them.
-    :param trainable: numbers that training moves, in the network and in the guide.
-    :param total: numbers that network and guide hold, whether training moves them or not.
+    :param name: name of the module; ``(shared)`` for what belongs to no layer, such as the noise or a codebook.
+    :param kind: type of the module.
+    :param weight: shape of its weight: the first parameter with at least two axes, otherwise the first parameter.
+    :param form: how this weight is random: dense, rank-1, low-rank or codebook. Point estimates are ``point`` if they
+        are trained and ``frozen`` if not.
+    :param prior: prior of its random parameters.
+    :param parameters: number of parameters of the layer in the plain network.
+    :param random: number of random values in the posterior, including scales.
+    :param trainable: number of trained values, in the network and in the guide.
+    :param total: number of values that network and guide hold, trained or not.
     """
 
     name: str
@@ -67,14 +67,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes that :func:`~pyro_bnn.inference.fit` needs at its peak, part by part.
+    """Memory in bytes that :func:`~pyro_bnn.inference.fit` needs at its peak, by part.
 
     :param parameters: parameters and buffers of model and guide.
-    :param gradients: of what is trained.
+    :param gradients: gradients of the trained parameters.
     :param optimizer: the two moments of AdamW.
-    :param last_good: the copy to which training goes back when a loss is not finite.
-    :param step: draws of the guide, their densities and activations, all that is alive at the worst moment of a step
-        beside these.
+    :param last_good: the copy that training restores if a loss is not finite.
+    :param step: everything else at the peak of a step: draws of the guide, their densities, activations.
     """
 
     parameters: int
@@ -90,14 +89,14 @@ class TrainingMemory:
 
 @dataclass(frozen=True)
 class Summary:
-    """What :func:`summary` found.
+    """The result of :func:`summary`.
 
-    :param title: the model and its network.
-    :param layers: one for each module with parameters of its own.
-    :param stored: bytes of the tensors in which ``Posterior.save`` writes model and guide; ``None`` without a guide, or
-        with one that only draws of it can be stored of.
-    :param memory: of training; ``None`` without ``example=``.
-    :param batch_size: for which it is.
+    :param title: the model, its network and the guide.
+    :param layers: one for each module with parameters, and one for what belongs to no layer.
+    :param stored: size in bytes of the tensors that ``Posterior.save`` writes for model and guide; ``None`` without a
+        guide, or with a guide of which only draws can be saved.
+    :param memory: memory of training; ``None`` without ``example=``.
+    :param batch_size: batch size for which the memory is estimated.
     """
 
     title: str
@@ -108,16 +107,16 @@ class Summary:
 
     @property
     def trainable(self) -> int:
-        """Numbers that training moves."""
+        """Number of trained values."""
         return sum(layer.trainable for layer in self.layers)
 
     @property
     def total(self) -> int:
-        """Numbers that network and guide hold."""
+        """Number of values that network and guide hold."""
         return sum(layer.total for layer in self.layers)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """The layers, one a row."""
+        """The layers, one per row."""
         import pandas as pd  # takes time to import
 
         return pd.DataFrame([asdict(layer) for layer in self.layers])
@@ -151,20 +150,22 @@ class Summary:
 def summary(
     model: BayesianNetwork, guide: nn.Module | None = None, *, batch_size: int = 128, example: Inputs = None
 ) -> Summary:
-    """Layers, forms, priors and sizes of a model, with a guide those of both, with an input the memory of training.
+    """Summarises the layers, forms, priors and sizes of a model, also of a guide, and the memory that training needs.
 
-    Memory of a training step is measured: one runs on 2 and one on 4 copies of the input, all tensors that are alive
-    are counted, and what it is at ``batch_size`` lies on the line through both. With P bytes of all parameters and
-    buffers, T of those trained, M of what the copy in reserve holds, F alive after the forward pass and B at the peak
-    of the backward pass (gradients among it)::
+    The memory of a training step is measured: steps run on 2 and on 4 copies of the input, the bytes of all living
+    tensors are counted, and the value at ``batch_size`` is extrapolated linearly. P is the size of all parameters and
+    buffers, T that of the trained parameters, M that of the copy in reserve, F what is alive at the peak of the forward
+    pass, and B at the peak of the backward pass, gradients included::
 
-        peak = P + 2 T + M + max(F + T, B)
+        peak = P + 2 T + M + max(F + T, B, M + T)
 
-    Parameters, random numbers and modes of model and guide are afterwards as they were.
+    The last term is for the moment when a new copy is made while the old one still exists. Parameters, gradients,
+    random number generators and train or eval modes are restored.
 
+    :param model: a model of this package.
     :param guide: a guide of this package, or any Pyro guide that is a module.
-    :param batch_size: B, for which memory is estimated.
-    :param example: an input, of one row or more.
+    :param batch_size: batch size for which memory is estimated.
+    :param example: an input with one row or more; without it memory is not estimated.
     :raises TypeError: for a model that is not of this package, or a guide that is a function.
     :raises ValueError: for ``example=`` with no guide to train, or for a model without a likelihood.
     """
@@ -172,14 +173,14 @@ def summary(
         raise TypeError(f"summary() takes a model of this package, which knows its layers, not {type(model).__name__}")
     if guide is not None and not isinstance(guide, nn.Module):
         raise TypeError(
-            f"the guide is a {type(guide).__name__}, whose parameters nobody can list: give one that is a module, as "
-            "those of this package and Pyro's AutoGuides, or leave it out"
+            f"the guide is a {type(guide).__name__}, whose parameters cannot be listed: give one that is a module, "
+            "such as those of this package and Pyro's AutoGuides, or leave it out"
         )
     batch_size = checks.count("batch_size", batch_size)
     memory = None
     if example is not None:
         if guide is None or isinstance(guide, DrawsGuide):
-            raise ValueError("example= is for the memory of training, and needs a guide to train: give guide=")
+            raise ValueError("example= is for the memory of training, which needs a guide to train: give guide=")
         if model.likelihood is None:
             raise ValueError("a model without a likelihood has no loss to train: leave example= out")
         memory = _training_memory(model, guide, example, batch_size)
@@ -232,13 +233,13 @@ def _layers(model: BayesianNetwork, guide: nn.Module | None) -> Iterator[Layer]:
 
 
 def _random_names(model: BayesianNetwork) -> set[str]:
-    """Parameters of the network in whose place a site stands: their own values are not used."""
+    """Parameters of the network that are replaced by a site, so that their own values are not used."""
     sites = {site.name for site in model.sites()}
     return {name for name in model.core().parameters_by_name() if model.site(name) in sites}
 
 
 def _of_guide(guide: nn.Module | None) -> tuple[dict[str, int], dict[str, int]]:
-    """``{site: numbers}`` that a guide trains, and that it holds; what is of no site of its own is at ``""``."""
+    """How many values a guide trains, and how many it holds, ``{site: count}``; ``""`` is for what has no site."""
     if guide is None:
         return {}, {}
     trained = sum(p.numel() for p in guide.parameters() if p.requires_grad)
@@ -250,7 +251,7 @@ def _of_guide(guide: nn.Module | None) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _by_parameter(parameters: Mapping[str, Tensor], model: BayesianNetwork, counts: dict[str, int]) -> Counter[str]:
-    """Counts of sites as those of the parameters that they are for."""
+    """Sums the counts of sites by the parameters that the sites are for."""
     found: Counter[str] = Counter()
     prefix = f"{model.prefix}." if model.prefix else ""
     for site, count in counts.items():
@@ -275,7 +276,7 @@ def _training_memory(model: BayesianNetwork, guide: nn.Module, example: Inputs, 
         stack.enter_context(pyro.get_param_store().scope())
         for program in (model, guide):
             stack.enter_context(undisturbed(program))
-        for rows in (_MEASURED[0], *_MEASURED):  # the first step also builds what all later ones have
+        for rows in (_MEASURED[0], *_MEASURED):  # the first step is not used: it also makes what later steps reuse
             x = select_samples(example, size, [0] * rows)
             steps.append(_measure(model, guide, x))
     forward, backward = (_at(batch_size, *bytes_) for bytes_ in zip(*(step[:2] for step in steps[1:]), strict=True))
@@ -288,7 +289,7 @@ def _training_memory(model: BayesianNetwork, guide: nn.Module, example: Inputs, 
 
 
 class _Step(NamedTuple):
-    """Bytes at the peak of a forward and of a backward pass, beside what was there before, and of all gradients."""
+    """Additional bytes at the peak of a forward and of a backward pass, and bytes of all gradients."""
 
     forward: int
     backward: int
@@ -315,7 +316,7 @@ def _measure(model: BayesianNetwork, guide: nn.Module, x: Inputs) -> _Step:
 
 
 def _labels(model: BayesianNetwork, x: Inputs) -> Tensor:
-    """Some that the model might see, ``[N, ...]``: drawn from its likelihood at the network as it was given."""
+    """Possible labels, ``[N, ...]``, drawn from the likelihood with the network as it was given."""
     like = model.like()
     latents = {
         site.name: torch.as_tensor(site.center, dtype=like.dtype, device=like.device).expand(1, 1, *site.shape)
@@ -326,7 +327,7 @@ def _labels(model: BayesianNetwork, x: Inputs) -> Tensor:
 
 
 class _Alive(TorchDispatchMode):
-    """Bytes of the tensors that are made inside and are alive, ``now`` and at ``most``."""
+    """Counts the bytes of tensors that are created inside and still alive: ``now``, and ``most`` at the peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -361,11 +362,11 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of all storages, each once."""
+    """Bytes of all storages, each counted once."""
     return sum({_storage(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def _at(batch_size: int, first: int, second: int) -> int:
-    """The value at a batch size of the line through those at the two that were measured."""
+    """The value at a batch size, extrapolated linearly from the two that were measured."""
     low, high = _MEASURED
     return max(0, round(first + (second - first) / (high - low) * (batch_size - low)))

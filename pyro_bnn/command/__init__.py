@@ -1,1 +1,1 @@
-"""The command line ``pyro-bnn``: its options, data files, recipes for training, run folders and comparisons."""
+"""The command line ``pyro-bnn``: options, training recipes, run folders and comparisons."""

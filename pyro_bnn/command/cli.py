@@ -1,5 +1,8 @@
-"""The command line: `pyro-bnn fit` trains a Bayesian network beside its deterministic twin, `evaluate` scores it again,
-`predict` applies it to new rows, `report` makes a page of a run and `compare` one of several methods."""
+"""The command line `pyro-bnn`.
+
+`fit` trains a Bayesian network and its deterministic twin, `evaluate` computes their metrics again, `predict` applies
+the Bayesian network to new rows, `report` writes a page about a run, and `compare` one about several methods.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,8 +45,8 @@ app.command()(fit)
 @app.command()
 def evaluate(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="run folder of `pyro-bnn fit`")],
-    data: Annotated[str | None, typer.Option(help="other data of the same form; their test part is scored")] = None,
-    target: Annotated[str | None, typer.Option(help="column of a .csv [default: that of the run]")] = None,
+    data: Annotated[str | None, typer.Option(help="other data of the same form; its test part is used")] = None,
+    target: Annotated[str | None, typer.Option(help="target column of a .csv [default: that of the run]")] = None,
     drop: Annotated[
         list[str] | None, typer.Option(help="column that training did not have; repeat for several")
     ] = None,
@@ -51,7 +54,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
 ) -> None:
-    """Scores a saved run again, on its own test data (metrics.json) or on others (metrics-NAME.json)."""
+    """Computes the metrics of a saved run again, on its own (metrics.json) or on other test data (metrics-NAME.json)."""
     with user_errors(ValueError, OSError):
         place = find_device(device)
         run = runs.read(folder)
@@ -68,23 +71,23 @@ def evaluate(
 @app.command()
 def predict(
     folder: Annotated[Path, typer.Argument(metavar="RUN", help="run folder of `pyro-bnn fit`")],
-    new: Annotated[Path, typer.Argument(metavar="NEW", help="rows without a target: a file as that of training")],
-    out: Annotated[Path | None, typer.Option(help="file of comma-separated values [default: to the console]")] = None,
+    new: Annotated[Path, typer.Argument(metavar="NEW", help="rows without a target: a file like that of training")],
+    out: Annotated[Path | None, typer.Option(help=".csv file to write [default: the console]")] = None,
     level: Annotated[float, typer.Option(help="probability of the interval of a number")] = 0.95,
-    samples: Annotated[int | None, typer.Option(min=1, help="draws [default: those of the run]")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="number of draws [default: that of the run]")] = None,
     drop: Annotated[
         list[str] | None, typer.Option(help="column that training did not have; repeat for several")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the file that is there")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """Predicts rows without a target, in the units of the training file, as comma-separated values."""
+    """Predicts rows without a target, in the unit of the training file, as comma-separated values."""
     with user_errors(ValueError, OSError):
         place = find_device(device)
         if out is not None:
             if out.is_dir():
                 raise IsADirectoryError(f"--out {out} is a folder; give a file")
-            require_free(out, f"{str(out)!r} is there already", overwrite)
+            require_free(out, f"{str(out)!r} exists already", overwrite)
         table = predict_new(folder, new, level=level, num_samples=samples, drop=drop or (), device=place)
         if out is None:
             typer.echo(table.to_csv(index=False), nl=False)
@@ -102,14 +105,14 @@ def report(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
 ) -> None:
-    """Makes one self-contained page of a saved run: what to trust, its metrics, pictures."""
-    from pyro_bnn.diagnostics.pages.report import report as write_report  # takes seconds, as in `compare`
+    """Writes one self-contained page about a saved run: whether to trust it, its metrics and plots."""
+    from pyro_bnn.diagnostics.pages.report import report as write_report  # takes seconds to import
 
     with user_errors(ValueError, OSError):
         place = find_device(device)
         run = runs.read(folder)
         path = out or folder / "report.html"
-        require_free(path, f"{str(path)!r} is there already", overwrite)
+        require_free(path, f"{str(path)!r} exists already", overwrite)
         task = run.task()
         net = run.network().to(place)
         write_report(
@@ -140,10 +143,10 @@ def compare(
     impute: Impute = False,
     methods: Annotated[
         list[str] | None,
-        typer.Option(help="to train, with commas or repeated [default: all, or with --runs none]"),
+        typer.Option(help="methods to train, with commas or repeated [default: all, or none with --runs]"),
     ] = None,
     runs_: Annotated[
-        list[Path] | None, typer.Option("--runs", help="folder of a run to take in; repeat for several")
+        list[Path] | None, typer.Option("--runs", help="folder of a finished run to include; repeat for several")
     ] = None,
     network: Annotated[NetworkName, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
     epochs: Annotated[int, typer.Option(min=1, help="passes over the training data, the same for every method")] = 60,
@@ -153,16 +156,16 @@ def compare(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     out: Annotated[Path | None, typer.Option(help="folder [default: runs/compare-DATA]")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace the comparison there, and runs of other options")
+        bool, typer.Option("--overwrite", help="replace the comparison there, and runs with other options")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
 ) -> None:
     """Trains several methods with the same budget, and their deterministic twin once; compares all on the test data.
 
-    Each is a run in a folder of its own under --out. What is finished there already, with the same options, is not
-    trained again.
+    Each method is a run in its own folder under --out. Runs that are already finished there, with the same options, are
+    not trained again.
     """
-    from pyro_bnn.command import compare as comparing  # takes seconds, which no other command should pay
+    from pyro_bnn.command import compare as comparing  # takes seconds to import, for this command alone
 
     console = Console(quiet=quiet)
     with user_errors(ArithmeticError, ValueError, OSError):
@@ -183,7 +186,7 @@ def compare(
         )
         folder = out or Path("runs") / f"compare-{task.name}"
         require_folder(folder)
-        require_free(folder / "comparison.json", f"{str(folder)!r} holds a comparison already", overwrite)
+        require_free(folder / "comparison.json", f"{str(folder)!r} already holds a comparison", overwrite)
         asked: dict[str, Any] = {
             "data": str(Path(data).resolve()) if data not in (None, "digits") else "digits",
             "target": target,

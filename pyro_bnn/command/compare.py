@@ -1,4 +1,4 @@
-"""What `pyro-bnn compare` does: several methods with the same budget, on the same data, in one folder.
+"""`pyro-bnn compare`: trains several methods with the same budget on the same data, in one folder.
 
 The folder holds one run folder for each method that was trained, ``comparison.json`` and ``comparison.html``.
 """
@@ -26,13 +26,13 @@ from pyro_bnn.diagnostics.pages.glossary import formats_of
 from pyro_bnn.files import write_json
 
 COMPARISON_FORMAT = 1
-#: metrics on the console; the others are on the page
+#: metrics that are printed; the page has all of them
 COLUMNS = {"accuracy", "rmse", "nll", "crps", "ece", "coverage", "ood_auroc", "seconds"}
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A run that is finished, or is to be trained."""
+    """A run that is finished, or still has to be trained."""
 
     folder: Path
     options: Options
@@ -40,7 +40,7 @@ class Planned:
 
 
 def parse_methods(given: Sequence[str] | None, default_all: bool) -> list[MethodName]:
-    """Methods from names with commas between them, each once and in their order.
+    """The methods named in comma-separated lists, each once and in the given order.
 
     :raises ValueError: for an unknown name.
     """
@@ -51,17 +51,17 @@ def parse_methods(given: Sequence[str] | None, default_all: bool) -> list[Method
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"--methods: there is no {unknown[0]!r}; the methods are {', '.join(known)}")
     if not names:
-        raise ValueError(f"--methods names none; the methods are {', '.join(known)}")
+        raise ValueError(f"--methods is empty; the methods are {', '.join(known)}")
     return [method for name in dict.fromkeys(names) for method in known if method == name]
 
 
 def plan(
     folder: Path, methods: Sequence[MethodName], asked: Mapping[str, object], task: Task, overwrite: bool
 ) -> list[Planned]:
-    """What there is to train, and what is there already.
+    """The runs of a comparison: those that are finished, and those to train.
 
-    :raises ValueError: when an option is out of range, or a run on other data is there.
-    :raises FileExistsError: when a run of other options is there that is not to be replaced.
+    :raises ValueError: when an option is out of range, or the folder has a run on other data.
+    :raises FileExistsError: when the folder has a run with other options and ``overwrite`` is not set.
     """
     planned = []
     for method in methods:
@@ -82,13 +82,15 @@ def _require_same_options(run: Run, options: Options) -> None:
     other = [f"{name} {theirs[name]}, not {value}" for name, value in asdict(options).items() if theirs[name] != value]
     if other:
         raise FileExistsError(
-            f"{str(run.folder)!r} holds a run of other options ({'; '.join(other)}); give another --out, or --overwrite"
+            f"{str(run.folder)!r} holds a run with other options ({'; '.join(other)}); give another --out, or "
+            "--overwrite"
         )
 
 
 def require_same_data(found: Sequence[Run], task: Task) -> None:
-    """
-    :raises ValueError: when a run's test data, or the unit of its target, differ from those of the task.
+    """Checks that runs and task have the same test data.
+
+    :raises ValueError: when the test data of a run, or the unit of its target, differ from those of the task.
     """
     for run in found:
         theirs = run.task()
@@ -101,13 +103,13 @@ def require_same_data(found: Sequence[Run], task: Task) -> None:
             and _same(theirs.y_test, task.y_test)
         ):
             raise ValueError(
-                f"the test data of {str(run.folder)!r} ({run.options.data}) are not those of the others; a comparison "
-                "takes the same test data for all"
+                f"the test data of {str(run.folder)!r} ({run.options.data}) differ from those of the others; a "
+                "comparison needs the same test data for all"
             )
 
 
 def _save_for_arviz(one: Planned, task: Task, posterior: pb.Posterior) -> None:
-    """Writes the file for ArviZ, or says why there is none: no comparison reads it."""
+    """Writes the file for ArviZ. A failure is printed, not raised, as no comparison reads the file."""
     try:
         runs.save_for_arviz(one.folder, task, one.options, posterior)
     except runs.ArvizFileError as error:
@@ -115,14 +117,14 @@ def _save_for_arviz(one: Planned, task: Task, posterior: pb.Posterior) -> None:
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Up to the rounding of float32, in which older runs found their means."""
+    """Equality up to the rounding of float32, in which older runs computed their means."""
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
 def train_all(planned: Sequence[Planned], task: Task, console: Console) -> list[Run]:
-    """Trains what is not finished; the deterministic network is trained once, or is that of a finished run.
+    """Trains the runs that are not finished. The deterministic network is trained once, or taken from a finished run.
 
-    :raises ArithmeticError, ValueError: when training diverges, or the network does not take the data.
+    :raises ArithmeticError, ValueError: when training diverges, or the network does not accept the data.
     """
     twin: Trained | None = None
     for one in planned:
@@ -131,9 +133,9 @@ def train_all(planned: Sequence[Planned], task: Task, console: Console) -> list[
     found = []
     for one in planned:
         if one.finished is not None:
-            console.print(f"{one.options.method}: finished already", highlight=False)
+            console.print(f"{one.options.method}: already finished", highlight=False)
             found.append(one.finished)
-            if not (one.folder / "posterior.nc").exists():  # killed, or refused by the disk, after all else was saved
+            if not (one.folder / "posterior.nc").exists():  # the process was killed, or the disk was full
                 _save_for_arviz(one, task, one.finished.posterior(new_network(one.options, task, console)))
             continue
         console.print(f"{one.options.method}:", highlight=False)
@@ -177,7 +179,7 @@ def write(folder: Path, found: Sequence[Run], task: Task, device: torch.device) 
 
 
 def _labels(found: Sequence[Run]) -> dict[str, Run]:
-    """Runs by the names of their folders, or by the whole paths when names repeat."""
+    """Runs by the names of their folders, or by their paths if names repeat."""
     names = [run.folder.resolve().name for run in found]
     if len(set(names)) < len(names):
         names = [str(run.folder) for run in found]
@@ -185,7 +187,7 @@ def _labels(found: Sequence[Run]) -> dict[str, Run]:
 
 
 def _candidates(found: Sequence[Run], device: torch.device) -> dict[str, Candidate]:
-    """Every run, and after them their deterministic networks, each once."""
+    """All runs, followed by their distinct deterministic networks."""
     candidates: dict[str, Candidate] = {}
     twins: list[tuple[str, Candidate]] = []
     for label, run in _labels(found).items():

@@ -1,4 +1,4 @@
-"""`pyro-bnn fit`: trains a Bayesian network beside its deterministic twin."""
+"""`pyro-bnn fit`: trains a Bayesian network and its deterministic twin."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,40 +53,55 @@ def fit(
     method: Annotated[
         MethodName,
         typer.Option(
-            help="rank-1 factors, mean-field Normals on all weights, SGHMC under spike and slab, low-rank particles, "
-            "or a codebook of Normals that all weights share"
+            help="rank-1 factors, mean-field Normals on all weights, SGHMC with a spike-and-slab prior, low-rank "
+            "particles, or a codebook of Normals that all weights share"
         ),
     ] = "rank1",
     network: Annotated[NetworkName, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
     epochs: Annotated[
         int, typer.Option(min=1, help="passes over the training data; spike-slab: of warm-up, then one for each draw")
     ] = 60,
-    components: Annotated[int | None, typer.Option(min=1, help="of the guide's mixture; rank1: 4, dense: 1")] = None,
+    components: Annotated[
+        int | None, typer.Option(min=1, help="mixture components of the guide [default: rank1 4, dense 1]")
+    ] = None,
     prior: Annotated[
         PriorName | None,
-        typer.Option(help="rank1: hierarchical-cauchy, dense: normal, weight-sharing: gaussian-mixture of its codes"),
+        typer.Option(
+            help="prior of the weights [default: rank1 hierarchical-cauchy, dense and bella normal, spike-slab "
+            "spike-and-slab, weight-sharing gaussian-mixture of its codes]"
+        ),
     ] = None,
-    family: Annotated[FamilyName, typer.Option(help="of the guide; cauchy for rank1 alone")] = "normal",
+    family: Annotated[FamilyName, typer.Option(help="distribution of the guide; cauchy for rank1 only")] = "normal",
     group: Annotated[GroupName, typer.Option(help="what a spike-and-slab prior includes together")] = "weight",
     sparsity: Annotated[
-        float | None, typer.Option(min=0, max=0.999, help="share of weights to remove; spike-slab alone, there 0.8")
+        float | None, typer.Option(min=0, max=0.999, help="share of weights to remove; spike-slab only [default: 0.8]")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="1 is the posterior; spike-slab alone")] = 1.0,
-    particles_: Annotated[int | None, typer.Option("--particles", min=1, help="of bella, there 5")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="of what bella adds to each weight, there 4")] = None,
-    update: Annotated[UpdateName | None, typer.Option(help="of bella's particles, there svgd")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="1 is the posterior; spike-slab only")] = 1.0,
+    particles_: Annotated[
+        int | None, typer.Option("--particles", min=1, help="number of particles; bella only [default: 5]")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="rank of what a particle adds to a weight; bella only [default: 4]")
+    ] = None,
+    update: Annotated[
+        UpdateName | None, typer.Option(help="update of the particles; bella only [default: svgd]")
+    ] = None,
     pretrained: Annotated[
         str | None,
         typer.Option(
-            help="what bella and weight-sharing start from, instead of training: the network of a run folder (for "
-            "weight-sharing the mean field of a dense run, else the deterministic one), or, for bella, weights of "
-            "torchvision (ResNet18_Weights.DEFAULT) with a new last layer"
+            help="what bella and weight-sharing start from, instead of training a deterministic network: the network "
+            "of a run folder (for weight-sharing the mean field of a dense run, otherwise the deterministic network), "
+            "or, for bella, weights of torchvision (ResNet18_Weights.DEFAULT) with a new last layer"
         ),
     ] = None,
-    codes: Annotated[int | None, typer.Option(min=1, help="of weight-sharing, there 256")] = None,
+    codes: Annotated[
+        int | None, typer.Option(min=1, help="most codes of the codebook; weight-sharing only [default: 256]")
+    ] = None,
     sampling: Annotated[
         SamplingName | None,
-        typer.Option(help="of weight-sharing: weights share Normals (codebook), or values (shared)"),
+        typer.Option(
+            help="weight-sharing only: codebook and mixture share Normals, shared shares values [default: codebook]"
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="rows of a training step")] = 64,
     lr: Annotated[
@@ -94,7 +109,7 @@ def fit(
     ] = 1e-2,
     samples: Annotated[
         int | None,
-        typer.Option(min=1, help="draws (from each component) for a prediction, 16; bella's are its particles"),
+        typer.Option(min=1, help="draws for a prediction, from each component [default: 16]; bella uses its particles"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="of weights, batches and draws")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
@@ -102,7 +117,7 @@ def fit(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run in that folder")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
 ) -> None:
-    """Trains a Bayesian network and, with the same budget, its deterministic twin; compares both on test data."""
+    """Trains a Bayesian network and, with the same budget, its deterministic twin, and compares both on test data."""
     console = Console(quiet=quiet)
     with user_errors(ValueError, OSError):
         asked: dict[str, Any] = {
@@ -137,7 +152,7 @@ def fit(
         if method == "bella" and pretrained is not None and not Path(pretrained).exists():
             weights = find_weights(pretrained)
         if weights is not None and network != "auto":
-            raise ValueError(f"--pretrained {pretrained} has a network of its own: no --network")
+            raise ValueError(f"--pretrained {pretrained} has its own network: leave out --network")
         place = find_device(device)
         task = load_data(
             data,
@@ -151,7 +166,7 @@ def fit(
         )
         folder = out or Path("runs") / f"{method}-{task.name}"
         require_folder(folder)
-        require_free(folder / "config.json", f"{str(folder)!r} holds a run already", overwrite)
+        require_free(folder / "config.json", f"{str(folder)!r} already holds a run", overwrite)
         asked["device"] = str(place)
         if weights is not None:
             asked["network"] = asked["pretrained"] = weights
@@ -170,8 +185,8 @@ def fit(
             console.print(f"The {which} of {pretrained}", soft_wrap=True, highlight=False)
         elif weights is not None:
             console.print(
-                f"{weights} with a new last layer: first all of it is tuned as the deterministic network, then "
-                "particles begin anew around the given weights, each with a last layer of its own",
+                f"{weights} with a new last layer: first the deterministic network is fine-tuned, then particles start "
+                "from the given weights, each with its own last layer",
                 soft_wrap=True,
                 highlight=False,
             )

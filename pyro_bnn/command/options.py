@@ -1,4 +1,4 @@
-"""What a run of the command line is asked for, and what it chooses where nothing was asked."""
+"""The options of a run of the command line, and their defaults."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ DEFAULT_PRIORS: dict[MethodName, PriorName] = {
     "weight-sharing": "gaussian-mixture",
 }
 
-#: methods that have an option; all have the others
+#: the methods that an option is for; options that are not listed are for all methods
 METHODS_WITH: dict[str, tuple[MethodName, ...]] = {
     "components": ("rank1", "dense"),
     "family": ("rank1",),
@@ -50,15 +50,15 @@ METHODS_WITH: dict[str, tuple[MethodName, ...]] = {
     "codes": ("weight-sharing",),
     "sampling": ("weight-sharing",),
 }
-#: the prior that the option ``group`` is of
+#: the prior that the option ``group`` is for
 GROUPED: PriorName = "spike-and-slab"
-#: what is the same as not to ask for an option
+#: values that are the same as not giving the option
 NEUTRAL: dict[str, Any] = {"family": "normal", "temperature": 1}
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a run was asked for, with everything that was left to choose filled in."""
+    """The options of a run, with defaults filled in."""
 
     data: str
     target: str | None
@@ -89,7 +89,7 @@ class Options:
     impute: bool | None = None
 
     def used(self) -> dict[str, object]:
-        """The options that the method has, without those that stand for nothing, for pages."""
+        """The options that have an effect on the run, for pages."""
         return {
             name: value
             for name, value in asdict(self).items()
@@ -97,7 +97,7 @@ class Options:
         }
 
     def describe(self) -> str:
-        """The method in a few words, for headings."""
+        """A short description of the method, for headings."""
         match self.method:
             case "spike-slab":
                 return f"spike-slab, {self.samples} draws"
@@ -109,20 +109,20 @@ class Options:
 
 
 def check(method: MethodName, asked: Mapping[str, Any]) -> None:
-    """Refuses options that do not go with each other or with the method.
+    """Refuses options that do not apply to the method, or contradict each other.
 
-    :param asked: options by their names in :class:`Options`; ``None`` for what was not asked for.
+    :param asked: options by their names in :class:`Options`; ``None`` if an option was not given.
     :raises ValueError: when one would have no effect, or ``lr`` is not a positive number.
     """
     if not (asked["lr"] > 0 and math.isfinite(asked["lr"])):
         raise ValueError(f"--lr must be a positive number, got {asked['lr']}")
     for name, value in asked.items():
         if value not in (None, NEUTRAL.get(name)) and not _has(method, name):
-            raise ValueError(f"--{name} goes with --method {' or '.join(METHODS_WITH[name])}, and not with {method}")
+            raise ValueError(f"--{name} is for --method {' or '.join(METHODS_WITH[name])}, and not for {method}")
     if method == "spike-slab" and asked.get("prior") not in (None, GROUPED):
-        raise ValueError(f"--method spike-slab has a prior of its own: no --prior {asked['prior']}")
+        raise ValueError(f"--method spike-slab has its own prior: leave out --prior {asked['prior']}")
     if asked.get("group") not in (None, "weight") and (asked.get("prior") or DEFAULT_PRIORS[method]) != GROUPED:
-        raise ValueError(f"--group {asked['group']} goes with --prior {GROUPED}, which includes weights or not")
+        raise ValueError(f"--group {asked['group']} is for --prior {GROUPED}, which includes or excludes groups")
 
 
 def _has(method: MethodName, option: str) -> bool:
@@ -130,9 +130,9 @@ def _has(method: MethodName, option: str) -> bool:
 
 
 def complete(method: MethodName, asked: Mapping[str, Any], task: Task) -> Options:
-    """Fills in what was left to choose.
+    """Fills in the defaults.
 
-    :param asked: options by their names in :class:`Options`; ``None`` for what was not asked for.
+    :param asked: options by their names in :class:`Options`; ``None`` if an option was not given.
     """
     chosen = {
         "target": None,

@@ -1,4 +1,4 @@
-"""What `pyro-bnn fit` trains: from its options to networks, models, posteriors and their metrics."""
+"""How `pyro-bnn fit` trains: from options to networks, models, posteriors and metrics."""
 
 import copy
 import io
@@ -20,13 +20,13 @@ from pyro_bnn.models.architectures.named import build_network
 
 Metrics = dict[str, Any]
 
-#: a code has the gradients of all its weights, and goes where the objective sends it at once: docs/weight_sharing.md
+#: codes get a smaller learning rate, as each sums the gradients of all its weights: docs/weight_sharing.md
 CODE_SLOWER = 30.0
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A posterior, and what it took: seconds and number of trained parameters."""
+    """A posterior, and what it cost: seconds of training and number of trained parameters."""
 
     posterior: pb.Posterior
     cost: Metrics
@@ -49,10 +49,10 @@ def train_and_score(
     twin: Trained | None = None,
     field: pb.Posterior | None = None,
 ) -> Fitted:
-    """Trains and scores what the options ask for, and first its twin, unless that is given.
+    """Trains the deterministic twin, unless it is given, and then the Bayesian network; computes the metrics of both.
 
-    :param twin: the deterministic network, with the weights that particles or codes begin at.
-    :param field: a mean field for codes to begin at, instead of the twin.
+    :param twin: the deterministic network, from whose weights particles or codes start.
+    :param field: a mean field from which codes start, instead of the twin.
     :raises ArithmeticError, ValueError: when training diverges, or an option does not fit the network.
     """
     twin = twin or train_by_svi(deterministic(net, task), task, options, console)
@@ -79,7 +79,7 @@ def train_and_score(
 
 
 def score(posterior: pb.Posterior, task: Task, options: Options) -> Metrics:
-    """Metrics on the test data, those of a regression in the target's own unit."""
+    """Metrics on the test data; for a regression in the unit of the raw target."""
     ood = task.x_ood if task.kind == "classification" else None
     metrics: Metrics = pb.diagnostics.evaluate(
         posterior, (task.x_test, task.y_test), ood, num_samples=options.samples, seed=options.seed
@@ -100,7 +100,8 @@ def bayesian(net: nn.Module, task: Task, options: Options) -> tuple[nn.Module, n
         dense = pb.models.Dense(net, _likelihood(task), size, prior=prior)
         return dense, pb.models.MeanFieldGuide(dense, components=options.components)
     rank1 = pb.models.Rank1(net, _likelihood(task), size, prior=prior)
-    # Normals: by cross-validation on the training digits, see docs/rank1.md; Cauchys: as published.
+    # The rate for Normals was chosen by cross-validation on the training digits (docs/rank1.md), that for Cauchys is
+    # the published one.
     rate = 1e-2 if options.family == "normal" else 1e-6
     guide = pb.models.Rank1Guide(rank1, components=options.components, family=options.family, init_dropout_rate=rate)
     return rank1, guide
@@ -116,7 +117,7 @@ def _likelihood(task: Task) -> pb.likelihoods.Likelihood:
 
 
 def _prior(options: Options) -> pb.priors.Prior:
-    # A factor stays within some 10 % of 1, as published for rank-1 networks; what a particle adds is of that order too.
+    # Factors of rank-1 networks vary by about 10 % around 1, as published; what a particle adds has the same order.
     scale = 0.1 if options.method in ("rank1", "bella") else 1.0
     match options.prior:
         case "hierarchical-cauchy":
@@ -140,7 +141,7 @@ def _prior(options: Options) -> pb.priors.Prior:
 
 
 def new_network(options: Options, task: Task, console: Console) -> nn.Module:
-    """The network to be trained, on its device, its weights drawn with the seed of the run.
+    """The network to train, on its device, initialised with the seed of the run.
 
     :raises ValueError, OSError: as :func:`build_network`.
     """
@@ -157,7 +158,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name} is not to be had here: {error}") from error
+        raise ValueError(f"--device {name} is not available on this machine: {error}") from error
     return device
 
 
@@ -190,7 +191,7 @@ def _fit(
 
 
 def trained_network(posterior: pb.Posterior) -> nn.Module:
-    """The deterministic twin as a plain network, with the weights and statistics that it has learned."""
+    """The deterministic twin as a plain network, with its trained weights and statistics."""
     net = copy.deepcopy(posterior.model.core().net)  # type: ignore[attr-defined]
     parameters = dict(net.named_parameters())
     with torch.no_grad():
@@ -201,7 +202,7 @@ def trained_network(posterior: pb.Posterior) -> nn.Module:
 
 
 def train_spike_slab(net: nn.Module, task: Task, options: Options, console: Console) -> Trained:
-    """Draws by SGHMC within EM, from the network that was trained deterministically on."""
+    """Samples by SGHMC within EM, starting from the deterministic network."""
     size = len(task.x_train)
     model = pb.models.SpikeSlab(net, _likelihood(task), size, prior=_prior(options))
     kernel = pb.inference.SGHMCEM(
@@ -224,9 +225,9 @@ def train_spike_slab(net: nn.Module, task: Task, options: Options, console: Cons
 
 
 def train_bella(net: nn.Module, task: Task, options: Options, console: Console) -> Trained:
-    """Low-rank particles around a trained network, whose last layer is the network's own, or each particle's if new."""
+    """Trains low-rank particles around a trained network; if its last layer is new, each particle has its own."""
     head = net.head if isinstance(net, pretrained.Pretrained) else None
-    # Normals are chosen by what they add to weights, of the scale that the other priors of factors have.
+    # With the default Normal prior, Bella chooses the scale of the factors from that of what they add to the weights.
     prior = None if options.prior == "normal" else _prior(options)
     model = pb.models.Bella(net, _likelihood(task), len(task.x_train), rank=options.rank, prior=prior, head=head)
     guide = pb.models.ParticleGuide(model, options.particles)
@@ -247,9 +248,9 @@ def train_bella(net: nn.Module, task: Task, options: Options, console: Console) 
 def train_weight_sharing(
     twin: Trained, field: pb.Posterior | None, task: Task, options: Options, console: Console
 ) -> tuple[Trained, Metrics]:
-    """Codes for the weights of a mean field, or of the deterministic network, then trained while they merge.
+    """Finds codes for the weights of a mean field or of the deterministic network, then trains and merges them.
 
-    :return: the posterior, and its ``compression_report()``.
+    :returns: the posterior, and its ``compression_report()``.
     """
     net = (
         trained_network(twin.posterior) if field is None else copy.deepcopy(field.model.core().net).requires_grad_()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Run folders: what `pyro-bnn fit` leaves and the other commands read.
+"""Run folders, which `pyro-bnn fit` writes and the other commands read.
 
 A run folder holds
 
@@ -6,7 +6,7 @@ A run folder holds
 - ``metrics.json``: the metrics of the Bayesian network, under ``deterministic`` those of its twin, and a digest;
 - ``posterior/`` and ``deterministic/``: the two fitted posteriors, for `pyro_bnn.load`;
 - ``posterior.nc``: the posterior and its predictions on test data, for ArviZ;
-- ``report.html``: what `pyro-bnn report` makes of them.
+- ``report.html``: the page of `pyro-bnn report`, if it was run.
 """
 
 from __future__ import annotations
@@ -34,15 +34,17 @@ ARVIZ_ROWS = 1000
 
 
 class ArvizFileError(Exception):
-    """A run is saved, but not ``posterior.nc``."""
+    """Raised when a run was saved, but ``posterior.nc`` could not be written."""
 
 
 @dataclass(frozen=True)
 class Run:
     """A finished run.
 
-    :param in_shape: of one row of its inputs.
-    :param encoding: how raw data became its tensors.
+    :param folder: the run folder.
+    :param options: the options of the run.
+    :param in_shape: shape of one row of its inputs.
+    :param encoding: how raw data became tensors.
     """
 
     folder: Path
@@ -58,11 +60,11 @@ class Run:
         drop: Sequence[str] = (),
         split: str | float | None = None,
     ) -> Task:
-        """The data of the run, or others of the same form, read as its own were.
+        """The data of the run, or other data of the same form, read in the same way.
 
         :param drop, split: see :func:`pyro_bnn.data.from_csv`.
-        :raises ValueError: when they are of another form.
-        :raises OSError: when they are not to be had.
+        :raises ValueError: when the data have another form.
+        :raises OSError: when they cannot be read.
         """
         if target is None and (data is None or Path(data).suffix.lower() == ".csv"):
             target = self.options.target
@@ -70,16 +72,16 @@ class Run:
         if tuple(task.x_test.shape[1:]) != self.in_shape:
             raise ValueError(
                 f"a row of {data or self.options.data!r} has shape {tuple(task.x_test.shape[1:])}, "
-                f"the network of {str(self.folder)!r} takes {self.in_shape}"
+                f"but the network of {str(self.folder)!r} takes {self.in_shape}"
             )
         return task
 
     def network(self) -> nn.Module:
-        """A new network of the kind that the run has."""
+        """A new network with the architecture of the run."""
         return build_network(self.options.network, self.in_shape, len(self.encoding.classes) or 1)
 
     def posterior(self, net: nn.Module, name: str = "posterior") -> pb.Posterior:
-        """The Bayesian network, or with the name ``"deterministic"`` its twin."""
+        """The posterior of the Bayesian network or, for the name ``"deterministic"``, of its twin."""
         return pb.load(self.folder / name, net)
 
     def twin(self, net: nn.Module) -> Trained:
@@ -92,9 +94,10 @@ class Run:
         return (self.folder / "metrics.json").is_file()
 
     def metrics(self) -> Metrics:
-        """
-        :raises FileNotFoundError: when the run has none.
-        :raises ValueError: when the file does not hold the scores of a run and of its deterministic network.
+        """The metrics of the run, and under ``deterministic`` those of its twin.
+
+        :raises FileNotFoundError: when the run has no metrics.
+        :raises ValueError: when the file is damaged, or does not hold the metrics of a run and its twin.
         """
         if not self.is_measured:
             raise FileNotFoundError(
@@ -103,7 +106,7 @@ class Run:
         path = self.folder / "metrics.json"
         found = read_json(path)
         try:
-            if "digest" in found:  # files of before it was written have none
+            if "digest" in found:  # older files have none
                 require_seal(found, path)
         except ValueError as error:
             raise ValueError(f"{error}; or remove it, and `pyro-bnn evaluate {self.folder}` makes one") from None
@@ -119,15 +122,15 @@ class Run:
 
 
 def _are_numbers(scores: Metrics) -> bool:
-    """Whether all scores are numbers, or missing because the data do not have them."""
+    """Whether all scores are numbers, or ``None`` because the data do not allow them."""
     return all(value is None or isinstance(value, (int, float)) for value in scores.values())
 
 
 def read(folder: Path) -> Run:
-    """The run in a folder.
+    """Reads the run in a folder.
 
     :raises FileNotFoundError: when there is none.
-    :raises ValueError: when its configuration is not one that this version reads.
+    :raises ValueError: when this version cannot read its configuration.
     """
     found = read_run(folder)
     try:
@@ -141,8 +144,10 @@ def read(folder: Path) -> Run:
 
 
 def save(folder: Path, task: Task, options: Options, fitted: Fitted) -> None:
-    """Writes all that the other commands read, ``config.json`` last: a folder without it is no run, whatever else a
-    killed process left in it."""
+    """Writes everything that the other commands read.
+
+    ``config.json`` is written last: without it a folder is not a run, whatever else a killed process left in it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for stale in ("config.json", "posterior.nc", "report.html"):
         (folder / stale).unlink(missing_ok=True)
@@ -159,20 +164,20 @@ def save(folder: Path, task: Task, options: Options, fitted: Fitted) -> None:
 
 
 def write_metrics(path: Path, metrics: Metrics) -> None:
-    """Writes scores with a digest, by which damage to one of them is found."""
+    """Writes metrics with a digest, which reveals damage to the file."""
     write_json(path, sealed(metrics))
 
 
 def save_for_arviz(folder: Path, task: Task, options: Options, posterior: pb.Posterior) -> None:
     """Writes ``posterior.nc`` into the folder of a saved run, which is complete without it.
 
-    :raises ArvizFileError: when the file cannot be made, because ArviZ lacks a library or the disk has no room.
+    :raises ArvizFileError: when the file cannot be written, because ArviZ lacks a library or the disk is full.
     """
     source = posterior.draw_source
     num_samples = source.count_all(None, math.ceil(POSTERIOR_DRAWS / source.num_members))
     try:
         with warnings.catch_warnings(), replacing(folder / "posterior.nc") as path:
-            warnings.simplefilter("ignore", FutureWarning)  # ArviZ announces its next release on import
+            warnings.simplefilter("ignore", FutureWarning)  # ArviZ 0.x announces its next release
             draws = pb.diagnostics.to_arviz(
                 posterior,
                 task.x_test[:ARVIZ_ROWS],
@@ -184,6 +189,6 @@ def save_for_arviz(folder: Path, task: Task, options: Options, posterior: pb.Pos
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise ArvizFileError(
             f"posterior.nc could not be written ({type(error).__name__}: {error}). The run in {str(folder)!r} is "
-            "complete without this file for ArviZ: `evaluate`, `report` and `compare` work. Once the cause is mended, "
+            "complete without this file for ArviZ: `evaluate`, `report` and `compare` work. Once the cause is fixed, "
             f"`pyro_bnn.load` reads {str(folder / 'posterior')!r} and `pyro_bnn.diagnostics.to_arviz` makes the file"
         ) from error

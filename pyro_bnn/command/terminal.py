@@ -1,4 +1,4 @@
-"""What commands have in common: options that say how a file is read, refusals in one line, and the table of metrics."""
+"""Shared by all commands: options for reading files, errors in one line, and the table of metrics."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,27 +13,30 @@ from pyro_bnn.command.recipes import Metrics
 from pyro_bnn.data.task import TaskKind
 from pyro_bnn.diagnostics.pages.glossary import formats_of
 
-#: metrics that `fit` and `evaluate` print; the others are in metrics.json and on the page of `report`
+#: metrics that `fit` and `evaluate` print; metrics.json and the page of `report` have all
 PRINTED = frozenset(
     "accuracy rmse nll crps brier ece coverage width aurc ood_auroc "
     "seconds trainable_parameters sparsity bits_per_coded_weight".split()
 )
 
-# how a file is read, in the commands that train
-TargetColumn = Annotated[str | None, typer.Option(help="column of a .csv that is to be predicted")]
+# options of the commands that train, for reading files
+TargetColumn = Annotated[str | None, typer.Option(help="column of a .csv to predict")]
 TaskOption = Annotated[
-    TaskKind | None, typer.Option("--task", help="whether the target is a class or a number, if values do not tell")
+    TaskKind | None,
+    typer.Option("--task", help="whether the target is a class or a number, if its values leave that open"),
 ]
-DropColumns = Annotated[list[str] | None, typer.Option(help="column of a .csv that is no input; repeat for several")]
+DropColumns = Annotated[list[str] | None, typer.Option(help="column of a .csv to ignore; repeat for several")]
 SplitRows = Annotated[
     str | None,
     typer.Option(help="share of the rows for testing [default: 0.3], or a column of a .csv with train and test"),
 ]
 CategoryColumns = Annotated[
-    list[str] | None, typer.Option(help="column of a .csv with categories that look like numbers; repeat")
+    list[str] | None,
+    typer.Option(help="column of a .csv with categories that look like numbers; repeat for several"),
 ]
 Impute = Annotated[
-    bool, typer.Option("--impute", help="empty cells of a .csv: the median, and an input that says where")
+    bool,
+    typer.Option("--impute", help="fill empty cells of a .csv with the median, and add an input that says where"),
 ]
 
 
@@ -47,7 +50,7 @@ def table_of_metrics(metrics: Metrics, options: Options, name: str) -> Table:
 
 
 def parse_split(given: str | None) -> str | float | None:
-    """A share where there is a number, else the name of a column."""
+    """A share if it is a number, otherwise the name of a column."""
     try:
         return None if given is None else float(given)
     except ValueError:
@@ -66,7 +69,7 @@ def require_free(path: Path, what: str, overwrite: bool) -> None:
 
 @contextmanager
 def user_errors(*kinds: type[Exception], exit_code: int = 2) -> Iterator[None]:
-    """Turns what the user can mend into one line on standard error and an exit code."""
+    """Context that turns errors that the user can fix into one line on standard error and an exit code."""
     try:
         yield
     except kinds as error:

@@ -1,7 +1,8 @@
-"""Data in files as tensors: tables, arrays, images, and the digits that come with scikit-learn.
+"""Reading files into tensors: tables, arrays, images, and the digits that come with scikit-learn.
 
-:func:`load` makes a :class:`Task` of a file. Its :class:`Encoding` is what training saw of the file, by which every
-later file is read: :func:`load` with ``encoding=`` for data with targets, :func:`load_inputs` for rows without.
+:func:`load` makes a :class:`Task` from a file. Its :class:`Encoding` records how the training data became tensors, so
+that later files are read in the same way: :func:`load` with ``encoding=`` reads data with targets, and
+:func:`load_inputs` reads rows without targets.
 """
 
 from pyro_bnn.data.arrays import from_npz

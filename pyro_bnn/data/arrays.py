@@ -12,21 +12,22 @@ from pyro_bnn.data.targets import absent_classes, class_names, is_classification
 from pyro_bnn.data.task import Task, TaskKind, listed, reading
 
 _CHANNELS = (1, 3, 4)
-#: what unsigned integers are divided by, where they are pixels
+#: divisors of unsigned integers that are pixels
 _UNITS = {"uint8": 255.0, "uint16": 65535.0}
-#: names under which new rows are looked for
+#: names under which new rows are found in an archive
 NEW_ROWS = ("x", "x_new", "x_test")
 
 
 def from_npz(path: str | Path, encoding: Encoding | None = None, *, task: TaskKind | None = None) -> Task:
-    """Reads ``x_train, y_train, x_test, y_test`` and, where it is there, ``x_ood`` from an ``.npz`` file.
+    """Reads ``x_train, y_train, x_test, y_test`` and, if present, ``x_ood`` from an ``.npz`` file.
 
-    A table (``x`` of two dimensions) is standardised in float64. Unsigned integers of 8 or 16 bits in more dimensions
-    are pixels: they are divided by 255 or 65535. ``[N, H, W]`` of them gets a channel, and images with 1, 3 or 4
-    channels last become ``[N, C, H, W]``. Other arrays are used as they are. Test inputs are in the unit that the
-    training inputs had. Whether targets are classes: see :func:`~pyro_bnn.data.targets.is_classification`.
+    A table (``x`` with two dimensions) is standardised in float64. Unsigned integers of 8 or 16 bits in more dimensions
+    are pixels, which are divided by 255 or 65535. Pixels ``[N, H, W]`` get a channel, and images with 1, 3 or 4
+    channels in the last dimension become ``[N, C, H, W]``. Other arrays are used as they are. Test inputs must have the
+    unit of the training inputs. :func:`~pyro_bnn.data.targets.is_classification` says which targets are classes.
 
-    :param task: whether targets are classes or numbers, where that cannot be known from their values.
+    :param encoding: the encoding of an earlier task, with which this file is read; by default it is learned.
+    :param task: whether targets are classes or numbers, if their values leave that open.
     :raises FileNotFoundError: when there is no such file.
     :raises ValueError: when it is not an ``.npz`` file, an array is missing, lengths, shapes or units do not fit, a
         value is not finite, or a test label does not occur in training.
@@ -35,7 +36,7 @@ def from_npz(path: str | Path, encoding: Encoding | None = None, *, task: TaskKi
         arrays = _read(path)
         missing = [key for key in ("x_train", "y_train", "x_test", "y_test") if key not in arrays]
         if missing:
-            raise ValueError(f"it lacks {', '.join(missing)}; it has {', '.join(arrays) or 'no arrays'}")
+            raise ValueError(f"it has no {', '.join(missing)}; it has {', '.join(arrays) or 'no arrays'}")
         x: dict[str, np.ndarray] = {
             key: _inputs(key, arrays[key]) for key in ("x_train", "x_test", "x_ood") if key in arrays
         }
@@ -64,11 +65,11 @@ def from_npz(path: str | Path, encoding: Encoding | None = None, *, task: TaskKi
 
 
 def new_rows(path: str | Path, encoding: Encoding) -> torch.Tensor:
-    """Inputs without targets, ``[N, ...]`` with N >= 0, read as those of training were.
+    """Inputs without targets, ``[N, ...]`` with N >= 0, read as the training inputs were.
 
-    :param path: an ``.npz`` file with one array, or with one of the names :data:`NEW_ROWS`; or an ``.npy`` file.
+    :param path: an ``.npz`` file with one array, or with an array named as in :data:`NEW_ROWS`; or an ``.npy`` file.
     :raises FileNotFoundError: when there is no such file.
-    :raises ValueError: when it holds no such array, or values that training would not have taken.
+    :raises ValueError: when it holds no such array, or values that training would not have accepted.
     """
     with reading(path):
         arrays = _read(path)
@@ -83,7 +84,7 @@ def new_rows(path: str | Path, encoding: Encoding) -> torch.Tensor:
 
 
 def form_of(x: np.ndarray) -> ArrayForm:
-    """What arrays ``[N, ...]`` of more than two dimensions are, channels first."""
+    """The form of arrays ``[N, ...]`` with more than two dimensions, channels first."""
     unit = _UNITS.get(x.dtype.name, 1.0)
     return ArrayForm(x.dtype.name, unit, float(x.min()), float(x.max()), tuple(x.shape[1:]))
 
@@ -102,7 +103,7 @@ def _read(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _inputs(key: str, x: np.ndarray, may_be_empty: bool = False) -> np.ndarray:
-    """Numbers in their own dtype, images with their channels first."""
+    """Checks inputs and puts the channels of images first; the dtype stays."""
     if x.ndim < 2 or not len(x) and not may_be_empty or x.dtype.kind not in "buif" or 0 in x.shape[1:]:
         raise ValueError(f"{key} must hold numbers, [N, ...] with N >= 1; it is {x.dtype} {x.shape}")
     if x.dtype.kind == "f":
@@ -122,7 +123,7 @@ def _targets(key: str, y: np.ndarray) -> np.ndarray:
     if y.ndim != 1 or y.dtype.kind not in "buifU":
         hint = "; of one-hot rows give y.argmax(1)" if y.ndim == 2 and y.dtype.kind in "buif" else ""
         raise ValueError(
-            f"{key} must be [N] or [N, 1], class labels or numbers to predict; it is {y.dtype} {y.shape}{hint}"
+            f"{key} must hold class labels or numbers to predict, [N] or [N, 1]; it is {y.dtype} {y.shape}{hint}"
         )
     if y.dtype.kind == "f":
         _require_finite(key, y)
@@ -155,9 +156,9 @@ def _plain(x: np.ndarray) -> np.ndarray:
 
 
 def _encoded(key: str, x: np.ndarray, encoding: Encoding) -> np.ndarray:
-    """Float32 inputs of the network, in the unit that training had."""
+    """Float32 inputs of the network, in the unit of the training inputs."""
     if encoding.table:
-        raise ValueError("the network was trained on a .csv file, whose columns have names; give a .csv file")
+        raise ValueError("the network was trained on a .csv file with named columns; give a .csv file")
     if encoding.x_mean:
         if x.shape[1:] != (len(encoding.x_mean),):
             raise ValueError(f"a row of {key} is {x.shape[1:]}, expected {len(encoding.x_mean)} numbers")
@@ -171,7 +172,7 @@ def _encoded(key: str, x: np.ndarray, encoding: Encoding) -> np.ndarray:
 
 
 def _require_same_unit(key: str, x: np.ndarray, form: ArrayForm) -> None:
-    """Pixels of another unit would be taken for black or white ones."""
+    """Refuses inputs in another unit: bytes read as values in [0, 1], say, would all be far out of range."""
     low, high = float(x.min()), float(x.max())
     held = f"{key} is {x.dtype} from {low:g} to {high:g}, the training inputs were {form.dtype}"
     if form.unit != 1.0 and x.dtype.name != form.dtype:

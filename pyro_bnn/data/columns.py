@@ -1,4 +1,4 @@
-"""The columns of a table: what kind each is, and the numbers that its cells stand for."""
+"""The columns of a table: their kinds, and the conversion of their cells to numbers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pyro_bnn.data.encoding import Column
 from pyro_bnn.data.task import listed
 
 MAX_CATEGORIES = 100
-#: different strings of which most may be in one row alone
+#: number of different strings up to which most of them may occur in a single row
 MAX_OWN = 20
-#: cells that hold nothing, in lower case
+#: cells that count as missing values, in lower case
 MISSING = frozenset(("", "?", "na", "n/a", "#n/a", "#na", "<na>", "nan", "-nan", "null", "none"))
 
 _INTEGER = re.compile(r"[+-]?\d+")
@@ -29,13 +29,12 @@ _Value = TypeVar("_Value")
 
 
 def column_kind(name: str, cells: Sequence[str], *, where: Callable[[int], str], taken_literally: bool) -> Column:
-    """What a column of the training file is: numbers, true and false, or a few different strings.
+    """The kind of a column of the training file: numbers, booleans, or categories (a few different strings).
 
-    More than half of its cells decide: a column of numbers with a few other cells is a column of numbers with bad
-    cells.
+    The majority of its cells decides: a column of numbers with a few other cells counts as numbers with bad cells.
 
-    :param where: from the index of a row to how messages call it.
-    :param taken_literally: whether the user has said that the column holds categories, whatever its cells look like.
+    :param where: maps the index of a row to its description in messages.
+    :param taken_literally: whether the user said that the column holds categories, whatever its cells look like.
     :raises ValueError: for bad cells, dates, or more than :data:`MAX_CATEGORIES` different strings.
     """
     if taken_literally:
@@ -52,22 +51,23 @@ def column_kind(name: str, cells: Sequence[str], *, where: Callable[[int], str],
     if 2 * sum(_DATE.fullmatch(cell) is not None for cell in held) > len(held):
         raise ValueError(
             f"column {name!r} holds dates or times, such as {held[0]!r} in {where(cells.index(held[0]))}, which are "
-            "neither numbers nor categories: turn them into numbers, such as days since a day, or leave the column out "
-            "(--drop)"
+            "neither numbers nor categories: turn them into numbers, such as days since a fixed date, or leave the "
+            "column out (--drop)"
         )
     if 2 * sum(_WRITTEN.fullmatch(cell) is not None for cell in held) > len(held):
         raise ValueError(
-            f"column {name!r} holds numbers as people write them, such as {held[0]!r} in "
-            f"{where(cells.index(held[0]))}; "
-            "expected digits and a point alone, as in 1234.5: mend them, or leave the column out (--drop)"
+            f"column {name!r} holds numbers with separators or signs, such as {held[0]!r} in "
+            f"{where(cells.index(held[0]))}; expected only digits and a decimal point, as in 1234.5: convert them, or "
+            "leave the column out (--drop)"
         )
     return Column(name, "category", _categories(name, held))
 
 
 def number_cells(cells: Sequence[str], name: str) -> np.ndarray:
-    """Cells that all hold numbers: int64 where they are whole, so that none loses a digit, else float64.
+    """The numbers in cells: int64 if all are whole numbers, so that no digit is lost, otherwise float64.
 
-    :raises ValueError: for whole numbers of column ``name`` that 64 bits cannot hold.
+    :param name: name of the column, for messages.
+    :raises ValueError: for whole numbers that 64 bits cannot hold.
     """
     if all(_INTEGER.fullmatch(cell) for cell in cells):
         whole = [int(cell) for cell in cells]
@@ -82,7 +82,7 @@ def number_cells(cells: Sequence[str], name: str) -> np.ndarray:
 
 
 def number_of(cell: str) -> float | None:
-    """The number in a cell; ``None`` where there is none, or none that float64 can hold."""
+    """The number in a cell; ``None`` if it holds none, or one that float64 cannot hold."""
     if not _NUMBER.fullmatch(cell):
         return None
     number = float(cell)
@@ -94,12 +94,15 @@ def is_boolean(cell: str) -> bool:
 
 
 def is_missing(cell: str, known: Collection[str] = ()) -> bool:
-    """Whether a cell holds nothing; ``known`` are strings that mean something in its column."""
+    """Whether the value of a cell is missing.
+
+    :param known: categories of the column, which are values even if they look missing.
+    """
     return cell.lower() in MISSING and cell not in known
 
 
 def input_names(table: Sequence[Column]) -> tuple[str, ...]:
-    """The inputs that columns become, in their order."""
+    """The names of the inputs that columns become, in order."""
     names: list[str] = []
     for column in table:
         names += [f"{column.name}={c}" for c in column.categories] if column.kind == "category" else [column.name]
@@ -107,10 +110,10 @@ def input_names(table: Sequence[Column]) -> tuple[str, ...]:
 
 
 def inputs_of(column: Column, cells: Sequence[str], *, where: Callable[[int], str]) -> list[np.ndarray]:
-    """The inputs of one column, ``[rows]`` each, before they are standardised; an indicator of missing cells apart.
+    """The inputs of one column, ``[rows]`` each, before standardisation and without the indicator of missing cells.
 
-    :raises ValueError: for empty cells of a column that had none in training, cells that are no numbers, and strings
-        that training did not see, with their rows.
+    :raises ValueError: for missing values in a column that had none in training, cells that are not numbers, and
+        strings that did not occur in training; the message gives their rows.
     """
     empty = np.asarray([is_missing(cell, column.categories) for cell in cells], bool)
     if empty.any() and not column.imputed:
@@ -119,8 +122,8 @@ def inputs_of(column: Column, cells: Sequence[str], *, where: Callable[[int], st
         shown = f" ({', '.join(sorted(map(repr, unless)))})" if unless else ""
         raise ValueError(
             f"values are missing in {column.name} ({len(rows)}): {listed([where(row) for row in rows])}{shown}; fill "
-            "them in, leave those rows or this column out, or train with --impute (impute=True in Python) on data that "
-            "lack values in this column too"
+            "them in, leave out those rows or this column, or train with --impute (impute=True in Python) on data with "
+            "missing values in this column"
         )
     if column.kind == "category":
         return _one_hot(column, cells, empty, where)
@@ -136,7 +139,7 @@ def inputs_of(column: Column, cells: Sequence[str], *, where: Callable[[int], st
 
 
 def missing_of(column: Column, cells: Sequence[str]) -> np.ndarray:
-    """``[rows]``: 1 where a cell holds nothing."""
+    """``[rows]``: 1 where the value of a cell is missing."""
     return np.asarray([is_missing(cell, column.categories) for cell in cells], np.float64)
 
 
@@ -144,8 +147,8 @@ def _one_hot(column: Column, cells: Sequence[str], empty: np.ndarray, where: Cal
     for row, cell in enumerate(cells):
         if not empty[row] and cell not in column.categories:
             raise ValueError(
-                f"column {column.name!r} has {cell!r} in {where(row)}, which training did not see; it saw "
-                f"{listed(list(column.categories), 20)}"
+                f"column {column.name!r} has {cell!r} in {where(row)}, which did not occur in training; expected one "
+                f"of {listed(list(column.categories), 20)}"
             )
     values = np.asarray(cells, dtype=np.str_)
     return [((values == category) & ~empty).astype(np.float64) for category in column.categories]
@@ -155,12 +158,12 @@ def _categories(name: str, held: Sequence[str]) -> tuple[str, ...]:
     found = sorted(set(held))
     if len(found) > MAX_CATEGORIES:
         raise ValueError(
-            f"column {name!r} has {len(found)} different strings, more than the {MAX_CATEGORIES} that become one input "
-            "each; leave it out (--drop) or turn it into numbers"
+            f"column {name!r} has {len(found)} different strings, more than the {MAX_CATEGORIES} categories that are "
+            "allowed; leave it out (--drop) or turn it into numbers"
         )
     if len(found) > MAX_OWN and 2 * len(found) > len(held):
         raise ValueError(
-            f"column {name!r} has {len(found)} different strings in {len(held)} rows, which teach nothing: "
+            f"column {name!r} has {len(found)} different strings in {len(held)} rows, too many to learn from: "
             "leave it out (--drop) or turn it into numbers"
         )
     return tuple(found)
@@ -174,7 +177,7 @@ def _require_all(
     expected: str,
     remedy: str,
 ) -> None:
-    """Refuses cells that hold something else than the column does; those that hold nothing are another matter."""
+    """Refuses cells that cannot be read as the kind of the column; missing values are checked elsewhere."""
     bad = [row for row, cell in enumerate(cells) if not is_missing(cell) and read(cell) is None]
     if bad:
         shown = listed([f"{cells[row]!r} in {where(row)}" for row in bad])

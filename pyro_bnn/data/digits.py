@@ -11,10 +11,10 @@ from pyro_bnn.data.task import Task
 
 
 def digits() -> Task:
-    """Handwritten digits, 1 x 8 x 8 with values in [0, 1]: 1,257 for training and 540 for testing.
+    """Handwritten digits, ``[N, 1, 8, 8]`` with values in [0, 1]: 1,257 for training and 540 for testing.
 
-    The split is fixed and stratified. Out of distribution are 540 grey 8 x 8 patches of the two photographs that come
-    with scikit-learn, made eight times smaller first so that a patch shows structure.
+    The split is fixed and stratified. The out-of-distribution inputs are 540 grey 8 x 8 patches of the two photographs
+    that come with scikit-learn, which are first shrunk by a factor of eight so that a patch shows structure.
 
     Source: `sklearn.datasets.load_digits`, `sklearn.datasets.load_sample_images`.
     """

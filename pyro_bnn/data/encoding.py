@@ -1,4 +1,4 @@
-"""What training saw of its data: how raw values become the tensors of a network, now and in every later file."""
+"""How raw values become tensors: learned from the training data, and applied to every later file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ ColumnKind = Literal["number", "boolean", "category"]
 class Column:
     """One column of a table that a network reads.
 
-    :param kind: ``"number"`` and ``"boolean"`` (true and false, as 1 and 0) are one input, ``"category"`` one for each
-        category, which is 1 where the cell has it and else 0.
-    :param categories: the strings of a category.
+    :param name: name of the column.
+    :param kind: ``"number"`` and ``"boolean"`` (true and false as 1 and 0) become one input, ``"category"`` one input
+        for each category, which is 1 if the cell holds it and 0 otherwise.
+    :param categories: the categories, for the kind ``"category"``.
     :param low, high: range of a number in the training rows; ``None`` in the encoding of an older run.
-    :param imputed: whether a cell may be empty: a further input is then 1, and else 0.
-    :param median: what stands for an empty number: the median of the training rows.
+    :param imputed: whether values may be missing; a further input is then 1 where a value is missing, otherwise 0.
+    :param median: replaces a missing number: the median of the training rows.
     """
 
     name: str
@@ -34,12 +35,12 @@ class Column:
 
 @dataclass(frozen=True)
 class ArrayForm:
-    """What arrays of images and sequences were in training.
+    """The form of training inputs that are arrays, such as images and sequences.
 
-    :param dtype: as NumPy names it, such as ``"uint8"``.
-    :param unit: what values are divided by: 255 for bytes, 65535 for unsigned integers of 16 bits, else 1.
-    :param low, high: range of the training values before that.
-    :param shape: of one row, channels first.
+    :param dtype: NumPy's name of the dtype, such as ``"uint8"``; ``"image"`` for image files.
+    :param unit: divisor of the values: 255 for bytes, 65535 for unsigned integers of 16 bits, otherwise 1.
+    :param low, high: range of the training values before the division.
+    :param shape: shape of one row, channels first.
     """
 
     dtype: str
@@ -51,21 +52,22 @@ class ArrayForm:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How raw values became tensors: learned from the training rows, kept so that new data are read alike.
+    """How raw values became tensors: learned from the training rows, and used to read new data in the same way.
 
-    Numbers of a table are standardised, ``(x - mean) / scale``, in float64, before they become float32.
+    The inputs of a table are standardised, ``(x - mean) / scale``, in float64, before they become float32.
 
-    :param columns: inputs of a table, strings already one-hot as ``"column=value"``; empty for arrays and images.
+    :param columns: names of the inputs of a table; categories are one-hot, as ``"column=value"``. Empty for arrays and
+        images.
     :param x_mean: mean of each input of a table; empty where inputs are used as they are.
     :param x_scale: standard deviation of each input of a table.
     :param classes: names of the classes in the order of their labels; empty for regression.
     :param y_mean: mean of a regression target, in the target's own unit.
     :param y_scale: standard deviation of a regression target, in the target's own unit.
     :param table: the columns of a table that are read: numbers first, then categories, each in the order of the file.
-    :param target: the column that is predicted.
-    :param left_out: columns of the training file that are no inputs.
-    :param split: the column that says which rows are for testing, or their share; ``None`` for the usual share.
-    :param array: what arrays were; ``None`` for tables, and in the encoding of an older run.
+    :param target: name of the target column.
+    :param left_out: columns of the training file that are not inputs.
+    :param split: the column that says which rows are for testing, or their share; ``None`` for the default share.
+    :param array: form of the arrays; ``None`` for tables, and in the encoding of an older run.
     """
 
     columns: tuple[str, ...] = ()
@@ -82,11 +84,11 @@ class Encoding:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Encoding:
-        """The inverse of ``dataclasses.asdict`` after a trip through JSON, where tuples become lists.
+        """The inverse of ``dataclasses.asdict``, after a round trip through JSON, which turns tuples into lists.
 
-        Encodings of before there was ``table`` get it from the names of their inputs.
+        Older encodings have no ``table``; it is then derived from the names of their inputs.
 
-        :raises TypeError, KeyError: when a part is missing, unknown or not what it should be.
+        :raises TypeError, KeyError: when a field is missing, unknown or malformed.
         """
         fields = _tuples(values)
         columns: tuple[str, ...] = fields.get("columns", ())
@@ -105,10 +107,10 @@ class Encoding:
 
 
 def moments(values: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each column ``[rows, columns]``; 1 in place of a deviation of nothing.
+    """Mean and standard deviation of each column of ``[rows, columns]``; 1 instead of a standard deviation of 0.
 
-    Both are found in float64 about the first row, so that a small spread far from 0 is not lost. The mean of integers
-    is a whole number where float64 could not tell it from its neighbours.
+    Both are computed in float64 from differences to the first row, so that a small spread far from 0 is not lost. For
+    integers of 2^52 and more the mean is rounded to a whole number and kept exact.
     """
     means, scales = [], []
     for column in values.T:
@@ -124,7 +126,7 @@ def moments(values: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def centred(column: np.ndarray, mean: float) -> np.ndarray:
-    """``column - mean`` in float64; of integers exact for a whole mean, however large they are."""
+    """``column - mean`` in float64; exact for integers of any size if the mean is a whole number."""
     if column.dtype.kind in "iu" and isinstance(mean, int):
         wrapped = np.uint64(mean % 2**64)
         return (column.astype(np.int64).astype(np.uint64) - wrapped).astype(np.int64).astype(np.float64)
@@ -132,21 +134,22 @@ def centred(column: np.ndarray, mean: float) -> np.ndarray:
 
 
 def standardised(columns: list[np.ndarray], mean: tuple[float, ...], scale: tuple[float, ...]) -> np.ndarray:
-    """``[rows, columns]`` in float32, of columns that are standardised in float64.
+    """Standardises columns in float64, and stacks them to ``[rows, columns]`` in float32.
 
-    :raises ValueError: for values further from the mean than float32 holds.
+    :raises ValueError: for values too far from the mean for float32.
     """
     parts = [centred(column, m) / s for column, m, s in zip(columns, mean, scale, strict=True)]
     return in_float32(np.stack(parts, 1))
 
 
 def in_float32(values: np.ndarray) -> np.ndarray:
-    """
+    """Converts values to float32.
+
     :raises ValueError: for values that float32 cannot hold.
     """
     if values.size and float(np.abs(values).max()) > float(np.finfo(np.float32).max):
         row = int(np.argmax(np.abs(values).reshape(len(values), -1).max(1)))
-        raise ValueError(f"row {row + 1} holds a number too large for float32, in which networks compute; scale it")
+        raise ValueError(f"row {row + 1} holds a number too large for float32, which networks use; scale it")
     return values.astype(np.float32)
 
 
@@ -155,7 +158,7 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _columns_of_inputs(inputs: tuple[str, ...]) -> tuple[Column, ...]:
-    """``("size", "colour=red", "colour=green")`` is a number, and a category that is red or green."""
+    """Columns from the names of inputs: ``("size", "colour=red", "colour=green")`` are a number and a category."""
     categories: dict[str, list[str]] = {}
     numbers = [Column(name, "number") for name in inputs if "=" not in name]
     for name in inputs:

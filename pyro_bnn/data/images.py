@@ -28,12 +28,14 @@ def from_image_folder(
 ) -> Task:
     """Reads images from ``train/<class>/`` and ``test/<class>/``, or from ``<class>/`` alone.
 
-    ``Train``, ``training``, ``Testing`` and, where there is no test folder, ``validation`` are understood too; hidden
-    files and folders are not looked at. Of classes alone a fixed 30 % of each are for testing. Images become RGB,
-    ``size`` x ``size`` pixels, with values in [0, 1]: see :func:`read_image`.
+    Other spellings such as ``Train``, ``training`` and ``Testing`` are understood, as is ``validation`` if there is no
+    test folder. Hidden files and folders are ignored. With folders of classes alone, a fixed 30 % of each class are for
+    testing. Images become RGB with ``size`` x ``size`` pixels and values in [0, 1]: see :func:`read_image`.
 
-    :param split: the share for testing where there are classes alone.
-    :raises FileNotFoundError: when there is no folder of a class, or one without images.
+    :param size: width and height of the images, in pixels.
+    :param encoding: the encoding of an earlier task, with which this folder is read; by default it is learned.
+    :param split: the share of the images for testing, if there are only folders of classes.
+    :raises FileNotFoundError: when there is no folder for any class, or a folder without images.
     :raises ValueError: when one of ``train/`` and ``test/`` is missing, they hold different classes, or a file is not
         an image.
     """
@@ -44,7 +46,7 @@ def from_image_folder(
         found, notes = _parts(path)
         if found:
             if split is not None:
-                raise ValueError("it has folders for training and testing: no --split")
+                raise ValueError("it has folders for training and testing: leave out --split")
             files = {part: _files_by_class(folder) for part, folder in found.items()}
             if differing := set(files["train"]) ^ set(files["test"]):
                 raise ValueError(
@@ -59,7 +61,7 @@ def from_image_folder(
         if encoding is None:
             classes = tuple(map(str, np.unique(y_train)))
             if len(classes) < 2:
-                raise ValueError(f"a classification needs at least two classes, there is {classes[0]!r} alone")
+                raise ValueError(f"a classification needs at least two classes, but there is only {classes[0]!r}")
             form = ArrayForm("image", 1.0, 0.0, 1.0, (3, size, size))
             encoding = Encoding(classes=classes, split=split, array=form)
         known = encoding.classes
@@ -75,7 +77,7 @@ def from_image_folder(
 
 
 def new_images(path: str | Path, size: int) -> tuple[torch.Tensor, list[str]]:
-    """All images in a folder and below it, or one image: ``[N, 3, size, size]``, and their paths within the folder.
+    """All images in a folder and its subfolders, or one image: ``[N, 3, size, size]``, and their relative paths.
 
     :raises FileNotFoundError: when there is nothing at that path.
     :raises ValueError: when a file is not an image.
@@ -90,16 +92,16 @@ def new_images(path: str | Path, size: int) -> tuple[torch.Tensor, list[str]]:
 
 
 def read_image(path: str | Path, size: int) -> np.ndarray:
-    """One image, ``[3, size, size]``, float32 in [0, 1] of the range that its file has.
+    """Reads one image as float32 ``[3, size, size]`` with values in [0, 1].
 
-    It is turned upright as its EXIF data say, and made square by bilinear interpolation. Grey images get three equal
-    channels, palettes their colours, and what is transparent lies on white. 8 bits a pixel are divided by 255, 16 bits
-    by 65535; floats must lie in [0, 1].
+    It is rotated as its EXIF data say, and resized to a square by bilinear interpolation. Grey images get three equal
+    channels, palettes become colours, and transparent pixels are placed on white. Pixels of 8 bits are divided by 255,
+    those of 16 bits by 65535; floats must lie in [0, 1].
 
     :raises OSError: when there is no such file.
-    :raises ValueError: when it is not an image, is cut short, or has another range.
+    :raises ValueError: when it is not an image, is truncated, or has values out of range.
     """
-    from PIL import Image, ImageOps  # only those who read images pay for it
+    from PIL import Image, ImageOps  # imported only if images are read
 
     try:
         with Image.open(path) as opened:
@@ -119,14 +121,14 @@ def read_image(path: str | Path, size: int) -> np.ndarray:
 
 
 def _wide(image: Image.Image, path: str | Path, size: int) -> np.ndarray:
-    """A grey image of 16 bits or of floats."""
+    """A grey image with 16 bits per pixel or floats."""
     from PIL import Image
 
     pixels = np.asarray(image).astype(np.float64)
     unit = 1.0 if image.mode == "F" else 65535.0
     if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= unit):
         raise ValueError(
-            f"{str(path)!r} has pixels from {pixels.min():g} to {pixels.max():g}; expected 0 to {unit:g} of an image "
+            f"{str(path)!r} has pixels from {pixels.min():g} to {pixels.max():g}; expected 0 to {unit:g} for an image "
             f"in Pillow's mode {image.mode}: save it with 8 or 16 bits"
         )
     grey = Image.fromarray((pixels / unit).astype(np.float32)).resize((size, size), Image.Resampling.BILINEAR)
@@ -134,7 +136,7 @@ def _wide(image: Image.Image, path: str | Path, size: int) -> np.ndarray:
 
 
 def _parts(path: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
-    """The folders for training and testing, if that is how the folder is made, and a note of one that is not used."""
+    """The folders for training and testing, if there are such, and a note about a folder that is not used."""
     folders = _folders(path)
     parts: dict[str, Path] = {}
     for folder in folders:
@@ -153,11 +155,11 @@ def _parts(path: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
         parts["test"] = validation
     if len(parts) == 1:
         (alone,) = parts.values()
-        raise ValueError(f"it has a folder {alone.name!r} alone; it needs both 'train' and 'test', or neither")
+        raise ValueError(f"it has only the folder {alone.name!r}; it needs both 'train' and 'test', or neither")
     others = [f.name for f in folders if f.name.lower() not in splits.PARTS]
     if others:
         raise ValueError(
-            f"it has folders for training and testing and beside them {listed([repr(name) for name in others])}: move "
+            f"besides the folders for training and testing it has {listed([repr(name) for name in others])}: move "
             "these away"
         )
     return parts, notes
@@ -174,7 +176,7 @@ def _is_hidden(name: str) -> bool:
 def _files_by_class(path: Path) -> dict[str, list[Path]]:
     folders = _folders(path)
     if not folders:
-        raise FileNotFoundError(f"no folder of a class in {str(path)!r}: expected one folder with images for each")
+        raise FileNotFoundError(f"no folder of a class in {str(path)!r}: expected a folder of images for each class")
     found = {folder.name: _files(folder) for folder in folders}
     if empty := [name for name, files in found.items() if not files]:
         raise FileNotFoundError(
@@ -185,7 +187,7 @@ def _files_by_class(path: Path) -> dict[str, list[Path]]:
 
 
 def _files(path: Path) -> list[Path]:
-    """Images in a folder and below it, in the order in which torchvision's ImageFolder has them."""
+    """Images in a folder and its subfolders, in the order of torchvision's ImageFolder."""
     files: list[Path] = []
     for folder, below, names in sorted(os.walk(path, followlinks=True)):
         if any(_is_hidden(part) for part in Path(folder).relative_to(path).parts):

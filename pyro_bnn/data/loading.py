@@ -1,4 +1,4 @@
-"""From a name or a path to data, whatever kind of file it is."""
+"""Loads data from a name or a path, whatever kind of file it is."""
 
 from __future__ import annotations
 
@@ -30,37 +30,37 @@ def load(
 ) -> Task:
     """Reads ``"digits"``, an ``.npz`` file, a ``.csv`` file or a folder of images.
 
-    :param target: the column of a ``.csv`` file that is to be predicted.
-    :param encoding: that of an earlier task, by which this one is read; without it, it is learned from the training
-        rows, and ``task``, ``category`` and ``impute`` say what cannot be known from the values.
-    :param size: of images in a folder, in pixels.
-    :param task, drop, split, category, impute: see :func:`from_csv`; ``task`` goes with ``.npz`` too, ``split`` with a
-        folder of images, the others with ``.csv`` alone.
+    :param spec: ``"digits"``, or the path of a file or folder.
+    :param target: the target column of a ``.csv`` file.
+    :param encoding: the encoding of an earlier task, with which this file is read. By default it is learned from the
+        training rows; ``task``, ``category`` and ``impute`` then say what the values leave open.
+    :param size: width and height of images from a folder, in pixels.
+    :param task, drop, split, category, impute: see :func:`from_csv`. ``task`` is also for ``.npz`` files and ``split``
+        also for folders of images; the others are for ``.csv`` files only.
     :raises FileNotFoundError: when there is nothing at that path.
-    :raises ValueError: when the file is of a kind that is not known, its content is not what its loader asks for, or
-        an argument does not go with it.
+    :raises ValueError: when the kind of file is unknown, its content is not valid, or an argument does not apply to it.
     """
     path = Path(spec)
     is_built_in = str(spec) == "digits"
     extension = "" if is_built_in or path.is_dir() else path.suffix.lower()
     if target is not None and path.suffix.lower() != ".csv":
-        raise ValueError(f"a target column ({target!r}) goes with a .csv file, and {str(spec)!r} is not one")
+        raise ValueError(f"a target column ({target!r}) is for a .csv file, and {str(spec)!r} is not one")
     given = {"task": task, "drop": drop, "category": category, "impute": impute, "split": split}
     takes = {".csv": {*given}, ".npz": {"task"}}.get(
         extension, {"split"} if path.is_dir() and not is_built_in else set()
     )
     for name, value in given.items():
         if value and encoding is not None and name in ("task", "category", "impute"):
-            raise ValueError(f"--{name} goes with training; {str(spec)!r} is read as the training data were")
+            raise ValueError(f"--{name} is for training; {str(spec)!r} is read as the training data were")
         if value and name not in takes and (is_built_in or path.exists()):
-            raise ValueError(f"--{name} does not go with {str(spec)!r}: it is for a .csv file" + _also(name))
+            raise ValueError(f"--{name} does not apply to {str(spec)!r}: it is for a .csv file" + _also(name))
     if is_built_in:
         return digits()
     if not path.exists():
         raise FileNotFoundError(f"no such data: {str(spec)!r} is neither the built-in 'digits' nor a file or folder")
     if path.is_dir():
         if isinstance(split, str):
-            raise ValueError(f"--split {split} is no share; in a folder of images there are no columns")
+            raise ValueError(f"--split {split}: expected a share in (0, 1), as a folder of images has no columns")
         return from_image_folder(path, size, encoding, split=split)
     if extension == ".npz":
         return from_npz(path, encoding, task=task)
@@ -72,8 +72,8 @@ def load(
 class NewRows(NamedTuple):
     """Inputs without targets.
 
-    :param x: ``[N, ...]``, as the network takes them.
-    :param names: of the files of images; empty for rows of a table or an array, which are known by their order.
+    :param x: inputs of the network, ``[N, ...]``.
+    :param names: file names of images; empty for rows of a table or an array.
     """
 
     x: Tensor
@@ -81,23 +81,24 @@ class NewRows(NamedTuple):
 
 
 def load_inputs(path: str | Path, encoding: Encoding, size: int = IMAGE_SIZE, *, drop: Sequence[str] = ()) -> NewRows:
-    """Reads rows without a target, any number of them, by the encoding of training.
+    """Reads any number of rows without targets, with the encoding of the training data.
 
-    A ``.csv`` file has the columns of training, in any order; the target, and what training left out, may be there and
-    are not looked at. An ``.npz`` file has one array, or one named ``x``; ``.npy`` is read too. Images lie in a folder
-    or below it, or are one file.
+    A ``.csv`` file must have the columns of training, in any order; the target and columns that training left out may
+    be there and are ignored. An ``.npz`` file must hold a single array, or one named ``x``, ``x_new`` or ``x_test``;
+    an ``.npy`` file is read too. Images are in a folder or its subfolders, or in a single file.
 
-    :param size: of images, in pixels: the last number of the shape that the network takes.
-    :param drop: columns of this file that are no inputs.
+    :param encoding: ``Task.encoding`` of the training data.
+    :param size: width and height of images, in pixels: the last number of the input shape of the network.
+    :param drop: columns of this file that are not inputs.
     :raises FileNotFoundError: when there is nothing at that path.
-    :raises ValueError: when the file is of another kind than that of training, or cannot be read as that was.
+    :raises ValueError: when the file is of another kind than that of training, or cannot be read in the same way.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"no such data: there is nothing at {str(path)!r}")
     extension = "" if path.is_dir() else path.suffix.lower()
     if drop and extension != ".csv":
-        raise ValueError(f"--drop goes with a .csv file, and {str(path)!r} is not one")
+        raise ValueError(f"--drop is for a .csv file, and {str(path)!r} is not one")
     if encoding.table:
         if extension != ".csv":
             raise ValueError(f"cannot use {str(path)!r}: the network was trained on a .csv file; give one")

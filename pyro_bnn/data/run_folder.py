@@ -1,4 +1,4 @@
-"""Run folders of the command line, from Python: their posterior, and what it says about new data."""
+"""Access from Python to the run folders of the command line: their posterior, and its predictions for new data."""
 
 from __future__ import annotations
 
@@ -27,16 +27,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 RUN_FORMAT = 1
-#: rows that are predicted at once
+#: number of rows that are predicted at once
 ROWS = 4096
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What ``config.json`` of a run folder says.
+    """The content of ``config.json`` of a run folder.
 
-    :param options: every option of `pyro-bnn fit` as it was used, by name.
-    :param in_shape: of one row of the inputs.
+    :param folder: the run folder.
+    :param options: every option of `pyro-bnn fit`, by name, with the value that was used.
+    :param in_shape: shape of one row of the inputs.
     :param encoding: how raw data became tensors.
     """
 
@@ -46,7 +47,7 @@ class RunFolder:
     encoding: Encoding
 
     def network(self) -> nn.Module:
-        """A new network of the kind that the run has."""
+        """A new network with the architecture of the run."""
         return build_network(str(self.options["network"]), self.in_shape, len(self.encoding.classes) or 1)
 
 
@@ -55,9 +56,10 @@ def is_run(folder: Path) -> bool:
 
 
 def read_run(folder: Path) -> RunFolder:
-    """
-    :raises FileNotFoundError: when the folder is not that of a run.
-    :raises ValueError: when its configuration is not one that this version reads.
+    """Reads the configuration of a run folder.
+
+    :raises FileNotFoundError: when the folder is not a run folder.
+    :raises ValueError: when this version cannot read its configuration.
     """
     path = folder / "config.json"
     if not is_run(folder):
@@ -65,13 +67,13 @@ def read_run(folder: Path) -> RunFolder:
     config = read_json(path)
     if config.get("format") != RUN_FORMAT:
         raise ValueError(f"{str(path)!r} has format {config.get('format')!r}, this version reads format {RUN_FORMAT}")
-    if "digest" in config:  # runs of before have none
+    if "digest" in config:  # older runs have none
         require_seal(config, path)
     try:
         encoding = Encoding.from_json(config["encoding"])
         options = dict(config["options"])
         str(options["network"])
-        if encoding.table and encoding.target is None:  # runs of before there was `target`
+        if encoding.table and encoding.target is None:  # older runs, without `target`
             encoding = dataclasses.replace(encoding, target=options["target"])
         return RunFolder(folder, options, tuple(int(n) for n in config["in_shape"]), encoding)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -87,19 +89,21 @@ def load(
     likelihood: Likelihood | None = None,
     device: torch.device | str | None = None,
 ) -> Posterior:
-    """The posterior that :meth:`Posterior.save` wrote, or that of a run folder of `pyro-bnn fit`.
+    """Loads a posterior that :meth:`Posterior.save` wrote, or the posterior of a run folder of `pyro-bnn fit`.
 
-    The same ``seed`` gives the same predictions, bit for bit.
+    With the same ``seed`` it makes the same predictions as before, bit for bit.
 
-    :param net: a network of the same architecture; it is copied, its own weights do not matter. A run folder knows its
-        network, so that none is needed there.
-    :param model: for draws of a Pyro model of your own, that model, in the place of ``net``; a module is copied, and
-        its copy has the parameters and buffers that were saved.
-    :param prior: the prior, when it was not saved, or in place of the saved one.
-    :param likelihood: in place of the saved one, where the class of an own likelihood is not to be had.
-    :param device: where to put it; by default where ``net`` is.
+    :param path: the folder of a saved posterior, or a run folder.
+    :param net: a network of the same architecture. It is copied, and its weights do not matter. Not needed for a run
+        folder, which knows its network.
+    :param model: for draws of your own Pyro model, that model instead of ``net``. If it is a module it is copied, and
+        the copy gets the saved parameters and buffers.
+    :param prior: the prior, if it was not saved, or one that replaces the saved prior.
+    :param likelihood: replaces the saved likelihood, for a likelihood class of your own that cannot be imported.
+    :param device: where to put the posterior; by default the device of ``net``.
     :raises FileNotFoundError: when there is nothing at ``path``.
-    :raises ValueError: when it is no posterior, is damaged, was written by a newer version, or is for another network.
+    :raises ValueError: when it is not a posterior, is damaged, was written by a newer version, or is for another
+        network.
     """
     folder = Path(checks.path("path", path))
     if model is not None:
@@ -114,8 +118,8 @@ def load(
             raise FileNotFoundError(f"there is no posterior at {folder}")
         else:
             raise ValueError(
-                f"{folder} is no run folder, which would know its network: give one of the same architecture, "
-                "load(path, net); for draws of a Pyro model of your own, load(path, model=...)"
+                f"{folder} is not a run folder, which would know its network: give one of the same architecture, "
+                "load(path, net); for draws of your own Pyro model, load(path, model=...)"
             )
     return posteriors.load(folder, net, prior=prior, likelihood=likelihood, device=device)
 
@@ -130,21 +134,23 @@ def predict(
     drop: Sequence[str] = (),
     device: torch.device | str | None = None,
 ) -> pd.DataFrame:
-    """What the posterior of a run says about the rows of a file without targets: a row for each, in their order.
+    """Predicts the rows of a file without targets with the posterior of a run: one row for each, in the same order.
 
-    For regression, in the unit of the training file: ``mean``, ``std``, ``aleatoric_std`` (noise), ``epistemic_std``
-    (weights), with ``std^2 = aleatoric_std^2 + epistemic_std^2``, and the bounds of the central interval, named by
-    their quantiles. For classification: ``class`` (the most probable one), a probability for each, ``p_NAME``, and in
-    nats ``entropy`` with its parts ``aleatoric`` and ``epistemic``, which add up to it. Images have ``file`` first.
+    For a regression the columns are, in the unit of the training file, ``mean``, ``std``, ``aleatoric_std`` (noise)
+    and ``epistemic_std`` (weights), with ``std^2 = aleatoric_std^2 + epistemic_std^2``, and the bounds of the central
+    interval, named by their quantiles. For a classification they are ``class`` (the most probable one), the probability
+    of each class, ``p_NAME``, and in nats ``entropy`` and its parts ``aleatoric`` and ``epistemic``, which add up to
+    it. For images the first column is ``file``.
 
     :param run: a run folder of `pyro-bnn fit`.
-    :param new: a file of the kind that training had; see :func:`~pyro_bnn.data.load_inputs`.
-    :param level: probability of the interval.
-    :param num_samples: draws of every member; by default as many as the scores of the run took.
-    :param seed: of the draws; by default that of the run.
-    :param drop: columns of a table that are no inputs.
+    :param new: a file of the same kind as that of training; see :func:`~pyro_bnn.data.load_inputs`.
+    :param level: probability of the interval, in (0, 1).
+    :param num_samples: draws of every member; by default the number used for the metrics of the run.
+    :param seed: of the draws; by default the seed of the run.
+    :param drop: columns of a table that are not inputs.
+    :param device: where to predict.
     :raises FileNotFoundError: when there is no such run, or no such file.
-    :raises ValueError: when the file cannot be read as the training data were, or ``level`` is no probability.
+    :raises ValueError: when the file cannot be read as the training data were, or ``level`` is out of range.
     """
     import pandas as pd  # takes time to import
 
@@ -155,13 +161,13 @@ def predict(
     rows = load_inputs(Path(new), known.encoding, known.in_shape[-1], drop=drop)
     if tuple(rows.x.shape[1:]) != known.in_shape:
         raise ValueError(
-            f"a row of {str(new)!r} has shape {tuple(rows.x.shape[1:])}, the network of {str(run)!r} takes "
+            f"a row of {str(new)!r} has shape {tuple(rows.x.shape[1:])}, but the network of {str(run)!r} takes "
             f"{known.in_shape}"
         )
     posterior = load(run, device=device)
     asked = known.options.get("samples") if num_samples is None else num_samples
     seed = known.options.get("seed") if seed is None else seed
-    # a file without rows gets the columns of one that has some
+    # A file without rows gets the same columns as others.
     x = rows.x if len(rows.x) else torch.zeros(1, *known.in_shape)
     tables = [
         in_units(posterior.predict(piece, num_samples=asked, seed=seed), known.encoding, level)
@@ -174,7 +180,7 @@ def predict(
 
 
 def in_units(prediction: Prediction, encoding: Encoding, level: float = 0.95) -> pd.DataFrame:
-    """The table of a prediction in the unit of the raw target, or with the names of the classes."""
+    """The table of a prediction, in the unit of the raw target or with the names of the classes."""
     import pandas as pd
 
     table = prediction.to_dataframe(level)

@@ -10,7 +10,7 @@ import numpy as np
 from pyro_bnn.entry import checks
 
 TEST_SHARE = 0.3
-#: what folders and cells of a column that splits are called, in lower case
+#: names of folders, and of cells in a column that splits, in lower case
 PARTS = {
     "train": "train",
     "training": "train",
@@ -23,9 +23,10 @@ PARTS = {
 
 
 def by_share(rows: int, share: float | None, strata: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """A fixed random split; with ``strata`` each class has the same share in both parts.
+    """Indices of the training and the test rows of a fixed random split.
 
-    :param share: of the rows for testing; ``None`` for :data:`TEST_SHARE`.
+    :param share: share of the rows for testing; ``None`` for :data:`TEST_SHARE`.
+    :param strata: class of each row, ``[rows]``; each class then has the same share in both parts.
     :raises ValueError: when a part would be empty, or cannot hold every class.
     """
     from sklearn.model_selection import train_test_split  # takes a second to import
@@ -50,14 +51,14 @@ def _require_every_class(strata: np.ndarray, train_rows: int, test_rows: int) ->
     for part, size in (("training", train_rows), ("testing", test_rows)):
         if size < len(classes):
             raise ValueError(
-                f"there are {len(classes)} classes, and {size} of the {train_rows + test_rows} rows are for {part}, so "
-                "that not every class can have one: add rows, choose another share (--split), or say with a column "
-                "which rows are for testing"
+                f"there are {len(classes)} classes, but only {size} of the {train_rows + test_rows} rows are for "
+                f"{part}, so not every class can have one: add rows, choose another share (--split), or name a column "
+                "that says which rows are for testing"
             )
 
 
 def by_column(cells: Sequence[str], name: str) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-    """The rows that a column calls train and test, and a note of others.
+    """Indices of the rows that a column marks as train and test, and a note about rows that are left out.
 
     :raises ValueError: for other cells, or when a part has no row.
     """
@@ -65,7 +66,7 @@ def by_column(cells: Sequence[str], name: str) -> tuple[np.ndarray, np.ndarray, 
     if None in parts:
         row = parts.index(None)
         raise ValueError(
-            f"column {name!r} is to say which rows are for testing, but row {row + 1} has {cells[row]!r}; expected "
+            f"column {name!r} should say which rows are for testing, but row {row + 1} has {cells[row]!r}; expected "
             "'train' or 'test' in every row"
         )
     tested = "test" if "test" in parts else "validation"

@@ -1,4 +1,4 @@
-"""Tables in files of comma-separated values, read by the names of their columns."""
+"""Tables in CSV files, read by the names of their columns."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from pyro_bnn.data.task import Task, TaskKind, listed, reading
 
 @dataclass(frozen=True)
 class Table:
-    """The cells of a file as strings, without blanks around them.
+    """The cells of a file as strings, without surrounding blanks.
 
-    :param names: of the columns.
+    :param names: names of the columns.
     :param rows: the cells of each row.
     :param lines: the line of the file in which each row ends; the header is in line 1.
     """
@@ -65,8 +65,8 @@ def read_table(path: str | Path) -> Table:
     """The cells of a file with a header line, in UTF-8, with commas between the cells.
 
     :raises OSError: when the file cannot be read.
-    :raises ValueError: when it is empty or no text in UTF-8, a quote is not closed, a row has more or fewer cells than
-        the header, or two columns have one name; with the line.
+    :raises ValueError: when it is empty or not text in UTF-8, a quote is not closed, a row has more or fewer cells than
+        the header, or two columns have the same name; the message gives the line.
     """
     raw = Path(path).read_bytes()
     try:
@@ -78,15 +78,15 @@ def read_table(path: str | Path) -> Table:
         ) from error
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
-        raise ValueError(f"line {line} holds a zero byte: it is no text file, is damaged, or is not in UTF-8")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")  # files that were put together may have ends of all kinds
+        raise ValueError(f"line {line} holds a zero byte: it is not a text file, is damaged, or is not in UTF-8")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # concatenated files may mix kinds of line ends
     reader = csv.reader(io.StringIO(text), strict=True, skipinitialspace=True)
     found: list[tuple[int, list[str]]] = []
     try:
         found.extend((reader.line_num, [cell.strip() for cell in row]) for row in reader)
     except csv.Error as error:
         raise ValueError(
-            f"line {reader.line_num} is not comma-separated values ({error}); is a quote open, or the file cut short?"
+            f"line {reader.line_num} is not comma-separated values ({error}); is a quote open, or the file truncated?"
         ) from error
     while found and not found[-1][1]:
         found.pop()
@@ -94,11 +94,11 @@ def read_table(path: str | Path) -> Table:
         raise ValueError("it is empty: a header line with the names of the columns was expected")
     names = tuple(found[0][1])
     _require_names(names)
-    # A line without a comma is a row of a table with one column, whose cell is empty, and else nothing.
+    # In a table with one column an empty line is a row with an empty cell; in other tables it is ignored.
     rows = [(line, row or [""]) for line, row in found[1:] if row or len(names) == 1]
     for line, row in rows:
         if len(row) != len(names):
-            cut = ", or is the file cut short" if line == found[-1][0] and len(row) < len(names) else ""
+            cut = ", or is the file truncated" if line == found[-1][0] and len(row) < len(names) else ""
             raise ValueError(
                 f"line {line} has {len(row)} cells, the header {len(names)}: quote cells that hold a comma{cut}"
             )
@@ -127,26 +127,28 @@ def from_csv(
     category: Sequence[str] = (),
     impute: bool = False,
 ) -> Task:
-    """Reads a table with a header line, whose column ``target`` is to be predicted from all others.
+    """Reads a table with a header line, in which the column ``target`` is to be predicted from all others.
 
-    A fixed 30 % of the rows are for testing, in a classification of every class. Numbers are standardised in float64
-    with the training rows' mean and standard deviation; strings become one-hot columns, true and false 1 and 0. A
-    column of which more than half of the cells are numbers is a column of numbers. Blanks around cells do not count,
-    nor does a first column without a name that counts the rows.
+    By default a fixed random 30 % of the rows are for testing, stratified by class in a classification. Inputs are
+    standardised in float64 with the mean and standard deviation of the training rows; before that, strings become
+    one-hot columns, and true and false become 1 and 0. If more than half of the cells of a column are numbers, it is a
+    column of numbers. Blanks around cells are ignored, and so is a first column without a name that counts the rows.
 
-    With an ``encoding`` the columns are found by name, in any order, and read as they were in training.
+    With an ``encoding``, columns are found by name, in any order, and read as they were in training.
 
-    :param task: whether the target is a class or a number, where that cannot be known from its values;
+    :param target: name of the target column; by default that of the encoding.
+    :param encoding: the encoding of an earlier task, with which this file is read; by default it is learned.
+    :param task: whether the target is a class or a number, if its values leave that open;
         see :func:`~pyro_bnn.data.targets.is_classification`.
-    :param drop: columns that are no inputs.
+    :param drop: columns that are not inputs.
     :param split: the share of the rows for testing, or the column that has ``train`` or ``test`` in every row.
     :param category: columns that hold categories, though they look like numbers or dates.
-    :param impute: whether cells may be empty: the median of the training rows stands for a missing number, and a
-        further input says where it was missing; a missing category is none of them.
+    :param impute: whether values may be missing: a missing number is replaced by the median of the training rows, a
+        missing category by zeros, and a further input says where values are missing.
     :raises FileNotFoundError: when there is no such file.
     :raises ValueError: when it is not a table, there is no such column, values are missing, a column holds more than
         100 different strings, or a class has too few rows; and for columns, categories and classes that the encoding
-        does not know.
+        does not have.
     """
     drop, category = _several(drop), _several(category)
     with reading(path):
@@ -164,15 +166,13 @@ def from_csv(
             raise ValueError(f"column {target!r} is both the target and left out")
         if len(table.rows) < 4 or len(table.names) < 2:
             raise ValueError(
-                f"at least 4 rows and 2 columns are needed, it has {len(table.rows)} and {len(table.names)}"
+                f"at least 4 rows and 2 columns are needed, but it has {len(table.rows)} and {len(table.names)}"
             )
         notes: tuple[str, ...] = ()
         if split is None and encoding is not None:
             split = encoding.split
         if isinstance(split, str) and split not in table.names:
-            raise ValueError(
-                f"column {split!r}, which said in training which rows are for testing, is not there; give --split"
-            )
+            raise ValueError(f"column {split!r}, which marked the test rows in training, is missing; give --split")
         left_out = {*drop, *table.row_numbers(), *([split] if isinstance(split, str) else [])} - {target}
         y = _target(table, target)
         if encoding is None:
@@ -197,15 +197,15 @@ def from_csv(
 
 
 def inputs_of_table(table: Table, encoding: Encoding, ignored: set[str]) -> torch.Tensor:
-    """``[rows, inputs]`` float32 of a table that is read as training was.
+    """The inputs ``[rows, inputs]`` in float32 of a table, read as the training data were.
 
-    :param ignored: columns of this file that are no inputs, besides those of the training file that were none.
+    :param ignored: columns of this file that are not inputs, besides those that training left out.
     :raises ValueError: for columns that are missing or that training did not see, and cells that cannot be read.
     """
     names = [column.name for column in encoding.table]
     if absent := [name for name in names if name not in table.names]:
         raise ValueError(
-            f"column {listed([repr(name) for name in absent])}, on which the network was trained, is not there; its "
+            f"column {listed([repr(name) for name in absent])}, on which the network was trained, is missing; its "
             f"columns are: {', '.join(table.names)}"
         )
     known = {*names, *ignored, *encoding.left_out, encoding.target}
@@ -213,7 +213,7 @@ def inputs_of_table(table: Table, encoding: Encoding, ignored: set[str]) -> torc
         known.add(encoding.split)
     if extra := [name for name in table.names if name not in known]:
         raise ValueError(
-            f"column {listed([repr(name) for name in extra])} was not there in training: leave it out (--drop), or "
+            f"column {listed([repr(name) for name in extra])} did not occur in training: leave it out (--drop), or "
             f"rename it; the network reads: {', '.join(names)}"
         )
     return torch.from_numpy(standardised(_raw_inputs(table, encoding.table), encoding.x_mean, encoding.x_scale))
@@ -237,10 +237,10 @@ def _learned(
     category: set[str],
     impute: bool,
 ) -> Encoding:
-    """The encoding of a training file; medians, means and scales are those of the training rows."""
+    """The encoding of a training file; medians, means and scales come from its training rows."""
     names = [name for name in table.names if name != target and name not in left_out]
     if not names:
-        raise ValueError(f"no column is left to predict {target!r} from")
+        raise ValueError(f"no column is left from which to predict {target!r}: drop fewer columns")
     found = [_column(table, name, train, name in category, impute) for name in names]
     goal = table.cells(target)
     if copies := [name for name in names if table.cells(name) == goal]:
@@ -302,5 +302,5 @@ def _target(table: Table, name: str) -> np.ndarray:
         return number_cells(cells, name)
     if 2 * len(bad) < len(cells):
         shown = listed([f"{cells[row]!r} in {table.where(row)}" for row in bad])
-        raise ValueError(f"column {name!r}, the target, holds numbers, but not in {len(bad)} rows: {shown}; mend them")
+        raise ValueError(f"column {name!r}, the target, holds numbers, but not in {len(bad)} rows: {shown}; fix them")
     return np.asarray(cells)

@@ -1,4 +1,4 @@
-"""What is predicted: classes or numbers, and which of the two a column of numbers means."""
+"""Targets: whether they are classes or numbers, and their conversion to labels or standardised numbers."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ from torch import Tensor
 from pyro_bnn.data.encoding import Encoding, centred, in_float32
 from pyro_bnn.data.task import TaskKind, listed
 
-#: different whole numbers that are still taken for classes when nothing was said
+#: number of different whole numbers up to which they count as classes by default
 MAX_INTEGER_CLASSES = 20
-#: different classes that a network is asked to tell apart
+#: most classes of a classification
 MAX_CLASSES = 1000
 
 _SAY = "say which with --task classification or --task regression (task= in Python)"
 
 
 def is_classification(y: np.ndarray, task: TaskKind | None, name: str) -> bool:
-    """Whether targets are classes: as ``task`` says, or as their values leave no doubt.
+    """Whether targets are classes: as ``task`` says or, without it, as their values say if they are unambiguous.
 
-    Strings and booleans are classes; so are at most 20 different whole numbers, written as integers, or as floats such
-    as 0.0 and 1.0 that are two, or count from 0 or 1 without a gap. Other numbers are numbers.
+    Strings and booleans are classes, and so are at most 20 different whole numbers that are written as integers.
+    Whole numbers written as floats, such as 0.0 and 1.0, are classes if there are two, or at most 20 that count from 0
+    or 1 without a gap. Other numbers are numbers.
 
     :param y: raw targets ``[N]``: strings, booleans, integers or floats.
-    :raises ValueError: when ``task`` does not go with the values, or they could mean either.
+    :param name: what messages call the targets.
+    :raises ValueError: when ``task`` does not fit the values, or they could mean either.
     """
     if task not in (None, *get_args(TaskKind)):
         raise ValueError(f"task={task!r}: expected 'classification' or 'regression'")
     numeric = y.dtype.kind in "iuf"
     if task == "regression" and not numeric:
-        raise ValueError(f"{name} holds {'booleans' if y.dtype.kind == 'b' else 'strings'}, no numbers to predict")
+        raise ValueError(
+            f"{name} holds {'booleans' if y.dtype.kind == 'b' else 'strings'}; expected numbers to predict"
+        )
     if task is not None or not numeric:
         return task != "regression"
     if y.dtype.kind == "f" and (y != np.floor(y)).any():
@@ -58,24 +62,26 @@ def is_classification(y: np.ndarray, task: TaskKind | None, name: str) -> bool:
 def class_names(y: np.ndarray, name: str) -> tuple[str, ...]:
     """The names of the classes among raw targets, in the order of their labels: numbers by size, strings by letters.
 
-    :raises ValueError: for one class, or more than :data:`MAX_CLASSES`.
+    :raises ValueError: for a single class, more than :data:`MAX_CLASSES`, or nearly as many classes as rows.
     """
     names = tuple(_name_of(value) for value in np.unique(y).tolist())
     if len(names) < 2:
-        raise ValueError(f"a classification needs at least two classes, there is {', '.join(map(repr, names))} alone")
+        raise ValueError(
+            f"a classification needs at least two classes, but there is only {', '.join(map(repr, names))}"
+        )
     if len(names) > MAX_CLASSES or len(names) > 20 and len(names) > len(y) / 2:
         raise ValueError(
             f"{name} has {len(names)} different values in {len(y)} rows, such as {', '.join(names[:3])}; "
-            f"expected classes of several rows each, {MAX_CLASSES} at most. Numbers are predicted with --task "
-            "regression (task= in Python)"
+            f"expected at most {MAX_CLASSES} classes with several rows each. To predict numbers use --task regression "
+            "(task= in Python)"
         )
     return names
 
 
 def labels(y: np.ndarray, classes: tuple[str, ...], name: str) -> np.ndarray:
-    """``[N]`` int64: the position of each raw target among the classes.
+    """The position of each raw target among the classes, ``[N]`` int64.
 
-    :raises ValueError: for one that is not among them, with its row.
+    :raises ValueError: for a target that is not among them; the message gives its row.
     """
     numbers = {known: number for number, known in enumerate(classes)}
     found = np.empty(len(y), np.int64)
@@ -91,7 +97,7 @@ def labels(y: np.ndarray, classes: tuple[str, ...], name: str) -> np.ndarray:
 
 
 def absent_classes(y: Tensor, classes: tuple[str, ...]) -> tuple[str, ...]:
-    """A note of classes that no test row has.
+    """A note about classes without a test row.
 
     :param y: labels ``[N]`` of the test rows.
     """
@@ -101,12 +107,12 @@ def absent_classes(y: Tensor, classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def numbers(y: np.ndarray, encoding: Encoding, name: str) -> np.ndarray:
-    """``[N]`` float32: raw targets counted from the mean of training in units of its standard deviation.
+    """Raw targets standardised with the mean and standard deviation of the training targets, ``[N]`` float32.
 
     :raises ValueError: for strings and booleans.
     """
     if y.dtype.kind not in "iuf":
-        raise ValueError(f"{name} holds labels ({y.dtype}), numbers to predict were expected")
+        raise ValueError(f"{name} holds labels ({y.dtype}); expected numbers to predict")
     return in_float32(centred(y, encoding.y_mean) / encoding.y_scale)
 
 
@@ -115,7 +121,7 @@ def _name_of(value: object) -> str:
 
 
 def _known_name(value: object, known: dict[str, int]) -> str | None:
-    """The name of a class, however this file writes it: 1, 1.0 or "1", True or "TRUE"."""
+    """The name of a class, in whichever way this file writes it: 1, 1.0 or "1", True or "TRUE"."""
     name = _name_of(value)
     if name in known:
         return name

@@ -19,14 +19,13 @@ TaskKind = Literal["classification", "regression"]
 class Task:
     """Training and test data of one problem.
 
-    :param name: what to call it in tables and folder names.
-    :param x_train: inputs, ``[N, ...]``, float32; ``x_test`` alike.
-    :param y_train: class labels, ``[N]``, int64; or regression targets, ``[N]``, float32, counted from
-        ``encoding.y_mean`` in units of ``encoding.y_scale``; ``y_test`` alike.
+    :param name: name for tables and folders.
+    :param x_train, x_test: inputs, ``[N, ...]``, float32.
+    :param y_train, y_test: class labels, ``[N]``, int64; or regression targets, ``[N]``, float32, standardised as
+        ``(y - encoding.y_mean) / encoding.y_scale``.
     :param encoding: how the raw values became these tensors.
-    :param x_ood: inputs from elsewhere, of the same shape and range, that a good posterior is uncertain about.
-    :param notes: what was decided about the file and should be known: columns or folders that were left out, classes
-        that no test row has.
+    :param x_ood: out-of-distribution inputs of the same shape and range, about which a good posterior is uncertain.
+    :param notes: notes for the user: columns or folders that were left out, classes without a test row.
     """
 
     name: str
@@ -44,13 +43,13 @@ class Task:
 
     @property
     def out_features(self) -> int:
-        """How many numbers a network has to return for a row: the number of classes, or 1 for regression."""
+        """The number of outputs that a network needs for each row: the number of classes, or 1 for a regression."""
         return len(self.encoding.classes) or 1
 
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[None]:
-    """Adds the file's name to what is wrong with its content."""
+    """Context that adds the name of the file to errors about its content."""
     try:
         yield
     except ValueError as error:
@@ -58,5 +57,5 @@ def reading(path: str | Path) -> Iterator[None]:
 
 
 def listed(items: list[str], most: int = 5) -> str:
-    """The first few, and how many more there are."""
+    """The first few items, and how many more there are."""
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

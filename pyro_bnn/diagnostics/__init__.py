@@ -1,15 +1,15 @@
-"""How good a posterior is, and whether to trust it.
+"""How good a posterior is, and whether it can be trusted.
 
-Six folders, each of which may use those before it:
+Six folders, each of which may import only those listed before it:
 
-* ``scoring``: how good predictions are, one number for each question.
-* ``recalibration``: predictions as confident as they are right, on held-out data.
-* ``arviz``: a posterior as an ArviZ object.
+* ``scoring``: metrics of predictions.
+* ``recalibration``: temperature scaling and conformal prediction, fitted on held-out data.
+* ``arviz``: conversion of a posterior to an ArviZ object.
 * ``checking``: whether the posterior itself can be trusted.
-* ``plots``: pictures of all that, with matplotlib.
-* ``pages``: reports and comparisons in HTML, one file each.
+* ``plots``: matplotlib figures of the above.
+* ``pages``: reports and comparisons, each a single HTML file.
 
-``_MODULES`` says where each public name lives; a module is imported when one of its names is first used.
+``_MODULES`` says which module defines each public name. A module is imported when one of its names is first used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # ``_MODULES`` once more, for tools that read types
+if TYPE_CHECKING:  # repeats ``_MODULES`` for static type checkers
     from pyro_bnn.diagnostics import plots as plots
     from pyro_bnn.diagnostics.arviz.conversion import to_arviz as to_arviz
     from pyro_bnn.diagnostics.checking.chains import convergence as convergence
@@ -59,7 +59,7 @@ if TYPE_CHECKING:  # ``_MODULES`` once more, for tools that read types
     from pyro_bnn.diagnostics.scoring.similarity import diversity as diversity
     from pyro_bnn.diagnostics.scoring.similarity import total_variation as total_variation
 
-#: where each name lives. No module has the name of a function: importing it would hide that function.
+#: the names that each module defines. No module is named like a function: importing it would hide that function.
 _MODULES = {
     "arviz.conversion": "to_arviz",
     "checking.chains": "convergence",
@@ -87,7 +87,7 @@ __all__ = sorted([*_HOMES, "plots"])
 
 
 def __getattr__(name: str) -> object:
-    # torchmetrics, ArviZ and matplotlib take seconds to import, which a program that never calls them should not pay.
+    # torchmetrics, ArviZ and matplotlib take seconds to import; programs that do not use them should not wait.
     if name == "plots":
         return import_module(f"{__name__}.plots")
     if name not in _HOMES:

@@ -216,7 +216,7 @@ def test_weight_sharing_starts_at_a_network_or_a_mean_field_and_comes_back(tmp_p
     common = ("fit", "--method", "weight-sharing", *net, "--codes", 40)
     output = run(*common, "--out", tmp_path / "a").output
     assert "No --pretrained: first the deterministic network, then codes for its weights" in output
-    assert "weight sharing, at most 40 codes" in output and "bits a coded weight" in output
+    assert "weight sharing, at most 40 codes" in output and "bits per coded weight" in output
     found = metrics_of(tmp_path / "a")
     assert found["accuracy"] > 0.5 and found["compression"]["codes"] <= 40
     posterior = pb.load(tmp_path / "a" / "posterior", architectures.mlp(64, (128, 128), 10))
@@ -344,24 +344,24 @@ def test_a_run_is_not_overwritten_unasked(digits_run: tuple[Path, str]) -> None:
         (["fit", "--data", "table.csv", "--target", "c"], "there is no column 'c'; its columns are: a, b"),
         (["fit", "--data", "empty.npz"], "it lacks x_train, y_train, x_test, y_test"),
         (["fit", "--data", "notes.txt"], "expected an .npz file, a .csv file or a folder of images"),
-        (["fit", "--target", "a"], "a target column ('a') goes with a .csv file"),
+        (["fit", "--target", "a"], "a target column ('a') is for a .csv file"),
         (["fit", "--lr", "0"], "--lr must be a positive number, got 0.0"),
         (["fit", "--lr", "nan"], "--lr must be a positive number, got nan"),
-        (["fit", "--method", "dense", "--family", "cauchy"], "--family goes with --method rank1, and not with dense"),
-        (["fit", "--sparsity", "0.5"], "--sparsity goes with --method spike-slab, and not with rank1"),
-        (["fit", "--temperature", "0.5"], "--temperature goes with --method spike-slab, and not with rank1"),
-        (["fit", "--rank", "2"], "--rank goes with --method bella, and not with rank1"),
-        (["fit", "--method", "bella", "--components", "2"], "--components goes with --method rank1 or dense"),
-        (["fit", "--method", "bella", "--samples", "2"], "--samples goes with --method rank1 or dense or spike-slab"),
-        (["fit", "--codes", "16"], "--codes goes with --method weight-sharing"),
-        (["fit", "--pretrained", "runs"], "--pretrained goes with --method bella or weight-sharing"),
-        (["fit", "--method", "weight-sharing", "--family", "cauchy"], "--family goes with --method rank1, and"),
+        (["fit", "--method", "dense", "--family", "cauchy"], "--family is for --method rank1, and not for dense"),
+        (["fit", "--sparsity", "0.5"], "--sparsity is for --method spike-slab, and not for rank1"),
+        (["fit", "--temperature", "0.5"], "--temperature is for --method spike-slab, and not for rank1"),
+        (["fit", "--rank", "2"], "--rank is for --method bella, and not for rank1"),
+        (["fit", "--method", "bella", "--components", "2"], "--components is for --method rank1 or dense"),
+        (["fit", "--method", "bella", "--samples", "2"], "--samples is for --method rank1 or dense or spike-slab"),
+        (["fit", "--codes", "16"], "--codes is for --method weight-sharing"),
+        (["fit", "--pretrained", "runs"], "--pretrained is for --method bella or weight-sharing"),
+        (["fit", "--method", "weight-sharing", "--family", "cauchy"], "--family is for --method rank1, and"),
         (["fit", "--method", "weight-sharing", "--pretrained", "nowhere"], "'nowhere' is not the folder of a run"),
         (["fit", "--method", "bella", "--pretrained", "nowhere"], "'nowhere' is not the folder of a run"),
-        (["fit", "--method", "spike-slab", "--prior", "normal"], "--method spike-slab has a prior of its own"),
-        (["fit", "--group", "input"], "--group input goes with --prior spike-and-slab"),
+        (["fit", "--method", "spike-slab", "--prior", "normal"], "--method spike-slab has its own prior"),
+        (["fit", "--group", "input"], "--group input is for --prior spike-and-slab"),
         (["fit", "--data", "table.csv", "--target", "a", "--network", "cnn"], "--network cnn takes images"),
-        (["fit", "--device", "abacus"], "--device abacus is not to be had here"),
+        (["fit", "--device", "abacus"], "--device abacus is not available on this machine"),
         (["fit", "--out", "notes.txt"], "--out notes.txt is a file; give a folder"),
         (["report", "nowhere"], "'nowhere' is not the folder of a run: it has no config.json"),
         (["report", "broken"], "'broken/config.json' is not JSON"),
@@ -370,7 +370,7 @@ def test_a_run_is_not_overwritten_unasked(digits_run: tuple[Path, str]) -> None:
         (["compare", "--runs", "nowhere"], "'nowhere' is not the folder of a run"),
         (["compare", "--lr", "0"], "--lr must be a positive number, got 0.0"),
         (["compare", "--out", "notes.txt"], "--out notes.txt is a file; give a folder"),
-        (["compare", "--methods", ","], "--methods names none"),
+        (["compare", "--methods", ","], "--methods is empty"),
         (["evaluate", "nowhere"], "'nowhere' is not the folder of a run: it has no config.json"),
         (["evaluate", "broken"], "'broken/config.json' is not JSON"),
         (["evaluate", "newer"], "has format 2, this version reads format 1"),
@@ -516,12 +516,12 @@ def test_report_has_every_number_of_the_run_and_no_other(digits_run: tuple[Path,
         if isinstance(value, (int, float))
     }
     assert reader.numbers() == expected and len(expected) == 2 * len(MEASURED | COST)
-    settings = reader.text[reader.text.index("How it came about") :]
+    settings = reader.text[reader.text.index("How it was made") :]
     assert "components" in settings and "particles" not in settings and "None" not in settings
     assert "digits: rank1, 4 components" in reader.text and f"{metrics['nll']:.4f}" in reader.text
-    assert reader.text.index("Verdicts") < reader.text.index("NLL") < reader.text.index("Pictures")
+    assert reader.text.index("Findings") < reader.text.index("NLL") < reader.text.index("Pictures")
     result = run("report", folder, "--out", tmp_path / "page.html", expect=2)
-    assert "is there already; give another --out, or --overwrite" in result.stderr and result.stderr.count("\n") == 1
+    assert "exists already; give another --out, or --overwrite" in result.stderr and result.stderr.count("\n") == 1
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == html
 
 
@@ -531,7 +531,7 @@ def test_compare_trains_the_twin_once_and_takes_up_where_it_was_stopped(tmp_path
     source, folder = small_npz(tmp_path / "small.npz"), tmp_path / "all"
     common = ("--data", source, "--epochs", 2)
     output = run("compare", *common, "--methods", "rank1,bella", "--out", folder).output
-    assert output.count("PointGuide") == 1 and "finished already" not in output and "NLL − best" in output
+    assert output.count("PointGuide") == 1 and "already finished" not in output and "NLL − best" in output
     run("fit", *common, "--method", "bella", "--out", tmp_path / "fit", "--quiet")
     both = {name: metrics_of(folder / name) for name in ("rank1", "bella")}
     assert without_seconds(both["bella"]) == without_seconds(metrics_of(tmp_path / "fit"))
@@ -562,7 +562,7 @@ def test_compare_trains_the_twin_once_and_takes_up_where_it_was_stopped(tmp_path
 
     (folder / "comparison.json").unlink()
     other = run("compare", "--data", source, "--epochs", 1, "--methods", "rank1,bella", "--out", folder, expect=2)
-    assert "holds a run of other options (epochs 2, not 1)" in other.stderr and other.stderr.count("\n") == 1
+    assert "holds a run with other options (epochs 2, not 1)" in other.stderr and other.stderr.count("\n") == 1
 
     runs = ("--runs", folder / "rank1", "--runs", tmp_path / "fit")
     assert "deterministic" in run("compare", *runs, "--out", tmp_path / "given").output
@@ -570,7 +570,7 @@ def test_compare_trains_the_twin_once_and_takes_up_where_it_was_stopped(tmp_path
     with np.load(source) as arrays:
         np.savez(tmp_path / "other.npz", **{**arrays, "y_test": 1 - arrays["y_test"]})
     differing = run("compare", *runs, "--data", tmp_path / "other.npz", "--out", tmp_path / "no", expect=2)
-    assert "takes the same test data for all" in differing.stderr and differing.stderr.count("\n") == 1
+    assert "needs the same test data for all" in differing.stderr and differing.stderr.count("\n") == 1
     assert not (tmp_path / "no").exists()
 
 

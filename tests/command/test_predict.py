@@ -103,15 +103,15 @@ def test_a_run_folder_is_loaded_with_and_without_a_network(runs: Path) -> None:
     for given in (pb.load(runs / "pixels", net), pb.load(runs / "pixels" / "posterior")):
         assert torch.equal(given.predict(x, seed=0).probs, expected)
     assert pb.load(runs / "pixels" / "deterministic").is_deterministic
-    with pytest.raises(ValueError, match="is no run folder, which would know its network"):
+    with pytest.raises(ValueError, match="is not a run folder, which would know its network"):
         pb.load(runs / "images")
     with pytest.raises(FileNotFoundError, match="there is no posterior at"):
         pb.load(runs / "nowhere")
 
 
 BAD: dict[str, tuple[str, str, str | bytes, str]] = {
-    "missing column": ("price", "n.csv", "kind\ncat\n", "column 'size', on which the network was trained, is not"),
-    "extra column": ("price", "n.csv", "kind,size,b\ncat,1,1\n", "column 'b' was not there in training"),
+    "missing column": ("price", "n.csv", "kind\ncat\n", "column 'size', on which the network was trained, is missing"),
+    "extra column": ("price", "n.csv", "kind,size,b\ncat,1,1\n", "column 'b' did not occur in training"),
     "bad cell": ("price", "n.csv", "kind,size\ncat,1\ncat,big\n", "'big' in row 2 (line 3)"),
     "missing cell": ("price", "n.csv", "kind,size\ncat,\n", "values are missing in size (1): row 1"),
     "unknown category": ("price", "n.csv", "kind,size\ncow,1\n", "column 'kind' has 'cow' in row 1"),
@@ -171,11 +171,11 @@ def test_wrong_calls_are_one_message(runs: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ((runs / "nowhere", new), "is not the folder of a run"),
         ((runs / "price", "nowhere.csv"), "there is nothing at 'nowhere.csv'"),
-        ((runs / "price", new, "--out", tmp_path / "there.csv"), "is there already; give another --out"),
+        ((runs / "price", new, "--out", tmp_path / "there.csv"), "exists already; give another --out"),
         ((runs / "price", new, "--out", tmp_path), "is a folder; give a file"),
         ((runs / "price", new, "--level", 1), "level=1.0: expected a number in (0, 1)"),
         ((runs / "price", new, "--drop", "c"), "there is no column 'c'"),
-        ((runs / "pixels", runs / "pixels.npz", "--drop", "c"), "--drop goes with a .csv file"),
+        ((runs / "pixels", runs / "pixels.npz", "--drop", "c"), "--drop is for a .csv file"),
     ):
         result = run("predict", *arguments, expect=2)
         assert message in result.stderr and result.stderr.count("\n") == 1

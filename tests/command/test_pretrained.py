@@ -64,7 +64,8 @@ def test_particles_around_weights_of_torchvision(tmp_path: Path, hub: Path) -> N
     output = run(
         "fit", "--method", "bella", "--data", images(tmp_path / "x.npz"), "--pretrained", NAME, *options
     ).output
-    assert f"{NAME} with a new last layer: first all of it is tuned" in output and "begin anew" in output
+    assert f"{NAME} with a new last layer: first the deterministic network is fine-tuned" in output
+    assert "particles start from the given weights" in output
     (hub / FILE).unlink()
     before = metrics_of(folder)
     run("evaluate", folder, "--quiet")
@@ -153,7 +154,7 @@ def test_default_is_a_name_for_weights() -> None:
         ("MobileNet_V3_Smal_Weights.IMAGENET1K_V1", "x", (), f"near it are {NAME}"),
         ("resnet18", "x", (), "ResNet18_Weights"),
         ("nowhere", "x", (), "'nowhere' is not the folder of a run, and torchvision has no weights of this name"),
-        (NAME, "x", ("--network", "cnn"), f"--pretrained {NAME} has a network of its own: no --network"),
+        (NAME, "x", ("--network", "cnn"), f"--pretrained {NAME} has its own network: leave out --network"),
         (NAME, "table", (), "takes images [1 or 3, height, width], a row of these data is (2,)"),
         (NAME, "five", (), "a row of these data is (5, 8, 8)"),
         ("SqueezeNet1_1_Weights.DEFAULT", "x", (), "ends in a Conv2d ('classifier.1'): expected a linear layer"),

@@ -166,11 +166,13 @@ def test_new_data_are_read_with_an_earlier_encoding(tmp_path: Path) -> None:
     torch.testing.assert_close(other.x_test[:, 0], task.x_test[:, 0] + shift, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(other.x_test[:, 1:], task.x_test[:, 1:])
     frame.assign(colour="blue").to_csv(new, index=False)
-    with pytest.raises(ValueError, match="'colour' has 'blue' in row 1 .* did not see; it saw green, red"):
+    with pytest.raises(
+        ValueError, match="'colour' has 'blue' in row 1 .* did not occur in training; expected one of green, red"
+    ):
         data.load(new, target="kind", encoding=encoding)
 
     frame.drop(columns="size").to_csv(new, index=False)
-    with pytest.raises(ValueError, match="column 'size', on which the network was trained, is not there"):
+    with pytest.raises(ValueError, match="column 'size', on which the network was trained, is missing"):
         data.load(new, target="kind", encoding=encoding)
     frame.assign(kind=["cow", "pig"] * 30).to_csv(new, index=False)
     with pytest.raises(ValueError, match="class 'cow' is not among the training classes cat, dog"):
@@ -214,11 +216,14 @@ def test_image_folder_without_parts_is_split_by_class(tmp_path: Path) -> None:
         ({"x_train": np.full((40, 3), np.nan)}, "x_train holds NaN or infinite values"),
         ({"x_test": np.full((10, 3), np.inf)}, "x_test holds NaN or infinite values"),
         ({"y_train": np.full(40, np.nan)}, "y_train holds NaN or infinite values"),
-        ({"y_train": np.eye(40), "y_test": np.eye(10)}, r"y_train must be \[N\] or \[N, 1\]"),
+        (
+            {"y_train": np.eye(40), "y_test": np.eye(10)},
+            r"y_train must hold class labels or numbers to predict, \[N\] or \[N, 1\]",
+        ),
         ({"x_train": np.zeros(40)}, r"x_train must hold numbers, \[N, ...\]"),
         ({"x_train": np.full((40, 3), "a")}, r"x_train must hold numbers, \[N, ...\]"),
         ({"y_train": np.arange(40) % 2, "y_test": np.arange(10)}, "class '2' is not among the training classes 0, 1"),
-        ({"y_train": np.zeros(40, int), "y_test": np.zeros(10, int)}, "at least two classes, there is '0' alone"),
+        ({"y_train": np.zeros(40, int), "y_test": np.zeros(10, int)}, "at least two classes, but there is only '0'"),
         ({"y_test": np.full(10, "a")}, "y_test holds labels"),
     ],
 )
@@ -250,9 +255,9 @@ def test_npz_refuses_other_files(tmp_path: Path, content: bytes) -> None:
         ),
         (lambda t: t.assign(name=[f"n{i % 101}" for i in range(len(t))]), "price", "column 'name' has 101 different"),
         (lambda t: t.assign(kind=["cow"] + ["cat"] * (len(t) - 1)), "kind", "class 'cow' has one row"),
-        (lambda t: t.assign(kind="cat"), "kind", "at least two classes, there is 'cat' alone"),
+        (lambda t: t.assign(kind="cat"), "kind", "at least two classes, but there is only 'cat'"),
         (lambda t: t.assign(size=t["size"].where(t.index > 1, np.inf)), "price", "'inf' in row 1 .line 2., 'inf' in"),
-        (lambda t: t.head(3), "price", "at least 4 rows and 2 columns are needed, it has 3 and 5"),
+        (lambda t: t.head(3), "price", "at least 4 rows and 2 columns are needed, but it has 3 and 5"),
         (lambda t: t[["price"]], "price", "it has 202 and 1"),
     ],
 )
@@ -295,5 +300,5 @@ def test_load_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     (tmp_path / "table.parquet").touch()
     with pytest.raises(ValueError, match=r"expected an .npz file, a .csv file or a folder of images"):
         data.load(tmp_path / "table.parquet")
-    with pytest.raises(ValueError, match=r"a target column \('price'\) goes with a .csv file"):
+    with pytest.raises(ValueError, match=r"a target column \('price'\) is for a .csv file"):
         data.load("digits", target="price")

@@ -92,10 +92,10 @@ def test_columns_are_found_by_name(tmp_path: Path) -> None:
     assert torch.equal(data.load(turned, "y", task.encoding).x_test, task.x_test)
     assert len(data.load_inputs(turned, task.encoding).x) == 40, "the target may be there"
     more = csv(tmp_path / "c.csv", rows(extra=1))
-    with pytest.raises(ValueError, match="column 'extra' was not there in training"):
+    with pytest.raises(ValueError, match="column 'extra' did not occur in training"):
         data.load(more, "y", task.encoding)
     assert torch.equal(data.load(more, "y", task.encoding, drop=["extra"]).x_test, task.x_test)
-    with pytest.raises(ValueError, match="column 'size', on which the network was trained, is not there"):
+    with pytest.raises(ValueError, match="column 'size', on which the network was trained, is missing"):
         data.load(csv(tmp_path / "d.csv", rows().drop(columns="size")), "y", task.encoding)
 
 
@@ -194,17 +194,17 @@ BAD_TABLES: dict[str, tuple[str | bytes, str]] = {
     "zero bytes": ("a,y\n1,\0\n", "line 2 holds a zero byte"),
     "longer row": ("a,y\n1,2\n1,2,3\n1,2\n", "line 3 has 3 cells, the header 2"),
     "shorter row": ("a,b,y\n1,2,3\n1,2\n1,2,3\n", "line 3 has 2 cells, the header 3"),
-    "cut short": ("a,b,y\n1,2,3\n1,2,3\n1,", "line 4 has 2 cells.*is the file cut short"),
-    "open quote": ('a,y\n1,2\n"1,2\n', "is a quote open, or the file cut short"),
+    "cut short": ("a,b,y\n1,2,3\n1,2,3\n1,", "line 4 has 2 cells.*is the file truncated"),
+    "open quote": ('a,y\n1,2\n"1,2\n', "is a quote open, or the file truncated"),
     "duplicate names": ("a,a,y\n1,2,3\n", "two columns have the name 'a'"),
     "no names": (",,y\n1,2,3\n", "columns 1, 2 have no name"),
     "semicolons": ("a;y\n1;2\n", "the header has no comma, but ';'"),
     "dates": ("d,y\n" + "".join(f"2024-01-{i + 1:02},{i % 2}\n" for i in range(20)), "'d' holds dates or times"),
     "written numbers": (
         "d,y\n" + "".join(f'"{i + 1},000",{i % 2}\n' for i in range(20)),
-        "numbers as people write them, such as '1,000' in row 1",
+        "numbers with separators or signs, such as '1,000' in row 1",
     ),
-    "per cent": ("d,y\n" + "".join(f"{i} %,{i % 2}\n" for i in range(20)), "numbers as people write them"),
+    "per cent": ("d,y\n" + "".join(f"{i} %,{i % 2}\n" for i in range(20)), "numbers with separators or signs"),
     "names of rows": ("d,y\n" + "".join(f"u{i},{i % 2}\n" for i in range(40)), "40 different strings in 40 rows"),
     "too many digits": ("d,y\n" + "".join(f"{2**70 + i},{i % 2}\n" for i in range(20)), "which 64 bits cannot hold"),
     "empty column": ("a,b,y\n" + "1,,0\n2,,1\n" * 5, "column 'b' has no value in any row"),

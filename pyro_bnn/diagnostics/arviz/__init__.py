@@ -1,8 +1,8 @@
-"""A posterior as an ArviZ object.
+"""Conversion of a posterior to an ArviZ object.
 
-* ``conversion``: ``to_arviz``, all groups.
-* ``sites``: latent sites in short form, by layer.
-* ``densities``: log densities of draws under prior and guide.
-* ``own_models``: groups of a Pyro model that names its sites itself.
-* ``arrays``: names of axes, and how many numbers may be stored.
+* ``conversion``: ``to_arviz``, which makes all groups.
+* ``sites``: summaries of latent sites, by layer.
+* ``densities``: log densities of draws under the prior and the guide.
+* ``own_models``: the groups of a user's own Pyro model.
+* ``arrays``: names of axes, and the limit on how many numbers are stored.
 """

@@ -1,4 +1,4 @@
-"""Tensors as xarray: the names of their axes, and how many numbers may be stored."""
+"""Conversion of tensors to xarray: the names of their axes, and the limit on how many numbers are stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Variables = dict[str, xr.DataArray]
 
 
 class Budget:
-    """How many numbers may still be stored."""
+    """Counts the numbers that will be stored, up to a limit."""
 
     def __init__(self, limit: int) -> None:
         self.limit = checks.count("max_values", limit)
@@ -21,9 +21,9 @@ class Budget:
         self.left_out: dict[str, int] = {}
 
     def take(self, name: str, size: int) -> None:
-        """Books what must be stored.
+        """Reserves space for a variable that must be stored.
 
-        :raises ValueError: when it does not fit.
+        :raises ValueError: when the limit is exceeded.
         """
         self.taken[name] = size
         if (total := sum(self.taken.values())) > self.limit:
@@ -31,11 +31,11 @@ class Budget:
             raise ValueError(
                 f"the result would hold more than max_values={self.limit:,} numbers (at least {total:,}; the largest: "
                 f"{', '.join(f'{key} with {value:,}' for key, value in largest)}). Give fewer rows of x, a smaller "
-                "num_samples, fewer groups= or sites=, or raise max_values"
+                "num_samples, fewer groups= or sites=, or a larger max_values"
             )
 
     def offer(self, name: str, size: int) -> bool:
-        """Books what may be left out, and says whether it fits."""
+        """Reserves space for a variable that may be left out. Returns whether it fits."""
         if sum(self.taken.values()) + size > self.limit:
             self.left_out[name] = size
             return False
@@ -44,12 +44,12 @@ class Budget:
 
 
 def safe(name: str) -> str:
-    # In netCDF and DataTree a slash stands between a group and what is in it.
+    # netCDF and DataTree use a slash to separate a group from its contents.
     return name.replace("/", ".")
 
 
 def plain(values: Tensor, lead: int) -> Tensor:
-    """``[N, 1]`` as ``[N]``: one output needs no axis, and predictions and targets then agree."""
+    """``[N, 1] -> [N]``: a single output needs no axis, and predictions then have the shape of their targets."""
     return values.squeeze(-1) if values.shape[lead:] == (1,) else values
 
 
@@ -58,7 +58,7 @@ def outputs(axes: int) -> tuple[str, ...]:
 
 
 def sampled(values: Tensor, chains: int, *event: str) -> xr.DataArray:
-    """``[S, K, *event]`` with the members as a dimension, unless there is one alone."""
+    """``[S, K, *event]`` with a dimension ``member``, unless there is only one member."""
     dims: tuple[str, ...] = ("chain", "draw", "member", *event)
     values = values.unflatten(0, (chains, -1))
     if values.shape[2] == 1:
@@ -67,7 +67,7 @@ def sampled(values: Tensor, chains: int, *event: str) -> xr.DataArray:
 
 
 def enumerated(values: Tensor, members: int, chains: int, *event: str) -> xr.DataArray:
-    """``[S K, N, *event]`` with the members one after the other along ``draw``."""
+    """``[S K, N, *event]`` with the members flattened into ``draw``; the coordinate ``member`` tells them apart."""
     values = values.unflatten(0, (chains, -1))
     whole = array(values, "chain", "draw", "obs_id", *event)
     return whole.assign_coords(member=("draw", np.arange(values.shape[1]) % members))
@@ -76,7 +76,7 @@ def enumerated(values: Tensor, members: int, chains: int, *event: str) -> xr.Dat
 def array(values: Tensor, *dims: str) -> xr.DataArray:
     values = values.detach().cpu()
     if values.is_floating_point():
-        values = at_least_float32(values)  # numpy knows no bfloat16
+        values = at_least_float32(values)  # numpy has no bfloat16
     return xr.DataArray(
         values.numpy(), dims=dims, coords={d: np.arange(n) for d, n in zip(dims, values.shape, strict=True)}
     )

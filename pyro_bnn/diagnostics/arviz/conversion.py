@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
     from pyro_bnn.posterior.prediction import Prediction
 
-#: what to_arviz makes unless told otherwise
+#: groups that to_arviz makes by default
 GROUPS = ("posterior", "posterior_predictive", "log_likelihood", "sample_stats", "observed_data", "constant_data")
-#: what it makes where it is asked for: of a Pyro model of one's own
+#: groups that it makes only on request, for a user's own Pyro model
 ON_REQUEST = ("prior_predictive",)
-#: groups that come with others
+#: groups that are added when another group is made
 COMPANIONS = ("inclusion", "guide", "function", "training")
 
 
@@ -55,60 +55,59 @@ def to_arviz(
     max_values: int = 10_000_000,
     seed: int | None = None,
 ) -> Any:
-    """The posterior, its predictions for x and how likely they make y, for ArviZ.
+    """Converts a posterior, its predictions for x and the log-likelihood of y to an ArviZ object.
 
-    ``chain`` has the chains of a sampler when all its draws are taken, and length 1 otherwise. With S draws from each
-    of K members (the components of a mixture, or particles), N rows of x and C classes:
+    ``chain`` has one entry for each chain of a sampler when all stored draws are used, and length 1 otherwise. With S
+    draws from each of K members (mixture components or particles), N rows of x and C classes, the groups are:
 
     ========================  =======================================================================================
-    ``posterior``             the latent sites, ``(chain, draw[, member], ...)``; the dimension ``member`` where K > 1;
-                              with ``probes`` the function there, ``(chain, draw[, member], probe[, class])``
+    ``posterior``             the latent sites, ``(chain, draw[, member], ...)``, with a dimension ``member`` if K > 1;
+                              with ``probes`` also the function there, ``(chain, draw[, member], probe[, class])``
     ``inclusion``             the posterior inclusion probability of every group of a spike-and-slab prior, by
                               parameter ``(<parameter>_dim_0, ...)``; comes with ``posterior``
     ``posterior_predictive``  ``obs``, draws of y, ``(chain, draw, obs_id[, output])``
-    ``prior_predictive``      ``obs``, draws of y under the prior, of a Pyro model of your own; where ``groups`` has it
-    ``function``              what y is drawn from: ``probs`` ``(chain, draw, obs_id, class)`` of a classification,
-                              ``mean`` of a regression or count; comes with ``posterior_predictive``
+    ``prior_predictive``      ``obs``, draws of y under the prior of your own Pyro model; only if ``groups`` names it
+    ``function``              the distribution that y is drawn from: ``probs`` ``(chain, draw, obs_id, class)`` for a
+                              classification, ``mean`` for a regression or counts; comes with ``posterior_predictive``
     ``log_likelihood``        ``obs``, log p(y_n | draw), ``(chain, draw, obs_id)``, in nats
-    ``sample_stats``          of each draw ``(chain, draw[, member])``, in nats: ``log_prior``; ``lp``, the joint
-                              density log p(y, draw), when x and y have ``num_data`` rows, which are taken for the
-                              training data; and of a
-                              posterior with a density, as variational ones have, ``log_q``, the density of the whole
-                              guide, with ``log_p``, which is ``lp`` by the name that goes with it
+    ``sample_stats``          for each draw ``(chain, draw[, member])``, in nats: ``log_prior``; ``lp``, the joint
+                              density log p(y, draw), if ``log_likelihood`` is made and x and y have ``num_data`` rows
+                              (they are then taken to be the training data); and, if the posterior has a density, as a
+                              variational one does, ``log_q``, the density of the whole guide, and ``log_p``, a copy
+                              of ``lp`` under the name that ArviZ pairs with ``log_q``
     ``training``              ``loss`` ``(step)``, the negative ELBO in nats per datum; comes with ``sample_stats``
-    ``guide``                 what the guide's parameters stand for, of guides that say so: the codes of a codebook
+    ``guide``                 what the guide's parameters mean, for guides that define it: the codes of a codebook
                               ``(code)``; comes with ``posterior``
     ``observed_data``         ``obs``, which is y
     ``constant_data``         ``x``, or ``x_<key>`` for each tensor in it
     ========================  =======================================================================================
 
-    Where rows of x are involved, the S K functions are one long ``draw`` with the member of each as a coordinate: all
-    are draws from the posterior, and ``arviz.loo`` would take a dimension of members for more observations.
+    In groups with rows of x, the S K functions are flattened into ``draw``, with the member of each as a coordinate:
+    all are draws from the posterior, and ``arviz.loo`` would treat a dimension ``member`` as more observations.
 
-    Networks have millions of weights, so sites come in short form: hyper-parameters (``..._tau``, ``..._inclusion``,
-    ``noise``, and any other site of one element) whole, every other site as its ``_mean`` and ``_sd`` over its
-    elements. What layers have in common lies along a dimension ``layer``: ``fc.weight_tau`` is ``weight_tau`` at the
-    layer ``fc``, and ``fc.weight.s`` gives ``weight.s_mean`` and ``weight.s_sd`` there. A quantity of other layers than
-    those of the first one is along ``<quantity>_layer``.
+    Networks have millions of weights, so most sites are summarised. Hyper-parameters (``..._tau``, ``..._inclusion``,
+    ``noise``, and any other site with one element) are stored whole; every other site is stored as the ``_mean`` and
+    ``_sd`` over its elements. Quantities that layers share have a dimension ``layer``: ``fc.weight_tau`` becomes
+    ``weight_tau`` at the layer ``fc``, and ``fc.weight.s`` becomes ``weight.s_mean`` and ``weight.s_sd`` there. If a
+    quantity belongs to other layers than the first quantity does, its dimension is ``<quantity>_layer``.
 
     :param x: inputs of the network, as ``Posterior.predict`` takes them. Not needed for the groups ``posterior`` and
         ``sample_stats``.
     :param y: the targets of x, ``[N, ...]``. Needed for ``log_likelihood`` and ``observed_data``.
-    :param sites: names of sites to store whole, under their own names, or regular expressions that match whole names.
-    :param groups: which groups to make; ``function`` and ``training`` come with others, as said above.
-    :param probes: a few inputs of the network. The function at these is the part of the posterior that has no
-        symmetries: class probabilities, or the mean of y, to be looked at with R-hat, ESS and trace plots.
-    :param observed_site: of a Pyro model of your own, the site that y is observed at; by default the one whose values
-        are y.
-    :param num_samples: draws from every member, S; by default all draws that the posterior stores (as after MCMC), and
-        100 of one that draws anew. Always 1 of particles and points. PSIS-LOO needs S K of this order.
+    :param sites: sites to store whole, under their own names: names, or regular expressions that match full names.
+    :param groups: which groups to make; some others come with them, as the table says.
+    :param probes: a few inputs of the network. Weights have symmetries, but the function at these inputs has none:
+        class probabilities, or the mean of y, for R-hat, ESS and trace plots.
+    :param observed_site: for your own Pyro model, the site that observes y; by default the one whose values are y.
+    :param num_samples: number S of draws from every member; by default all stored draws (as after MCMC), or 100 from
+        a guide. Always 1 for particles and point estimates. PSIS-LOO needs S K of about 1,000.
     :param batch_size: the most rows of x in one forward pass.
-    :param max_values: most numbers to store, over all groups. ``function``, ``inclusion`` and ``constant_data`` are
-        left out, with a warning, when they do not fit; anything else that does not fit is an error.
-    :param seed: of the draws, here and in the predictions; ``None`` takes another one at each call. The result has it
-        as the attribute ``seed``.
+    :param max_values: the most numbers to store, over all groups. ``function``, ``inclusion`` and ``constant_data`` are
+        left out, with a warning, if they do not fit; for anything else this is an error.
+    :param seed: of the draws and the predictions; ``None`` takes a new one at each call. The result stores it as its
+        attribute ``seed``.
     :returns: ``arviz.InferenceData``, or with ArviZ 1.x ``xarray.DataTree``; ``.to_netcdf(path)`` writes either.
-    :raises TypeError: when x or y does not hold numbers, or the posterior is none.
+    :raises TypeError: when x or y does not hold numbers, or ``posterior`` is not a posterior.
     :raises ValueError: when a group or site is unknown, x or y is missing for a group, they differ in length, a
         prediction or log-likelihood is NaN, or the result has more than ``max_values`` numbers.
 
@@ -153,7 +152,7 @@ def to_arviz(
         names = ", ".join(f"{name} ({size:,})" for name, size in budget.left_out.items())
         warnings.warn(
             f"left out, to stay within max_values={max_values:,} numbers: {names}. Raise max_values, or give fewer "
-            "rows of x or a smaller num_samples, to have them.",
+            "rows of x or a smaller num_samples, to include them.",
             stacklevel=2,
         )
         attrs["left_out"] = ", ".join(budget.left_out)
@@ -173,8 +172,8 @@ def _checked_groups(groups: str | Sequence[str], x: Inputs, y: Tensor | None) ->
     ):
         if missing and (needy := [group for group in wanted if group in needed_by]):
             raise ValueError(
-                f"{argument} is missing, which {' and '.join(needy)} cannot do without: give {argument}, or choose "
-                "other groups="
+                f"{argument} is missing, and {' and '.join(needy)} cannot be made without it: give {argument}, or "
+                "choose other groups="
             )
     return wanted
 
@@ -186,7 +185,7 @@ def _require_kind(posterior: Posterior, wanted: Sequence[str], observed_site: st
         raise ValueError("observed_site= is for models of your own: one of this package observes y at its likelihood")
     if asked := [group for group in wanted if group in ON_REQUEST]:
         raise ValueError(
-            f"the group {asked[0]} is for models of your own: for a network take diagnostics.prior_predictive(model, x)"
+            f"the group {asked[0]} is for models of your own: for a network use diagnostics.prior_predictive(model, x)"
         )
 
 
@@ -227,7 +226,7 @@ def _num_data(posterior: Posterior) -> int | None:
 def _sample_stats(
     posterior: Posterior, num_samples: int, seed: int, x: Inputs, chains: int, joint: Variables | None, budget: Budget
 ) -> Variables:
-    """:param joint: the log-likelihood of all training data, if that is known."""
+    """:param joint: the group ``log_likelihood`` of all training data, if it is known."""
     model = posterior.model
     if not isinstance(model, BayesianNetwork):
         return {}
@@ -290,7 +289,7 @@ def _predictive(
         if with_log_likelihood:
             parts["log_likelihood"].append(log_density(prediction, target).flatten(0, 1).cpu().double())
         if with_y:
-            # Noise of its own for every batch, and none that the latent sites have used under the same seed.
+            # Every batch needs its own noise, different from what the latent sites drew with the same seed.
             obs = prediction.sample(seed=settings["seed"] + 1 + index)
             if not index:
                 budget.take("posterior_predictive/obs", functions * rows * obs[0, 0, 0].numel())
@@ -336,7 +335,7 @@ def _named_tensors(name: str, x: Inputs) -> Iterator[tuple[str, Tensor]]:
 
 
 def _container(groups: dict[str, xr.Dataset], attrs: dict[str, object]) -> object:
-    # ArviZ 1.x still answers to `arviz.InferenceData`, with a warning and another class.
+    # ArviZ 1.x still has `arviz.InferenceData`, but as another class and with a warning.
     if arviz.__version__.partition(".")[0] == "0":
         container: Any = arviz.InferenceData
         return container(attrs=attrs, **groups)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def log_prior(model: BayesianNetwork, draws: dict[str, Tensor]) -> Tensor:
-    """``log p(theta)`` of each draw of each member, ``[n, members]``, in nats.
+    """The log prior density ``log p(theta)`` of each draw of each member, ``[n, members]``, in nats.
 
     :param draws: ``{site: [n, members, *event]}``.
     """
@@ -56,18 +56,19 @@ def log_densities(
 ) -> tuple[Tensor, Tensor | None]:
     r"""``log p(theta)`` and ``log q(theta)`` of the draws of ``posterior.draws(n, seed)``, each ``[n, members]``.
 
-    q is the whole guide: of a mixture with K members ``q(theta) = (1/K) sum_k q_k(theta)``, whichever member the draw
-    is of. Sites that the guide gives as points count with the density that the prior has there, and nothing in q.
+    q is the density of the whole guide. For a mixture with K members it is ``q(theta) = (1/K) sum_k q_k(theta)``,
+    whichever member made the draw. A site that the guide holds at a point adds its prior density to log p and nothing
+    to log q.
 
-    :returns: in nats; ``None`` for q of a posterior without a density: of stored draws, particles and points, and of a
-        guide that is a function with auxiliary sites.
-    :raises TypeError: when the model is not of this package.
+    :returns: both in nats. log q is ``None`` for a posterior without a density: one of stored draws, particles or
+        points, or one whose guide is a function with auxiliary sites.
+    :raises TypeError: when the model is not one of this package.
     """
     model = posterior.model
     if not isinstance(model, BayesianNetwork):
         raise TypeError(
-            f"the densities of draws are those of a model of pyro_bnn.models, got {type(model).__name__}: trace your "
-            "own model with pyro.poutine"
+            f"densities of draws need a model of pyro_bnn.models, got {type(model).__name__}: trace your own model "
+            "with pyro.poutine"
         )
     prior, guide = [], []
     for draws, traces in _groups(posterior, n, seed, example):
@@ -107,7 +108,7 @@ def _sampled(trace: poutine.Trace) -> Iterator[tuple[str, Any]]:
 def _has_density(guide: object, trace: poutine.Trace) -> bool:
     if isinstance(guide, (MixtureGuide, AutoGuide)):
         return any(not _is_point(site["fn"]) for _, site in _sampled(trace))
-    # With auxiliary sites of its own, a guide's trace has the density of both together.
+    # If a guide has auxiliary sites, its trace gives their joint density with the latent sites, not q(theta).
     sites = dict(_sampled(trace))
     return any(not _is_point(site["fn"]) for site in sites.values()) and not any(
         site["infer"].get("is_auxiliary") for site in sites.values()
@@ -121,11 +122,11 @@ def _is_point(fn: object) -> bool:
 
 
 def log_guide(posterior: Posterior, draws: dict[str, Tensor], traces: list[poutine.Trace]) -> Tensor:
-    """``log q(theta)`` of draws with the traces that they come from, ``[n, members]``."""
+    """``log q(theta)`` of draws, from the traces that made them, ``[n, members]``."""
     guide, model = posterior.guide, posterior.model
     if isinstance(guide, MixtureGuide) and isinstance(model, BayesianNetwork):
         return _log_mixture(model, dict(_sampled(traces[0])), draws)
-    n = len(next(iter(draws.values()))) if len(traces) == 1 else 1  # one trace has all draws in a plate
+    n = len(next(iter(draws.values()))) if len(traces) == 1 else 1  # a single trace holds all draws in a plate
     rows = [
         sum(wide(site["fn"].log_prob(site["value"])).reshape(n, -1).sum(1) for _, site in _sampled(trace))
         for trace in traces
@@ -134,7 +135,7 @@ def log_guide(posterior: Posterior, draws: dict[str, Tensor], traces: list[pouti
 
 
 def _log_mixture(model: BayesianNetwork, sites: dict[str, Any], draws: dict[str, Tensor]) -> Tensor:
-    """Each draw under every member, whose sites do not depend on one another: ``log (1/K) sum_k q_k``."""
+    """The mixture density of each draw, ``log (1/K) sum_k q_k``; sites are independent within a member."""
     columns = []
     for j in range(max(value.shape[1] for value in draws.values())):
         under = wide(torch.zeros((), device=model.like().device))

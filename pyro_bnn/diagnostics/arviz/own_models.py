@@ -1,4 +1,4 @@
-"""Groups of a Pyro model that is not of this package, which names its sites itself."""
+"""ArviZ groups for a user's own Pyro model, which chooses the names of its sites."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def is_of_own_model(posterior: Posterior) -> bool:
-    """Whether nothing says what the model's outputs mean."""
+    """Whether the model is a user's own, without a likelihood of this package that says what its outputs mean."""
     model = posterior.model
     return not isinstance(model, BayesianNetwork) and not isinstance(getattr(model, "likelihood", None), Likelihood)
 
@@ -34,9 +34,9 @@ def groups_of_own_model(
     chains: int,
     budget: Budget,
 ) -> dict[str, Variables]:
-    """``log_likelihood``, ``posterior_predictive`` and ``prior_predictive`` of the site that observes y.
+    """The groups ``log_likelihood``, ``posterior_predictive`` and ``prior_predictive`` of the site that observes y.
 
-    :raises ValueError: when it cannot be told which site observes y, or a density is NaN.
+    :raises ValueError: when it is unclear which site observes y, or a density is NaN.
     """
     n, seed, tree = settings["num_samples"], settings["seed"], dict[str, Variables]()
     if "log_likelihood" in wanted and y is not None:
@@ -76,8 +76,9 @@ def importance_densities(
 
 
 def require_separate_data(posterior: Posterior, x: Inputs, y: Tensor, observed_site: str | None) -> None:
-    """
-    :raises ValueError: where data of the model cannot be left out one by one.
+    """Checks that the data of a model can be left out one by one.
+
+    :raises ValueError: when they cannot.
     """
     x, y, source = inputs(x, None), targets(y, None), posterior.draw_source
     with source.running():
@@ -88,7 +89,7 @@ def _site(posterior: Posterior, x: Inputs, y: Tensor | None, observed_site: str 
     if observed_site is not None:
         return observed_site
     if y is None:
-        raise ValueError("nothing says which site of your own model is predicted: give y, or observed_site=")
+        raise ValueError("it is unclear which site of your own model to predict: give y, or observed_site=")
     x, y, source = inputs(x, None), targets(y, None), posterior.draw_source
     with source.running():
         return foreign.name_of_observed(source.model, _one_draw(posterior, x, seed), x, y)

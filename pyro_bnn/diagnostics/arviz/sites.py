@@ -1,4 +1,4 @@
-"""The latent sites of a posterior in short form: networks have millions of weights, of which layers have summaries."""
+"""Summaries of the latent sites of a posterior, by layer: networks have too many weights to store them all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def posterior_group(
     chains: int,
     budget: Budget,
 ) -> Variables:
-    """The sites, of whose draws only as many are in memory at once as fit a fixed budget, but for those asked for."""
+    """The group ``posterior``. Memory is bounded: draws are summarised in groups, and only ``sites`` are kept whole."""
     whole: set[str] | None = None
     prefix = getattr(posterior.model, "prefix", "")
     parts: dict[str, list[Tensor]] = {}
@@ -42,7 +42,7 @@ def posterior_group(
             layer, quantity = _place(site.removeprefix(f"{prefix}."))
             for suffix, summary in _summaries(site, values):
                 name = quantity + suffix
-                if summary.dim() > 2:  # a hyper-parameter of several elements, which keeps its own shape
+                if summary.dim() > 2:  # a hyper-parameter with several elements keeps its shape
                     parts.setdefault(site, []).append(summary.cpu())
                 else:
                     short.setdefault(name, {}).setdefault(layer, []).append(summary.cpu())
@@ -56,7 +56,7 @@ def posterior_group(
 
 
 def _summaries(site: str, values: Tensor) -> list[tuple[str, Tensor]]:
-    """``(suffix, [n, members, ...])`` of what is stored of a site by default."""
+    """What is stored of a site by default, as pairs ``(suffix, [n, members, ...])``."""
     if values[0, 0].numel() == 1:
         return [("", values.reshape(values.shape[:2]))]
     if site.endswith(("_tau", "_inclusion", "noise")):
@@ -74,7 +74,7 @@ def _place(site: str) -> tuple[str, str]:
 
 
 def _layered(short: dict[str, dict[str, list[Tensor]]], chains: int, budget: Budget) -> Variables:
-    """One variable a quantity, along the layers that have it."""
+    """One variable for each quantity, with a dimension for the layers that have it."""
     group: Variables = {}
     first: list[str] | None = None
     for quantity, layers in short.items():
@@ -93,12 +93,12 @@ def _layered(short: dict[str, dict[str, list[Tensor]]], chains: int, budget: Bud
 def _chosen_sites(sites: str | Sequence[str] | None, available: Collection[str]) -> set[str]:
     chosen: set[str] = set()
     for site in (sites,) if isinstance(sites, str) else sites or ():
-        # A name is a pattern too, whose dots match anything: an exact match means that site alone.
+        # A name is also a pattern in which dots match any character, so an exact match takes precedence.
         matches = {site} if site in available else {name for name in available if _matches(site, name)}
         if not matches:
             raise ValueError(
                 f"sites: {site!r} is neither the name of a latent site nor a regular expression that matches one; "
-                f"there are {', '.join(available) or 'none'}"
+                f"the sites are {', '.join(available) or 'none'}"
             )
         chosen |= matches
     return chosen

@@ -1,4 +1,4 @@
-"""Whether a posterior can be trusted, in plain words: one finding for each thing that was looked at."""
+"""Whether a posterior can be trusted, in plain words: one finding for each check."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from pyro_bnn.posterior import Posterior
 from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.randomness import some_seed
 
-#: rows at which the functions of chains are compared
+#: number of rows at which the functions of chains are compared
 PROBES = 20
-#: R-hat from which chains do not agree at all
+#: R-hat above which chains disagree badly
 RHAT_BAD = 1.1
-#: effective draws that are wanted of each chain (Vehtari et al. 2021, section 4.1)
+#: effective sample size that each chain should reach (Vehtari et al. 2021, section 4.1)
 ESS = 100
-#: coordinates whose effective sample size stands for that of all
+#: number of coordinates whose mean effective sample size stands for all
 COORDINATES = 20
-#: share of the predictive uncertainty below which functions hardly differ, and below which they are the same
+#: epistemic share of the predictive uncertainty below which functions hardly differ, and below which they are equal
 HARDLY, SAME = 1e-3, 1e-6
-#: relative error of a temperature that step size and gradient noise may leave
+#: relative error of the temperature that step size and gradient noise may cause
 HEAT = 0.1
 
 
@@ -55,36 +55,40 @@ def check(
     seed: int | None = None,
     metrics: Mapping[str, float] | None = None,
 ) -> Findings:
-    """Looks at all that can be looked at, and says what was found and what to do.
+    """Runs every check that applies to a posterior, and says what was found and what to do about it.
 
     ===============  ==============================================================================================
-    training         whether the loss has come to rest (:func:`loss_verdict`)
-    sampler          divergences of NUTS; temperatures of SGHMC within 10 % of what they should be
-    convergence      R-hat and effective sample size of the function at 20 data, of a posterior of several chains
+    training         whether the loss has converged (:func:`loss_verdict`)
+    sampler          divergences of NUTS; temperatures of SGHMC within 10 % of their expected values
+    convergence      R-hat and effective sample size of the function at 20 rows, if there are several chains
     fit              Pareto k-hat of a guide with a density; needs the training data
     spread           whether the draws are different functions
-    accuracy         better than always the most frequent class, or than the mean of y, by three standard errors of
+    accuracy         whether predictions beat the most frequent class, or the mean of y, by three standard errors of
                      the difference
-    calibration      mean confidence against accuracy, or coverage of 95 % intervals, within three standard errors, to
-                     which the labels and the functions that explain them together contribute
+    calibration      whether the mean confidence matches the accuracy, or the coverage of 95 % intervals their level,
+                     within three standard errors; the error includes both the noise of the labels and the spread of
+                     the functions
     out of domain    AUROC of the predictive entropy between ``data`` and ``ood``
     ===============  ==============================================================================================
 
-    :param data: held-out data, as for :func:`evaluate`; without them training, sampler and fit are looked at alone.
-    :param x_train, y_train: all training data.
-    :param ood: inputs from elsewhere.
+    :param data: held-out data, as for :func:`evaluate`; without it only training, sampler and fit are checked.
+    :param x_train, y_train: all training data, ``[num_data, ...]``.
+    :param ood: out-of-distribution inputs.
     :param num_samples: draws from every member, for predictions.
-    :param metrics: what :func:`evaluate` found with these settings, where that is known already.
+    :param batch_size: the most rows in one forward pass.
+    :param seed: of the draws; ``None`` takes a new one at each call.
+    :param metrics: what :func:`evaluate` returned with the same settings, if that is already known.
     :returns: findings, the worst first.
-    :raises TypeError: for an iterator as data or ood, as they are passed over more than once.
-    :raises ValueError: when data is empty or a prediction holds NaN, only one of x_train and y_train is given, these
-        are not all ``num_data`` rows, or ood is given for a regression.
+    :raises TypeError: when ``posterior`` is not a posterior, or data or ood is an iterator, which can be read only
+        once.
+    :raises ValueError: when data is empty or a prediction holds NaN, only one of x_train and y_train is given, they do
+        not have all ``num_data`` rows, or ood is given for a regression.
     """
     require_posterior(posterior)
     require_repeatable(data, "data")
     require_repeatable(ood, "ood")
     if (x_train is None) != (y_train is None):
-        raise ValueError("x_train and y_train go together: give both, or neither")
+        raise ValueError("only one of x_train and y_train was given: give both, or neither")
     count, seed = posterior.draw_source.count(num_samples), some_seed(seed)
     settings: dict[str, Any] = {"num_samples": count, "batch_size": batch_size, "seed": seed}
     findings = [*_training(posterior), *_sampler(posterior), *_fit(posterior, x_train, y_train, batch_size, seed)]
@@ -110,34 +114,34 @@ def _training(posterior: Posterior) -> Iterator[Finding]:
         return
     verdict = loss_verdict(posterior.losses)
     topic = "training"
-    moved = f"the loss changed by {verdict.change:+.3g} nats a datum over the second half of training"
+    moved = f"the loss changed by {verdict.change:+.3g} nats per datum over the second half of training"
     match verdict.state:
         case "converged":
-            yield Finding("good", topic, f"The loss has come to rest at {verdict.level:.4g} nats a datum.")
+            yield Finding("good", topic, f"The loss has converged to {verdict.level:.4g} nats per datum.")
         case "falling":
             yield Finding(
                 "warning",
                 topic,
-                f"It has not come to rest: {moved}, to {verdict.level:.4g}.",
-                "Train for more epochs, or with a larger learning rate that falls to zero.",
+                f"The loss has not converged: {moved}, to {verdict.level:.4g}.",
+                "Train for more epochs, or with a larger learning rate that decays to zero.",
             )
         case "rising":
             yield Finding(
                 "warning",
                 topic,
                 f"The loss rises: {moved}, to {verdict.level:.4g}.",
-                "Lower the learning rate; with kl_annealing a rise while the weight of the prior grows is expected.",
+                "Lower the learning rate. With kl_annealing a rise is expected while the weight of the prior grows.",
             )
         case "diverged":
             yield Finding(
                 "problem",
                 topic,
                 "The last loss is not finite.",
-                "Lower the learning rate, and look at the data for NaN.",
+                "Lower the learning rate, and check the data for NaN.",
             )
         case "unknown":
             steps = len(posterior.losses)
-            yield Finding("note", topic, f"{steps} steps are too few to tell whether the loss has come to rest.")
+            yield Finding("note", topic, f"{steps} steps are too few to tell whether the loss has converged.")
 
 
 def _sampler(posterior: Posterior) -> Iterator[Finding]:
@@ -161,23 +165,23 @@ def _sampler(posterior: Posterior) -> Iterator[Finding]:
         text = " and ".join(f"the {name} temperature is {ratio:.2f}" for name, ratio in ratios.items())
         noise = _noise_of_heat(posterior)
         if noise > 1:
-            yield Finding("note", topic, f"In units of what they should be, {text}; the draws are too few to judge it.")
+            yield Finding("note", topic, f"Relative to the expected values, {text}; there are too few draws to judge.")
         elif all(abs(ratio - 1) <= HEAT + noise for ratio in ratios.values()):
-            yield Finding("good", topic, f"In units of what they should be, {text}.")
+            yield Finding("good", topic, f"Relative to the expected values, {text}.")
         else:
             yield Finding(
                 "warning",
                 topic,
-                f"The chain samples another temperature: in units of what they should be, {text}.",
-                "Too hot: a smaller step_size or larger batches (gradient noise heats). Configurational too cold: more "
-                "warm-up, as the chain has not yet left its start.",
+                f"The chain samples at the wrong temperature: relative to the expected values, {text}.",
+                "Too hot: use a smaller step_size or larger batches (gradient noise heats the chain). Configurational "
+                "temperature too cold: use more warm-up, as the chain has not yet left its start.",
             )
 
 
 def _noise_of_heat(posterior: Posterior) -> float:
-    """Three standard errors of the mean of ``(theta - theta_0) * grad U``, whose variance is 3 T^2 a coordinate.
+    """Three standard errors of the mean of ``(theta - theta_0) * grad U``, whose variance is 3 T^2 per coordinate.
 
-    Draws count with the effective sample size of some coordinates.
+    The number of draws is their effective sample size, estimated from a few coordinates.
     """
     if not isinstance(posterior.guide, DrawsGuide) or (posterior.num_stored or 0) < 2 * FEWEST * posterior.num_chains:
         return math.inf
@@ -194,15 +198,15 @@ def _fit(posterior: Posterior, x: Inputs, y: object, batch_size: int | None, see
     found = pareto_k(inside, x, y, batch_size=batch_size, seed=seed)
     if found.k < found.good:
         fixed = fixed_weights(inside)
-        given = f", given the {fixed:,} numbers of the network that are not random" if fixed else ""
+        given = f", given the {fixed:,} parameters of the network that are not random" if fixed else ""
         yield Finding("good", "fit", f"k-hat is {found.k:.2f}: the guide is close to the posterior{given}.")
     else:
         yield Finding(
             "note",
             "fit",
             f"k-hat is {found.k:.2f}, above {found.good:.2f}: in the space of weights the guide is far from the "
-            "posterior, as it is with nearly every network.",
-            "Do not reweigh draws, nor trust the evidence bound to compare models; judge predictions by held-out data.",
+            "posterior, as for nearly every network.",
+            "Do not reweight draws or compare models by the ELBO; judge predictions on held-out data.",
         )
 
 
@@ -214,7 +218,7 @@ def _chains(posterior: Posterior, probes: Inputs, batch_size: int | None, seed: 
         yield Finding(
             "note",
             topic,
-            "All draws are of one chain, so nothing shows whether another would agree.",
+            "All draws come from one chain, so nothing shows whether another chain would agree.",
             "Sample with num_chains=4, or give several runs to convergence().",
         )
         return
@@ -222,7 +226,7 @@ def _chains(posterior: Posterior, probes: Inputs, batch_size: int | None, seed: 
         yield Finding(
             "warning",
             topic,
-            f"{posterior.num_stored} draws of {posterior.num_chains} chains are too few to compare them.",
+            f"{posterior.num_stored} draws of {posterior.num_chains} chains are too few to compare the chains.",
             "Draw more: 500 or more from each chain.",
         )
         return
@@ -237,8 +241,8 @@ def _chains(posterior: Posterior, probes: Inputs, batch_size: int | None, seed: 
         yield Finding(
             "problem" if rhat > RHAT_BAD else "warning",
             topic,
-            f"{text}; up to {limit:.3f} and at least {wanted} are wanted.",
-            "Sample longer; if R-hat stays, chains are in different modes, and more of them are needed.",
+            f"{text}; they should be at most {limit:.3f} and at least {wanted}.",
+            "Sample longer. If R-hat does not fall, the chains are in different modes, and more chains are needed.",
         )
 
 
@@ -253,17 +257,22 @@ def _spread(metrics: Mapping[str, float], functions: int) -> Iterator[Finding]:
             "warning",
             topic,
             f"All {functions} draws are the same function: the posterior has collapsed to a point.",
-            "A point guide is meant to; else look at the guide's scales, the repulsion of particles or the step size.",
+            "This is expected of a point guide; otherwise check the guide's scales, the repulsion of the particles or "
+            "the step size.",
         )
         return
-    disagree = f", and disagree on {metrics['disagreement']:.1%} of labels" if "disagreement" in metrics else ""
+    disagree = f"; they disagree on {metrics['disagreement']:.1%} of labels" if "disagreement" in metrics else ""
     if share < HARDLY:
         yield Finding(
             "note",
             topic,
-            f"{functions} functions hold {share:.1g} of the predictive uncertainty{disagree}: hardly more than one "
-            "function.",
-            "With many data that may be all there is; inputs from elsewhere (ood=) should show more of it.",
+            f"The differences between {functions} functions are {share:.1g} of the predictive uncertainty{disagree}: "
+            "hardly more than for one function.",
+            "With much data this may be correct; out-of-distribution inputs (ood=) should show more.",
         )
     else:
-        yield Finding("good", topic, f"{functions} functions hold {share:.1%} of the predictive uncertainty{disagree}.")
+        yield Finding(
+            "good",
+            topic,
+            f"The differences between {functions} functions are {share:.1%} of the predictive uncertainty{disagree}.",
+        )

@@ -1,4 +1,4 @@
-"""What a check found, in plain words."""
+"""The result of a check, in plain words."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Literal
 import pandas as pd
 
 Severity = Literal["good", "note", "warning", "problem"]
-#: from what needs no attention to what makes results wrong
+#: from results that need no attention to results that are wrong
 SEVERITIES: tuple[Severity, ...] = ("good", "note", "warning", "problem")
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
-    :param severity: ``good`` needs nothing, a ``note`` is to be known, a ``warning`` limits what the result can be used
-        for, and with a ``problem`` it should not be used.
-    :param topic: what was looked at, in a word or two.
-    :param message: what was found, with the number and what is expected of it.
-    :param remedy: what to do; empty when there is nothing to do.
+    :param severity: ``good`` needs no action, a ``note`` is worth knowing, a ``warning`` limits what the posterior can
+        be used for, and with a ``problem`` it should not be used.
+    :param topic: what was checked, in a word or two.
+    :param message: what was found, with the value and the value that is expected.
+    :param remedy: what to do; empty if nothing needs to be done.
     """
 
     severity: Severity
@@ -35,10 +35,10 @@ class Finding:
 
 
 class Findings(list[Finding]):
-    """A list of findings that is printed as one line for each, and as a table in a notebook."""
+    """A list of :class:`Finding`, printed with one line for each, and shown as a table in a notebook."""
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self)) or "Nothing was looked at."
+        return "\n".join(map(str, self)) or "Nothing was checked."
 
     __repr__ = __str__
 
@@ -47,10 +47,10 @@ class Findings(list[Finding]):
         return pd.DataFrame([asdict(finding) for finding in self], columns=[part.name for part in fields(Finding)])
 
     def _repr_html_(self) -> str:
-        with pd.option_context("display.max_colwidth", None):  # sentences are shown whole
+        with pd.option_context("display.max_colwidth", None):  # do not truncate sentences
             return self.to_dataframe().to_html(index=False, border=0)
 
 
 def gravest_first(findings: Iterable[Finding]) -> Findings:
-    """Problems, then warnings, notes and what is good; in the given order among equals."""
+    """Problems first, then warnings, notes and good findings; findings of equal severity keep their order."""
     return Findings(sorted(findings, key=lambda finding: -SEVERITIES.index(finding.severity)))

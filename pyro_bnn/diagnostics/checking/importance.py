@@ -30,9 +30,9 @@ from pyro_bnn.randomness import some_seed
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
 
-#: R-hat of log densities from which chains do not agree
+#: R-hat of log densities above which chains do not agree
 APART = 1.1
-#: fewest draws from whose tail a Pareto shape can be read
+#: fewest draws from whose tail a Pareto shape can be estimated
 FEWEST = 100
 
 
@@ -41,12 +41,12 @@ class ParetoK:
     """How far the guide is from the posterior.
 
     :param k: shape of the generalised Pareto tail of the importance ratios p / q. Below ``good`` importance sampling
-        from the guide works, and the guide is close to the posterior; above 0.7 it does not, and above 1 the ratios
-        have no mean.
+        from the guide is reliable, and the guide is close to the posterior; above 0.7 it is not, and above 1 the
+        ratios have no mean.
     :param good: ``min(1 - 1 / log10 S, 0.7)`` for S draws (Vehtari et al. 2024, eq. 13).
-    :param ess: ``1 / sum_s w_s^2`` of the smoothed weights, which sum to one: how many draws from the posterior these
-        draws are worth.
-    :param draws: S.
+    :param ess: effective sample size ``1 / sum_s w_s^2`` of the smoothed weights w, which sum to one: how many draws
+        from the posterior these draws are worth.
+    :param draws: number S of draws, over all members.
     """
 
     k: float
@@ -65,29 +65,34 @@ def pareto_k(
     batch_size: int | None = None,
     seed: int | None = None,
 ) -> ParetoK:
-    r"""k-hat of a variational posterior: the tail of ``p(y, theta) / q(theta)`` over draws of q.
+    r"""Pareto k-hat of a variational posterior: the tail of the ratios ``p(y, theta) / q(theta)`` over draws from q.
 
-    In the space of weights it grows with their number, and a mean field on a network of any size fails: it says that
-    weights of draws would not correct the guide, and nothing of the predictions. Members of a mixture count as one
-    guide with the density ``(1/K) sum_k q_k``.
+    k-hat grows with the number of weights, and a mean field on nearly any network fails the test. A large value means
+    that importance weights cannot correct the guide; it says nothing about the predictions. The members of a mixture
+    count as one guide with the density ``(1/K) sum_k q_k``.
 
     :param x: the training inputs, all ``num_data`` of them.
     :param y: their targets.
     :param num_samples: draws of each member; by default 1,000 over all members.
-    :raises ValueError: when these are not all training data, the posterior has no density (stored draws, particles,
-        points), or there are fewer than 100 draws.
+    :param batch_size: the most rows in one forward pass.
+    :param seed: of the draws; ``None`` takes a new one at each call.
+    :returns: a :class:`ParetoK`.
+    :raises TypeError: when ``posterior`` is not a posterior.
+    :raises ValueError: when x and y are not all training data, the posterior has no density (stored draws, particles,
+        points) or the model is not one of this package with a likelihood, predictions are scaled by a temperature, or
+        there are fewer than 100 draws.
 
     Source: Yao, Vehtari, Simpson and Gelman (2018), algorithm 1; Vehtari et al. (2024).
     """
     require_posterior(posterior)
     if not isinstance(posterior.model, BayesianNetwork) or not has_density(posterior):
         raise ValueError(
-            "k-hat compares the density of a guide with that of the posterior, and this posterior has none: it is of "
-            "stored draws, particles or points, or of a model that is not of this package. Look at R-hat and ESS "
-            "(convergence) or at the diversity of members"
+            "k-hat compares the density of a guide with that of the posterior, and this posterior has no such density: "
+            "it consists of stored draws, particles or points, or its model is not one of this package. Look at R-hat "
+            "and ESS (convergence) or at the diversity of the members"
         )
     if (likelihood := posterior.model.likelihood) is None:
-        raise ValueError("k-hat needs the density of the data, and the model has no likelihood: give it one")
+        raise ValueError("k-hat needs the density of the data, and the model has no likelihood: give the model one")
     _require_training_data(posterior, x, y)
     count, seed = _enough_draws(posterior, num_samples), some_seed(seed)
     log_p, log_q = log_densities(posterior, count, seed, example=x)
@@ -114,30 +119,33 @@ def loo(
     seed: int | None = None,
     observed_site: str | None = None,
 ) -> Any:
-    r"""PSIS-LOO: the expected log predictive density of a datum that was left out, in nats over all data.
+    r"""PSIS-LOO: the sum over all data of the log predictive density of each datum if it were left out, in nats.
 
-    For draws of the exact posterior, as after MCMC, this is ``arviz.loo``. Draws of a variational posterior q get the
-    weights ``w_is ~ p(y, theta_s) / (q(theta_s) p(y_i | theta_s))``, smoothed for each datum i, and
+    For draws from the exact posterior, as after MCMC, this is ``arviz.loo``. Draws from a variational posterior q have
+    the weights ``w_is ~ p(y, theta_s) / (q(theta_s) p(y_i | theta_s))``, Pareto-smoothed for each datum i, and
 
     ``elpd_i = log sum_s w_is p(y_i | theta_s)``.
 
-    Without the factor p / q a guide that is too narrow looks reliable, because its draws agree with one another.
+    Without the factor p / q a guide that is too narrow would look reliable, because its draws agree with one another.
 
-    What is not random stays as it is when a datum is left out. Weights that were trained on these very data as a point,
-    as the W of a rank-1 network, the layers before a last-layer Laplace approximation or all weights under dropout,
-    make the result too high, which a warning says: compare such models on held-out data.
+    Leaving out a datum does not change parameters that are not random. If they were trained on these data, as the W of
+    a rank-1 network, the layers before a last-layer Laplace approximation or all weights under dropout, the result is
+    too high. A warning says so: compare such models on held-out data.
 
     :param x: the training inputs; for a variational posterior all ``num_data`` of them.
     :param y: their targets.
-    :param num_samples: draws of each member; by default all stored ones, or 1,000 over all members.
-    :param observed_site: of a Pyro model of your own, the site whose data are left out, one element of its plates at a
+    :param num_samples: draws of each member; by default all stored draws, or 1,000 over all members from a guide.
+    :param batch_size: the most rows in one forward pass.
+    :param seed: of the draws; ``None`` takes a new one at each call.
+    :param observed_site: for your own Pyro model, the site whose data are left out, one element of its plates at a
         time, while the data of other sites stay; by default the site whose values are y.
     :returns: ArviZ's ``ELPDData`` with ``pareto_k`` of each datum, for ``arviz.compare``. Its ``se`` is
-        ``sqrt(N var(elpd_i))``, whose variance divides by N in ArviZ 0.x and by N - 1 in 1.x.
-    :raises ValueError: when a variational posterior is not given all its training data, draws are neither of a sampler
-        nor of a guide with a density (particles, networks of an ensemble), the predictions, the likelihood or the
-        sampler have a temperature, data of an own model cannot be left out one by one (a subsampled plate, masks,
-        scales, one density for several rows), or there are fewer than 100 draws over all members.
+        ``sqrt(N var(elpd_i))``, where the variance divides by N in ArviZ 0.x and by N - 1 in 1.x.
+    :raises TypeError: when ``posterior`` is not a posterior.
+    :raises ValueError: when a variational posterior is not given all its training data, the draws come neither from a
+        sampler nor from a guide with a density (particles, ensembles), the predictions, the likelihood or the sampler
+        have a temperature, data of your own model cannot be left out one by one (a subsampled plate, masks, scales,
+        one density for several rows), or there are fewer than 100 draws over all members.
 
     Source: Vehtari, Gelman and Gabry (2017); Magnusson, Andersen, Jonasson and Vehtari (2019), eq. 5.
     """
@@ -151,14 +159,14 @@ def loo(
         _require_training_data(posterior, x, y)
     elif not posterior.is_sampled:
         raise ValueError(
-            "these draws are neither of a sampler nor of a guide with a density, as particles, networks of an "
-            "ensemble and stored draws of a guide: they may agree with one another whatever the posterior is, so that "
+            "these draws come neither from a sampler nor from a guide with a density (they are particles, networks of "
+            "an ensemble or stored draws of a guide): they may agree with one another whatever the posterior is, so "
             "leave-one-out would call them reliable. Compare scores on held-out data (evaluate)"
         )
     if fixed := fixed_weights(posterior):
         warnings.warn(
-            f"{fixed:,} numbers of the network are not random. If they were trained on these data, leaving one out "
-            "leaves what they learned from it: the result is too high. Compare on held-out data (evaluate)",
+            f"{fixed:,} parameters of the network are not random. If they were trained on these data, they still know "
+            "a datum that is left out, and the result is too high. Compare on held-out data (evaluate)",
             stacklevel=2,
         )
     count = _enough_draws(posterior, num_samples)
@@ -181,13 +189,15 @@ def loo(
 
 @one_at_a_time
 def compare_loo(posteriors: Mapping[str, Posterior], x: Inputs, y: object, **settings: Any) -> pd.DataFrame:
-    """Posteriors of several models of the same data, ranked by PSIS-LOO: ``arviz.compare`` of :func:`loo` of each.
+    """Ranks posteriors of several models of the same data by PSIS-LOO: ``arviz.compare`` of the :func:`loo` of each.
 
-    :param posteriors: at least two, by name.
-    :param settings: of :func:`loo`; one seed for all where none is given.
-    :returns: ArviZ's table: elpd, its difference from the best with the standard error of that, stacking weights.
-    :raises TypeError: when they have no names.
-    :raises ValueError: with fewer than two posteriors.
+    :param posteriors: at least two posteriors, by name.
+    :param x, y: the training data, as for :func:`loo`.
+    :param settings: keyword arguments of :func:`loo`; without a ``seed`` all posteriors share a random one.
+    :returns: ArviZ's table: elpd, its difference from the best, the standard error of the difference, and stacking
+        weights.
+    :raises TypeError: when ``posteriors`` is not a mapping from names.
+    :raises ValueError: for fewer than two posteriors, and as :func:`loo`.
 
     Source: Yao, Vehtari, Simpson and Gelman (2018) for the stacking weights.
     """
@@ -202,7 +212,7 @@ def compare_loo(posteriors: Mapping[str, Posterior], x: Inputs, y: object, **set
 
 
 def fixed_weights(posterior: Posterior) -> int:
-    """How many numbers of the network are no latent site, so that no draw changes them."""
+    """The number of parameters of the network that are not latent sites, so that all draws share them."""
     model = posterior.model
     if not isinstance(model, BayesianNetwork):
         return 0
@@ -212,14 +222,17 @@ def fixed_weights(posterior: Posterior) -> int:
 
 def _require_training_data(posterior: Posterior, x: Inputs, y: object) -> None:
     if isinstance(posterior, ScaledPosterior):
-        raise ValueError("scaled predictions are of no density that was inferred: give the posterior inside")
+        raise ValueError(
+            "predictions scaled by a temperature do not have the density that was inferred: give the posterior inside "
+            "(scaled.posterior)"
+        )
     if y is None:
-        raise ValueError("y is missing: give the targets that the model was trained on, beside x")
+        raise ValueError("y is missing: give x and the targets that the model was trained on")
     rows, expected = count_rows(tensors(x), labels(y)), getattr(posterior.model, "num_data", None)
     if rows != expected:
         raise ValueError(
-            f"x and y hold {rows} data, the model was trained on num_data={expected}: the density that a variational "
-            "posterior approximates is that of all training data, so give these"
+            f"x and y hold {rows} data, but the model was trained on num_data={expected}: a variational posterior "
+            "approximates the posterior given all training data, so give all of them"
         )
 
 
@@ -228,9 +241,9 @@ def _require_untempered(posterior: Posterior) -> None:
     tempered = getattr(likelihood, "temperature", 1.0) != 1 or posterior.sampler.get("temperature", 1.0) != 1
     if isinstance(posterior, ScaledPosterior) or tempered:
         raise ValueError(
-            "leaving a datum out divides the posterior by its likelihood, which is another one when predictions are "
-            "scaled, or the likelihood or the sampler has a temperature: give the posterior inside (scaled.posterior), "
-            "sample at temperature=1, or compare scores on held-out data (evaluate)"
+            "leaving a datum out divides the posterior by the likelihood of that datum, which is a different one when "
+            "predictions are scaled, or the likelihood or the sampler has a temperature: give the posterior inside "
+            "(scaled.posterior), sample at temperature=1, or compare scores on held-out data (evaluate)"
         )
 
 
@@ -239,8 +252,8 @@ def _enough_draws(posterior: Posterior, num_samples: int | None) -> int:
     if num_samples * posterior.num_members < FEWEST:
         raise ValueError(
             f"{num_samples} draws of {posterior.num_members} members are {num_samples * posterior.num_members}: "
-            f"smoothing takes at least {FEWEST}. Give a larger num_samples; particles and points are too few by "
-            "nature, so compare their scores on held-out data (evaluate)"
+            f"smoothing takes at least {FEWEST}. Give a larger num_samples; of particles and points there are always "
+            "too few, so compare their scores on held-out data (evaluate)"
         )
     return num_samples
 
@@ -270,12 +283,12 @@ def _in_arviz(
 
 
 def _warn_of_chains_apart(data: xr.DataTree) -> None:
-    """Smoothing sees the tails of the draws, and not whether they are of the posterior."""
+    """Pareto smoothing looks at the tails of the draws, and cannot tell whether the chains have converged."""
     each: Any = data["log_likelihood"].to_dataset()
     if each.sizes["chain"] > 1 and (rhat := float(arviz.rhat(each)["obs"].max())) > APART:
         warnings.warn(
-            f"the chains do not agree on how likely the data are (R-hat up to {rhat:.2f}): leave-one-out of draws that "
-            "are not of the posterior says nothing. Sample longer, and look at convergence()",
+            f"the chains do not agree on the log-likelihood of the data (R-hat up to {rhat:.2f}): leave-one-out means "
+            "nothing for draws that are not from the posterior. Sample longer, and look at convergence()",
             stacklevel=3,
         )
 
@@ -289,7 +302,7 @@ def _old_arviz() -> bool:
 
 
 def _flat(values: object) -> np.ndarray:
-    """``[1, S]``: over chains, draws and members, in the order of the draws of the functions."""
+    """Flattens chains, draws and members to ``[1, S]``, in the order of the group ``log_likelihood``."""
     return np.asarray(values).reshape(1, -1)
 
 
@@ -300,7 +313,7 @@ def _smooth(log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     else:
         from arviz_stats.base import array_stats
 
-        log_weights, k = array_stats.psislw(-log_ratios)  # it takes what the ratios are the inverse of
+        log_weights, k = array_stats.psislw(-log_ratios)  # this version expects the negated log ratios
     log_weights = np.asarray(log_weights)
     return log_weights - _log_sum(log_weights)[:, None], np.asarray(k)
 
@@ -314,7 +327,7 @@ def _good_k(draws: int) -> float:
 
 
 def _approximate_loo(data: xr.DataTree, log_ratio: np.ndarray) -> Any:
-    """``loo_approximate_posterior`` of ArviZ 1.x, which 0.x lacks."""
+    """The same as ``loo_approximate_posterior`` of ArviZ 1.x, which ArviZ 0.x lacks."""
     from arviz.stats.stats_utils import ELPDData
 
     likelihood = data["log_likelihood"]["obs"]
@@ -326,9 +339,9 @@ def _approximate_loo(data: xr.DataTree, log_ratio: np.ndarray) -> Any:
     good = _good_k(draws)
     if unreliable := int((k > good).sum()):
         warnings.warn(
-            f"k-hat is above {good:.2f} for {unreliable} of {n} data: the guide is too far from the posterior, or "
-            "these data weigh too much, for their leave-one-out densities to be trusted; compare nll on held-out data "
-            "(evaluate)",
+            f"k-hat is above {good:.2f} for {unreliable} of {n} data: their leave-one-out densities cannot be trusted, "
+            "because the guide is too far from the posterior or these data have too much influence; compare nll on "
+            "held-out data (evaluate)",
             stacklevel=3,
         )
     rows = likelihood.coords["obs_id"]

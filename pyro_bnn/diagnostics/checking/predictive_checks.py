@@ -1,4 +1,4 @@
-"""Findings about predictions: better than knowing nothing, as confident as right, and less certain elsewhere."""
+"""Findings about predictions: accuracy against a constant guess, calibration, and out-of-distribution detection."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from pyro_bnn.diagnostics.scoring.scores import interval_coverage
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Prediction
 
-#: what a central interval holds
+#: probability of the central intervals
 LEVEL = 0.95
-#: standard errors beyond which a number differs from its expectation
+#: standard errors beyond which a number counts as different from its expectation
 ERRORS = 3.0
-#: share of the baseline's loss that a network must spare at least, with any luck, to have learned something
+#: if the loss is below the baseline's by less than this share, within the error, nothing was learned
 LITTLE = 0.1
-#: AUROC from which foreign inputs are told well
+#: AUROC from which out-of-distribution inputs count as well detected
 FOREIGN = 0.9
 
 
 @dataclass
 class Predicted:
-    """What the findings are made of: sums over the M labels of all rows, and the loss of each.
+    """Sums over all labels, and the targets and losses of each batch, from which the findings are made.
 
-    :param kind: of the likelihood.
-    :param hits: labels that were right, or inside the interval.
-    :param expected: their expectation, by the predictive probability of each hit.
-    :param variance: sum of p (1 - p) over those probabilities.
-    :param by_function: ``[F]``, the expectation under each function alone.
+    :param kind: kind of the likelihood.
+    :param hits: number of labels that were predicted right, or lay inside the interval.
+    :param expected: expected number of hits, the sum of their predictive probabilities p.
+    :param variance: sum of p (1 - p).
+    :param by_function: ``[F]``, the expected number of hits under each function alone.
     :param y: targets of each batch, ``[N, L]``.
-    :param loss: 1 for a wrong class, or the squared error, ``[N, L]``.
+    :param loss: losses of each batch, ``[N, L]``: 1 for a wrong class, or the squared error.
     """
 
     kind: str
@@ -50,7 +50,7 @@ class Predicted:
     loss: list[Tensor] = field(default_factory=list)
 
     def add(self, prediction: Prediction, y: Tensor) -> None:
-        """Takes in a batch."""
+        """Adds a batch."""
         if self.kind == "classification":
             probs = member_probabilities(prediction)
             predicted = probs.mean(0).argmax(-1)
@@ -76,17 +76,17 @@ class Predicted:
         return sum(len(y) for y in self.y)
 
     def findings(self) -> Iterator[Finding]:
-        """Of the accuracy and the calibration."""
+        """One finding about the accuracy, and one about the calibration."""
         y, loss = torch.cat(self.y), torch.cat(self.loss)
         yield _better_than_a_class(y, loss) if self.kind == "classification" else _better_than_the_mean(y, loss)
         yield self._calibration(y.numel())
 
     def _calibration(self, count: int) -> Finding:
-        """The share of hits against its expectation.
+        """Compares the share of hits with its expectation.
 
-        Given one function hits are independent, and all of them share it: with the probability ``c_s`` of a hit under
-        function s, mean over data, ``Var(share) = E[Var(share | s)] + Var(c_s)``, the first of which is at most that of
-        independent hits. The mean over S functions adds ``Var(c_s) / S``.
+        Hits are independent given one function s, but all hits share that function. If ``c_s`` is the mean probability
+        of a hit under s, then ``Var(share) = E[Var(share | s)] + Var(c_s)``, and the first term is at most the variance
+        of independent hits. Estimating the expectation from S functions adds ``Var(c_s) / S``.
         """
         share, expected, functions = self.hits / count, self.expected / count, torch.as_tensor(self.by_function) / count
         several = float(functions.var()) * (1 + 1 / len(functions)) if len(functions) > 1 else 0.0
@@ -94,48 +94,47 @@ class Predicted:
         if self.kind == "classification":
             text = f"Mean confidence is {expected:.1%} at an accuracy of {share:.1%} (standard error {error:.2%})."
             narrow = (
-                "Too certain: scale_temperature or conformal sets, more members, or a prior that lets weights vary "
-                "more."
+                "Overconfident: use scale_temperature or conformal sets, more members, or a wider prior on the weights."
             )
             wider = (
-                "Too uncertain: train longer, look at the temperature and at the scale of the prior, or "
+                "Underconfident: train longer, check the temperature and the scale of the prior, or use "
                 "scale_temperature."
             )
         else:
             text = f"Intervals that should hold {expected:.1%} of y hold {share:.1%} (standard error {error:.2%})."
             narrow = (
-                "Too narrow: learn the noise (Gaussian(scale=None)), look for outliers, or use conformal intervals."
+                "Too narrow: learn the noise (Gaussian(scale=None)), check for outliers, or use conformal intervals."
             )
-            wider = "Too wide: the noise or the epistemic part is too large; train longer, or use conformal intervals."
+            wider = "Too wide: the noise or the epistemic part is too large. Train longer, or use conformal intervals."
         if abs(share - expected) <= ERRORS * error:
             return Finding("good", "calibration", text)
         return Finding("warning", "calibration", text, narrow if share < expected else wider)
 
 
 def _better_than_a_class(y: Tensor, loss: Tensor) -> Finding:
-    """Against always the most frequent class, of each label of a row where it has several."""
+    """Compares the accuracy with that of the most frequent class, separately for each label of a row."""
     if y.shape[1] == 1:
         guess = y.mode(0).values.expand_as(y)
-    else:  # of the other half of the rows: the most frequent of few would fit their noise, in every place anew
+    else:  # from the other half of the rows: with many labels, the most frequent classes would overfit the rows
         guess = torch.empty_like(y)
         guess[::2] = y[1::2].mode(0).values if len(y) > 1 else -1
         guess[1::2] = y[::2].mode(0).values
     base = wide(guess != y)
-    text = f"Accuracy is {1 - float(loss.mean()):.1%}; always the most frequent class has {1 - float(base.mean()):.1%}"
-    remedy = "look at the labels, the learning rate and the prior's scale."
+    text = f"Accuracy is {1 - float(loss.mean()):.1%}; the most frequent class alone has {1 - float(base.mean()):.1%}"
+    remedy = "check the labels, the learning rate and the scale of the prior."
     return _better(base, loss, text, "", remedy)
 
 
 def _better_than_the_mean(y: Tensor, loss: Tensor) -> Finding:
     base = (wide(y) - wide(y).mean(0)).square()
     scale = max(float(base.mean()), 1e-30)
-    text = f"The mean squared error is {float(loss.mean()) / scale:.1%} of that of always the mean of y"
-    remedy = "look at the scale of y, the learning rate and the prior."
+    text = f"The mean squared error is {float(loss.mean()) / scale:.1%} of that of predicting the mean of y"
+    remedy = "check the scale of y, the learning rate and the prior."
     return _better(base / scale, loss / scale, text, " of it", remedy)
 
 
 def _better(base: Tensor, loss: Tensor, text: str, unit: str, remedy: str) -> Finding:
-    """Whether the loss is below that of knowing nothing, by the differences of each row."""
+    """Whether the loss is below that of a constant guess, judged by the paired differences of the rows."""
     gain = (base - loss).mean(1)
     mean, least = float(gain.mean()), LITTLE * float(base.mean())
     if len(gain) < 2 or least == 0:
@@ -147,17 +146,18 @@ def _better(base: Tensor, loss: Tensor, text: str, unit: str, remedy: str) -> Fi
         return Finding("good", "accuracy", text)
     if mean + ERRORS * error < least:
         return Finding("problem", "accuracy", text, f"Nothing was learned: {remedy}")
-    return Finding("note", "accuracy", text, f"Give more data, which could tell; if it stays, {remedy}")
+    return Finding("note", "accuracy", text, f"Give more data to tell. If the difference stays small, {remedy}")
 
 
 def out_of_domain(metrics: Mapping[str, float], own: int, foreign: int) -> Iterator[Finding]:
-    """Whether foreign inputs are found by their entropy.
+    """Whether the predictive entropy detects out-of-distribution inputs.
 
-    By chance alone the AUROC of n own and m foreign inputs has the variance ``(n + m + 1) / (12 n m)`` around 1/2.
+    By chance alone the AUROC of n in-distribution and m out-of-distribution inputs has mean 1/2 and variance
+    ``(n + m + 1) / (12 n m)``.
     """
     auroc = metrics["ood_auroc"]
     error = math.sqrt((own + foreign + 1) / (12 * own * foreign))
-    text = f"The entropy ranks foreign inputs above own ones with an AUROC of {auroc:.3f}."
+    text = f"The entropy separates out-of-distribution inputs from the data with an AUROC of {auroc:.3f}."
     if auroc >= FOREIGN:
         yield Finding("good", "out of domain", text)
     elif auroc >= 0.5 - ERRORS * error:
@@ -165,12 +165,12 @@ def out_of_domain(metrics: Mapping[str, float], own: int, foreign: int) -> Itera
             "note",
             "out of domain",
             text,
-            "Look at the other scores of evaluate(); more members or particles often help.",
+            "Look at the other scores of evaluate(). More members or particles often help.",
         )
     else:
         yield Finding(
             "warning",
             "out of domain",
-            f"{text} It is more certain of foreign inputs than of its own.",
-            "Do not use its uncertainty to reject inputs; look at the normalisation of both data sets.",
+            f"{text} The posterior is more certain about out-of-distribution inputs than about the data.",
+            "Do not use its uncertainty to reject inputs, and check that both data sets are normalised alike.",
         )

@@ -1,4 +1,4 @@
-"""What a prior says before any data: the functions that it implies, and whether one can believe in them."""
+"""What a prior says before any data: the functions that it implies, and whether they are plausible."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ from pyro_bnn.program.model import BayesianNetwork, like_of
 from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import device_of, seeded, some_seed
 
-#: probability between the quantiles whose distance is the scale of a distribution
+#: probability of the central interval whose width measures the scale of a distribution
 CENTRAL = 0.9
-#: the same distance for a standard Normal, by which that of any distribution becomes a standard deviation
+#: width of this interval for a standard Normal; dividing by it gives a robust standard deviation
 NORMAL_WIDTH = 2 * math.sqrt(2) * float(torch.erfinv(torch.tensor(CENTRAL, dtype=torch.float64)))
-#: prior standard deviations from the centre of the prior beyond which data surprise it, and below which it is vague
+#: distance of the data from the centre of the prior, in prior standard deviations: above FAR the data surprise the
+#: prior, below NEAR the prior is vague
 FAR, NEAR = 3.0, 0.1
 
 
@@ -44,19 +45,21 @@ def prior_predictive(
     seed: int | None = None,
     return_site: str | None = None,
 ) -> Prediction:
-    """What the prior predicts at x: the functions ``f = net(x; w)``, ``w ~ prior``, as a posterior's prediction.
+    """The prior predictive distribution at x: functions ``f = net(x; w)`` with ``w ~ prior``, as a ``Prediction``.
 
-    What is no latent site is as the network has it: the W of a rank-1 network, normalisation layers, W_0 of a Bella.
+    Parameters that are not latent sites keep their values in the network: the W of a rank-1 network, normalisation
+    layers, the W_0 of Bella.
 
     :param model: a model of this package, or any Pyro model, which is called with x alone.
-    :param x: tensor, array, frame, dict or tuple with N rows on axis 0, any number of them.
+    :param x: tensor, array, frame, dict or tuple with N rows on axis 0.
     :param num_samples: number S of functions; ``.outputs`` is ``[S, 1, N, *output]``.
-    :param batch_size: the most rows of x in one forward pass; by default what fits a fixed memory budget.
-    :param seed: of the draws; ``None`` takes another one at each call, from torch's global generator.
-    :param return_site: of a model that is not of this package, the site whose values are wanted.
-    :raises TypeError: for what is no model.
-    :raises ValueError: for NaN in x, a prior that has no draws since it is improper, or a ``return_site`` that is
-        missing, that the model has not, or that it observes without y.
+    :param batch_size: the most rows of x in one forward pass; by default as many as fit a fixed memory budget.
+    :param seed: of the draws; ``None`` takes a new one at each call, from torch's global generator.
+    :param return_site: for your own Pyro model, the site whose values are returned.
+    :returns: a ``Prediction``, as ``Posterior.predict`` returns it.
+    :raises TypeError: when ``model`` is not callable.
+    :raises ValueError: for NaN in x, an improper prior (which has no draws), a ``return_site`` that is missing, that
+        the model does not have, or that it observes without y, or ``return_site`` with a model of this package.
     """
     if not callable(model):
         raise TypeError(f"prior_predictive takes a Pyro model, got {type(model).__name__}")
@@ -66,7 +69,10 @@ def prior_predictive(
             values = predict_from_prior(model, inputs(x, None), count, some_seed(seed), return_site)
         return Prediction(values, None)
     if return_site is not None:
-        raise ValueError("return_site= is for models of your own: one of this package returns its functions")
+        raise ValueError(
+            f"return_site={return_site!r}: expected None, as a model of this package returns its functions; "
+            "return_site is for models of your own"
+        )
     parts = []
     with frozen(model):
         for draws in prior_draws(model, num_samples, some_seed(seed)):
@@ -88,23 +94,25 @@ def prior_summary(
     batch_size: int | None = None,
     seed: int | None = None,
 ) -> dict[str, float]:
-    """Numbers about the functions that a prior implies at x; those that overflow enter ``finite`` alone.
+    """Statistics of the functions that a prior implies at x. Functions that overflow count only in ``finite``.
 
     =====================  ==========================================================================================
     ``finite``             share of functions with finite outputs at all of x
     ``classes``            classification: their number C
     ``max_probability``    classification: mean over functions and rows of the largest class probability
-    ``one_class``          classification: share of functions that put all rows in one class
+    ``one_class``          classification: share of functions that assign all rows to one class
     ``entropy``            classification: entropy of the averaged probabilities in nats, mean over rows
     ``expected_entropy``   classification: entropy of a function's probabilities in nats, mean over functions and rows
-    ``scale``              regression, counts: standard deviation of the mean of y, in units of y, median over rows
-    ``distance``           regression, counts, with y: root mean square of ``(y - m) / s``, with the centre m and the
-                           standard deviation s of the prior predictive distribution of each row, noise included
+    ``scale``              regression, counts: standard deviation over functions of the mean of y, in the unit of y,
+                           median over rows
+    ``distance``           regression, counts, with y: root mean square of ``(y - m) / s``, where m is the median and s
+                           the standard deviation of the prior predictive distribution of each row, noise included
     =====================  ==========================================================================================
 
-    Priors may have no variance, so that standard deviations are robust ones: the distance between the 5 % and 95 %
-    quantiles, divided by its value for a standard Normal (3.29); m is the median, whose own variance (of a Normal,
-    ``pi s^2 / 2`` over the number of functions) is taken off the square. s of counts is at least 1, their resolution.
+    Some priors have no variance, so standard deviations are robust: the distance between the 5 % and 95 % quantiles,
+    divided by its value for a standard Normal (3.29). The variance of the estimated median (for a Normal,
+    ``pi s^2 / 2`` over the number of functions) is subtracted from the mean square. For counts s is at least 1, their
+    resolution.
 
     :param x: N rows, at least 2.
     :param y: targets of x; used by regressions and counts.
@@ -113,17 +121,17 @@ def prior_summary(
     """
     if not isinstance(model, BayesianNetwork):
         raise TypeError(
-            f"check_prior takes one of pyro_bnn.models, got {type(model).__name__}: nothing says what the functions of "
+            f"check_prior takes one of pyro_bnn.models, got {type(model).__name__}: it cannot know what the outputs of "
             "another Pyro program mean. Look at prior_predictive(model, x, return_site=...)"
         )
     likelihood = model.likelihood
     if likelihood is None:
         raise ValueError(
-            "the model has no likelihood, so that nothing says what its functions mean: look at prior_predictive(...)"
+            "the model has no likelihood, so it is unknown what its outputs mean: look at prior_predictive(...)"
         )
     x, y = inputs(x, like_of(model)), None if y is None else targets(y, like_of(model))
     if (rows := count_rows(x, y)) < 2:
-        raise ValueError(f"x has {rows} rows: how a function differs from row to row takes at least 2")
+        raise ValueError(f"x has {rows} rows: at least 2 are needed to see how a function differs from row to row")
     seed = some_seed(seed)
     everything = prior_predictive(model, x, num_samples=num_samples, batch_size=batch_size, seed=seed)
     finite = everything.per_member.isfinite().flatten(1).all(1) & everything.outputs.isfinite().flatten(1).all(1)
@@ -141,7 +149,7 @@ def prior_summary(
         drawn = prediction.sample(seed + 1)[:, 0].flatten(1)
         target = y.to(drawn).flatten()
         if target.shape != drawn.shape[1:]:
-            raise ValueError(f"y has shape {tuple(y.shape)}; for this network it should have {tuple(mean.shape[1:])}")
+            raise ValueError(f"y has shape {tuple(y.shape)}; expected {tuple(mean.shape[1:])} for this network")
         s = _scale(drawn).clamp_min(1.0 if likelihood.kind == "count" else 0.0)
         squares = float(((target - drawn.median(0).values) / s).square().mean())
         numbers["distance"] = math.sqrt(max(0.0, squares - math.pi / (2 * len(drawn))))
@@ -158,20 +166,29 @@ def check_prior(
     batch_size: int | None = None,
     seed: int | None = None,
 ) -> Findings:
-    """Whether the functions that a prior implies at x are such as one can believe in before any data.
+    """Whether the functions that a prior implies at x are plausible before any data.
 
-    The numbers are those of :func:`prior_summary`, and the bounds:
+    The statistics are those of ``prior_summary`` in the same module. These are reported:
 
-    * any function that overflows;
-    * **saturation**: mean largest probability beyond ``(1 + u) / 2``, half-way between certainty and ``u = H_C / C``
+    * **overflow**: any function that is infinite or NaN at x;
+    * **saturation**: a mean largest probability above ``(1 + u) / 2``, half-way between certainty and ``u = H_C / C``
       (``H_C = 1 + 1/2 + ... + 1/C``), its value when class probabilities are uniform on the simplex;
-    * more than half of the functions put all of x in one class;
+    * **one class**: more than half of the functions assign all of x to one class;
     * a **preferred class**: ``exp(entropy)``, the effective number of classes, below 0.9 C (less for few functions);
-    * data more than 3 prior standard deviations from the centre of the prior, or less than a tenth of one. Even when
-      all rows rise and fall together, the first has a probability of 0.003 under a Normal prior predictive
-      distribution, and the second of 0.08; both less when rows differ.
+    * **scale**: data more than 3 prior standard deviations from the centre of the prior, or less than a tenth of one.
+      Under a Normal prior predictive distribution the first has a probability of 0.003 and the second of 0.08 if all
+      rows move together, and less if rows differ.
 
-    :param model, x, y, num_samples, batch_size, seed: see :func:`prior_summary`, which names the errors too.
+    :param model: a model of this package with a likelihood.
+    :param x: N rows, at least 2.
+    :param y: targets of x, for the scale of a regression or counts.
+    :param num_samples: number of functions drawn from the prior.
+    :param batch_size: the most rows of x in one forward pass.
+    :param seed: of the draws; ``None`` takes a new one at each call.
+    :returns: the findings, with remedies.
+    :raises TypeError: for a model that is not of this package.
+    :raises ValueError: for a model without a likelihood, an improper prior, fewer than 2 rows, NaN in x, or y that does
+        not fit.
     """
     settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
     numbers = prior_summary(model, x, y, **settings)
@@ -181,7 +198,7 @@ def check_prior(
             Finding(
                 "problem" if infinite == 1 else "warning",
                 "overflow",
-                f"{infinite:.1%} of the prior's functions are infinite or NaN somewhere at x.",
+                f"{infinite:.1%} of the prior's functions are infinite or NaN at some row of x.",
                 "Give the prior lighter tails or smaller scales (see prior=), or use double precision.",
             )
         )
@@ -195,12 +212,12 @@ def check_prior(
 def prior_draws(
     model: Program, n: int, seed: int | None = None, *, example: Inputs = None
 ) -> Iterator[dict[str, Tensor]]:
-    """``{site: [group, 1, *event]}``: n draws of all latent sites from the prior, in groups of bounded size.
+    """Yields n draws of all latent sites from the prior, ``{site: [group, 1, *event]}``, in groups of bounded size.
 
-    :param example: what a model that is not of this package is called with, if with anything.
+    :param example: the input for a model that is not of this package; ``None`` calls it without one.
     :raises ValueError: when n is not at least 1, or the prior is improper and has no draws.
     """
-    elements = MAX_ELEMENTS  # a trace has one draw
+    elements = MAX_ELEMENTS  # so that a group has one draw, as a trace does
     if isinstance(model, BayesianNetwork):
         elements = sum(site.shape.numel() for site in model.sites())
     for _, size, own_seed in in_groups(n, elements, seed):
@@ -211,7 +228,7 @@ def prior_draws(
 
 @contextlib.contextmanager
 def proper_priors() -> Iterator[None]:
-    """Inside, a prior without draws is a ValueError that says what to do."""
+    """Context in which a prior without draws raises a ValueError that says what to do."""
     try:
         yield
     except NotImplementedError as error:
@@ -245,7 +262,7 @@ def _scale(values: Tensor) -> Tensor:
 
 
 def central_width(values: Tensor) -> Tensor:
-    """``[draws, M] -> [M]``: distance between the quantiles that enclose ``CENTRAL``."""
+    """``[draws, M] -> [M]``: width of the central interval of probability ``CENTRAL``."""
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     q = torch.tensor([(1 - CENTRAL) / 2, (1 + CENTRAL) / 2], dtype=values.dtype, device=values.device)
     # torch.quantile takes at most 2^24 numbers at a time
@@ -278,16 +295,16 @@ def _check_classes(numbers: dict[str, float], functions: int) -> list[Finding]:
         Finding(
             "warning",
             "saturation",
-            f"before any data, a function of the prior gives its class a probability of {certainty:.2f} on average; "
-            f"beyond {bound:.2f} the prior is sure of what it cannot know.",
+            f"before any data, a function of the prior gives its most probable class a probability of {certainty:.2f} "
+            f"on average; above {bound:.2f} the prior is too certain.",
             "Scale the prior of weights by 1 / sqrt(fan in), or choose a smaller scale.",
         )
         if certainty > bound
         else Finding(
             "good",
             "saturation",
-            f"a function of the prior gives its class a probability of {certainty:.2f} on average, at most {bound:.2f} "
-            "as it should be.",
+            f"a function of the prior gives its most probable class a probability of {certainty:.2f} on average, which "
+            f"is at most {bound:.2f}, as it should be.",
         )
     ]
     if one_class > 0.5:
@@ -295,18 +312,18 @@ def _check_classes(numbers: dict[str, float], functions: int) -> list[Finding]:
             Finding(
                 "warning",
                 "one class",
-                f"{one_class:.0%} of the prior's functions put all of x in one class, and so hardly depend on x.",
+                f"{one_class:.0%} of the prior's functions assign all of x to one class, so they hardly depend on x.",
                 "Give biases and the weights of the last layer a narrower prior, or standardise x.",
             )
         )
-    # of few one-hot functions the average has by chance less entropy, by this much (Miller 1955)
+    # The average of a few one-hot functions has less entropy by chance, by about this much (Miller 1955).
     if effective < 0.9 * classes * math.exp(-(classes - 1) / (2 * functions)):
         found.append(
             Finding(
                 "note",
                 "preferred class",
-                f"averaged over its functions, the prior leaves {effective:.1f} of {classes} classes open: it has a "
-                "class that it prefers at these x, as a prior around a trained network should, and no other.",
+                f"averaged over its functions, the prior has {effective:.1f} effective classes of {classes}: it "
+                "prefers some class at these x, which is right only for a prior centred on a trained network.",
             )
         )
     return found
@@ -314,7 +331,7 @@ def _check_classes(numbers: dict[str, float], functions: int) -> list[Finding]:
 
 def _check_scale(numbers: dict[str, float]) -> Finding:
     scale, distance = numbers["scale"], numbers.get("distance")
-    functions = f"functions of the prior have the standard deviation {scale:.3g} at x"
+    functions = f"functions of the prior have a standard deviation of {scale:.3g} at x"
     if distance is None:
         return Finding("note", "scale", f"{functions}; give y, to compare it with the data.")
     if distance > FAR:
@@ -329,7 +346,7 @@ def _check_scale(numbers: dict[str, float]) -> Finding:
             "warning",
             "scale",
             f"{functions}: the data lie within {distance:.2g} prior standard deviations of the centre of the prior, "
-            "which takes far larger values for as probable as them.",
+            "which finds far larger values just as probable.",
             "Scale the prior of weights by 1 / sqrt(fan in), or choose a smaller scale.",
         )
     return Finding(

@@ -1,4 +1,4 @@
-"""What the ranks of simulation-based calibration say: are they uniform, and if not, how is the posterior off?"""
+"""What the ranks of simulation-based calibration say: whether they are uniform and, if not, what is wrong."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pyro_bnn.diagnostics.checking.findings import Finding, Findings
 from pyro_bnn.diagnostics.checking.uniformity import EcdfDifference, RankBand, chi_square, where_ranks_pile_up
 from pyro_bnn.entry import checks
 
-#: share of guides whose loss still falls at the end of training from which their posteriors are not what is judged
+#: if the loss of more than this share of guides is still falling, the training may be what is judged
 UNTRAINED = 0.1
-#: how far the coverage of a posterior's one-sided intervals may be off before it is a problem, not a warning
+#: error of the coverage of one-sided intervals above which a warning becomes a problem
 OFF = 0.1
 
 #: the quantity log p(y | theta)
@@ -23,27 +23,27 @@ _LONGER = (
     "Give the guide more freedom (several components, a full covariance) or more steps; give a chain a longer warm-up, "
     "or thin it more."
 )
-#: what ranks that pile up somewhere say, and what to do
+#: for each place where ranks pile up: what that says, and what to do
 _SHAPES = {
-    "ends": ("the truth lies in the tails too often, so the posterior is too narrow", _LONGER),
+    "ends": ("the truth lies in the tails of the posterior too often, so the posterior is too narrow", _LONGER),
     "middle": (
         "the truth lies in the middle of the posterior too often, so the posterior is too wide",
-        "Train the guide for more steps; look whether all the data reach the inference.",
+        "Train the guide for more steps; check that the inference uses all data.",
     ),
     "high": ("the truth lies above the draws too often, so the posterior is biased towards low values", _LONGER),
     "low": ("the truth lies below the draws too often, so the posterior is biased towards high values", _LONGER),
-    "other": ("the shape is neither a U, a hump nor a slope", "Look at ecdf_difference(...)."),
+    "other": ("the shape is not a U, a hump or a slope", "Look at ecdf_difference(...)."),
 }
-#: of the log-likelihood, which is no parameter
+#: the same for the log-likelihood, where high and low mean something else than for a parameter
 _SHAPES_OF_LOG_LIKELIHOOD = _SHAPES | {
     "high": (
-        "the data are more probable under the truth than under the draws too often, so the posterior lies too far from "
-        "the data: too wide, in the wrong place, or without having seen them",
-        "Train the guide for more steps; look whether all the data reach the inference.",
+        "the data are more probable under the truth than under the draws too often, so the posterior fits the data too "
+        "little: it is too wide, in the wrong place, or has not seen the data",
+        "Train the guide for more steps; check that the inference uses all data.",
     ),
     "low": (
-        "the data are more probable under the draws than under the truth too often, so the posterior lies too close "
-        "around the best fit",
+        "the data are more probable under the draws than under the truth too often, so the posterior is too "
+        "concentrated around the best fit",
         _LONGER,
     ),
 }
@@ -51,11 +51,11 @@ _SHAPES_OF_LOG_LIKELIHOOD = _SHAPES | {
 
 @dataclass(frozen=True, repr=False)
 class SBCResult:
-    """Ranks of what the data were made from, among draws of the posteriors that were inferred from the data.
+    """The result of :func:`sbc`: ranks of the true values among draws of the posteriors inferred from simulated data.
 
-    :param ranks: ``{quantity: [simulations, ...]}``, in 0 ... draws.
+    :param ranks: ``{quantity: [simulations, ...]}``, integers in 0 ... draws.
     :param draws: number L of draws of each posterior.
-    :param falling: number of guides whose loss was still falling when the learning rate began to fall
+    :param falling: number of guides whose loss was still falling when the learning rate began to decay
         (:func:`loss_verdict`).
     """
 
@@ -66,8 +66,8 @@ class SBCResult:
     def __repr__(self) -> str:
         least = ", ".join(f"{name} {float(p.min()):.2g}" for name, p in self.p_values().items() if p.numel())
         return (
-            f"SBCResult(simulations={self.simulations}, draws={self.draws}, falling={self.falling}; least p-value of "
-            f"uniform ranks: {least})"
+            f"SBCResult(simulations={self.simulations}, draws={self.draws}, falling={self.falling}; smallest p-values "
+            f"for uniform ranks: {least})"
         )
 
     @property
@@ -76,11 +76,11 @@ class SBCResult:
         return len(next(iter(self.ranks.values())))
 
     def p_values(self) -> dict[str, Tensor]:
-        """``{quantity: [...]}``: the p-value of uniformity of each element, by simultaneous bands of the ECDF.
+        """The p-value for uniform ranks of each element, ``{quantity: [...]}``, by simultaneous bands of the ECDF.
 
-        This is the verdict, rather than :meth:`chi_square`: it knows the order of the ranks, without which slopes and
-        U-shapes are hard to see in 100 simulations; there are no bins to choose; it is exact however few simulations
-        there are; and it can be drawn, see :meth:`ecdf_difference`.
+        :meth:`findings` uses these rather than :meth:`chi_square`: this test uses the order of the ranks, without which
+        slopes and U-shapes are hard to see in 100 simulations; it has no bins to choose; it is exact for any number of
+        simulations; and it can be drawn, see :meth:`ecdf_difference`.
 
         Source: Saeilynoja, Buerkner and Vehtari (2022); see
         :class:`~pyro_bnn.diagnostics.checking.uniformity.RankBand`.
@@ -88,26 +88,29 @@ class SBCResult:
         return {name: self._band.p_value(ranks) for name, ranks in self.ranks.items()}
 
     def chi_square(self) -> dict[str, Tensor]:
-        """``{quantity: [...]}``: the p-value of each element by Pearson's chi-square, for comparison."""
+        """The p-value of each element by Pearson's chi-square test, ``{quantity: [...]}``, for comparison."""
         return {name: chi_square(ranks, self.draws) for name, ranks in self.ranks.items()}
 
     def ecdf_difference(self, name: str, level: float = 0.95) -> EcdfDifference:
-        """The curves of a quantity and the band that goes with :meth:`p_values`, to be drawn.
+        """The ECDF curves of a quantity, and the band of :meth:`p_values`, for a plot.
+
+        :param name: a quantity, a key of ``ranks``.
+        :param level: probability that uniform ranks stay within the band at all places.
 
         :raises ValueError: for an unknown quantity, or unless ``0 < level < 1``.
         """
         if name not in self.ranks:
-            raise ValueError(f"no quantity {name!r}; there are {', '.join(self.ranks)}")
+            raise ValueError(f"name={name!r}: expected one of the quantities {', '.join(self.ranks)}")
         return self._band.ecdf_difference(self.ranks[name], level)
 
     def findings(self, level: float = 0.05) -> Findings:
         """What is wrong with the posteriors, in words.
 
-        The chance that an exact posterior has anything wrong with it is at most ``level``: p-values are multiplied by
-        the number of a quantity's elements (Bonferroni), the least of them counts, and over quantities they are
-        corrected after Holm. Ranks of a posterior that is too narrow pile up at both ends (a U), of one that is too
-        wide in the middle (a hump), of a biased one at one end (a slope). A warning becomes a problem where one-sided
-        intervals of the posterior hold the truth in more than 10 percentage points too many or too few simulations.
+        For exact posteriors the probability of any warning about calibration is at most ``level``: the smallest p-value
+        of each quantity is multiplied by its number of elements (Bonferroni), and Holm's correction is applied over
+        quantities. Ranks pile up at both ends (a U) if the posterior is too narrow, in the middle (a hump) if it is too
+        wide, and at one end (a slope) if it is biased. A warning becomes a problem if the coverage of one-sided
+        intervals is wrong by more than 10 percentage points.
 
         :raises ValueError: unless ``0 < level < 1``.
         """
@@ -120,7 +123,7 @@ class SBCResult:
                     "warning",
                     "training",
                     f"the loss of {self.falling} of {self.simulations} guides was still falling when the learning rate "
-                    "began to: what is judged may be the training, not the guide.",
+                    "began to decay: the result may say more about the training than about the guide.",
                     "Give more steps=, or a larger lr=.",
                 )
             )
@@ -148,7 +151,7 @@ class SBCResult:
             "problem" if off > OFF else "warning",
             f"calibration of {name}",
             f"the ranks{element} are not uniform in {self.simulations} simulations (corrected p = {p:.2g}): {shape}. "
-            f"One-sided intervals are up to {100 * off:.0f} percentage points off.",
+            f"The coverage of one-sided intervals is wrong by up to {100 * off:.0f} percentage points.",
             remedy,
         )
 

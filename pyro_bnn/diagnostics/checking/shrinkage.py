@@ -24,7 +24,7 @@ from pyro_bnn.randomness import some_seed
 UNINFORMED = 0.05
 #: standard deviation of the ratio of two squared widths, of n Normal draws each, times sqrt(n)
 NOISE = 2.5
-#: numbers that are kept of the draws of all sites together
+#: most numbers kept in memory, over the draws of all sites
 _MAX_ELEMENTS = 2**24
 
 
@@ -32,10 +32,10 @@ _MAX_ELEMENTS = 2**24
 class Contraction:
     """How much narrower a posterior is than its prior.
 
-    :param mean: mean contraction over the elements: 0 as wide as the prior, 1 a point, negative wider.
+    :param mean: mean contraction over the elements: 0 if as wide as the prior, 1 for a point, negative if wider.
     :param uninformed: share of elements that the data say nothing about, as far as n draws can tell: those whose
-        contraction is not above 0.05 by two of its standard errors, which are ``(1 - contraction) 2.5 / sqrt(n)``.
-    :param elements: number of elements that were looked at.
+        contraction does not exceed 0.05 by two standard errors of ``(1 - contraction) 2.5 / sqrt(n)``.
+    :param elements: number of elements that were used.
     """
 
     mean: float
@@ -51,39 +51,39 @@ def contraction(
     batch_size: int | None = None,
     seed: int | None = None,
 ) -> dict[str, Contraction]:
-    """Posterior contraction ``1 - (s_posterior / s_prior)^2`` of every latent site, and with x of ``function``.
+    """Posterior contraction ``1 - (s_posterior / s_prior)^2`` of every latent site and, with x, of ``function``.
 
-    s is the distance between the 5 % and 95 % quantiles, of all draws of all members together. For two Normals this is
-    ``1 - var_posterior / var_prior``. It is the same rule for all priors: a Cauchy has no variance, and an
-    interquartile range would see only the spike of a spike-and-slab prior. An element whose posterior is its Normal
-    prior has an estimated contraction of 0 with a standard deviation of about ``2.5 / sqrt(n)`` for n draws over all
-    members.
+    s is the distance between the 5 % and 95 % quantiles over all draws of all members. If prior and posterior are
+    Normal, the contraction is ``1 - var_posterior / var_prior``. Quantiles work for all priors: a Cauchy has no
+    variance, and an interquartile range would see only the spike of a spike-and-slab prior. If the posterior of an
+    element equals its Normal prior, the estimated contraction is 0 with a standard deviation of about ``2.5 / sqrt(n)``
+    for n draws over all members.
 
-    Sites of the hierarchy may contract while weights, whose posterior has many equivalent modes, do not: ``function``,
-    the raw outputs of the network at x, says whether the data were learned from. A site that the guide holds at a point
-    has a contraction of 1.
+    Hyper-parameters may contract while the weights, whose posterior has many equivalent modes, do not. ``function``,
+    the raw outputs of the network at x, shows whether the data were learned from. A site that the guide holds at a
+    point has a contraction of 1. The temperature of a :class:`~pyro_bnn.diagnostics.ScaledPosterior` is ignored.
 
-    :param x: N rows for ``function``. For a model that is not of this package: what it is called with, and there is no
-        ``function``.
-    A temperature of the predictions (:class:`~pyro_bnn.diagnostics.ScaledPosterior`) is left out.
-
-    :param num_samples: draws of each member of the posterior; by default as many as it stores, or 1000. Of the prior
-        there are as many over all members, since a width of few draws comes out too small. Large sites are judged by a
-        random part of their elements, so that memory stays bounded.
+    :param x: N rows at which ``function`` is evaluated. For a model that is not of this package, the input that it is
+        called with; there is no ``function`` then.
+    :param num_samples: draws of each member of the posterior; by default as many as are stored, or 1,000 from a guide.
+        The prior gets as many draws as all members together, because the width of few draws is biased towards small
+        values. For large sites a random subset of the elements is used, so that memory stays bounded.
     :param batch_size: the most rows of x in one forward pass.
-    :raises TypeError: for what is no posterior.
-    :raises ValueError: when fewer draws are stored, there are fewer than 2, the prior is improper, or it holds a site
-        at a point.
+    :param seed: of the draws; ``None`` takes a new one at each call.
+    :returns: ``{site: Contraction}`` with the fields ``mean``, ``uninformed`` and ``elements``.
+    :raises TypeError: when ``posterior`` is not a posterior.
+    :raises ValueError: when fewer draws are stored than asked for, ``num_samples`` is below 2, the prior is improper or
+        holds a site at a point, or a draw is NaN.
 
     Source: Schad, Betancourt and Vasishth (2021), "Toward a principled Bayesian workflow in cognitive science",
     Psychological Methods 26.
     """
     require_posterior(posterior)
-    # Points are drawn as often as others: quantiles of few draws of the prior would lie too close together.
+    # Point estimates get as many draws as others, since the prior gets the same number and needs many.
     checks.optional(checks.count, "num_samples", num_samples)
     n = posterior.num_stored or TAIL_DRAWS if num_samples is None else num_samples
     if n < 2:
-        raise ValueError(f"num_samples={n}: a width takes at least 2 draws, and a good one some hundred")
+        raise ValueError(f"num_samples={n}: expected at least 2, and a few hundred for an accurate width")
     seed = some_seed(seed)
     if isinstance(posterior, ScaledPosterior):
         posterior = posterior.posterior
@@ -103,7 +103,7 @@ def contraction(
 
 
 def _chosen_elements(one: dict[str, Tensor], draws: int, seed: int) -> dict[str, Tensor]:
-    """Which elements of each site to look at: all, or a random part that keeps draws of all sites within the budget."""
+    """The elements of each site to use: all, or a random subset that keeps the draws of all sites within the budget."""
     limit = max(1, _MAX_ELEMENTS // (draws * len(one)))
     generator = torch.Generator().manual_seed(seed)
     sizes = {name: value.numel() for name, value in one.items()}
@@ -124,10 +124,10 @@ def _contraction(name: str, posterior: Tensor, prior: Tensor) -> Contraction:
     """From draws ``[n, elements]`` of each."""
     for which, values in (("posterior", posterior), ("prior", prior)):
         if values.isnan().any():
-            raise ValueError(f"the {which} of {name!r} holds NaN: check_prior tells whether the prior overflows")
+            raise ValueError(f"the {which} of {name!r} holds NaN: use check_prior to see whether the prior overflows")
     before = central_width(prior)
     if not bool((before > 0).all()):
-        raise ValueError(f"the prior of {name!r} holds it at a point: there is nothing to contract")
+        raise ValueError(f"the prior of {name!r} is a point: contraction needs a prior with a width")
     ratio = (central_width(posterior) / before).square()
     most = ratio * (1 + 2 * NOISE / math.sqrt(len(posterior)))
     return Contraction(1 - float(ratio.mean()), float((1 - most < UNINFORMED).double().mean()), ratio.numel())

@@ -1,8 +1,8 @@
-"""Simulation-based calibration: whether an inference algorithm finds the posterior of a model, on data from its prior.
+"""Simulation-based calibration: whether an inference algorithm finds the posterior, on data drawn from the model.
 
 With theta ~ p(theta), y ~ p(y | theta) and L independent draws from the exact posterior p(theta | y), the rank of
-theta among the draws is uniform on 0 ... L, for every scalar function of theta and y (Talts et al. 2018, theorem 1;
-Modrak et al. 2023 for functions of y).
+theta among the draws is uniform on 0 ... L. This holds for every scalar function of theta and y (Talts et al. 2018,
+theorem 1; Modrak et al. 2023 for functions of y).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pyro_bnn.program.model import BayesianNetwork, like_of
 from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import derive_seeds, device_of, seeded, some_seed
 
-#: rows of x at which the outputs of a network are ranked
+#: number of rows of x at which the outputs of a network are ranked
 PROBES = 5
 #: last learning rate of a guide's training as a share of the first
 LAST_LR = 0.01
@@ -63,37 +63,43 @@ def sbc(
     seed: int | None = None,
     progress: bool = True,
 ) -> SBCResult:
-    """Draws theta and y from the model, infers theta from y, and ranks theta among the draws; again and again.
+    """Simulation-based calibration of an inference algorithm.
 
-    ``guide_or_kernel(model)`` is called anew for every simulation. What it returns says how the inference is done::
+    In every simulation theta and y are drawn from the model, theta is inferred from y, and the true theta is ranked
+    among the posterior draws. ``guide_or_kernel(model)`` is called for every simulation. What it returns decides how
+    the inference is done::
 
         AutoNormal, partial(pb.models.Rank1Guide, components=2)     a guide, any torch module: SVI with Trace_ELBO
         NUTS                                                        an MCMCKernel: pyro.infer.MCMC, one chain
         lambda model: lambda x, y: ...                              any other callable: a function of x and y that
                                                                     returns a Posterior, or draws {site: [n, *event]}
 
-    A guide that is a plain function goes into a module, or is trained by a function of the third kind.
+    To use a guide that is a plain function, wrap it in a module, or train it in a function of the third kind.
 
-    Ranked are every element of the latent sites; of a model of this package the outputs of the network at up to 5 rows
-    of x (``function``), since its weights have symmetries; and ``log_likelihood``, log p(y | theta), which alone shows
-    a posterior that has not looked at the data. The parameters of the model stay as they are: what is calibrated is the
-    posterior of this one model, with its W of a rank-1 network or its normalisation statistics.
+    The ranked quantities are every element of the latent sites; for a model of this package the outputs of the network
+    at up to 5 rows of x (``function``), since weights have symmetries; and ``log_likelihood``, log p(y | theta), the
+    only one that detects a posterior that ignores the data. Parameters of the model are held fixed, such as the W of a
+    rank-1 network or normalisation statistics: the posterior of this one model is calibrated.
 
     :param model: any Pyro model ``model(x, y=None)`` that samples ``obs``, with continuous latent sites.
-    :param x: its input; for a model of this package all its ``num_data`` rows.
-    :param simulations: number S of simulated data sets. 100 find a posterior scale that is off by a factor of 2.
-    :param draws: L, (nearly) independent draws of each posterior.
-    :param sites: the latent sites to rank, all by default. Large networks are better judged by ``sites=()``.
+    :param guide_or_kernel: called with the model for every simulation; see above.
+    :param x: the input of the model; for a model of this package all its ``num_data`` rows.
+    :param simulations: number S of simulated data sets, at least 2. 100 detect a posterior scale that is wrong by a
+        factor of 2.
+    :param draws: number L of (nearly) independent draws from each posterior.
+    :param sites: the latent sites to rank; by default all. For large networks use ``sites=()``.
     :param functions: further quantities ``{name: f(latents, x, y) -> tensor}``, called with one draw of all sites.
-    :param steps, lr: for a guide. Adam's learning rate is ``lr`` for half of the steps and falls exponentially to a
-        hundredth of it in the other half.
-    :param warmup: steps in which a kernel adapts.
-    :param thinning: every thinning-th state of a chain is a draw. Ranks among correlated draws pile up at both ends
+    :param steps, lr: for guides. Adam's learning rate is ``lr`` for the first half of the steps and decays
+        exponentially to a hundredth of it in the second half.
+    :param warmup: number of steps in which a kernel adapts.
+    :param thinning: every thinning-th state of a chain is used. Ranks among correlated draws pile up at both ends
         although the sampler is right: thin until the draws are nearly independent.
-    :param seed: each simulation has a seed of its own that follows from it.
-    :raises TypeError: when what the factory returns is none of the above.
-    :raises ValueError: for counts out of range, x without its ``num_data`` rows, a model without ``obs``, with an
-        improper prior or with discrete latent sites, a site that does not exist, or a name that is taken.
+    :param seed: seed from which the seeds of all simulations are derived; ``None`` takes a new one at each call.
+    :param progress: whether to show a progress bar.
+    :raises TypeError: when ``guide_or_kernel(model)`` returns none of the above.
+    :raises ValueError: for counts out of range, x without its ``num_data`` rows, a likelihood with a temperature, a
+        model without ``obs``, with an improper prior or with discrete latent sites, a site that does not exist, or two
+        quantities of one name.
     :raises FloatingPointError: when a simulation gives values that are not finite; the message has its number and seed.
 
     Source: Talts, Betancourt, Simpson, Vehtari and Gelman (2018), arXiv 1804.06788; Modrak, Moon, Kim, Buerkner,
@@ -127,7 +133,7 @@ def sbc(
 
 
 class _Experiment:
-    """One model at one input: simulates, infers and ranks."""
+    """Simulates, infers and ranks, for one model and input."""
 
     def __init__(
         self,
@@ -143,14 +149,14 @@ class _Experiment:
         self.obs = self.network.site("obs") if self.network is not None else "obs"
         if self.network is not None and self.network.num_data is not None and count_rows(x) != self.network.num_data:
             raise ValueError(
-                f"x has {count_rows(x)} rows, but num_data={self.network.num_data}: data are simulated at all of "
-                "its rows, and all of them are in the posterior"
+                f"x has {count_rows(x)} rows, but the model has num_data={self.network.num_data}: give all inputs, as "
+                "the posterior is that given data at all of them"
             )
         likelihood = getattr(self.network, "likelihood", None)
         if likelihood is not None and likelihood.temperature != 1:
             raise ValueError(
-                f"the likelihood has the temperature {likelihood.temperature}: data are simulated from the model "
-                "without it, and the tempered posterior is another one than theirs. Leave temperature= out"
+                f"the likelihood has temperature={likelihood.temperature}: expected 1, as data are simulated without a "
+                "temperature and the tempered posterior is not the one they have. Leave temperature= out"
             )
         self.x = x
         store = pyro.get_param_store()
@@ -165,7 +171,7 @@ class _Experiment:
         wanted = self.latents if sites is None else checks.names("sites", sites)
         if unknown := [name for name in wanted if name not in self.latents]:
             raise ValueError(
-                f"sites: {unknown[0]!r} is no latent site of the model; there are {', '.join(self.latents)}"
+                f"sites: {unknown[0]!r} is not a latent site of the model; expected any of {', '.join(self.latents)}"
             )
         names = [*wanted, *functions, LOG_LIKELIHOOD, *([FUNCTION] if self.network is not None else [])]
         if taken := [name for name in names if names.count(name) > 1]:
@@ -176,12 +182,12 @@ class _Experiment:
 
     @contextlib.contextmanager
     def one(self) -> Iterator[None]:
-        """Where one simulation runs: whatever it trains or moves, the next one has the model as it was given."""
+        """Context for one simulation. Afterwards model and parameters are as they were given."""
         with frozen(self.model), pyro.get_param_store().scope(self._parameters()):
             yield
 
     def _parameters(self) -> Any:
-        """A copy of what the parameter store holds of the model, with no gradients: nothing trains it."""
+        """A copy of the model's entries in the parameter store, without gradients, so that nothing trains them."""
         params, constraints = self._store["params"], self._store["constraints"]
         return {"params": {name: p.clone() for name, p in params.items()}, "constraints": dict(constraints)}
 
@@ -193,8 +199,8 @@ class _Experiment:
     def _latent_sites(self, nodes: dict[str, Any]) -> list[str]:
         if self.obs not in nodes or nodes[self.obs]["type"] != "sample" or nodes[self.obs]["is_observed"]:
             raise ValueError(
-                f"called without y, the model draws no site {self.obs!r}: there are no data to simulate. A model of "
-                "this package needs a likelihood, another one pyro.sample('obs', ..., obs=y)"
+                f"called without y, the model draws no site {self.obs!r}, so no data can be simulated. A model of this "
+                "package needs a likelihood, your own needs pyro.sample('obs', ..., obs=y)"
             )
         latents = [
             name
@@ -207,8 +213,8 @@ class _Experiment:
         for name in latents:
             if nodes[name]["fn"].support.is_discrete:
                 raise ValueError(
-                    f"the latent site {name!r} is discrete: sum it out (a mixture distribution), as guides and kernels "
-                    "need it too"
+                    f"the latent site {name!r} is discrete: expected continuous sites. Sum it out (with a mixture "
+                    "distribution), as guides and kernels also require"
                 )
         return latents
 
@@ -252,25 +258,25 @@ class _Experiment:
                 "lr_lambda": lambda step: LAST_LR ** (max(0, step - half) / (steps - half)),
             }
         )
-        svi = SVI(self.model, guide, adam, Trace_ELBO())  # parameters of the model have no gradients here
+        svi = SVI(self.model, guide, adam, Trace_ELBO())  # the model's parameters have no gradients here
         guide.train()
         losses = []
         for step in range(steps):
-            # Distributions validate their arguments on the first step; later ones have the same shapes.
+            # Distributions validate their arguments only in the first step, as later steps have the same shapes.
             with pyro.validation_enabled(step == 0):
                 loss = svi.step(self.x, y)
             if not math.isfinite(loss):
                 raise FloatingPointError(f"the loss became {loss} at step {step + 1} of SVI; try a smaller lr")
             losses.append(loss)
             adam.step()
-        # with a small learning rate every loss is at rest
+        # judge only the first half: with a small learning rate any loss seems to have converged
         self.falling += half > 0 and loss_verdict(losses[:half]).state == "falling"
 
     def ranks(self, truth: Latents, posterior: Posterior, draws: int, y: Tensor) -> dict[str, Tensor]:
         drawn = posterior.sample(draws)
         for name, value in truth.items():
             if name not in drawn or drawn[name].shape[1:] != value.shape:
-                got = f"has the shape {tuple(drawn[name].shape[1:])} there" if name in drawn else "is missing there"
+                got = f"has the shape {tuple(drawn[name].shape[1:])}" if name in drawn else "is missing"
                 raise ValueError(
                     f"the draws of the posterior do not fit the model: {name!r} {got}, expected {tuple(value.shape)}"
                 )
@@ -295,7 +301,7 @@ class _Experiment:
 
 
 def _rank(name: str, values: Tensor) -> Tensor:
-    """``[1 + L, ...] -> [...]``: how many of the last L are below the first; among equal ones a place at random."""
+    """``[1 + L, ...] -> [...]``: the rank of the first among the last L, with ties broken at random."""
     if values.isnan().any():
         raise FloatingPointError(f"{name!r} is NaN under the posterior")
     values = values.cpu()

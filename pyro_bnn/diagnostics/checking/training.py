@@ -1,4 +1,4 @@
-"""Whether a training run has come to rest: a verdict on its loss."""
+"""Whether a training run has converged, judged by its loss."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Literal
 import numpy as np
 import scipy.stats
 
-#: blocks into which the second half of training is cut, whose means are nearly independent
+#: number of blocks into which the second half of training is cut; their means are nearly independent
 BLOCKS = 20
-#: fewest steps with which something can be said: ten in each block
+#: fewest steps for a verdict: ten in each block
 FEWEST = 2 * BLOCKS * 10
-#: share of the whole decrease of the loss that still to come is worth going on for
+#: change of the loss, as a share of its total decrease, that matters
 WORTH = 0.01
+#: significance level of Kendall's tau
 LEVEL = 0.01
-#: share of the steps of a block, the largest and the smallest, that its mean leaves out
+#: share of the largest and of the smallest losses of a block that its trimmed mean leaves out
 TRIMMED = 0.1
-#: median absolute deviations (as standard deviations) by which a block at the end must lie above the others to count
+#: robust standard deviations by which a block at the end must lie above the others to count as a rise
 FAR = 8.0
 
 
@@ -27,13 +28,13 @@ FAR = 8.0
 class LossVerdict:
     """What the loss does in the second half of training.
 
-    :param state: ``"converged"``; ``"falling"`` or ``"rising"``, by more than 1 % of the whole decrease over that half
-        and more than its noise explains, or ``"rising"`` at the very end; ``"diverged"``, with a loss that is not
-        finite at the end or in a whole block of the second half; or ``"unknown"``, with fewer than 400 steps.
-    :param change: what the loss changes by over the second half, by the Theil-Sen line through 20 blocks, in nats per
-        datum.
-    :param standard_error: of the change, from its 95 % interval.
-    :param level: mean of the last block, in nats per datum.
+    :param state: ``"converged"``; ``"falling"`` or ``"rising"`` if the change over that half is significant and exceeds
+        1 % of the total decrease, or if the loss jumps up at the very end (``"rising"``); ``"diverged"`` if the last
+        loss or a whole block of the second half is not finite; ``"unknown"`` for fewer than 400 steps.
+    :param change: change of the loss over the second half, by a Theil-Sen line through 20 blocks, in nats per datum;
+        NaN if the state is ``"diverged"`` or ``"unknown"``.
+    :param standard_error: standard error of the change, from its 95 % interval.
+    :param level: trimmed mean of the last block, in nats per datum.
     """
 
     state: Literal["converged", "falling", "rising", "diverged", "unknown"]
@@ -43,21 +44,23 @@ class LossVerdict:
 
 
 def loss_verdict(losses: Sequence[float]) -> LossVerdict:
-    """The verdict on the losses of all training steps, in the order of training.
+    """Whether the loss has converged, judged by the losses of all training steps in order.
 
-    The second half is cut into 20 blocks, each with the mean of its steps but for the tenth that is largest and the
-    tenth that is smallest. The change is real when Kendall's tau of blocks and time differs from zero at the level of
-    1 %, and matters when the slope of Theil and Sen is more than 1 % of the decrease of the loss, from the 90 %
-    quantile of 40 blocks of all steps to the least of them; a few bad steps or blocks move none of these. One of the
-    last two blocks that lies far above the others (by 8 standard deviations, from their median absolute deviation, and
-    by 1 % of the decrease) is a rise as well: a run that blew up at its end.
+    The second half of training is cut into 20 blocks. The mean of each block leaves out the largest and the smallest
+    tenth of its losses. The change over the second half is significant if Kendall's tau of blocks and time differs from
+    zero at the 1 % level. It matters if the Theil-Sen slope exceeds 1 % of the decrease of the loss, which is measured
+    from the 90 % quantile of 40 blocks over all steps to the smallest of them. None of these depends much on a few bad
+    steps or blocks. A loss that jumps up at the end also counts as rising: one of the last two blocks then exceeds the
+    median block by 8 robust standard deviations (from the median absolute deviation) and by 1 % of the decrease.
 
     :param losses: negative ELBO per datum in nats, one for each step, as in ``posterior.losses``.
-    :raises ValueError: when there are none: a posterior of a sampler has no losses.
+    :returns: the state of the loss (``state``), its ``change`` over the second half with a ``standard_error``, and its
+        final ``level``; all but the state are in nats per datum.
+    :raises ValueError: when there are no losses, as for the posterior of a sampler.
     """
     values = np.asarray(losses, dtype=float)
     if values.ndim != 1 or not values.size:
-        raise ValueError("there are no losses: the posterior is of a sampler, or was not made by fit()")
+        raise ValueError("losses is empty: the posterior comes from a sampler, or was not made by fit()")
     finite = np.isfinite(values)
     if not finite[-1]:
         return LossVerdict("diverged", math.nan, math.nan, float(values[-1]))

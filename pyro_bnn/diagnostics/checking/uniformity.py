@@ -17,9 +17,10 @@ from pyro_bnn.entry import checks
 class EcdfDifference:
     """The empirical distribution function of ranks minus that of a uniform distribution, with its band.
 
-    :param z: ``[L]``: shares of the possible ranks, ``1 / (L + 1) ... L / (L + 1)``.
-    :param difference: ``[L, ...]``: share of all ranks that are in the lowest part of size z, minus z.
-    :param lower, upper: ``[L]``: uniform ranks stay within them, at all z at once, with the level's probability.
+    :param z: ``[L]``: fractions of the possible ranks, ``1 / (L + 1) ... L / (L + 1)``.
+    :param difference: ``[L, ...]``: share of the ranks that are among the lowest fraction z of possible ranks, minus z.
+    :param lower, upper: ``[L]``: bounds of the band. Uniform ranks stay within it, at all z simultaneously, with the
+        probability ``level``.
     """
 
     z: Tensor
@@ -29,15 +30,15 @@ class EcdfDifference:
 
 
 class RankBand:
-    """The joint distribution of ``R_i``, how many of S ranks are among the lowest i of ``0 ... L``, i = 1 ... L.
+    """The joint distribution of ``R_i``, the number of the S ranks that are below i, for i = 1 ... L.
 
-    Under uniform ranks each R_i is ``Bin(S, z_i)``, ``z_i = i / (L + 1)``. The statistic of S ranks is the tail
-    probability of the least probable count, and its p-value the chance of as small a one under uniform ranks::
+    For uniform ranks in ``0 ... L`` each R_i is ``Bin(S, z_i)`` with ``z_i = i / (L + 1)``. The statistic g is the tail
+    probability of the least probable R_i. The p-value is the probability that uniform ranks have a g' as small::
 
         g = 2 min_i min(P(Bin(S, z_i) <= R_i), P(Bin(S, z_i) >= R_i)),    p = P(g' <= g)
 
-    p is exact, without simulation: the counts of the single ranks are independent Poisson numbers given their sum S, so
-    that R_1, R_2, ... is a random walk that stays inside the band or leaves it.
+    p is computed exactly, without simulation: the counts of the single ranks are independent Poisson variables
+    conditioned on their sum S, so R_1, R_2, ... is a random walk, and p is the probability that it leaves the band.
 
     :param count: S.
     :param largest: L.
@@ -62,14 +63,14 @@ class RankBand:
         return torch.stack([(ranks < i).sum(0) for i in range(1, self.largest + 1)])
 
     def p_value(self, ranks: Tensor) -> Tensor:
-        """``[S, ...] -> [...]``, to about 1e-12."""
+        """``[S, ...] -> [...]``: the p-value of uniformity, with an error of about 1e-12."""
         below = self.below(ranks)
         g = self._tail.gather(1, below.reshape(self.largest, -1)).amin(0)
         distinct, index = g.unique(return_inverse=True)
         return self._leaving(distinct)[index].reshape(ranks.shape[1:])
 
     def ecdf_difference(self, ranks: Tensor, level: float = 0.95) -> EcdfDifference:
-        """The curves of ``[S, ...]`` ranks and their band, to be drawn.
+        """The ECDF curves of ranks ``[S, ...]`` and their band, for a plot.
 
         :raises ValueError: unless ``0 < level < 1``.
         """
@@ -80,10 +81,12 @@ class RankBand:
         return EcdfDifference(z, ecdf - z.reshape((-1,) + (1,) * (ecdf.dim() - 1)), lower - z, upper - z)
 
     def limits(self, level: float) -> tuple[Tensor, Tensor]:
-        """The least and largest ``R_i / S`` of the band, ``[L]`` each: counts with a p-value of ``1 - level`` or less
-        leave it, and no others."""
+        """The smallest and largest ``R_i / S`` within the band, ``[L]`` each.
+
+        Ranks leave the band if and only if their p-value is ``1 - level`` or less.
+        """
         statistics = self._tail.unique()
-        inside, outside = len(statistics), 0  # bisection: of the statistics in order, the first so many are outside
+        inside, outside = len(statistics), 0  # bisection: the first `outside` of the sorted statistics are outside
         while outside < inside:
             middle = (outside + inside) // 2
             if float(self._leaving(statistics[middle : middle + 1])) <= 1 - level:
@@ -96,7 +99,7 @@ class RankBand:
 
     def _within(self, g: Tensor) -> Tensor:
         """``[G] -> [G, L, S + 1]``: the counts whose tails are larger than g."""
-        return self._tail > g[:, None, None] * (1 + 1e-9)  # tails that are equal by symmetry differ by rounding
+        return self._tail > g[:, None, None] * (1 + 1e-9)  # tails equal by symmetry differ by rounding
 
     def _leaving(self, g: Tensor) -> Tensor:
         """``[G]``: the probability that some R_i has a tail of at most g."""
@@ -108,9 +111,10 @@ class RankBand:
 
 
 def chi_square(ranks: Tensor, largest: int) -> Tensor:
-    """``[S, ...] -> [...]``: the p-value of Pearson's chi-square for ranks in ``0 ... largest``.
+    """``[S, ...] -> [...]``: the p-value of Pearson's chi-square test for ranks in ``0 ... largest``.
 
-    It takes as many bins of one width as divide the ranks and leave 5 or more of S to a bin (Cochran 1954), at least 2.
+    Bins have equal width. Their number is the largest that divides the number of possible ranks and leaves an expected
+    count of 5 or more in each bin (Cochran 1954), but at least 2.
     """
     possible = largest + 1
     most = max(2, len(ranks) // 5)
@@ -121,16 +125,16 @@ def chi_square(ranks: Tensor, largest: int) -> Tensor:
 
 
 def where_ranks_pile_up(ranks: Tensor, largest: int) -> Literal["low", "high", "ends", "middle", "other"]:
-    """Where ``[S]`` ranks in ``0 ... largest`` are too many, by whichever of mean and variance is further off.
+    """Where ranks ``[S]`` in ``0 ... largest`` pile up, judged by their mean or variance, whichever is further off.
 
-    At the ends means in the outer quarters on both sides, in the middle that both are too empty; ``other`` when mean
-    and variance are within two standard deviations of those of uniform ranks.
+    ``ends``: both outer quarters have too many ranks. ``middle``: both have too few. ``other``: mean and variance are
+    within two standard deviations of those of uniform ranks.
     """
     n = largest + 1
     variance, fourth = (n**2 - 1) / 12, (n**2 - 1) * (3 * n**2 - 7) / 240  # central moments on 0 ... L
     deviation = ranks.double() - largest / 2
     slope = float(deviation.mean()) / math.sqrt(variance / len(ranks))
-    # of two possible ranks the variance cannot be off
+    # With two possible ranks the variance is constant.
     spread = float(deviation.square().mean() - variance) / (math.sqrt((fourth - variance**2) / len(ranks)) or math.inf)
     if max(abs(slope), abs(spread)) < 2:
         return "other"

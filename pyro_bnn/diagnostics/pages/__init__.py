@@ -1,9 +1,9 @@
-"""Pages of HTML, one file each: about one posterior, or about several that are compared.
+"""HTML pages, each a single file: a report of one posterior, or a comparison of several.
 
 * ``report``: the page about one posterior.
-* ``comparison``: the page about several.
-* ``gallery``: the pictures of both, with their main numbers in words.
-* ``glossary``: how each metric is called and written.
-* ``page``: tables and pictures, and how a template is filled in.
-* ``templates``: what pages look like: Jinja2 templates and the style sheet.
+* ``comparison``: the page about several posteriors.
+* ``gallery``: the figures of both pages, with their main numbers as text.
+* ``glossary``: the name, number format and direction of each metric.
+* ``page``: tables, figures and rendering of templates.
+* ``templates``: Jinja2 templates and the style sheet.
 """

@@ -1,4 +1,4 @@
-"""One page about several posteriors of the same data: a table of their metrics, paired differences, pictures."""
+"""A page that compares posteriors on the same data: a table of metrics, paired differences and figures."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 class Candidate:
     """One of the posteriors that are compared.
 
-    :param metrics: what ``evaluate`` says of it.
-    :param num_samples: draws of every member, as many as its metrics are of.
-    :param description: a few words beside its name.
+    :param metrics: what ``evaluate`` returned for it.
+    :param num_samples: draws of every member; the same number as for the metrics.
+    :param description: a few words that stand below its name.
     """
 
     posterior: Posterior
@@ -39,10 +39,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """By how much more nats per datum a posterior misses the data than the best one.
+    """Difference of the test NLL of a posterior from that of the best one, in nats per datum.
 
     :param mean: (1/N) sum_n d_n with d_n = -log p(y_n) + log p_best(y_n); 0 for the best itself.
-    :param se: its standard error, sqrt(var(d) / N), as the data are paired.
+    :param se: its standard error for paired data, sqrt(var(d) / N).
     """
 
     mean: float
@@ -53,18 +53,19 @@ class PairedDifference:
 
 
 def differences(nll: Mapping[str, Tensor]) -> dict[str, PairedDifference]:
-    """Paired differences of test NLL from the posterior with the lowest, in nats per datum.
+    """Paired differences of the test NLL from that of the best posterior, in nats per datum.
 
-    Data on which all do alike drop out, so that the standard error is far below that of each NLL.
+    Data that all posteriors predict equally well cancel out, so the standard error of a difference is usually far below
+    that of each NLL.
 
-    :param nll: ``{name: [N]}``, of the same data in the same order.
+    :param nll: ``{name: [N]}``, for the same data in the same order.
     :raises ValueError: when there are fewer than two data, or the numbers of data differ.
 
     Source: Vehtari, Gelman and Gabry (2017), section 5.1, there for leave-one-out densities.
     """
     lengths = {name: len(values) for name, values in nll.items()}
     if len(set(lengths.values())) != 1 or min(lengths.values()) < 2:
-        raise ValueError(f"expected the same data, at least two, for all: their numbers are {lengths}")
+        raise ValueError(f"expected the same data, at least two, for all posteriors: got {lengths} data")
     best = min(nll.values(), key=lambda values: float(values.mean()))
     gaps = {name: values - best for name, values in nll.items()}
     return {
@@ -83,17 +84,17 @@ def comparison(
     batch_size: int | None = None,
     seed: int | None = None,
 ) -> dict[str, PairedDifference]:
-    """Writes one HTML file about all candidates, that needs nothing else.
+    """Writes one self-contained HTML file that compares all candidates.
 
-    :param data: as for :func:`evaluate`, in an order that stays the same, and no iterator, as it is passed over for
-        each candidate; data that none has seen.
-    :param path: of the page, which appears whole or not at all.
-    :param ood: inputs from elsewhere, of the same form; for classification.
-    :param settings: what they have in common, for a table at the end.
+    :param data: held-out data, as for :func:`evaluate`. Its order must be fixed, and it cannot be an iterator, as it
+        is read once for each candidate.
+    :param path: the file to write. It is written completely or not at all.
+    :param ood: out-of-distribution inputs of the same form; for classification only.
+    :param settings: settings that all candidates share, for a table at the end.
     :returns: the paired differences of their test NLL.
-    :raises TypeError: for an iterator as data or ood.
-    :raises ValueError: with fewer than two candidates.
-    :raises IsADirectoryError: when the path is that of a folder.
+    :raises TypeError: when data or ood is an iterator.
+    :raises ValueError: for fewer than two candidates.
+    :raises IsADirectoryError: when the path is a folder.
     """
     require_repeatable(data, "data")
     require_repeatable(ood, "ood")
@@ -114,27 +115,27 @@ def comparison(
         verdict=verdict(gaps),
         metrics=metrics_table(candidates, gaps),
         pictures=list(_pictures(scored, ood is not None)),
-        settings=page.settings_table("What all have in common", settings) if settings else None,
+        settings=page.settings_table("Settings that all share", settings) if settings else None,
     )
     page.write(path, html)
     return gaps
 
 
 def verdict(gaps: Mapping[str, PairedDifference]) -> str:
-    """Which is best by test NLL, and which cannot be told from it."""
+    """Which posterior is best by test NLL, and which cannot be distinguished from it."""
     best = min(gaps, key=lambda name: gaps[name].mean)
     close = [name for name, gap in gaps.items() if name != best and gap.mean <= 2 * gap.se]
     if not close:
         return f"By test NLL {best} is best, by more than two standard errors of the paired differences."
     are = "is" if len(close) == 1 else "are"
     return (
-        f"By test NLL {best} is best; {', '.join(close)} {are} within two standard errors of it, so these data do not "
+        f"By test NLL {best} is best; {', '.join(close)} {are} within two standard errors of it, so these data cannot "
         "tell them apart."
     )
 
 
 def best_of(shown: MetricFormat, values: Iterable[float | None]) -> float | None:
-    """The best of the values that are there; ``None`` for what is no merit, or when all are the same."""
+    """The best of the values that are given; ``None`` if the metric has no better direction or all values are equal."""
     known = [value for value in values if value is not None]
     if not shown.better or len(set(known)) < 2:
         return None
@@ -142,7 +143,7 @@ def best_of(shown: MetricFormat, values: Iterable[float | None]) -> float | None
 
 
 def metrics_table(candidates: Mapping[str, Candidate], gaps: Mapping[str, PairedDifference]) -> Table:
-    """One column for each candidate; the best of each row says so."""
+    """A table with one column for each candidate, in which the best value of each row is marked."""
     formats = dict(formats_of(*(one.metrics for one in candidates.values())))
     differing = [
         Cell(

@@ -1,4 +1,4 @@
-"""Pictures for a page, each with its main numbers in words."""
+"""Figures for a page, each with its main numbers as text."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from pyro_bnn.sparsity.inclusion import has_inclusion
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior, Prediction
 
-#: level of the intervals that words name
+#: level of the intervals that texts mention
 _NAMED_LEVEL = 0.9
 
 
 def calibration(scored: Scored, of: str = "") -> Picture:
-    """Whether confidence, or the level of intervals, is what comes true."""
+    """Whether confidence matches the accuracy, or the level of intervals their coverage."""
     if scored.probs is not None:
         bins = reliability(scored.probs, scored.y)
         accuracy, confidence = 1 - float(scored.loss.mean()), float(scored.confidence.mean())
@@ -42,77 +42,79 @@ def calibration(scored: Scored, of: str = "") -> Picture:
             plots.plot_reliability(bins),
             f"Accuracy against confidence in {len(bins.count)} bins: accuracy {accuracy:.3f}, mean confidence "
             f"{confidence:.3f}, calibration error {bins.error:.3f}.",
-            "On the dashed line predictions are right as often as they say.",
+            "On the dashed line the accuracy equals the confidence.",
         )
     if scored.pit is None:
-        raise ValueError("there are neither class probabilities nor a predictive distribution function to draw")
+        raise ValueError("there are neither class probabilities nor predictive distribution functions to draw")
     inside = float(((2 * scored.pit - 1).abs() <= _NAMED_LEVEL).double().mean())
     return Picture(
         f"Coverage of intervals{of}",
         plots.plot_calibration_curve(scored.pit.clamp(0, 1)),
         f"Share of data inside central intervals against their level: {inside:.1%} are inside the "
         f"{_NAMED_LEVEL:.0%} intervals.",
-        "On the dashed line intervals hold as many data as they say; above it they are too wide.",
+        "On the dashed line the coverage equals the level; above it intervals are too wide.",
     )
 
 
 def selection(scored: Mapping[str, Scored]) -> Picture:
-    """How the loss falls when only the most confident predictions are kept."""
+    """How much the loss falls if only the most confident predictions are kept."""
     areas = ", ".join(f"{name} {aurc(one.confidence, one.loss):.4g}" for name, one in scored.items())
     loss = "squared error" if next(iter(scored.values())).probs is None else "error"
     return Picture(
         "Risk and coverage",
         plots.plot_risk_coverage({name: (one.confidence, one.loss) for name, one in scored.items()}),
         f"Mean {loss} of the most confident predictions against the share that is kept. Area under the curve: {areas}.",
-        "A posterior that knows what it does not know is low on the left.",
+        "A curve that is low on the left shows that the most confident predictions are the best ones.",
     )
 
 
 def elsewhere(scored: Scored, of: str = "") -> Picture:
-    """Whether inputs from elsewhere are less certain.
+    """Whether predictions are less certain for out-of-distribution inputs.
 
-    :raises ValueError: when none were scored.
+    :raises ValueError: when no such inputs were scored.
     """
     if scored.inside is None or scored.outside is None:
-        raise ValueError("no inputs from elsewhere were scored: give ood=")
+        raise ValueError("no out-of-distribution inputs were scored: give ood=")
     return Picture(
-        f"Inputs from elsewhere{of}",
+        f"Out-of-distribution inputs{of}",
         plots.plot_ood(scored.inside, scored.outside),
         f"Predictive entropy of {len(scored.inside):,} test inputs, mean {float(scored.inside.mean()):.3f} nats, "
         f"and of {len(scored.outside):,} others, mean {float(scored.outside.mean()):.3f} nats. AUROC "
         f"{auroc(scored.inside, scored.outside):.3f}.",
-        "Inputs that are unlike all training data should lie on the right.",
+        "Inputs that differ from all training data should lie on the right.",
     )
 
 
 def posterior_pictures(
     posterior: Posterior, x: Inputs, prediction: Prediction, y: Tensor, seed: int
 ) -> Iterator[Picture]:
-    """What there is to see of the posterior itself and of the run that found it.
+    """Yields the figures of the posterior itself and of the run that found it.
 
-    :param x: some test inputs, for a band where they are one number each, and for how far members are apart.
+    :param x: some test inputs, for the regression band if they are single numbers, and for R-hat.
+    :param prediction: the prediction at x.
+    :param y: the targets of x.
     """
     if _is_line(x, prediction):
         yield Picture(
             "Regression band",
             plots.plot_band(x, prediction, y),
-            f"Mean and intervals of the prediction over the only input, with {len(y):,} test data.",
-            "Intervals of y in blue; hatched: what is uncertain of the mean.",
+            f"Mean and intervals of the prediction against the only input, with {len(y):,} test data.",
+            "Intervals of y are blue; the uncertainty of the mean is hatched.",
         )
     if posterior.num_members > 1:
         distances = plots.member_distances(prediction)
         apart = distances[~torch.eye(len(distances), dtype=torch.bool, device=distances.device)]
         yield Picture(
-            "Members apart",
+            "Distances between members",
             plots.plot_particles(prediction),
-            f"How far apart the predictions of each two of {posterior.num_members} members are: between "
+            f"Distances between the predictions of all pairs of {posterior.num_members} members: between "
             f"{float(apart.min()):.3g} and {float(apart.max()):.3g}, on average {float(apart.mean()):.3g}.",
-            "Members that lie on one another are one member.",
+            "Members at distance 0 make the same predictions.",
         )
     if comparable(posterior):
         found = convergence(posterior, first_rows(x, PROBES), seed=seed)
         rhat, ess = (torch.as_tensor(found[name].values).flatten() for name in ("rhat", "ess_bulk"))
-        moving = ess.isfinite() & rhat.isfinite()  # some classes may have the same probability in all draws
+        moving = ess.isfinite() & rhat.isfinite()  # a class may have the same probability in all draws
         if bool(moving.any()):
             yield Picture(
                 "Convergence",
@@ -136,8 +138,8 @@ def posterior_pictures(
     yield Picture(
         "Forest of sites",
         plots.plot_forest(draws),
-        "Medians with central 50 % and 94 % intervals of scales, and of the mean and spread of the weights of each "
-        f"layer, over the draws of {posterior.num_members} member{'s' if posterior.num_members > 1 else ''}.",
+        "Medians with central 50 % and 94 % intervals of scales, and of the mean and standard deviation of the weights "
+        f"of each layer, over the draws of {posterior.num_members} member{'s' if posterior.num_members > 1 else ''}.",
     )
     if has_inclusion(posterior.model):
         inclusion = posterior.inclusion_probabilities()
@@ -151,13 +153,13 @@ def posterior_pictures(
     own = posterior.guide.figures() if isinstance(posterior.guide, MixtureGuide) else {}
     for name, figure in own.items():
         width, height = figure.get_size_inches()
-        if width > WIDTH:  # smaller on the page its text would be smaller too
+        if width > WIDTH:  # scaling a wide figure down on the page would make its text too small
             figure.set_size_inches(WIDTH, height * WIDTH / width)
         yield Picture(name, figure, name)
 
 
 def _is_line(x: Inputs, prediction: Prediction) -> TypeGuard[Tensor]:
-    """Whether the prediction is of one number, over one number."""
+    """Whether the prediction has one output and x one number per row."""
     one_input = isinstance(x, Tensor) and x[0].numel() == 1 and x.dim() <= 2
     return (
         one_input

@@ -1,4 +1,4 @@
-"""What the metrics are called, how they are written and which way they get better: for tables on every medium."""
+"""The name, number format and direction of each metric, for all tables."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class MetricFormat:
     """How one metric is shown.
 
     :param label: its name in a table.
-    :param pattern: how a value is written.
-    :param better: ``"lower"``, ``"higher"``, or ``"near 0.95"`` and alike; empty for what is no merit.
-    :param meaning: one sentence.
+    :param pattern: the format of a value.
+    :param better: ``"lower"``, ``"higher"``, or ``"near <value>"``; empty if no direction is better.
+    :param meaning: a short explanation.
     """
 
     label: str
@@ -25,9 +25,9 @@ class MetricFormat:
         return "–" if value is None else self.pattern.format(value)
 
     def loss(self, value: float) -> float:
-        """Smaller for what is better.
+        """A number that is smaller for better values.
 
-        :raises ValueError: for a metric that is no merit.
+        :raises ValueError: for a metric without a better direction.
         """
         if self.better == "lower":
             return value
@@ -35,7 +35,7 @@ class MetricFormat:
             return -value
         if self.better.startswith("near "):
             return abs(value - float(self.better.removeprefix("near ")))
-        raise ValueError(f"{self.label!r} does not tell a better value from a worse one")
+        raise ValueError(f"{self.label!r} has no better direction")
 
 
 METRIC_FORMATS: dict[str, MetricFormat] = {
@@ -49,9 +49,9 @@ METRIC_FORMATS: dict[str, MetricFormat] = {
         "Brier score", better="lower", meaning="mean squared distance of probabilities from the truth"
     ),
     "ece": MetricFormat("ECE", better="lower", meaning="calibration error, 15 bins of equal width"),
-    "ece_adaptive": MetricFormat("ECE, adaptive", better="lower", meaning="calibration error, bins of equal mass"),
+    "ece_adaptive": MetricFormat("ECE, adaptive", better="lower", meaning="calibration error, bins of equal size"),
     "ece_classwise": MetricFormat(
-        "ECE, class-wise", better="lower", meaning="calibration error of every class, their mean"
+        "ECE, class-wise", better="lower", meaning="calibration error of each class, averaged over classes"
     ),
     "coverage": MetricFormat(
         "coverage of 95 % intervals", "{:.3f}", "near 0.95", "share of rows inside the central 95 % interval"
@@ -59,17 +59,23 @@ METRIC_FORMATS: dict[str, MetricFormat] = {
     "width": MetricFormat(
         "width of 95 % intervals", "{:.4g}", "", "in the unit of the target; narrow is good where the coverage is right"
     ),
-    "aurc": MetricFormat("AURC", "{:.3g}", "lower", "mean error of the most confident rows, over all coverages"),
-    "augrc": MetricFormat("AUGRC", "{:.3g}", "lower", "mean share of rows kept and wrong, over all coverages"),
+    "aurc": MetricFormat(
+        "AURC", "{:.3g}", "lower", "error rate of the most confident rows, averaged over all coverages"
+    ),
+    "augrc": MetricFormat("AUGRC", "{:.3g}", "lower", "share of rows kept and wrong, averaged over all coverages"),
     "risk_at_80": MetricFormat(
-        "error at 80 % coverage", better="lower", meaning="error of the 80 % most confident rows"
+        "error at 80 % coverage", better="lower", meaning="error rate of the 80 % most confident rows"
     ),
     "ood_auroc": MetricFormat(
-        "OOD AUROC", better="higher", meaning="how well uncertainty tells foreign inputs, 0.5: not"
+        "OOD AUROC", better="higher", meaning="how well uncertainty detects out-of-distribution inputs; 0.5 is chance"
     ),
-    "ood_aupr": MetricFormat("OOD AUPR", better="higher", meaning="area under precision and recall of foreign inputs"),
+    "ood_aupr": MetricFormat(
+        "OOD AUPR", better="higher", meaning="area under the precision-recall curve for out-of-distribution inputs"
+    ),
     "ood_fpr95": MetricFormat(
-        "OOD FPR95", better="lower", meaning="false alarms where 95 % of foreign inputs are found"
+        "OOD FPR95",
+        better="lower",
+        meaning="false positive rate at which 95 % of out-of-distribution inputs are detected",
     ),
     **{
         f"ood_{name}_{score}": MetricFormat(f"OOD {name.upper()}, {score.replace('_', ' ')}", better=better)
@@ -80,16 +86,16 @@ METRIC_FORMATS: dict[str, MetricFormat] = {
         "aleatoric", "{:.4g}", meaning="uncertainty that more data would not remove: nats, or the squared unit"
     ),
     "epistemic": MetricFormat("epistemic", "{:.4g}", meaning="uncertainty about the weights, in the same unit"),
-    "disagreement": MetricFormat("disagreement", meaning="share of rows on which two draws name different classes"),
+    "disagreement": MetricFormat("disagreement", meaning="share of rows on which two draws predict different classes"),
     "seconds": MetricFormat("training (s)", "{:.1f}", "lower", "wall-clock time"),
     "trainable_parameters": MetricFormat("trainable parameters", "{:,}"),
     "sparsity": MetricFormat("parameters removed", "{:.1%}", "higher"),
-    "bits_per_coded_weight": MetricFormat("bits a coded weight", "{:.2f}", "lower", "everything included"),
+    "bits_per_coded_weight": MetricFormat("bits per coded weight", "{:.2f}", "lower", "everything included"),
 }
 
 
 def formats_of(*metrics: Mapping[str, object]) -> Iterator[tuple[str, MetricFormat]]:
-    """Name and format of every number in any of the metrics: known ones first, in the order of ``METRIC_FORMATS``."""
+    """Yields name and format of each metric that is a number: known ones first, in the order of ``METRIC_FORMATS``."""
     names = {name for one in metrics for name, value in one.items() if _is_number(value)}
     unknown = sorted(names - METRIC_FORMATS.keys())
     for name in [*(name for name in METRIC_FORMATS if name in names), *unknown]:

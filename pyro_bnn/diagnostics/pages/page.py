@@ -1,7 +1,7 @@
-"""A page of HTML in one file: nothing is loaded from elsewhere, and nothing in it can run.
+"""Self-contained HTML pages: they load nothing from elsewhere, and no script in them can run.
 
-What a page looks like is in ``templates``, filled in by Jinja2, which escapes every text and attribute. Here are the
-things that templates show: tables and pictures.
+The layout is in ``templates``, rendered by Jinja2, which escapes every text and attribute. This module has what the
+templates show: tables and figures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from pyro_bnn.diagnostics.checking.findings import gravest_first
 from pyro_bnn.files import replacing
 
-#: bytes of a drawing from which the page holds it as an image of 200 dots an inch
+#: size in bytes of an SVG above which the page holds a PNG of 200 dots per inch instead
 _LARGEST_DRAWING = 250_000
 
 
@@ -28,10 +28,10 @@ _LARGEST_DRAWING = 250_000
 class Cell:
     """A number in a table.
 
-    :param text: how it is written.
-    :param value: the number itself, which ``data-value`` holds to its last digit; ``None`` where there is none.
+    :param text: the number as it is shown.
+    :param value: the number itself, stored with all digits as the attribute ``data-value``; ``None`` if there is none.
     :param data: further attributes ``data-*``, for programs that read the page.
-    :param best: whether it is the best of its kind, which a word beside it says.
+    :param best: whether it is marked as the best of its row.
     """
 
     text: str
@@ -42,7 +42,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Head:
-    """The head of a row or a column, with a note in smaller letters."""
+    """The heading of a row or a column, with a note in smaller letters."""
 
     text: str
     meaning: str = ""
@@ -52,8 +52,8 @@ class Head:
 class Table:
     """A table of numbers and words.
 
-    :param columns: their heads; the first is that of the heads of rows.
-    :param rows: head and cells of each.
+    :param columns: headings of the columns; the first is for the column of row headings.
+    :param rows: heading and cells of each row.
     :raises ValueError: when a row does not have one cell for each column after the first.
     """
 
@@ -68,7 +68,7 @@ class Table:
 
     @property
     def number_columns(self) -> set[int]:
-        """Positions of the columns that hold numbers alone."""
+        """Positions of the columns that hold only numbers."""
         words = {i for _, cells in self.rows for i, cell in enumerate(cells, 1) if isinstance(cell, str)}
         return set(range(1, len(self.columns))) - words
 
@@ -77,7 +77,7 @@ class Table:
 class Picture:
     """A figure under a heading.
 
-    :param alt: what is to be seen, with the main numbers, for who does not see it.
+    :param alt: alternative text: a description with the main numbers, for readers who cannot see the figure.
     :raises ValueError: when ``alt`` is empty.
     """
 
@@ -88,11 +88,11 @@ class Picture:
 
     def __post_init__(self) -> None:
         if not self.alt.strip():
-            raise ValueError(f"the picture {self.heading!r} has no alternative text: say what is to be seen")
+            raise ValueError(f"the picture {self.heading!r} has no alternative text: describe what it shows in alt")
 
     @property
     def width(self) -> int:
-        """In pixels of a screen, 96 an inch."""
+        """Width in CSS pixels, 96 per inch."""
         return round(96 * self.figure.get_size_inches()[0])
 
     @property
@@ -101,9 +101,9 @@ class Picture:
 
     @property
     def source(self) -> str:
-        """The drawing itself, as a ``data:`` address."""
+        """The image as a ``data:`` URL."""
         drawing, kind = io.BytesIO(), "svg+xml"
-        with matplotlib.rc_context({"svg.hashsalt": "pyro_bnn"}):  # the same picture gives the same bytes
+        with matplotlib.rc_context({"svg.hashsalt": "pyro_bnn"}):  # the same figure gives the same bytes
             self.figure.savefig(drawing, format="svg", metadata={"Date": None})
         if drawing.tell() > _LARGEST_DRAWING:
             drawing, kind = io.BytesIO(), "png"
@@ -112,25 +112,25 @@ class Picture:
 
 
 def settings_table(caption: str, settings: Mapping[str, object]) -> Table:
-    """Names and values."""
+    """A table of names and values."""
     rows = [(Head(name.replace("_", " ")), [str(value)]) for name, value in settings.items()]
     return Table(caption, [Head("setting"), Head("value")], rows)
 
 
 def render(template: str, **content: object) -> str:
-    """The page of a template.
+    """Renders a template.
 
-    :param template: a file in ``templates``.
-    :param content: all that the template names.
-    :raises jinja2.UndefinedError: when something is missing.
+    :param template: name of a file in ``templates``.
+    :param content: values of all variables of the template.
+    :raises jinja2.UndefinedError: when a variable is missing.
     """
     return _templates().get_template(template).render(content)
 
 
 def require_file(path: str | Path) -> Path:
-    """Where a page can be written to.
+    """Checks that a page can be written to a path.
 
-    :raises IsADirectoryError: when a folder is there.
+    :raises IsADirectoryError: when the path is a folder.
     """
     path = Path(path)
     if path.is_dir():
@@ -141,7 +141,7 @@ def require_file(path: str | Path) -> Path:
 
 
 def write(path: Path, html: str) -> Path:
-    """Writes the page, which appears whole or not at all."""
+    """Writes the page completely or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(html, encoding="utf-8", errors="replace")
     return path

@@ -1,4 +1,4 @@
-"""One page about one posterior: verdicts first, then its metrics, then pictures."""
+"""A page about one posterior: findings first, then metrics, then figures."""
 
 from __future__ import annotations
 
@@ -36,21 +36,23 @@ def report(
     batch_size: int | None = None,
     seed: int | None = None,
 ) -> Path:
-    """Writes one HTML file that needs nothing else: findings, metrics, and what the posterior looks like.
+    """Writes a report of a posterior as one self-contained HTML file: findings, metrics and figures.
 
-    :param data: as for :func:`evaluate`, and no iterator, as it is passed over more than once; data that the posterior
-        has not seen.
-    :param path: of the page, which appears whole or not at all.
-    :param ood: inputs from elsewhere, of the same form; for classification.
-    :param twin: the deterministic network to compare with.
-    :param metrics: ``evaluate(posterior, data, ood)``, and under ``"deterministic"`` that of the twin; by default they
-        are measured here.
-    :param findings: by default what :func:`check` finds.
-    :param settings: how the posterior came about, for a table at the end.
+    :param data: held-out data, as for :func:`evaluate`, but not an iterator, as it is read more than once.
+    :param path: the file to write. It is written completely or not at all.
+    :param ood: out-of-distribution inputs of the same form; for classification only.
+    :param twin: the posterior of a deterministic network to compare with.
+    :param title: heading of the page.
+    :param metrics: ``evaluate(posterior, data, ood)``, with the metrics of the twin under ``"deterministic"``; by
+        default they are computed.
+    :param findings: by default those of :func:`check`.
+    :param settings: how the posterior was made, for a table at the end.
     :param num_samples: draws of every member for each prediction.
+    :param batch_size: the most rows in one forward pass.
+    :param seed: of the draws; ``None`` takes a new one at each call.
     :returns: the path.
-    :raises TypeError, ValueError: as :func:`evaluate`; for an iterator as data or ood.
-    :raises IsADirectoryError: when the path is that of a folder.
+    :raises TypeError, ValueError: as :func:`evaluate`; TypeError also when data or ood is an iterator.
+    :raises IsADirectoryError: when the path is a folder.
     """
     require_posterior(posterior)
     require_repeatable(data, "data")
@@ -65,7 +67,7 @@ def report(
         if twin is not None:
             metrics["deterministic"] = evaluate(twin, data, ood, **given)
     if findings is None:
-        # Metrics that were given may be in another unit, or lack what is looked at.
+        # Given metrics may be in another unit or incomplete, so the checks use only metrics computed here.
         findings = check(posterior, data, ood=ood, metrics=measured_here, **given)
     scored = score(posterior, data, ood, **given)
     other = None if twin is None else score(twin, data, **given)
@@ -84,16 +86,16 @@ def report(
         findings=findings,
         metrics=metrics_table(metrics),
         pictures=pictures,
-        settings=page.settings_table("How it came about", settings) if settings else None,
+        settings=page.settings_table("How it was made", settings) if settings else None,
     )
     return page.write(path, html)
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """How many findings of each severity there are, the gravest first."""
+    """The number of findings of each severity, the worst first."""
     counts = {severity: sum(f.severity == severity for f in findings) for severity in reversed(SEVERITIES)}
     found = [_counted(count, severity) for severity, count in counts.items() if count]
-    return ", ".join(found) if found else "Nothing was looked at."
+    return ", ".join(found) if found else "Nothing was checked."
 
 
 def _counted(count: int, severity: str) -> str:
@@ -101,7 +103,7 @@ def _counted(count: int, severity: str) -> str:
 
 
 def metrics_table(metrics: Mapping[str, Any]) -> Table:
-    """The metrics of the posterior, beside those of its twin where there are any."""
+    """A table of the metrics of the posterior and, if there is one, of its deterministic twin."""
     twin = metrics.get("deterministic")
     columns = {"Bayesian": metrics} | ({"deterministic": twin} if twin else {})
     rows = []

@@ -1,12 +1,12 @@
-"""Pictures of a posterior, its predictions and the run that found it.
+"""Plots of a posterior, its predictions and the run that found it.
 
-Every function returns a ``matplotlib.figure.Figure``, the caller's own: ``plot_losses(losses).savefig("elbo.svg")``.
-Figures are white, 5 inches wide and free of ``pyplot``; what colours tell apart, styles or markers do too.
+Every function returns a new ``matplotlib.figure.Figure``: ``plot_losses(losses).savefig("elbo.svg")``. Figures are
+white, 5 inches wide and do not use ``pyplot``. Everything that differs in colour also differs in style or marker.
 
-* ``posteriors``: forests of sites, inclusion, how far members are apart.
-* ``predictions``: calibration, selection, out-of-distribution scores, regression bands.
+* ``posteriors``: forest plots of sites, inclusion probabilities, distances between members.
+* ``predictions``: calibration, selective prediction, out-of-distribution scores, regression bands.
 * ``runs``: losses, R-hat, k-hat, ranks.
-* ``canvas``: what all pictures share.
+* ``canvas``: helpers that all plots share.
 """
 
 from __future__ import annotations

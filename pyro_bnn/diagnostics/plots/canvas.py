@@ -1,4 +1,4 @@
-"""What all pictures share: a figure of its own, numbers that were looked at, lines that differ without colour."""
+"""Helpers that all plots share: new figures, checked numbers, and line styles that differ without colour."""
 
 from __future__ import annotations
 
@@ -12,27 +12,29 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
-#: width of every figure in inches. On a page of 360 pixels a point is then a pixel, and text of 10 points is legible.
+#: width of every figure in inches: on a page 360 pixels wide a point is then a pixel, so 10 point text is legible
 WIDTH = 5.0
-#: size in points of notes, the smallest text there is
+#: size in points of notes, the smallest text
 SMALL = 9
 #: share of the probability that bands and error bars hold
 LEVEL = 0.95
-#: points of one line or cloud from which an SVG holds them as an image, for its size
+#: number of points above which a line or cloud is rasterised in an SVG, to keep the file small
 MANY = 2000
 
 _Item = TypeVar("_Item")
 
 
 def new_figure(height: float) -> Figure:
-    """A figure that belongs to the caller alone: ``pyplot`` does not know it, so that it is freed when unused."""
+    """A figure that ``pyplot`` does not know, so that it is freed when the caller drops it."""
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
 def numbers(name: str, values: object, dims: int | None = 1, finite: bool = True) -> np.ndarray:
-    """A tensor of any device, or anything that is an array, as one of float64.
+    """Converts a tensor on any device, or anything array-like, to a float64 array.
 
-    :param dims: the number of axes that it must have; ``None`` takes any and flattens them.
+    :param name: name of the argument, for messages.
+    :param dims: the number of axes that it must have; ``None`` accepts any number and flattens the array.
+    :param finite: whether NaN and infinite values are refused.
     :raises ValueError: when it is empty, has another number of axes, or holds a value that is not finite.
     """
     array: np.ndarray
@@ -43,14 +45,14 @@ def numbers(name: str, values: object, dims: int | None = 1, finite: bool = True
     if not array.size:
         raise ValueError(f"{name} is empty: there is nothing to draw")
     if finite and (bad := int((~np.isfinite(array)).sum())):
-        raise ValueError(f"{name} holds {bad} values of {array.size} that are NaN or infinite: drop them, or mend them")
+        raise ValueError(f"{name} holds {bad} of {array.size} values that are NaN or infinite: drop or replace them")
     return array
 
 
 def probabilities(name: str, values: object, dims: int | None = 1) -> np.ndarray:
-    """As :func:`numbers`, all in [0, 1].
+    """The same as :func:`numbers`, for values in [0, 1].
 
-    :raises ValueError: also when a value is outside.
+    :raises ValueError: as :func:`numbers`, and when a value is outside [0, 1].
     """
     array = numbers(name, values, dims)
     if array.min() < 0 or array.max() > 1:
@@ -59,24 +61,24 @@ def probabilities(name: str, values: object, dims: int | None = 1) -> np.ndarray
 
 
 def line_styles(count: int) -> list[dict[str, Any]]:
-    """Keyword arguments of ``plot`` for each of several lines, no two of which look alike in grey."""
+    """Keyword arguments of ``plot`` for several lines that also differ without colour."""
     styles = [{"linestyle": line, "marker": marker} for marker, line in product(" osD^v", ("-", "--", "-.", ":"))]
     return [{**styles[i % len(styles)], "color": f"C{i % 10}", "markersize": 4} for i in range(count)]
 
 
 def log_if_wide(axes: Axes, axis: str, values: np.ndarray) -> None:
-    """A logarithmic axis for positive values that span more than two decades."""
+    """Makes an axis logarithmic if the values are positive and span more than two decades."""
     if values.min() > 0 and values.max() > 100 * values.min():
         axes.set(**{f"{axis}scale": "log"})
         (axes.xaxis if axis == "x" else axes.yaxis).set_minor_formatter(NullFormatter())
 
 
 def spread(items: Sequence[_Item], most: int) -> list[_Item]:
-    """At most so many of the items, evenly spaced, with the first and the last."""
+    """At most ``most`` of the items, evenly spaced, including the first and the last."""
     index = np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)
     return [items[i] for i in index]
 
 
 def legend_below(figure: Figure, columns: int = 1, title: str | None = None) -> None:
-    """All labelled artists in one legend under the axes, where it covers nothing."""
+    """Adds one legend of all labelled artists below the axes, where it covers nothing."""
     figure.legend(loc="outside lower center", ncols=columns, title=title, frameon=False)

@@ -1,4 +1,4 @@
-"""Pictures of a posterior itself: forests of its scales, inclusion maps, how far its members are apart."""
+"""Plots of a posterior itself: forest plots of its sites, inclusion maps, distances between members."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Prediction
 
-#: rows of a panel of a forest, and panels of an inclusion map: what a page shows without scrolling far
+#: most rows in a panel of a forest plot, and most panels in an inclusion map, so that a page stays short
 _MOST_ROWS, _MOST_MAPS = 16, 6
-#: groups of weights beyond which a map has more cells than a page has pixels
+#: number of groups above which a histogram replaces the map, which would have more cells than a page has pixels
 _MOST_CELLS = 100_000
-#: members up to which the distances stand in the cells
+#: number of members up to which distances are written into the cells
 _MOST_NUMBERED = 8
-#: what rows with a name of this end are, which share an axis
+#: labels of the panels, by the ending of the names of their rows
 _PANELS = {
     "_tau": "hyper-scale tau",
     "_mean": "mean over the elements",
@@ -36,24 +36,26 @@ _QUANTILES = (0.03, 0.25, 0.5, 0.75, 0.97)
 
 
 def plot_forest(draws: Any, names: Sequence[str] | None = None) -> Figure:
-    """Median (point), central 50 % (thick) and 94 % interval (thin) of the scales and of a summary of every layer.
+    """Forest plot of the latent sites: median (point), central 50 % (thick) and 94 % (thin) intervals.
 
-    A site of one element is a row; of a larger one the mean and the standard deviation over its elements are rows.
-    Draws of all members and chains are pooled, as they are in the posterior; a small bar marks the median of each
-    member. ArviZ's own forest is not used: in its 1.x line it takes no axes and leaves a ``pyplot`` figure open.
+    A site with one element has one row. A larger site has two rows, for the mean and the standard deviation over its
+    elements. Draws of all members and chains are pooled, as they are in the posterior; a small bar marks the median of
+    each member. ArviZ's forest plot is not used, because in ArviZ 1.x it takes no axes and leaves a ``pyplot`` figure
+    open.
 
-    :param draws: ``posterior.draws(n)``, ``{site: [draws, members, ...]}``, or what :func:`to_arviz` returns.
-    :param names: of the rows to draw (``"fc.weight_tau"``, ``"fc.weight.s_mean"``). By default up to 16 of a kind,
-        evenly spaced over the network; a note counts what is left out.
-    :raises TypeError: when draws is neither.
-    :raises ValueError: when a name is unknown, or a draw is not finite.
+    :param draws: ``posterior.draws(n)``, which is ``{site: [draws, members, ...]}``, or the result of
+        :func:`to_arviz`.
+    :param names: rows to draw (``"fc.weight_tau"``, ``"fc.weight.s_mean"``). By default up to 16 of each kind, evenly
+        spaced over the network; a note gives the number of rows left out.
+    :raises TypeError: when draws is neither of these.
+    :raises ValueError: when there are no sites, a name is unknown, or a draw is not finite.
     """
     rows = {name: numbers(name, values, dims=2) for name, values in _forest_rows(_sites(draws)).items()}
     if not rows:
-        raise ValueError("there are no sites to draw")
+        raise ValueError("draws has no sites: there is nothing to draw")
     if names is not None:
         if unknown := [name for name in names if name not in rows]:
-            raise ValueError(f"there is no row {unknown[0]!r}; there are {', '.join(rows)}")
+            raise ValueError(f"there is no row {unknown[0]!r}; the rows are {', '.join(rows)}")
         rows = {name: rows[name] for name in names}
     kinds: dict[str, list[str]] = {suffix: [] for suffix in _PANELS}
     for name in rows:
@@ -80,13 +82,13 @@ def plot_forest(draws: Any, names: Sequence[str] | None = None) -> Figure:
 
 
 def _sites(draws: object) -> dict[str, Tensor]:
-    """``{site: [draws, members, *event]}``, with chains as more draws."""
+    """``{site: [draws, members, *event]}``, with chains flattened into draws."""
     if isinstance(draws, Mapping) and hasattr(group := draws.get("posterior"), "data_vars"):
         return dict(_stored_sites(group))
     if not isinstance(draws, Mapping) or not all(isinstance(value, Tensor) for value in draws.values()):
         raise TypeError(
-            "draws is {site: tensor [draws, members, ...]}, as posterior.draws(n) gives it, or what to_arviz returns "
-            f"with the group 'posterior'; got {type(draws).__name__}"
+            "draws must be {site: tensor [draws, members, ...]}, as posterior.draws(n) returns it, or the result of "
+            f"to_arviz with the group 'posterior'; got {type(draws).__name__}"
         )
     if flat := [name for name, value in draws.items() if value.dim() < 2]:
         raise ValueError(f"{flat[0]} has the shape {tuple(draws[flat[0]].shape)}: expected [draws, members, ...]")
@@ -94,10 +96,10 @@ def _sites(draws: object) -> dict[str, Tensor]:
 
 
 def _stored_sites(group: Any) -> Iterator[tuple[str, Tensor]]:
-    """What ``to_arviz`` stored of the sites, under the names that they had: the layer stands before the quantity."""
+    """The sites that ``to_arviz`` stored, under their original names: the layer followed by the quantity."""
     for name, array in group.data_vars.items():
         if "probe" in array.dims:
-            continue  # values of the function, which are no site
+            continue  # values of the function, not a site
         sampled = [dim for dim in ("chain", "draw", "member") if dim in array.dims]
         along = next((dim for dim in array.dims if dim in ("layer", f"{name}_layer")), None)
         for layer in [""] if along is None else array[along].values:
@@ -131,14 +133,14 @@ def _shortened(name: str) -> str:
 
 
 def plot_inclusion(inclusion: Mapping[str, Tensor]) -> Figure:
-    """``P(slab | data)`` of every group of weights, parameter by parameter, from 0 (dark) to 1 (bright).
+    """Maps of the inclusion probabilities ``P(slab | data)`` of each parameter, from 0 (dark) to 1 (bright).
 
-    A vector of groups is a strip, a matrix is drawn as it is stored, and a convolution ``[out, in, *kernel]`` as a
-    matrix of kernels. Parameters of more than 100,000 groups have a histogram instead. Up to 6 parameters are drawn,
-    evenly spaced over the network; a note counts what is left out.
+    A vector of groups is drawn as a strip, a matrix as it is stored, and a convolution ``[out, in, *kernel]`` as a
+    matrix of kernels. A parameter with more than 100,000 groups is drawn as a histogram. Up to 6 parameters are drawn,
+    evenly spaced over the network; a note gives the number of parameters left out.
 
-    :param inclusion: what ``posterior.inclusion_probabilities()`` returns.
-    :raises ValueError: when it is empty, or a value is no probability.
+    :param inclusion: what ``posterior.inclusion_probabilities()`` returns, ``{parameter: [...]}``.
+    :raises ValueError: when it is empty, or a value is not in [0, 1].
     """
     if not inclusion:
         raise ValueError("inclusion is empty: it comes from a model with a spike-and-slab prior")
@@ -170,7 +172,7 @@ def plot_inclusion(inclusion: Mapping[str, Tensor]) -> Figure:
 
 
 def _height(cells: np.ndarray) -> float:
-    """In inches: square cells where that is neither too flat for the labels nor too tall for a page."""
+    """Height in inches: cells are square, unless that would be too flat for the labels or too tall for a page."""
     if cells.size > _MOST_CELLS:
         return 1.5
     return 0.25 if len(cells) == 1 else float(np.clip(4 * cells.shape[0] / cells.shape[1], 0.6, 2.5))
@@ -188,14 +190,17 @@ def _as_matrix(name: str, values: Tensor) -> np.ndarray:
 
 
 def member_distances(prediction: Prediction) -> Tensor:
-    """``[K, K]``: how far apart, as functions, the members of a posterior are, each averaged over its draws.
+    """Distances ``[K, K]`` between the functions of the members of a posterior, each averaged over its draws.
 
-    For a classification the mean over inputs of the total variation of two members, ``(1/2) sum_c |p_i(c) - p_j(c)|``
-    in [0, 1]; else the root mean square over inputs of the difference of their means, in the unit of y.
+    For a classification this is the total variation distance of two members, ``(1/2) sum_c |p_i(c) - p_j(c)|``,
+    averaged over inputs, in [0, 1]. Otherwise it is the root mean square over inputs of the difference of their means,
+    in the unit of y.
+
+    :param prediction: what ``Posterior.predict`` returns, with K members.
     """
     if not _classifies(prediction):
         means = wide(prediction.per_member.mean(0)).flatten(1)
-        # The other way to a distance, through products of matrices, loses the small ones to rounding.
+        # The faster mode, through matrix products, would lose small distances to rounding.
         return torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist") / means.shape[1] ** 0.5
     probs = wide(class_probabilities(prediction.per_member.mean(0), prediction.likelihood))
     labels = probs[0, ..., 0].numel()
@@ -203,7 +208,7 @@ def member_distances(prediction: Prediction) -> Tensor:
 
 
 def plot_particles(distances: Tensor | Prediction) -> Figure:
-    """How far apart the members (particles, components of a mixture) are, each pair of them a cell.
+    """Matrix plot of the distances between all pairs of members (particles or mixture components).
 
     :param distances: ``[K, K]``, or a prediction, whose :func:`member_distances` are drawn.
     :raises ValueError: when the matrix is not square, or a distance is not finite.

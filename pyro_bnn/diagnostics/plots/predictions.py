@@ -1,4 +1,4 @@
-"""Pictures of predictions against data: calibration, selection, out-of-distribution scores, regression bands."""
+"""Plots of predictions against data: calibration, risk and coverage, out-of-distribution scores, regression bands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pyro_bnn.diagnostics.scoring.selective import aurc, risk_coverage
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Prediction
 
-#: points of a risk-coverage curve, more than a page has pixels for
+#: most points of a risk-coverage curve, enough for the pixels of a page
 _POINTS = 1000
 _LEVELS = np.arange(1, 20) / 20
 
@@ -35,31 +35,33 @@ _LEVELS = np.arange(1, 20) / 20
 def plot_reliability(
     probs: Tensor | ReliabilityBins, y: Tensor | None = None, bins: int = BINS, adaptive: bool = False
 ) -> Figure:
-    """Accuracy against confidence, bin by bin, and under it the share of the data in each bin.
+    """Reliability diagram: accuracy against confidence in bins, and below it the share of the data in each bin.
 
-    Error bars are Wilson's 95 % intervals of a binomial share (Wilson 1927, J. Am. Stat. Assoc. 22, p. 209): a bin
-    whose bar meets the diagonal gives no reason to doubt the calibration.
+    Error bars are Wilson's 95 % intervals for a binomial proportion (Wilson 1927, J. Am. Stat. Assoc. 22, p. 209): if a
+    bar meets the diagonal, its bin gives no reason to doubt the calibration.
 
-    :param probs: class probabilities ``[N, C]``; or what :func:`reliability` returned, which needs nothing else.
-    :param y: classes ``[N]``.
-    :param bins: number of bins, of equal width, or with ``adaptive`` of equal numbers of data.
-    :raises ValueError: when y is missing, or the probabilities are none.
+    :param probs: class probabilities ``[N, C]``, or the result of :func:`reliability`, without other arguments.
+    :param y: labels ``[N]``.
+    :param bins: number of bins.
+    :param adaptive: whether bins hold equal numbers of data instead of having equal width.
+    :raises TypeError: when y does not hold integers.
+    :raises ValueError: when y is missing or does not fit, rows of probs are not probabilities, or there are no data.
     """
     if isinstance(probs, Tensor):
         if y is None:
-            raise ValueError("y is missing: a reliability plot compares probabilities with the classes that came true")
+            raise ValueError("y is missing: a reliability plot compares probabilities with the true classes")
         probs = reliability(probs, y, bins, adaptive)
     if not bool((held := probs.count > 0).any()):
         raise ValueError("all bins are empty: there is nothing to draw")
     confidence, accuracy = numbers("confidence", probs.confidence[held]), numbers("accuracy", probs.accuracy[held])
     edges, share = numbers("edges", probs.edges), numbers("count", probs.count / probs.count.sum())
-    # Ties at the bounds of adaptive bins share their right predictions, so that a bin may have a fraction of one.
+    # Ties at the bounds of adaptive bins share their right predictions, so a bin may hold a fraction of one.
     right = (probs.accuracy * probs.count)[held].round().long()
     wilson = [
         binomtest(k, n).proportion_ci(LEVEL, method="wilson")
         for k, n in zip(right.tolist(), probs.count[held].tolist(), strict=True)
     ]
-    # A share may round to more than 1, beyond its interval, and no bar may have a negative length.
+    # By rounding a share may lie outside its interval, and error bars must not have a negative length.
     bars = np.clip([accuracy - [i.low for i in wilson], [i.high for i in wilson] - accuracy], 0, None)
 
     figure = new_figure(4.8)
@@ -74,9 +76,9 @@ def plot_reliability(
 
 
 def plot_risk_coverage(curves: Mapping[str, tuple[Tensor, Tensor]]) -> Figure:
-    """Mean loss of the most confident data against their share, one curve for each label.
+    """Risk-coverage curves: mean loss of the most confident data against the share of the data that is kept.
 
-    The legend has the area under each curve, AURC, of the same unit as the loss; lower is better.
+    The legend gives the area under each curve (AURC), in the unit of the loss; lower is better.
 
     :param curves: ``{label: (confidence [N], loss [N])}``; any loss, such as 1 for a wrong class and 0 for a right one.
     :raises ValueError: when there is no curve, or a number is not finite.
@@ -100,13 +102,13 @@ def plot_risk_coverage(curves: Mapping[str, tuple[Tensor, Tensor]]) -> Figure:
 
 
 def plot_ood(inside: Tensor, outside: Tensor, score: str = "predictive entropy (nats)") -> Figure:
-    """How a score is distributed over data like those of training and over others, with the AUROC between them.
+    """Histograms of a score for in-distribution and for out-of-distribution inputs, and the AUROC between them.
 
-    The AUROC is the probability that a datum from outside has the larger score, ties counting half.
+    The AUROC is the probability that an out-of-distribution input has the larger score, ties counting half.
 
-    :param inside: scores ``[N]`` of data like those of training.
-    :param outside: scores ``[M]`` of others.
-    :param score: its name, and unit.
+    :param inside: scores ``[N]`` of in-distribution data.
+    :param outside: scores ``[M]`` of out-of-distribution inputs.
+    :param score: name and unit of the score, for the axis.
     :raises ValueError: when one of them is empty or not finite.
     """
     groups = {"inside": numbers("inside", inside), "outside": numbers("outside", outside)}
@@ -124,13 +126,13 @@ def plot_ood(inside: Tensor, outside: Tensor, score: str = "predictive entropy (
 
 
 def plot_calibration_curve(pit: Tensor) -> Figure:
-    """Share of data inside the central predictive intervals against the level of the intervals, 5 % to 95 %.
+    """Coverage of the central predictive intervals against their level, 5 % to 95 %.
 
-    y_n is inside the central interval of level L when ``|2 F_n(y_n) - 1| <= L``. The band holds the curve of a
-    calibrated model with probability 95 %, at each level on its own.
+    y_n is inside the central interval of level L if ``|2 F_n(y_n) - 1| <= L``. At each level, the band contains the
+    curve of a calibrated model with a probability of 95 %.
 
-    :param pit: ``[N]``, the predictive distribution function at what came true, ``F_n(y_n)``; from draws of y
-        ``(prediction.sample(seed) <= y).double().mean((0, 1))``.
+    :param pit: ``[N]``, the predictive distribution function at the true values, ``F_n(y_n)`` (the probability integral
+        transform); from draws of y it is ``(prediction.sample(seed) <= y).double().mean((0, 1))``.
     :raises ValueError: when it is empty, or not in [0, 1].
     """
     values = probabilities("pit", pit)
@@ -147,21 +149,21 @@ def plot_calibration_curve(pit: Tensor) -> Figure:
 
 
 def plot_band(x: Tensor, prediction: Prediction, y: Tensor | None = None, x_train: Tensor | None = None) -> Figure:
-    """A regression on one input: the mean, and the central 50 % and 95 % intervals of y.
+    """Plot of a regression on one input: the mean, and the central 50 % and 95 % intervals of y.
 
-    Hatched is what of them is uncertainty about the mean: 1.96 epistemic standard deviations on each side.
+    The hatched band is the uncertainty of the mean: 1.96 epistemic standard deviations on each side.
 
     :param x: ``[N]`` or ``[N, 1]``, in any order.
-    :param prediction: of one output, at x.
-    :param y: what came true at ``x_train`` where it is given, else at x; drawn as points.
-    :param x_train: ``[M]`` or ``[M, 1]``; without y these are ticks on the axis.
+    :param prediction: the prediction at x, with one output.
+    :param y: observed values, drawn as points; at ``x_train`` if it is given, otherwise at x.
+    :param x_train: ``[M]`` or ``[M, 1]``; without y they are drawn as ticks on the axis.
     :raises TypeError: when the prediction is a classification.
     :raises ValueError: for more than one input or output, when lengths differ, or a number is not finite.
     """
     at = _single("x", x)
     mean, variance = _single("mean", prediction.mean), _single("variance of the mean", prediction.epistemic)
     if len(mean) != len(at):
-        raise ValueError(f"x has {len(at)} rows and the prediction {len(mean)}: predict at this very x")
+        raise ValueError(f"x has {len(at)} rows and the prediction {len(mean)}: expected the prediction at this x")
     order = np.argsort(at, kind="stable")
     at, mean, half = at[order], mean[order], 1.96 * np.sqrt(variance[order])
     figure = new_figure(3.9)
@@ -178,7 +180,7 @@ def plot_band(x: Tensor, prediction: Prediction, y: Tensor | None = None, x_trai
         points = _single("y", y)
         if len(points) != len(data):
             where = "x" if x_train is None else "x_train"
-            raise ValueError(f"y has {len(points)} rows and {where} {len(data)}: expected as many")
+            raise ValueError(f"y has {len(points)} rows and {where} {len(data)}: expected the same number")
         axes.plot(data, points, "o", color="0.1", markersize=3, label="data", rasterized=len(data) > MANY)
     elif x_train is not None:
         ticks = axes.get_xaxis_transform()
@@ -197,7 +199,7 @@ def _single(name: str, values: Tensor) -> np.ndarray:
         values = values.squeeze(1)
     if values.dim() != 1:
         raise ValueError(
-            f"{name} has the shape {tuple(values.shape)}: a band is drawn over one input and for one output, [N] or "
-            "[N, 1]; choose one column, with the others held fixed"
+            f"{name} has the shape {tuple(values.shape)}: expected [N] or [N, 1], as a band is drawn for one input and "
+            "one output; choose one column, with the others held fixed"
         )
     return numbers(name, values)

@@ -1,4 +1,4 @@
-"""Pictures of the run that found a posterior: its losses, R-hat and ESS, k-hat, ranks of simulated truths."""
+"""Plots of the run that found a posterior: losses, R-hat and ESS, k-hat, ranks of simulation-based calibration."""
 
 from __future__ import annotations
 
@@ -17,34 +17,35 @@ from pyro_bnn.diagnostics.checking.ranks import SBCResult
 from pyro_bnn.diagnostics.checking.training import LossVerdict
 from pyro_bnn.diagnostics.plots.canvas import LEVEL, MANY, legend_below, log_if_wide, new_figure, numbers, spread
 
-#: what R-hat should be under and ESS over (Vehtari et al. 2021, arXiv 1903.08008)
+#: upper limit of R-hat and lower limit of ESS (Vehtari et al. 2021, arXiv 1903.08008)
 _LARGEST_RHAT, _SMALLEST_ESS = 1.01, 400.0
-#: where importance sampling becomes worse, unreliable and useless (Vehtari et al. 2024, arXiv 1507.02646)
+#: k-hat above which importance sampling is fair, poor and useless (Vehtari et al. 2024, arXiv 1507.02646)
 _K_LIMITS = (0.5, 0.7, 1.0)
 _VERDICTS = {
-    "converged": "The loss has come to rest.",
-    "falling": "The loss still falls: longer training would lower it.",
+    "converged": "The loss has converged.",
+    "falling": "The loss is still falling: longer training would lower it.",
     "rising": "The loss rises towards the end of training.",
-    "diverged": "The loss is not finite in the end: training diverged.",
-    "unknown": "These are too few steps to tell whether the loss has come to rest.",
+    "diverged": "The loss is not finite at the end: training diverged.",
+    "unknown": "There are too few steps to tell whether the loss has converged.",
 }
-#: elements of a quantity whose ranks are drawn
+#: most elements of a quantity whose ranks are drawn
 _MOST_CURVES = 20
 
 
 def plot_losses(losses: Sequence[float] | Tensor, verdict: LossVerdict | str = "") -> Figure:
-    """The negative ELBO of every training step, and the mean of the 5 % of all steps around each.
+    """Plot of the negative ELBO of every training step, with a running mean over 5 % of the steps.
 
-    The axis is logarithmic when all losses are positive and span more than two decades. Steps whose loss is NaN or
-    infinite are ticks on the axis, and their number stands in the legend.
+    The axis is logarithmic if all losses are positive and span more than two decades. Steps whose loss is NaN or
+    infinite are drawn as ticks on the axis, and the legend gives their number.
 
-    :param verdict: what :func:`loss_verdict` says, or any sentence, to stand over the picture.
+    :param losses: negative ELBO per datum in nats, one for each step, as in ``posterior.losses``.
+    :param verdict: the result of :func:`loss_verdict`, or any sentence, for the title.
     :raises ValueError: when there is no finite loss.
     """
     values = numbers("losses", losses, finite=False)
     finite = np.isfinite(values)
     if not finite.any():
-        raise ValueError(f"losses holds no finite value in {len(values)} steps: training diverged at the first")
+        raise ValueError(f"losses has no finite value in {len(values)} steps: training diverged at the first step")
     step, window = np.arange(1, len(values) + 1), max(1, len(values) // 20)
     values = np.where(finite, values, np.nan)
     lines = wrap(_VERDICTS[verdict.state] if isinstance(verdict, LossVerdict) else verdict, 60)
@@ -68,11 +69,11 @@ def plot_losses(losses: Sequence[float] | Tensor, verdict: LossVerdict | str = "
 
 
 def plot_rhat(rhat: Tensor, ess: Tensor | None = None) -> Figure:
-    """How many function values at probes (or parameters) have which R-hat, and which effective sample size.
+    """Histogram of R-hat over function values at probes (or parameters), and one of the effective sample size.
 
-    :param rhat: of any shape; should be under 1.01.
-    :param ess: of any shape; should be over 400.
-    :raises ValueError: when one is empty or not finite, as R-hat of values that never change.
+    :param rhat: R-hats of any shape; they should be below 1.01.
+    :param ess: effective sample sizes of any shape; they should be above 400.
+    :raises ValueError: when one is empty or not finite, as for values that never change.
     """
     figure = new_figure(2.4 if ess is None else 4.4)
     axes, *below = figure.subplots(1 if ess is None else 2, squeeze=False)[:, 0]
@@ -97,16 +98,16 @@ def _counts(axes: Axes, values: np.ndarray, limit: float, span: tuple[float, flo
 
 
 def plot_pareto_k(k: Tensor) -> Figure:
-    """The shape k-hat of the importance weights of each datum, with the limits 0.5, 0.7 and 1.
+    """Plot of the Pareto k-hat of the importance weights of each datum, with the limits 0.5, 0.7 and 1.
 
-    An infinite k-hat, of weights with too few in the tail, is drawn at the upper edge.
+    k-hat is infinite if too few weights are in the tail; it is then drawn at the upper edge.
 
-    :param k: ``[N]``.
+    :param k: ``[N]``, such as ``pareto_k`` of the result of :func:`loo`.
     :raises ValueError: when it is empty or holds NaN.
     """
     values = numbers("k", k, finite=False)
     if np.isnan(values).any():
-        raise ValueError(f"k holds {np.isnan(values).sum()} values that are NaN: look for log-likelihoods that are")
+        raise ValueError(f"k holds {np.isnan(values).sum()} values that are NaN: check the log-likelihoods for NaN")
     figure = new_figure(3.6)
     axes = figure.subplots()
     top = 1.1 * max(1.0, values[np.isfinite(values)].max(initial=1.0))
@@ -132,14 +133,16 @@ def plot_pareto_k(k: Tensor) -> Figure:
 
 
 def plot_ranks(ranks: Tensor, draws: int) -> Figure:
-    """Ranks of simulation-based calibration: their empirical distribution function minus that of uniform ones.
+    """Plot of the ranks of simulation-based calibration: their ECDF minus that of uniform ranks.
 
-    The band holds the whole curve with probability 95 % when inference is exact. A curve that rises over it and falls
-    under it is of a posterior that is too narrow, one that falls first of a posterior that is too wide, and one on one
-    side of a biased posterior (Saeilynoja, Buerkner and Vehtari 2022, Statistics and Computing 32).
+    If the inference is exact, the band contains a whole curve with a probability of 95 %. A curve that first rises
+    above the band and then falls below it shows a posterior that is too narrow, one that first falls a posterior that
+    is too wide, and one that stays on one side a biased posterior.
 
-    :param ranks: ``[simulations, ...]`` in 0 ... draws, as ``sbc(...).ranks[quantity]``; up to 20 elements of a
-        quantity are drawn, each a curve with the band of one.
+    Source: Saeilynoja, Buerkner and Vehtari (2022), Statistics and Computing 32.
+
+    :param ranks: ``[simulations, ...]`` in 0 ... draws, as ``sbc(...).ranks[quantity]``. Up to 20 elements are drawn,
+        one curve each; the band is for a single curve.
     :param draws: number of draws among which each truth was ranked.
     :raises ValueError: when there are no ranks, or one is out of range.
     """
@@ -164,5 +167,5 @@ def plot_ranks(ranks: Tensor, draws: int) -> Figure:
 
 
 def _closed(curve: np.ndarray) -> np.ndarray:
-    """With both ends, where all curves meet at 0."""
+    """Adds both ends, where all curves are 0."""
     return np.pad(curve, 1)

@@ -1,5 +1,5 @@
-"""Making predictions as confident as they are right, on held-out data.
+"""Recalibration of predictions on held-out data.
 
-* ``temperature``: one number that divides all logits.
-* ``conformal``: sets and intervals that hold the truth as often as they say.
+* ``temperature``: temperature scaling, one number that divides all logits.
+* ``conformal``: prediction sets and intervals with guaranteed coverage.
 """

@@ -1,18 +1,19 @@
-"""Split conformal prediction: sets and intervals that cover as often as they say, however wrong the posterior is.
+"""Split conformal prediction: sets and intervals with guaranteed coverage, however wrong the posterior is.
 
-Held-out data get a score each, which is large where y surprises the posterior. A candidate belongs to the prediction
-when its score is at most the k-th smallest of the n of them, k = ceil((n + 1) level). Then, if these data and the new
-one are exchangeable,
+Each of n held-out data gets a score, which is large if y surprises the posterior. A candidate value of y belongs to the
+prediction if its score is at most the k-th smallest of the n scores, k = ceil((n + 1) level). If the held-out data and
+the new datum are exchangeable, then
 
 level <= P(y in prediction) <= level + 1 / (n + 1),
 
-the right side for scores without ties; over the held-out data, coverage follows Beta(k, n + 1 - k). The probability
-is over all x together: in a region of x it may be less. The held-out data must not have trained the posterior.
+where the upper bound requires scores without ties. For given held-out data the coverage is a random number with the
+distribution Beta(k, n + 1 - k). The probability is an average over x: in a region of x it may be lower. The held-out
+data must not have been used to train the posterior.
 
-The threshold is itself the score of a held-out row, and an equal row in a batch of another size may score more by
-rounding. So scores count as at most the threshold up to eps^(3/4), 6e-6 in float32 and 2e-12 in float64, in units of
-probability or times the size of the bounds. This can only raise coverage. Bounds of counts are whole numbers, which
-need none of it.
+The threshold is itself the score of a held-out row, and the same row in a batch of another size may get a slightly
+larger score by rounding. Scores are therefore compared with a tolerance of eps^(3/4), 6e-6 in float32 and 2e-12 in
+float64, in units of probability or relative to the size of the bounds. This can only raise the coverage. Bounds of
+counts are whole numbers and need no tolerance.
 
 Source: Vovk, Gammerman and Shafer (2005); Angelopoulos and Bates (2021).
 """
@@ -40,7 +41,7 @@ SetScore = Literal["aps", "lac"]
 
 
 class _SplitConformal:
-    """What sets and intervals share: the same functions for held-out and new data, and the threshold."""
+    """What sets and intervals share: the threshold, and the same draws for held-out and new data."""
 
     kinds: tuple[str, ...]
 
@@ -59,7 +60,7 @@ class _SplitConformal:
         likelihood = getattr(posterior.model, "likelihood", None)
         if getattr(likelihood, "kind", None) not in self.kinds:
             raise TypeError(
-                f"{type(self).__name__} is for {' and '.join(self.kinds)}, and this posterior has {likelihood!r}; "
+                f"{type(self).__name__} is for {' and '.join(self.kinds)}, but this posterior has {likelihood!r}; "
                 "ConformalSets is for classification, ConformalIntervals for regression and count"
             )
         self.posterior, self.level = posterior, level
@@ -73,7 +74,7 @@ class _SplitConformal:
         self.num_rows, self.threshold = len(joined), _threshold(joined, level)
 
     def __repr__(self) -> str:
-        """Level, what is special, number of held-out rows, threshold."""
+        """The level, the options of the class, the number of held-out rows and the threshold."""
         values = self.threshold.flatten()
         some = ", ".join(f"{float(value):.4g}" for value in values[:4]) + (", ..." if len(values) > 4 else "")
         threshold = some if self.threshold.dim() == 0 else f"[{some}]"
@@ -91,32 +92,33 @@ class _SplitConformal:
 
 
 class ConformalSets(_SplitConformal):
-    r"""Sets of classes that hold the right one with probability ``level``.
+    r"""Sets of classes that contain the true class with probability ``level``.
 
-    With class probabilities p, and u uniform on (0, 1) for each row (``randomised``) or 0, the score of class c is
+    With class probabilities p, and u uniform on (0, 1) for each row (``randomised=True``) or 0, the score of class c is
 
     ``"aps"``   sum_{c'} p_c' [c' more probable than c] + u p_c
     ``"lac"``   1 - p_c
 
-    APS adapts to each x: it takes classes from the most probable down until their probabilities sum to the threshold.
-    Without u a set always has the most probable class, and may cover more than ``level``, as it must where the accuracy
-    is higher than that; with u coverage is exact, some sets are empty, and each call of ``predict`` draws anew. LAC has
-    the smallest sets on average; they can be empty where the posterior is unsure, and are too small for hard x.
+    APS adapts to each x: it adds classes from the most probable down until their probabilities sum to the threshold.
+    Without u a set always contains the most probable class, so the coverage exceeds ``level`` if the accuracy does.
+    With u the coverage is exact, but some sets are empty, and each call of ``predict`` draws a new u. LAC has the
+    smallest sets on average, but they can be empty if the posterior is uncertain, and are too small for hard x.
 
-    :param posterior: any posterior with a Categorical likelihood, or a Bernoulli of one output (classes 0 and 1).
+    :param posterior: any posterior with a Categorical likelihood, or a Bernoulli with one output (classes 0 and 1).
     :param data: held-out data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair;
         one label for each row.
-    :param level: the probability to cover y.
+    :param level: the coverage, in (0, 1).
     :param score: ``"aps"`` or ``"lac"``.
-    :param randomised: whether APS draws u; LAC has none.
+    :param randomised: whether APS draws u; LAC has no u.
     :param num_samples: draws from every member.
     :param batch_size: the most rows in one forward pass.
-    :param seed: of the draws, the same for held-out and new data, and of u.
-    :raises TypeError: when the likelihood is no classification, or data or y has the wrong type.
+    :param seed: of u, and of the draws, which are the same for held-out and new data.
+    :raises TypeError: when the likelihood is not a classification, or data or y has the wrong type.
     :raises ValueError: when data has too few rows for the level (ceil(level / (1 - level)) are needed), y does not fit
-        the likelihood or has several labels a row, a prediction holds NaN, or level or score is out of range.
+        the likelihood or has several labels in a row, a prediction holds NaN, level or score is out of range, or
+        ``randomised`` is set for LAC.
 
-    ``threshold`` is the k-th smallest score, a scalar, of ``num_rows`` held-out data.
+    ``threshold`` is the k-th smallest score, a scalar; ``num_rows`` is the number n of held-out data.
 
     Source: Romano, Sesia and Candes (2020) for APS; Sadinle, Lei and Wasserman (2019) for LAC.
     """
@@ -138,25 +140,27 @@ class ConformalSets(_SplitConformal):
         if score not in get_args(SetScore):
             raise ValueError(f"score={score!r}: expected one of {', '.join(get_args(SetScore))}")
         if randomised and score != "aps":
-            raise ValueError(f"randomised=True goes with score='aps'; {score!r} has nothing to randomise")
+            raise ValueError(f"randomised=True: expected score='aps', got score={score!r}, which is not randomised")
         seed = some_seed(seed)
         self.score, self.randomised = score, randomised
-        # One stream for held-out and new data, whose u must be independent, and not that of the draws.
+        # The u of held-out and new data must be independent of each other and of the draws: one generator of their own.
         self._uniforms = torch.Generator().manual_seed(seed + 1)
         super().__init__(posterior, data, level, num_samples=num_samples, batch_size=batch_size, seed=seed)
 
     def predict(self, x: Inputs) -> Tensor:
-        """``[N, C]`` booleans: which classes are in the set of each row.
+        """The sets of classes, as booleans ``[N, C]``: whether each class is in the set of each row.
 
-        :param x: inputs of the network, or a ``DataLoader`` or ``Dataset`` of them, beside which labels are left out.
+        :param x: inputs of the network, or a ``DataLoader`` or ``Dataset`` of them; labels in it are ignored.
         :raises ValueError: when x has no rows, or a prediction holds NaN.
         """
         return _joined([self._sets(prediction) for prediction in self._predictions(x)], "x")
 
     def evaluate(self, data: Data) -> dict[str, float]:
-        """``coverage``, the share of rows whose set holds y, and ``size``, the mean number of classes in a set.
+        """``coverage``, the share of rows whose set contains y, and ``size``, the mean number of classes in a set.
 
-        :param data: ``(x, y)`` that neither trained nor calibrated, in any form that calibration takes.
+        :param data: ``(x, y)`` that was used neither for training nor for calibration, in any form that the constructor
+            accepts.
+        :raises ValueError: when data is empty, y does not fit the likelihood, or a prediction holds NaN.
         """
         covered, sizes = [], []
         for _, prediction, y in predict_batches(self.posterior, data, **self._settings):
@@ -188,24 +192,24 @@ class ConformalSets(_SplitConformal):
 
 
 class ConformalIntervals(_SplitConformal):
-    """Intervals that hold y with probability ``level``, of a regression or of counts.
+    """Intervals that contain y with probability ``level``, for a regression or counts.
 
-    The posterior's own central interval [low, high] of this level has the score max(low - y, y - high), and becomes
-    [low - q, high + q] with the threshold q. So q is what the posterior's intervals lack on each side, in units of y;
-    it is negative where they are too wide, and an interval that is then left with low > high is empty. Of a y of
-    several numbers each has a threshold of its own, and is covered by itself.
+    With the posterior's own central interval [low, high] of this level, the score of y is max(low - y, y - high). The
+    conformal interval is [low - q, high + q] with the threshold q, in the unit of y. q is positive if the posterior's
+    intervals are too narrow and negative if they are too wide; an interval with low > high after that is empty. If y
+    has several numbers, each has its own threshold and its own coverage.
 
-    :param posterior: any posterior with a likelihood of regression or counts.
+    :param posterior: any posterior with a likelihood for regression or counts.
     :param data: held-out data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair.
-    :param level: the probability to cover y.
+    :param level: the coverage, in (0, 1).
     :param num_samples: draws from every member.
     :param batch_size: the most rows in one forward pass.
-    :param seed: of the draws, the same for held-out and new data.
+    :param seed: of the draws, which are the same for held-out and new data.
     :raises TypeError: when the likelihood is a classification, or data or y has the wrong type.
     :raises ValueError: when data has too few rows for the level (ceil(level / (1 - level)) are needed), y does not fit
         the likelihood, a prediction holds NaN, or level is out of range.
 
-    ``threshold`` is q, shaped as the y of one row, from ``num_rows`` held-out data.
+    ``threshold`` is q, with the shape of the y of one row; ``num_rows`` is the number n of held-out data.
 
     Source: Romano, Patterson and Candes (2019), eqs. 6 and 7, with the quantiles of the posterior predictive.
     """
@@ -213,9 +217,9 @@ class ConformalIntervals(_SplitConformal):
     kinds = ("regression", "count")
 
     def predict(self, x: Inputs) -> tuple[Tensor, Tensor]:
-        """Bounds ``[N, ...]`` in units of y, which belong to the interval.
+        """The lower and upper bounds, ``[N, ...]`` each, in the unit of y; both belong to the interval.
 
-        :param x: inputs of the network, or a ``DataLoader`` or ``Dataset`` of them, beside which labels are left out.
+        :param x: inputs of the network, or a ``DataLoader`` or ``Dataset`` of them; labels in it are ignored.
         :raises ValueError: when x has no rows, or a prediction holds NaN.
         """
         lows, highs = [], []
@@ -226,9 +230,11 @@ class ConformalIntervals(_SplitConformal):
         return _joined(lows, "x"), _joined(highs, "x")
 
     def evaluate(self, data: Data) -> dict[str, float]:
-        """``coverage``, the share of y inside, and ``width``, the mean of high - low, where an empty interval has 0.
+        """``coverage``, the share of y inside, and ``width``, the mean of high - low (0 for an empty interval).
 
-        :param data: ``(x, y)`` that neither trained nor calibrated, in any form that calibration takes.
+        :param data: ``(x, y)`` that was used neither for training nor for calibration, in any form that the constructor
+            accepts.
+        :raises ValueError: when data is empty, y does not fit the likelihood, or a prediction holds NaN.
         """
         covered, widths = [], []
         for _, prediction, y in predict_batches(self.posterior, data, **self._settings):
@@ -255,20 +261,20 @@ class ConformalIntervals(_SplitConformal):
 def _threshold(scores: Tensor, level: float) -> Tensor:
     """The k-th smallest score of n, k = ceil((n + 1) level).
 
-    :raises ValueError: when k > n, where the threshold would be infinite.
+    :raises ValueError: when k > n, so that the threshold would be infinite.
     """
-    n, exact = len(scores), Fraction(str(level))  # of decimals: in floating point 0.55 * 100 is above 55
+    n, exact = len(scores), Fraction(str(level))  # exact decimals: in floating point 0.55 * 100 is above 55
     k = math.ceil((n + 1) * exact)
     if k > n:
         raise ValueError(
-            f"level={level!r} needs at least {math.ceil(exact / (1 - exact))} held-out data, and there are {n}: give "
-            "more, or a lower level"
+            f"level={level!r}: expected at least {math.ceil(exact / (1 - exact))} held-out data, got {n}; give more, "
+            "or a lower level"
         )
     return scores.sort(0).values[k - 1]
 
 
 def _rounding(dtype: torch.dtype) -> float:
-    """How far apart two scores may be that differ by rounding alone, for values of size 1."""
+    """The tolerance for scores that differ only by rounding, for values of size 1."""
     return torch.finfo(dtype).eps ** 0.75
 
 
@@ -278,15 +284,15 @@ def _class_probabilities(prediction: Prediction) -> Tensor:
     binary = isinstance(prediction.likelihood, Bernoulli)
     if probs.dim() != (1 if binary else 2):
         raise ValueError(
-            "conformal sets are for one label a row, and each row has several here (predictions of shape "
-            f"{tuple(probs.shape)}): calibrate a posterior of a network with one label a row, or look at calibration "
-            "with evaluate(), which counts every label"
+            "conformal sets are for one label per row, and here each row has several (predictions of shape "
+            f"{tuple(probs.shape)}): use a network with one label per row, or look at calibration with evaluate(), "
+            "which counts every label"
         )
     return torch.stack((1 - probs, probs), 1) if binary else probs
 
 
 def _labels(prediction: Prediction, y: Tensor) -> Tensor:
-    """``[N, 1]``."""
+    """The labels as integers ``[N, 1]``."""
     log_density(prediction, y)  # refuses labels that do not fit
     return y.long().reshape(-1, 1)
 

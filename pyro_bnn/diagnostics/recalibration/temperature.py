@@ -20,7 +20,7 @@ from pyro_bnn.randomness import some_seed
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Sparsified
 
-#: log temperatures that are tried first, with 0 among them: 0.01 to 100, eight for each factor of 10
+#: grid of log temperatures that are tried first: temperatures from 0.01 to 100, with 1 among them, eight per decade
 _GRID = math.log(10) * np.linspace(-2, 2, 33)
 #: nats per datum by which the best temperature must beat both ends of the grid
 _RESOLUTION = 1e-9
@@ -32,30 +32,31 @@ class ScaledPosterior(Posterior):
     p(y | x) = (1 / (S K)) sum_sk softmax(f_sk(x) / T)_y,   with the sigmoid for a Bernoulli likelihood,
 
     over S draws and K members. T > 1 makes predictions less confident, T < 1 more; the most probable class of each
-    draw stays. ``predict`` and ``log_likelihood``, and with them every metric and ``to_arviz``, see T. The draws, the
-    model and the guide are those of the posterior inside: ``Predictive(model, guide=scaled.guide)`` does not see it.
+    draw does not change. T applies to ``predict`` and ``log_likelihood``, and so to every metric and to ``to_arviz``.
+    The draws, the model and the guide are those of the original posterior, so T has no effect on
+    ``Predictive(model, guide=scaled.guide)``.
 
-    It is no tempered posterior. ``temperature=`` of a likelihood changes what is inferred, and T what is predicted.
+    This is not a tempered posterior: ``temperature=`` of a likelihood changes the inference, T only the predictions.
 
-    :param posterior: any posterior with a Categorical or Bernoulli likelihood, kept as ``.posterior``.
-    :param temperature: T, kept as ``.temperature``; :func:`scale_temperature` fits it.
-    :raises TypeError: when the likelihood is another.
+    :param posterior: any posterior with a Categorical or Bernoulli likelihood, available as ``.posterior``.
+    :param temperature: T, available as ``.temperature``; :func:`scale_temperature` fits it.
+    :raises TypeError: for any other likelihood.
     :raises ValueError: unless ``0 < temperature < inf``.
     """
 
     def __init__(self, posterior: Posterior, temperature: float) -> None:
         _require_logits(posterior)
         checks.positive("temperature", temperature)
-        vars(self).update(vars(posterior))  # what draws are made of
+        vars(self).update(vars(posterior))  # so that draws, model and guide are those of the posterior inside
         self.posterior, self.temperature = posterior, float(temperature)
 
     def predict(self, *args: Any, **kwargs: Any) -> Prediction:
-        """The predictive distribution at x, with logits divided by T; takes what ``Posterior.predict`` takes."""
+        """The predictive distribution at x, with logits divided by T. Arguments as for ``Posterior.predict``."""
         prediction = self.posterior.predict(*args, **kwargs)
         return Prediction(prediction.outputs / self.temperature, prediction.likelihood)
 
     def recompute_statistics(self, loader: Iterable[object] | None) -> None:
-        """See ``Posterior.recompute_statistics``; the posterior inside changes, and T was fitted before it did."""
+        """See ``Posterior.recompute_statistics``. The posterior inside changes too, and T is not fitted again."""
         self.posterior.recompute_statistics(loader)
 
     def as_draws(self, n: int, seed: int | None = None, *, example: Inputs = None) -> ScaledPosterior:
@@ -68,14 +69,14 @@ class ScaledPosterior(Posterior):
         return replace(sparse, posterior=ScaledPosterior(sparse.posterior, self.temperature))
 
     def save(self, path: str | os.PathLike[str], *, prior: bool = True) -> None:
-        """Not possible: a saved posterior has no place for T.
+        """Not supported: a saved posterior cannot hold T.
 
-        :raises TypeError: always, with what to do.
+        :raises TypeError: always, with instructions.
         """
         raise TypeError(
             "a temperature cannot be saved with a posterior: call scaled.posterior.save(path) and keep "
-            f"scaled.temperature ({self.temperature!r}); ScaledPosterior(pb.load(path, net), temperature) puts them "
-            "together again"
+            f"scaled.temperature ({self.temperature!r}); ScaledPosterior(pb.load(path, net), temperature) restores "
+            "the scaled posterior"
         )
 
 
@@ -87,43 +88,45 @@ def scale_temperature(
     batch_size: int | None = None,
     seed: int | None = None,
 ) -> ScaledPosterior:
-    r"""Fits a temperature on held-out data, by the negative log-likelihood of the averaged prediction.
+    r"""Fits a temperature T on held-out data by minimising the negative log-likelihood of the averaged prediction.
 
     T = argmin -(1/N) sum_n log (1 / (S K)) sum_sk p(y_n | f_sk(x_n) / T)
 
-    For one function this is convex in 1 / T. For an average it need not be: a grid of 33 temperatures from 0.01 to 100
-    comes first, and Brent's bounded search between the neighbours of the best one. The result is never worse on
-    ``data`` than T = 1. With one function it keeps every most probable class and so the accuracy.
+    For one function this is convex in 1 / T, but for an average it need not be. A grid of 33 temperatures from 0.01 to
+    100 is therefore evaluated first, and Brent's bounded search then refines the best one between its neighbours. The
+    result is never worse on ``data`` than T = 1. With a single function the most probable classes, and so the accuracy,
+    do not change.
 
-    Holds the logits of all data at once, S K N C numbers, on their device; sums are in float64.
+    The logits of all data, S K N C numbers, are kept in memory on their device; sums are in float64.
 
-    :param data: held-out data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair. On
-        the training data T comes out too small.
-    :param num_samples: draws from every member, S; T belongs to predictions from about as many.
+    :param posterior: any posterior with a Categorical or Bernoulli likelihood.
+    :param data: held-out data: a ``DataLoader`` of ``(x, y)``, a ``Dataset`` of such pairs, or one pair. On the
+        training data T would be too small.
+    :param num_samples: number S of draws from every member. Use T for predictions with about as many draws.
     :param batch_size: the most rows in one forward pass.
-    :param seed: of the draws; ``None`` takes another one at each call.
+    :param seed: of the draws; ``None`` takes a new one at each call.
+    :returns: the posterior with logits divided by T, which is its ``.temperature``.
     :raises TypeError: when the likelihood is neither Categorical nor Bernoulli, or data or y has the wrong type.
     :raises ValueError: when data is empty, y does not fit the likelihood, a prediction holds NaN, or no T between 0.01
         and 100 is best: the likelihood still rises at an end, does not depend on T, or is 0 at every T.
 
-    Source: Guo, Pleiss, Sun and Weinberger (2017), eq. 9; here for the average over functions that a posterior predicts
-    with.
+    Source: Guo, Pleiss, Sun and Weinberger (2017), eq. 9, here for the average over the functions of a posterior.
     """
     _require_logits(posterior)
     batches, seed = [], some_seed(seed)
     for _, prediction, y in predict_batches(posterior, data, num_samples=num_samples, batch_size=batch_size, seed=seed):
         log_density(prediction, y)  # refuses labels that do not fit
         outputs = prediction.outputs
-        if outputs.device.type == "mps":  # which has no float64
+        if outputs.device.type == "mps":  # mps has no float64
             outputs, y = outputs.cpu(), y.cpu()
-        # With labels in float32 a Bernoulli density would lose the digits that the search needs.
+        # With float32 labels a Bernoulli density would be too inexact for the search.
         batches.append((outputs, prediction.likelihood, y.double() if y.is_floating_point() else y))
     if not batches:
         raise ValueError("data is empty: a temperature needs held-out data; look at the filter or split that made it")
     rows = sum(len(y) for _, _, y in batches)
 
     def nll(log_temperature: float) -> float:
-        """Up to the constant log (S K)."""
+        """The objective, up to the constant log (S K)."""
         temperature = math.exp(log_temperature)
         log_probs = (Prediction(f.double() / temperature, kind).log_prob(y) for f, kind, y in batches)
         return -sum(float(log_prob.logsumexp((0, 1)).sum()) for log_prob in log_probs) / rows
@@ -136,25 +139,28 @@ def scale_temperature(
 
 
 def _inner_minimum(values: np.ndarray) -> int:
-    """The index of the least value.
+    """The index of the smallest value.
 
     :raises ValueError: when an end of the grid is as good.
     """
     if not np.isfinite(values.min()):
-        raise ValueError("the posterior gives some y probability 0 at every temperature: look for infinite logits")
+        raise ValueError("the posterior gives some y probability 0 at every temperature: check for infinite logits")
     low, high = values[[0, -1]] - values.min() < _RESOLUTION
     if low and high:
-        raise ValueError("the likelihood does not depend on the temperature: all logits of a datum are the same")
+        raise ValueError(
+            "the likelihood does not depend on the temperature, because all logits of a datum are equal: train the "
+            "network"
+        )
     if low:
         raise ValueError(
             "the likelihood rises down to a temperature of 0.01: (nearly) all of these data are classified right, so "
-            "that they cannot say how confident is too confident. Give more held-out data, or keep the posterior as "
+            "they cannot tell which confidence would be too high. Give more held-out data, or keep the posterior as "
             "it is"
         )
     if high:
         raise ValueError(
             "the likelihood rises up to a temperature of 100: the predictions are no better than equal probabilities. "
-            "Look at the accuracy, and whether these labels are numbered as those of training"
+            "Check the accuracy, and whether these labels are numbered as those of training"
         )
     return int(values.argmin())
 
@@ -163,6 +169,6 @@ def _require_logits(posterior: Posterior) -> None:
     likelihood = getattr(posterior.model, "likelihood", None)
     if getattr(likelihood, "kind", None) != "classification":
         raise TypeError(
-            "a temperature divides the logits of a Categorical or Bernoulli likelihood, and this posterior has "
-            f"{likelihood!r}; for intervals of the right width use pyro_bnn.diagnostics.ConformalIntervals"
+            "a temperature divides the logits of a Categorical or Bernoulli likelihood, but this posterior has "
+            f"{likelihood!r}; for calibrated intervals use pyro_bnn.diagnostics.ConformalIntervals"
         )

@@ -1,13 +1,13 @@
-"""How good predictions are: scores and metrics, streamed over data of any accepted form.
+"""How good predictions are: scores and metrics, computed batch by batch on data of any accepted form.
 
-* ``metrics``: ``evaluate``, all numbers of a posterior on its data.
-* ``calibration``: whether confidence is the share of right predictions.
-* ``selective``: the loss on the data that a model is most confident of.
-* ``ood``: whether inputs that are out of distribution are less certain.
-* ``scores``: the CRPS, coverage and width of intervals.
-* ``similarity``: how far functions agree, with a reference or with one another.
-* ``scored``: every datum with its scores, for pictures and comparisons.
-* ``stream``: predictions for one batch after another.
-* ``probabilities``: class probabilities in the one form that metrics read.
+* ``metrics``: ``evaluate``, all metrics of a posterior on held-out data.
+* ``calibration``: whether confidence matches the share of right predictions.
+* ``selective``: the loss on the data that a model is most confident about.
+* ``ood``: whether predictions are less certain for out-of-distribution inputs.
+* ``scores``: the CRPS, and the coverage and width of intervals.
+* ``similarity``: how much functions agree, with a reference or with one another.
+* ``scored``: the scores of every datum, for plots and comparisons.
+* ``stream``: predictions, one batch at a time.
+* ``probabilities``: class probabilities in the form that metrics expect.
 * ``precision``: sums in float64.
 """

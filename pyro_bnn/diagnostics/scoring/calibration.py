@@ -19,12 +19,12 @@ BINS = 15
 
 @dataclass(frozen=True)
 class ReliabilityBins:
-    """What a reliability diagram shows: B bins of the probability of the most probable class.
+    """The data of a reliability diagram: B bins of the confidence, the probability of the most probable class.
 
-    :param confidence: ``[B]``, its mean in each bin; 0 in a bin without data.
-    :param accuracy: ``[B]``, the share of right predictions; 0 in a bin without data.
-    :param count: ``[B]``, the number of data.
-    :param edges: ``[B + 1]``, the bounds of the bins.
+    :param confidence: ``[B]``, mean confidence in each bin; 0 in a bin without data.
+    :param accuracy: ``[B]``, share of right predictions in each bin; 0 in a bin without data.
+    :param count: ``[B]``, number of data in each bin.
+    :param edges: ``[B + 1]``, bounds of the bins.
     """
 
     confidence: Tensor
@@ -42,16 +42,19 @@ class ReliabilityBins:
 def reliability(probs: Tensor, y: Tensor, bins: int = BINS, adaptive: bool = False) -> ReliabilityBins:
     """Mean confidence and accuracy in bins of the confidence, the probability of the most probable class.
 
-    Bins of equal width are [b / B, (b + 1) / B); the last one includes 1. With ``adaptive`` they have equal mass: the
-    datum with rank i = 0 ... N - 1 in confidence is in bin floor(i B / N), so that all sizes are N / B rounded up or
-    down. Data of the same confidence on both sides of a bound share their right predictions evenly (each counts as
-    their mean), so that no order of the rows matters.
+    Bins of equal width are [b / B, (b + 1) / B); the last one includes 1. With ``adaptive`` bins hold equal numbers of
+    data: the datum with rank i = 0 ... N - 1 in confidence is in bin floor(i B / N), so all sizes are N / B rounded up
+    or down. Data with equal confidence share their right predictions evenly (each counts as their mean), so the order
+    of the rows does not matter even if a bound separates them.
 
-    :param probs: class probabilities ``[N, C]``; of two classes 1 - p and p for a Bernoulli.
-    :param y: labels ``[N]``, integers from 0 on.
-    :param bins: their number, B.
-    :raises TypeError: when y is not of integers.
-    :raises ValueError: when probs are no probabilities, y does not fit them, or bins is below 1.
+    :param probs: class probabilities ``[N, C]``; for a Bernoulli the two columns 1 - p and p.
+    :param y: labels ``[N]``, integers starting at 0.
+    :param bins: number B of bins.
+    :param adaptive: whether bins hold equal numbers of data instead of having equal width.
+    :returns: ``confidence``, ``accuracy`` and ``count`` of each bin ``[B]``, the ``edges`` ``[B + 1]``, and ``error``,
+        the expected calibration error.
+    :raises TypeError: when probs or y is not a tensor, or y does not hold integers.
+    :raises ValueError: when the rows of probs are not probabilities, y does not fit them, or bins is below 1.
 
     Source: Naeini, Cooper and Hauskrecht (2015); for equal mass Nguyen and O'Connor (2015), section 4, and Nixon et al.
     (2019), section 3.
@@ -62,7 +65,7 @@ def reliability(probs: Tensor, y: Tensor, bins: int = BINS, adaptive: bool = Fal
 
 
 def bin_confidence(confidence: Tensor, correct: Tensor, bins: int = BINS, adaptive: bool = False) -> ReliabilityBins:
-    """The same bins from the confidence ``[N]`` of predictions, and whether each was right ``[N]``."""
+    """The bins of :func:`reliability`, from the confidence ``[N]`` of predictions and whether each is right ``[N]``."""
     _require_bins(bins)
     confidence, correct, size = wide(confidence), wide(correct), len(confidence)
     if adaptive:
@@ -82,17 +85,22 @@ def bin_confidence(confidence: Tensor, correct: Tensor, bins: int = BINS, adapti
 
 
 def calibration_error(probs: Tensor, y: Tensor, bins: int = BINS, adaptive: bool = False) -> float:
-    """The expected calibration error over the bins of :func:`reliability`, in [0, 1]; same arguments and errors."""
+    """The expected calibration error (ECE) over the bins of :func:`reliability`, in [0, 1].
+
+        sum_b (N_b / N) abs(accuracy_b - confidence_b)
+
+    Arguments, errors and sources as for :func:`reliability`.
+    """
     return reliability(probs, y, bins, adaptive).error
 
 
 def classwise_calibration_error(probs: Tensor, y: Tensor, bins: int = BINS) -> float:
-    """The calibration error of the probability of every class, not of the most probable alone, averaged over classes.
+    """The calibration error of the probability of each class, not only of the most probable one, averaged over classes.
 
-        (1/C) sum_c sum_b (N_cb / N) abs(share of [y = c] in bin b of p(c) - mean of p(c) there)
+        (1/C) sum_c sum_b (N_cb / N) abs(share of [y = c] in bin b of p(c) - mean of p(c) in that bin)
 
-    in [0, 2 / C], with bins of equal width. Also known as the static calibration error. Arguments and errors as for
-    :func:`reliability`.
+    It lies in [0, 2 / C]; bins have equal width. It is also known as the static calibration error. Arguments and errors
+    as for :func:`reliability`.
 
     Source: Kull et al. (2019), equation 3; Nixon et al. (2019), equation 2.
     """
@@ -103,7 +111,7 @@ def classwise_calibration_error(probs: Tensor, y: Tensor, bins: int = BINS) -> f
 
 
 class ClasswiseCalibrationError(Metric):
-    """:func:`classwise_calibration_error` over batches: one number a class and bin stays in memory.
+    """:func:`classwise_calibration_error` over batches; keeps one number per class and bin in memory.
 
     N_cb drops out of each summand, which leaves (1/N) abs(sum over the data of the bin of [y = c] - p(c)).
     """
@@ -119,7 +127,7 @@ class ClasswiseCalibrationError(Metric):
         self.add_state("size", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, probs: Tensor, y: Tensor) -> None:
-        """Takes in probabilities ``[N, C]`` and labels ``[N]``."""
+        """Adds a batch of probabilities ``[N, C]`` and labels ``[N]``."""
         classes = len(self.excess)
         probs = probs.to(self.excess.dtype)
         inside = _even_edges(self.bins, probs)[1:-1]

@@ -1,4 +1,4 @@
-"""Predictive quality: one number per question, streamed over the data."""
+"""The quality of predictions: one metric per question, computed batch by batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
     from pyro_bnn.posterior.prediction import Prediction
 
-#: what a central interval holds
+#: probability of the central intervals
 LEVEL = 0.95
 #: share of the data that ``risk_at_80`` keeps
 KEPT = 0.8
@@ -41,9 +41,9 @@ def evaluate(
     batch_size: int | None = None,
     seed: int | None = None,
 ) -> dict[str, float]:
-    r"""How good the predictions of a posterior are on data that it has not seen.
+    r"""Metrics of the predictions of a posterior on data that it has not seen.
 
-    With p_n the mean over S draws and K members of the predictive density or probability of datum n:
+    p_n is the predictive density or probability of datum n, averaged over S draws and K members:
 
     ===================  ==================================================================================
     for every kind
@@ -59,9 +59,9 @@ def evaluate(
     ``ece_classwise``    the same, equal widths, for the probability of every class, mean over classes, in
                          [0, 2 / C]
     ``aurc``             area under the risk-coverage curve: the error rate of the k most confident data, mean
-                         over k = 1 ... N, in [0, 1]; the error rate for confidence that knows nothing
-    ``augrc``            the same with the errors divided by N in place of k, in [0, 1/2]; half the error rate
-                         for confidence that knows nothing
+                         over k = 1 ... N, in [0, 1]; equals the error rate if confidence is uninformative
+    ``augrc``            the same with the errors divided by N instead of k, in [0, 1/2]; equals half the error
+                         rate if confidence is uninformative
     ``risk_at_80``       error rate among the 80 % most confident data (0.8 N rounded up), in [0, 1]
     ``aleatoric``        mean expected entropy of one function, in nats, in [0, log C]
     ``epistemic``        mean mutual information of label and weights, in nats, in [0, log C]; the two add up
@@ -70,47 +70,49 @@ def evaluate(
                          probable classes, over all pairs, in [0, 1]; 0 with a single function
     with ``ood``
     -------------------  ----------------------------------------------------------------------------------
-    ``ood_auroc``        probability that a datum of ``ood`` has the larger predictive entropy than one of
+    ``ood_auroc``        probability that a datum of ``ood`` has a larger predictive entropy than one of
                          ``data``, ties counting half, in [0, 1]
-    ``ood_aupr``         average precision in finding ``ood`` by the entropy, in (0, 1]; the share of ``ood``
-                         among all data for chance
+    ``ood_aupr``         average precision in detecting ``ood`` by the entropy, in (0, 1]; by chance it is the
+                         share of ``ood`` among all data
     ``ood_fpr95``        share of ``data`` at or above the entropy that 95 % of ``ood`` reach, in [0, 1]
     ``ood_..._<score>``  all three by another score: ``max_probability`` (1 minus it) or
                          ``mutual_information``, as in ``ood_auroc_mutual_information``
-    regression           (counts alike)
+    regression, counts
     -------------------  ----------------------------------------------------------------------------------
     ``rmse``             sqrt((1/N) sum_n (mean_n - y_n)^2), in the unit of y
-    ``crps``             (1/N) sum_n integral (F_n(z) - [y_n <= z])^2 dz, in the unit of y, at least 0; the
-                         absolute error of a certain prediction
+    ``crps``             (1/N) sum_n integral (F_n(z) - [y_n <= z])^2 dz, in the unit of y, at least 0; equals
+                         the absolute error if a prediction is certain
     ``coverage``         share of data inside the central 95 % interval of the prediction, ends included
     ``width``            mean width of that interval, in the unit of y
     ``aleatoric``        mean expected variance of y under one function, in the squared unit of y
     ``epistemic``        mean variance of the means of the functions, in the squared unit of y
     ===================  ==================================================================================
 
-    A Bernoulli likelihood counts as a classification with the two classes 0 and 1. A target of several numbers counts
-    each of them in every metric but ``nll``, where a datum is a row, and in the scores of ``ood``, which are their
-    mean. Equal confidence counts by expectation over the order of such data, so no order of the rows matters.
+    A Bernoulli likelihood counts as a classification with the classes 0 and 1. If a target has several numbers, each of
+    them counts as a datum, except in ``nll``, where a datum is a row, and in the scores of ``ood``, which are averaged
+    over them. Ties in confidence are averaged over their order, so the order of the rows does not matter.
 
-    Every batch sees the same draws. Of a batch that is done, at most two numbers for each label and three for each row
-    stay in memory, whatever the number of draws and classes.
+    Every batch is predicted with the same draws. Of each batch at most two numbers for each label and three for each
+    row stay in memory, whatever the number of draws and classes.
 
     :param data: a ``DataLoader`` of pairs ``(x, y)`` or of dicts with ``labels``, a ``Dataset`` of such, or one pair or
-        dict itself; :mod:`pyro_bnn.inputs` says what x and y may be. Everything runs on the device of the model.
-    :param ood: inputs from elsewhere: a loader, a dataset, or x itself; labels beside them are left out.
-    :param num_samples: draws from every member, S; by default 16, fewer where fewer are stored, and 1 of particles and
-        points.
-    :param batch_size: the most rows in one forward pass; a loader keeps its own batches otherwise, and other data are
+        dict; :mod:`pyro_bnn.inputs` says what x and y may be. Everything runs on the device of the model.
+    :param ood: out-of-distribution inputs: a loader, a dataset, or x itself; labels in it are ignored.
+    :param num_samples: number S of draws from every member. By default 16 from a guide or from the stored draws of a
+        sampler (all of them if there are fewer), all stored networks of an ensemble, and 1 of particles and points.
+    :param batch_size: the most rows in one forward pass. By default a loader keeps its own batches, and other data are
         cut into batches of 256.
-    :param seed: of the draws, the same for all batches; ``None`` takes another one at each call, from torch's global
+    :param seed: of the draws, the same for all batches; ``None`` takes a new one at each call, from torch's global
         generator.
-    :raises TypeError: when data or ood is none of the forms above, or y has the wrong dtype.
-    :raises ValueError: when data or ood is empty, y does not fit the likelihood, y or a prediction holds NaN, or ood
-        is given for a regression.
+    :returns: ``{metric: value}`` with the names in the table.
+    :raises TypeError: when ``posterior`` is not a posterior, data or ood has none of the forms above, or y has the
+        wrong dtype.
+    :raises ValueError: when data or ood is empty, the model has no likelihood, y does not fit the likelihood, y or a
+        prediction holds NaN, or ood is given for a regression.
 
     Source: Gneiting and Raftery (2007) for NLL, Brier score and CRPS; Depeweg et al. (2018) for the split into
-    aleatoric and epistemic. The modules ``calibration``, ``selective``, ``ood``, ``scores`` and ``similarity`` name
-    those of the other metrics, and compute each from tensors.
+    aleatoric and epistemic. The sources of the other metrics are in the modules ``calibration``, ``selective``,
+    ``ood``, ``scores`` and ``similarity``, which compute each of them from tensors.
     """
     settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": some_seed(seed)}
     quality: ClassificationMetrics | RegressionMetrics | None = None
@@ -132,7 +134,7 @@ def evaluate(
 
 
 def log_predictive_density(prediction: Prediction, y: Tensor) -> Tensor:
-    """log p(y_n) with the densities of all draws and members averaged: ``[N]``, in nats.
+    """The log predictive density log p(y_n), averaged over all draws and members: ``[N]``, in nats.
 
     log (1 / (S K)) sum_sk p_sk(y_n) = logsumexp_sk log p_sk(y_n) - log (S K)
     """
@@ -149,7 +151,7 @@ def _quality(prediction: Prediction, with_ood: bool) -> ClassificationMetrics | 
         return ClassificationMetrics(classes, device, with_ood)
     if kind not in ("regression", "count"):
         raise ValueError(
-            f"evaluate needs a model with a likelihood of pyro_bnn.likelihoods; this one has {prediction.likelihood!r}"
+            f"likelihood={prediction.likelihood!r}: evaluate needs a model with a likelihood of pyro_bnn.likelihoods"
         )
     if with_ood:
         raise ValueError(
@@ -160,15 +162,15 @@ def _quality(prediction: Prediction, with_ood: bool) -> ClassificationMetrics | 
 
 
 class ClassificationMetrics:
-    """The metrics of :func:`evaluate` for a classification, gathered batch by batch.
+    """The metrics of :func:`evaluate` for a classification, computed batch by batch.
 
-    What each batch leaves in memory is two numbers for each label (``confidence``, ``correct``) and, with ``with_ood``,
-    three for each row (``inside``, and ``outside`` for out-of-distribution inputs), since these must be sorted in the
-    end. All else is a running mean.
+    Each batch leaves two numbers for each label in memory (``confidence``, ``correct``) and, with ``with_ood``, three
+    for each row (``inside``, and ``outside`` for out-of-distribution inputs), because these must be sorted at the end.
+    Everything else is a running mean.
 
     :param classes: number C of classes.
-    :param device: where the predictions are.
-    :param with_ood: whether inputs that are out of distribution follow.
+    :param device: device of the predictions.
+    :param with_ood: whether out-of-distribution inputs follow.
     """
 
     def __init__(self, classes: int, device: torch.device, with_ood: bool) -> None:
@@ -184,7 +186,7 @@ class ClassificationMetrics:
         self.outside: dict[str, list[Tensor]] = defaultdict(list)
 
     def update(self, prediction: Prediction, y: Tensor) -> None:
-        """Takes in one batch and its targets."""
+        """Adds one batch and its targets."""
         self.means["nll"].update(-log_predictive_density(prediction, y))
         labels = y.flatten().long()
         probs = class_probabilities(prediction.probs, prediction.likelihood).flatten(0, -2)
@@ -202,7 +204,7 @@ class ClassificationMetrics:
             _append(self.inside, ood_scores(prediction))
 
     def update_ood(self, prediction: Prediction) -> None:
-        """Takes in one batch of inputs that are out of distribution."""
+        """Adds one batch of out-of-distribution inputs."""
         _append(self.outside, ood_scores(prediction))
 
     def compute(self) -> dict[str, float]:
@@ -227,9 +229,9 @@ class ClassificationMetrics:
 
 
 class RegressionMetrics:
-    """The metrics of :func:`evaluate` for a regression or counts, gathered batch by batch: running means alone.
+    """The metrics of :func:`evaluate` for a regression or counts, all of them running means over batches.
 
-    :param device: where the predictions are.
+    :param device: device of the predictions.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -240,7 +242,7 @@ class RegressionMetrics:
         }
 
     def update(self, prediction: Prediction, y: Tensor) -> None:
-        """Takes in one batch and its targets."""
+        """Adds one batch and its targets."""
         self.metrics["nll"].update(-log_predictive_density(prediction, y))
         mean, interval = prediction.mean, prediction.interval(LEVEL)
         self.metrics["rmse"].update(mean.flatten(), y.reshape(mean.shape).to(mean.dtype).flatten())

@@ -1,4 +1,4 @@
-"""Out-of-distribution detection: whether inputs from elsewhere get predictions that are less certain."""
+"""Out-of-distribution detection: whether out-of-distribution inputs get less certain predictions."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ if TYPE_CHECKING:
 
 
 def ood_scores(prediction: Prediction) -> dict[str, Tensor]:
-    """Scores ``[N]`` of how foreign each input looks, larger for more foreign.
+    """Out-of-distribution scores ``[N]`` of each input; larger means less like the training data.
 
     ======================  =====================================================================================
-    ``entropy``             of the averaged class probabilities, in nats, in [0, log C]
+    ``entropy``             entropy of the averaged class probabilities, in nats, in [0, log C]
     ``max_probability``     1 - max_c p(c) of the averaged probabilities, in [0, 1 - 1/C]
-    ``mutual_information``  between label and weights, in nats, in [0, log C]: the part of the entropy on which the
-                            members disagree; 0 with a single function
+    ``mutual_information``  mutual information of label and weights, in nats, in [0, log C]: the part of the entropy
+                            that comes from the disagreement of the functions; 0 with a single function
     ======================  =====================================================================================
 
-    For a target of several labels, the mean over them.
+    If a target has several labels, each score is the mean over them.
 
+    :param prediction: what ``Posterior.predict`` returns for N inputs.
+    :returns: ``{score: [N]}`` with the names in the table.
     :raises TypeError: unless the likelihood is a classification.
 
     Source: Hendrycks and Gimpel (2017) for the maximum probability; Depeweg et al. (2018) for the split of the entropy.
@@ -42,10 +44,12 @@ def ood_scores(prediction: Prediction) -> dict[str, Tensor]:
 
 
 def auroc(inside: Tensor, outside: Tensor) -> float:
-    """Probability that an input from elsewhere has the larger score, ties counting half, in [0, 1]; 0.5 is chance.
+    """Area under the ROC curve: the probability that an out-of-distribution input outscores an in-distribution one.
 
-    :param inside: scores ``[N]`` of data as the model was trained on.
-    :param outside: scores ``[M]`` of inputs from elsewhere, the positives.
+    Ties count half. It lies in [0, 1]; 0.5 is chance.
+
+    :param inside: scores ``[N]`` of in-distribution data.
+    :param outside: scores ``[M]`` of out-of-distribution inputs, the positives.
     :raises ValueError: when either is empty, not one-dimensional, or holds NaN.
     """
     return float(binary_auroc(*_ranked(inside, outside)))
@@ -54,7 +58,7 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 def aupr(inside: Tensor, outside: Tensor) -> float:
     """Area under the precision-recall curve, as average precision: sum_t (recall_t - recall_{t-1}) precision_t.
 
-    In (0, 1]; chance is M / (N + M), the share of the positives. Arguments and errors as for :func:`auroc`.
+    It lies in (0, 1]; chance is M / (N + M), the share of the positives. Arguments and errors as for :func:`auroc`.
 
     Source: Davis and Goadrich (2006); every distinct score is a threshold t, without interpolation.
     """
@@ -62,10 +66,10 @@ def aupr(inside: Tensor, outside: Tensor) -> float:
 
 
 def fpr95(inside: Tensor, outside: Tensor) -> float:
-    """Share of the inside data at or above the largest threshold that finds 95 % of the others, in [0, 1]; 0 is best.
+    """The false positive rate when 95 % of out-of-distribution inputs are detected, in [0, 1]; 0 is best.
 
-    The threshold is the k-th largest score from outside, with k = 0.95 M rounded up. Arguments and errors as for
-    :func:`auroc`.
+    It is the share of in-distribution scores at or above the threshold, the k-th largest of the M out-of-distribution
+    scores with k = 0.95 M rounded up. Arguments and errors as for :func:`auroc`.
 
     Source: Liang, Li and Srikant (2018), section 4.
     """
@@ -76,9 +80,10 @@ def fpr95(inside: Tensor, outside: Tensor) -> float:
 
 
 def _ranked(inside: Tensor, outside: Tensor) -> tuple[Tensor, Tensor]:
-    """Ranks of the scores, in [0, 1), and 1 for those from outside.
+    """Ranks of all scores, in [0, 1), and labels: 1 for out-of-distribution inputs.
 
-    torchmetrics takes the sigmoid of scores when one lies outside [0, 1], which rounds large ones to ties.
+    Ranks replace scores because torchmetrics applies a sigmoid if a score lies outside [0, 1], which rounds large
+    scores to ties.
     """
     _require_scores(inside, outside)
     values, rank = torch.cat((inside, outside)).unique(return_inverse=True)
@@ -91,5 +96,5 @@ def _require_scores(inside: Tensor, outside: Tensor) -> None:
         if scores.dim() != 1 or len(scores) == 0 or bool(scores.isnan().any()):
             raise ValueError(
                 f"{name} is a tensor of shape {tuple(scores.shape)}, {int(scores.isnan().sum())} of its entries NaN; "
-                "expected one score, a number, for each of at least one input"
+                "expected one score for each input, at least one input, and no NaN"
             )

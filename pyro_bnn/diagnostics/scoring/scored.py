@@ -1,4 +1,4 @@
-"""Every datum with its scores: what pictures and comparisons of posteriors are made of."""
+"""The scores of every datum, from which plots and comparisons of posteriors are made."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from pyro_bnn.inputs import Data, Inputs
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior, Prediction
 
-#: draws of y from which the predictive distribution function is read, or a few more
+#: least number of draws of y from which the predictive distribution function is estimated
 _DRAWS_OF_Y = 400
 
 
 @dataclass(frozen=True)
 class Scored:
-    """N data, M of them where each target of a row counts, on the CPU.
+    """Scores of N rows with M targets in total, on the CPU.
 
     :param y: targets, ``[M]``.
     :param nll: negative log predictive density or probability of every row, ``[N]``, in nats.
     :param confidence: probability of the most probable class, or minus the predictive standard deviation, ``[M]``.
-    :param loss: 1 for a wrong class and 0 for the right one, or the squared error, ``[M]``.
+    :param loss: 1 for a wrong class and 0 for a right one, or the squared error, ``[M]``.
     :param probs: class probabilities ``[M, C]``; ``None`` for regression and counts.
-    :param pit: for regression and counts the predictive distribution function at y, ``[M]``, from draws; its jump at a
-        count is split at random. ``None`` for classification.
-    :param inside: predictive entropy of every row, ``[N]``, in nats; ``None`` unless there are inputs from elsewhere.
-    :param outside: predictive entropy of inputs from elsewhere.
+    :param pit: for regression and counts the predictive distribution function at y, ``[M]``, estimated from draws. At a
+        count it is a random point of the jump (the randomised probability integral transform). ``None`` for
+        classification.
+    :param inside: predictive entropy of every row, ``[N]``, in nats; ``None`` without out-of-distribution inputs.
+    :param outside: predictive entropy of the out-of-distribution inputs, in nats.
     """
 
     y: Tensor
@@ -50,9 +51,9 @@ class Scored:
 def score(
     posterior: Posterior, data: Data, ood: Data = None, *, num_samples: int | None, batch_size: int | None, seed: int
 ) -> Scored:
-    """Scores every datum under the very draws that ``evaluate`` with the same settings uses.
+    """Scores every datum, with the same draws as ``evaluate`` with the same settings.
 
-    :raises ValueError: when data or ood is empty, or there is ``ood`` for a regression.
+    :raises ValueError: when data or ood is empty, or ``ood`` is given for a regression.
     """
     settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
     rows: list[dict[str, Tensor]] = []
@@ -70,9 +71,12 @@ def score(
             {name: wide(values).cpu() if values.is_floating_point() else values.cpu() for name, values in found.items()}
         )
     if not rows:
-        raise ValueError("data is empty: a report needs at least one row")
+        raise ValueError("data is empty: a report needs at least one row; check the filter or split that made it")
     if ood is not None and "inside" not in rows[0]:
-        raise ValueError("ood= ranks inputs by the entropy of their classes, which a regression does not have")
+        raise ValueError(
+            "ood= ranks inputs by the entropy of their class probabilities, which a regression does not have: leave "
+            "out ood="
+        )
     outside = None
     if ood is not None:
         entropies = [

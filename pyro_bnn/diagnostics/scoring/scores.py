@@ -1,4 +1,4 @@
-"""How good whole predictive distributions of numbers are: the CRPS, and the coverage and width of intervals."""
+"""Scores of predictive distributions of numbers: the CRPS, and the coverage and width of intervals."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pyro_bnn.diagnostics.scoring.precision import wide
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Prediction
 
-#: numbers held at once
+#: most numbers held in memory at once
 _MAX_ELEMENTS = 2**22
-#: counts that a mixture of Poisson distributions may spread over before it is taken for one of Normal distributions
+#: number of counts up to which the score of a Poisson mixture is summed; beyond it a Normal mixture approximates it
 _MOST_COUNTS = 2**12
 
 
@@ -24,23 +24,24 @@ def crps(prediction: Prediction, y: Tensor) -> Tensor:
 
         CRPS(F, y) = integral (F(z) - [y <= z])^2 dz = E|Y - y| - E|Y - Y'| / 2,    Y, Y' ~ F independent
 
-    where F is the mixture of the distributions of all draws and members. It is 0 for certainty of the right value, and
-    |y - m| for certainty of m.
+    where F is the mixture of the distributions of all draws and members. It is 0 if the prediction is certain of y, and
+    |y - m| if it is certain of another value m.
 
-    The Gaussian mixture has a closed form over all pairs of members. A mixture of Poisson distributions is summed over
-    the counts, up to tails that add less than 1e-9; where it spreads over more than 4,096 of them, which takes rates of
-    some 1e5, Normal distributions of the same means and variances stand in, which are off by less than 0.2 counts.
+    A Gaussian mixture has a closed form over all pairs of components. A Poisson mixture is summed over counts, with
+    tails that add less than 1e-9. If it spreads over more than 4,096 counts, which takes rates of about 1e5, it is
+    approximated by a Normal mixture with the same means and variances, with an error below 0.2 counts.
 
+    :param prediction: what ``Posterior.predict`` returns, with a Gaussian or Poisson likelihood.
     :param y: targets ``[N, ...]``.
-    :raises TypeError: when y has other distributions than these under the likelihood.
-    :raises ValueError: when y does not fit the prediction, or that is not finite.
+    :raises TypeError: when the prediction has no likelihood, or one whose distributions are neither Normal nor Poisson.
+    :raises ValueError: when y does not fit the prediction, or the prediction is not finite.
 
     Source: Gneiting and Raftery (2007), equations 20 and 21; Grimit et al. (2006), equations 5 and 6.
     """
     d = _components(prediction)
     if not isinstance(d, (torch.distributions.Normal, torch.distributions.Poisson)):
         raise TypeError(
-            f"crps knows mixtures of Normal and of Poisson distributions, and {type(prediction.likelihood).__name__} "
+            f"crps takes mixtures of Normal or of Poisson distributions, but {type(prediction.likelihood).__name__} "
             f"gives {type(d).__name__}; use nll, coverage and width"
         )
     shape = d.batch_shape[2:]
@@ -51,7 +52,7 @@ def crps(prediction: Prediction, y: Tensor) -> Tensor:
     mean, scale = (moment.flatten(0, 1).flatten(1) for moment in (d.mean, d.stddev))
     for name, values in (("mean", mean), ("standard deviation", scale)):
         if not bool(values.isfinite().all()):
-            raise ValueError(f"the predicted {name} holds NaN or infinite values: look for parameters that diverged")
+            raise ValueError(f"the predicted {name} holds NaN or infinite values: check for parameters that diverged")
     mixture = _gaussian_mixture if isinstance(d, torch.distributions.Normal) else _poisson_mixture
     rows = max(1, _MAX_ELEMENTS // len(mean))
     parts = zip(mean.split(rows, 1), scale.split(rows, 1), y.flatten().split(rows), strict=True)
@@ -60,9 +61,10 @@ def crps(prediction: Prediction, y: Tensor) -> Tensor:
 
 
 def interval_coverage(interval: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
-    """1 where y lies in the interval, ends included, and 0 elsewhere: ``[N, ...]``.
+    """Whether each y lies in its interval, ends included: ``[N, ...]``, 1 if it does and 0 otherwise.
 
-    :param interval: its bounds ``[N, ...]``, of ``Prediction.interval`` or any other.
+    :param interval: lower and upper bounds, ``[N, ...]`` each, such as ``Prediction.interval`` returns.
+    :param y: targets ``[N, ...]``.
     """
     low, high = interval
     y = y.reshape(low.shape).to(low.dtype)
@@ -70,15 +72,18 @@ def interval_coverage(interval: tuple[Tensor, Tensor], y: Tensor) -> Tensor:
 
 
 def interval_width(interval: tuple[Tensor, Tensor]) -> Tensor:
-    """``[N, ...]``: upper minus lower bound, in the unit of y."""
+    """The width of each interval, upper minus lower bound: ``[N, ...]``, in the unit of y.
+
+    :param interval: lower and upper bounds, ``[N, ...]`` each, such as ``Prediction.interval`` returns.
+    """
     low, high = interval
     return high - low
 
 
 def _components(prediction: Prediction) -> torch.distributions.Distribution:
-    """The distributions of y of all draws and members, batch shape ``[draws, members, N, ...]``."""
+    """The distributions of y under all draws and members, with batch shape ``[draws, members, N, ...]``."""
     if prediction.likelihood is None:
-        raise TypeError("these are values of a function without a likelihood: there is no distribution of y to score")
+        raise TypeError("the prediction has no likelihood, so there is no distribution of y to score: give one")
     noise = None if prediction.noise is None else prediction.noise.unsqueeze(-1)
     d = prediction.likelihood.given(prediction.outputs, None, noise, lead=3)
     return d.base_dist if isinstance(d, torch.distributions.Independent) else d
@@ -103,9 +108,9 @@ def _absolute(mean: Tensor, variance: Tensor) -> Tensor:
 def _poisson_mixture(rate: Tensor, scale: Tensor, y: Tensor) -> Tensor:
     """sum_{k >= 0} (F(k) - [y <= k])^2, with F(k) the mean over members of P(X <= k), for their rates ``[F, N]``.
 
-    Below the least member and above the greatest, F is 0 and 1: every count between there and y adds 1.
+    Below the range of the mixture F is 0, and above it F is 1: every count between the range and y adds 1.
     """
-    # Chernoff bounds: either tail beyond holds less than exp(-18), which the score takes squared.
+    # By Chernoff bounds each tail outside the range holds less than exp(-18), and the score uses its square.
     low = (rate - 7 * scale).amin(0).floor().clamp_min(0)
     counts = (rate + 7 * scale + 14).amax(0).ceil() - low
     if bool((far := counts > _MOST_COUNTS).any()):

@@ -1,4 +1,4 @@
-"""Selective prediction: how much lower the loss is on the data that a model is most confident of."""
+"""Selective prediction: how much lower the loss is on the data that a model is most confident about."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ def risk_coverage(confidence: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
 
         coverage_k = k / N        risk_k = (1/k) sum_{i <= k} loss_(i)
 
-    with the data in the order of falling confidence. Ties count by expectation over their random order, which the sum
-    over i has when every loss stands for the mean of its tie: no order of the rows changes the curve.
+    with the data sorted by decreasing confidence. Each loss in a tie is replaced by the mean over the tie, which is the
+    expectation over a random order, so the order of the rows does not change the curve.
 
-    :param confidence: ``[N]``, larger where the model is surer; only the order matters.
+    :param confidence: ``[N]``, larger if the model is more certain; only the order matters.
     :param loss: ``[N]``, any loss: 0 and 1 for errors, a squared error, a negative log-likelihood.
     :returns: coverage ``[N]`` in (0, 1] and risk ``[N]`` in the unit of the loss.
-    :raises ValueError: when the two are empty, differ in shape, or hold NaN.
+    :raises ValueError: when confidence and loss are empty, differ in shape, or hold NaN.
 
     Source: Geifman and El-Yaniv (2017), equation 2; El-Yaniv and Wiener (2010).
     """
@@ -31,17 +31,17 @@ def risk_coverage(confidence: Tensor, loss: Tensor) -> tuple[Tensor, Tensor]:
         )
     for name, values in (("confidence", confidence), ("loss", loss)):
         if bool(values.isnan().any()):
-            raise ValueError(f"{name} holds NaN, which has no place in an order: drop these data, or mend the model")
+            raise ValueError(f"{name} holds NaN, which cannot be ordered: drop these data, or fix the model")
     ordered = mean_over_ties(confidence, loss)[confidence.argsort(descending=True)]
     k = wide(torch.arange(1, len(loss) + 1, device=loss.device))
     return k / len(loss), ordered.cumsum(0) / k
 
 
 def aurc(confidence: Tensor, loss: Tensor) -> float:
-    """Area under the risk-coverage curve, (1/N) sum_k risk_k, in the unit of the loss.
+    """Area under the risk-coverage curve (AURC), (1/N) sum_k risk_k, in the unit of the loss; lower is better.
 
-    Confidence that knows nothing of the loss gives the mean loss. The smallest value comes from confidence that falls
-    with the loss, and is above 0 as soon as there is a loss.
+    If confidence is uninformative about the loss, this is the mean loss. The minimum is reached if confidence decreases
+    with the loss, and is above 0 unless all losses are 0.
 
     Arguments and errors as for :func:`risk_coverage`. Source: Geifman, Uziel and El-Yaniv (2019), section 2.
     """
@@ -49,12 +49,13 @@ def aurc(confidence: Tensor, loss: Tensor) -> float:
 
 
 def augrc(confidence: Tensor, loss: Tensor) -> float:
-    """Area under the generalised risk-coverage curve, in the unit of the loss: 1/2 of the mean loss for no knowledge.
+    """Area under the generalised risk-coverage curve (AUGRC), in the unit of the loss; lower is better.
 
-    The generalised risk coverage_k risk_k = (1/N) sum_{i <= k} loss_(i) is the mean over all data of the losses that
-    were not held back. The area is that of the trapezoids from (0, 0) on. For errors of 0 and 1 with accuracy a it is
-    (1 - AUROC) a (1 - a) + (1 - a)^2 / 2, where AUROC is the probability that confidence tells a right prediction from
-    a wrong one. Unlike AURC it does not weigh the few most confident data above all others.
+    The generalised risk coverage_k risk_k = (1/N) sum_{i <= k} loss_(i) is the sum of the losses of the predictions
+    that are kept, divided by the number of all data. The area is that of trapezoids starting at (0, 0). If confidence
+    is uninformative, it is half the mean loss. For losses of 0 and 1 with accuracy a it is (1 - AUROC) a (1 - a) +
+    (1 - a)^2 / 2, where AUROC is the probability that a right prediction has a higher confidence than a wrong one.
+    Unlike AURC it does not give the few most confident data more weight than all others.
 
     Arguments and errors as for :func:`risk_coverage`. Source: Traub et al. (2024), equations 4 to 6.
     """
@@ -64,10 +65,11 @@ def augrc(confidence: Tensor, loss: Tensor) -> float:
 
 
 def risk_at_coverage(confidence: Tensor, loss: Tensor, coverage: float) -> float:
-    """Mean loss of the k most confident data with the smallest k for which k / N >= coverage, in the unit of the loss.
+    """Mean loss of the k most confident data, for the smallest k with k / N >= coverage, in the unit of the loss.
 
+    :param confidence, loss: as for :func:`risk_coverage`.
     :param coverage: share of the data to keep, in (0, 1].
-    :raises ValueError: when coverage lies outside, and as for :func:`risk_coverage`.
+    :raises ValueError: when coverage is outside (0, 1], and as for :func:`risk_coverage`.
     """
     checks.share_or_all_of_it("coverage", coverage)
     kept, risk = risk_coverage(confidence, loss)

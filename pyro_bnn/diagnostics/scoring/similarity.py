@@ -1,4 +1,4 @@
-"""How far functions agree: a posterior with a reference, and the members of one posterior among themselves."""
+"""How much functions agree: a posterior with a reference, and the functions of one posterior with each other."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 def agreement(prediction: Prediction | Tensor, reference: Prediction | Tensor) -> float:
     """Share of the inputs on which both have the same most probable class, in [0, 1].
 
-    Of equally probable classes, the first counts.
+    If several classes are equally probable, the first counts.
 
     :param prediction: a prediction of classes, or averaged class probabilities ``[N, C]``.
-    :param reference: the same for the same inputs, such as what Hamiltonian Monte Carlo predicts.
+    :param reference: the same for the same inputs, such as the prediction of Hamiltonian Monte Carlo.
     :raises TypeError: for a prediction without classes.
-    :raises ValueError: when the two differ in shape, or are no probabilities.
+    :raises ValueError: when the two differ in shape, or rows are not probabilities.
 
     Source: Izmailov et al. (2021), section 4 and appendix B.
     """
@@ -37,7 +37,7 @@ def agreement(prediction: Prediction | Tensor, reference: Prediction | Tensor) -
 
 
 def total_variation(prediction: Prediction | Tensor, reference: Prediction | Tensor) -> float:
-    """Mean over the inputs of (1/2) sum_c abs(p(c) - q(c)), in [0, 1]; 0 for equal probabilities.
+    """The total variation distance (1/2) sum_c abs(p(c) - q(c)), averaged over the inputs, in [0, 1].
 
     Arguments, errors and source as for :func:`agreement`.
     """
@@ -45,11 +45,12 @@ def total_variation(prediction: Prediction | Tensor, reference: Prediction | Ten
 
 
 def disagreement(prediction: Prediction) -> Tensor:
-    """Share of the pairs of distinct functions (draws and members) with different classes, for every label: ``[M]``.
+    """Share of the pairs of functions that have different most probable classes, for every label: ``[M]``.
 
-    From the number n_c of the F functions that choose class c: 1 - sum_c n_c (n_c - 1) / (F (F - 1)), in
-    [0, F / (F - 1) (1 - 1/C)]. 0 with a single function.
+    The F functions are the draws of all members. If n_c of them choose class c, this is
+    1 - sum_c n_c (n_c - 1) / (F (F - 1)), in [0, F / (F - 1) (1 - 1/C)]. It is 0 with a single function.
 
+    :param prediction: what ``Posterior.predict`` returns, for M labels in total.
     :raises TypeError: unless the likelihood is a classification.
     """
     probs = member_probabilities(prediction)
@@ -71,17 +72,18 @@ def compare_to_reference(
     batch_size: int | None = None,
     seed: int | None = None,
 ) -> dict[str, float]:
-    """:func:`agreement` with and :func:`total_variation` from another posterior of the same task, batch by batch.
+    """Compares a posterior with a reference by :func:`agreement` and :func:`total_variation`, batch by batch.
 
+    :param reference: another posterior for the same task, such as one of Hamiltonian Monte Carlo.
     :param data: inputs, with labels or without: a loader, a dataset, one pair ``(x, y)``, or x as a tensor or dict. A
-        pair of tensors is taken for ``(x, y)``.
+        pair of tensors is taken to be ``(x, y)``.
     :param num_samples: draws from every member of the posterior.
-    :param reference_samples: draws of the reference; by default all that it stores, as after MCMC, else
+    :param reference_samples: draws of the reference; by default all stored draws, as after MCMC, otherwise
         ``num_samples``.
     :param batch_size: the most rows in one forward pass.
-    :param seed: of both posteriors' draws; ``None`` takes another one at each call.
-    :returns: ``agreement`` and ``total_variation``. A target of several labels counts each of them.
-    :raises TypeError: when data has another form, or the likelihood is no classification.
+    :param seed: of the draws of both posteriors; ``None`` takes a new one at each call.
+    :returns: ``agreement`` and ``total_variation``. If a target has several labels, each of them counts.
+    :raises TypeError: when data has another form, or the likelihood is not a classification.
     :raises ValueError: when data is empty, the classes differ, or a prediction holds NaN.
 
     Source: Izmailov et al. (2021), section 4 and appendix B.
@@ -110,23 +112,27 @@ def diversity(
     batch_size: int | None = None,
     seed: int | None = None,
 ) -> dict[str, float]:
-    """How different the functions (draws and members) of a posterior are, batch by batch.
+    """How different the functions of a posterior (the draws of all members) are, computed batch by batch.
 
     ===========================  ================================================================================
     ``kl_to_mean``               mean of KL(p_i || average of all p_j) over functions and data, in nats: the mutual
-                                 information between label and weights
+                                 information of label and weights
     ``disagreement``             share of data on which two distinct functions choose different classes, over all
                                  pairs, in [0, 1]; 0 with a single function
-    ``error_rate``               mean share of wrong classes of a single function, in [0, 1]; only with y
-    ``normalised_disagreement``  disagreement / error_rate: near 0 for copies of one function, near 1 and above for
-                                 functions whose errors are unrelated; 0 without errors; only with y
+    ``error_rate``               mean error rate of a single function, in [0, 1]; only with y
+    ``normalised_disagreement``  disagreement / error_rate: near 0 for copies of one function, near 1 or above for
+                                 functions with unrelated errors; 0 if there are no errors; only with y
     ===========================  ================================================================================
 
-    :param data: as for :func:`compare_to_reference`; with y where all batches are pairs ``(x, y)``.
-    :raises TypeError: when data has another form, or the likelihood is no classification.
+    :param data: as for :func:`compare_to_reference`; y is used if the batches are pairs ``(x, y)``.
+    :param num_samples: draws from every member.
+    :param batch_size: the most rows in one forward pass.
+    :param seed: of the draws; ``None`` takes a new one at each call.
+    :returns: ``{name: value}`` with the names in the table.
+    :raises TypeError: when data has another form, or the likelihood is not a classification.
     :raises ValueError: when data is empty or a prediction holds NaN.
 
-    Source: Fort, Hu and Lakshminarayanan (2019), section 4.2; Depeweg et al. (2018) for the information.
+    Source: Fort, Hu and Lakshminarayanan (2019), section 4.2; Depeweg et al. (2018) for the mutual information.
     """
     seed = some_seed(seed)
     means: dict[str, Metric] = {}
@@ -149,8 +155,8 @@ def diversity(
 def _require_classes(prediction: Prediction, what: str) -> None:
     if getattr(prediction.likelihood, "kind", None) != "classification":
         raise TypeError(
-            f"{what} compares the classes that functions choose, and this posterior has {prediction.likelihood!r}: "
-            "evaluate(posterior, data)['epistemic'] is the variance between the functions of a regression"
+            f"{what} compares the classes that functions choose, but this posterior has {prediction.likelihood!r}: for "
+            "a regression use evaluate(posterior, data)['epistemic'], the variance between functions"
         )
 
 
@@ -159,8 +165,8 @@ def _both(prediction: Prediction | Tensor, reference: Prediction | Tensor) -> tu
     p, q = (wide(_averaged(one)) for one in (prediction, reference))
     if p.shape != q.shape:
         raise ValueError(
-            f"the prediction is for {p.shape[0]} labels of {p.shape[1]} classes and the reference for {q.shape[0]} of "
-            f"{q.shape[1]}; both must be for the same inputs and classes"
+            f"the prediction is for {p.shape[0]} labels with {p.shape[1]} classes and the reference for {q.shape[0]} "
+            f"with {q.shape[1]}; expected the same inputs and classes for both"
         )
     return p, q.to(p.device)
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior
     from pyro_bnn.posterior.prediction import Prediction
 
-#: rows in one batch, where neither the caller nor a loader says how many
+#: rows in one batch, if neither the caller nor a loader sets it
 ROWS = 256
 
 
@@ -41,12 +41,11 @@ def predict_batches(
 ) -> Iterator[tuple[object, Prediction, Tensor]]:
     """Yields ``(x, prediction, y)`` for every batch, as tensors on the device of the model.
 
-    Every batch is predicted with the same seed and so with the same draws: the functions that are looked at do not
-    change from batch to batch.
+    Every batch is predicted with the same seed, so the draws, and with them the functions, are the same in all batches.
 
     :param data: a ``DataLoader`` or another iterable of pairs ``(x, y)`` or of dicts with ``labels``, a ``Dataset`` of
         such, or one pair or dict itself. :mod:`pyro_bnn.inputs` says what x and y may be.
-    :raises TypeError: when data is none of these, or the posterior is none.
+    :raises TypeError: when data is none of these, or ``posterior`` is not a posterior.
     :raises ValueError: when x and y differ in length, a prediction holds NaN, or batch_size is below 1.
     """
     like = _like(posterior)
@@ -63,11 +62,11 @@ def predict_batches(
 def predict_inputs(
     posterior: Posterior, data: Data, *, like: object, num_samples: int | None, batch_size: int | None, seed: int
 ) -> Iterator[Prediction]:
-    """Yields the prediction for every batch of inputs; labels that stand beside the inputs are left out.
+    """Yields the prediction for every batch of inputs; labels in the data are ignored.
 
     :param data: a ``DataLoader`` or another iterable of batches, a ``Dataset``, or x itself.
-    :param like: an input of the same network, which tells a pair ``(x, y)`` from a network's tuple of inputs.
-    :raises TypeError: when data is none of these, or the posterior is none.
+    :param like: an input of the same network, to tell a pair ``(x, y)`` from a tuple of inputs.
+    :raises TypeError: when data is none of these, or ``posterior`` is not a posterior.
     :raises ValueError: when a prediction holds NaN, or batch_size is below 1.
     """
     for x in _inputs(data, like, _rows(batch_size)):
@@ -75,11 +74,11 @@ def predict_inputs(
 
 
 def input_batches(data: Data, batch_size: int | None) -> Iterator[tuple[object, Tensor | None]]:
-    """Yields ``(x, y)`` for every batch of data with labels or without; y is None where there are none.
+    """Yields ``(x, y)`` for every batch of data with or without labels; y is None without labels.
 
     :param data: a ``DataLoader`` or another iterable of batches, a ``Dataset``, one pair ``(x, y)``, or x itself as a
-        tensor, array, frame or dict. A pair whose second part is an array is taken for ``(x, y)``, and the key
-        ``labels`` of a dict for y.
+        tensor, array, frame or dict. A pair whose second element is an array is taken to be ``(x, y)``, and the key
+        ``labels`` of a dict to be y.
     :raises TypeError: when data is none of these.
     :raises ValueError: when x and y differ in length, or batch_size is below 1.
     """
@@ -100,22 +99,22 @@ def predict_batch(
 ) -> Prediction:
     """The prediction for one batch.
 
-    :raises TypeError: when the posterior is none.
-    :raises ValueError: when it holds NaN.
+    :raises TypeError: when ``posterior`` is not a posterior.
+    :raises ValueError: when the prediction holds NaN.
     """
     require_posterior(posterior)
     prediction = posterior.predict(x, num_samples=num_samples, batch_size=batch_size, seed=seed)
     if prediction.outputs.isnan().any():
         raise ValueError(
-            "the posterior predicts NaN: look for parameters that diverged in training (posterior.losses shows when)"
+            "the posterior predicts NaN: check for parameters that diverged in training (posterior.losses shows when)"
         )
     return prediction
 
 
 def require_posterior(posterior: object) -> None:
-    """Refuses a model, a guide or a network in the place of a posterior.
+    """Checks that an object is a posterior, and not a model, a guide or a network.
 
-    :raises TypeError: for whatever cannot predict.
+    :raises TypeError: for an object that has no method ``predict``.
     """
     if not callable(getattr(posterior, "predict", None)):
         raise TypeError(
@@ -125,20 +124,20 @@ def require_posterior(posterior: object) -> None:
 
 
 def require_repeatable(data: Data, name: str) -> None:
-    """Refuses data that can be passed over only once, where they are needed twice.
+    """Refuses data that can be read only once, if they are needed more than once.
 
-    :param name: the argument that holds data, for the message.
+    :param name: name of the argument, for the message.
     :raises TypeError: when data is an iterator, such as a generator or a ``map``.
     """
     if isinstance(data, Iterator):
         raise TypeError(
-            f"{name} is passed over more than once, and a {type(data).__name__} is empty after the first pass: give a "
+            f"{name} is read more than once, and a {type(data).__name__} is empty after the first pass: give a "
             f"DataLoader, a Dataset, a pair (x, y) of tensors or a list of batches, such as list({name})"
         )
 
 
 def first_rows(x: Inputs, rows: int) -> object:
-    """The first rows of inputs of any nesting."""
+    """The first rows of inputs, which may be nested."""
     size = count_rows(x)
     return pytree.tree_map(lambda t: t[:rows] if batched(t, size) else t, x)
 
@@ -153,7 +152,7 @@ def log_density(prediction: Prediction, y: Tensor) -> Tensor:
         prediction.likelihood.check(y, prediction.outputs[0, 0])
     log_prob = prediction.log_prob(y)
     if log_prob.isnan().any():
-        raise ValueError("the log-density of y under the posterior is NaN: look for infinite outputs of the network")
+        raise ValueError("the log-density of y under the posterior is NaN: check for infinite outputs of the network")
     return log_prob
 
 
@@ -178,18 +177,18 @@ def _inputs(data: Data, like: object, rows: int) -> Iterable[object]:
 
 def _loader(data: Data, rows: int) -> Iterable[object]:
     if isinstance(data, Dataset):
-        # A loader takes a seed for its workers, from the global generator unless it has one of its own.
+        # Without a generator a loader would draw a seed for its workers from torch's global generator.
         return DataLoader(data, batch_size=rows, generator=torch.Generator())
     if isinstance(data, Iterable) and not _is_inputs(data) and not isinstance(data, (tuple, str)):
         return data
     raise TypeError(
-        f"data is a DataLoader, a Dataset or a pair (x, y), got {_describe(data)}. Labels go with their inputs: give "
-        f"(x, y), or a dict with {LABELS!r}"
+        f"data must be a DataLoader, a Dataset or a pair (x, y), got {_describe(data)}. Labels go with their inputs: "
+        f"give (x, y), or a dict with {LABELS!r}"
     )
 
 
 def _is_inputs(data: Data) -> bool:
-    """Whether data are what a network takes, by themselves, and not batches of it."""
+    """Whether data are inputs of a network, and not an iterable of batches."""
     return is_array(data) or isinstance(data, Mapping) or is_numbers(data)
 
 
@@ -210,7 +209,7 @@ def _slices(tree: object, size: int, rows: int) -> Iterator[object]:
 
 
 def _pair(batch: object) -> tuple[Any, Any] | None:
-    """``(x, y)``; ``None`` where y is no array with an axis of rows, nor a list of numbers in a tuple."""
+    """``(x, y)``; ``None`` if y is neither an array with an axis of rows nor a list of numbers in a tuple."""
     pair = split(batch)
     if pair is None or isinstance(batch, Mapping):
         return pair
@@ -223,11 +222,14 @@ def _no_pair(batch: object) -> str:
     one_row = isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[1], (Tensor, int, float))
     if one_row:
         return f"{got}, which is one row: give a Dataset, or DataLoader(data, batch_size={ROWS}), which makes batches"
-    return f"{got}. Let the dataset return (x, y), with all inputs of the network in x"
+    return f"{got}. The dataset should return (x, y), with all inputs of the network in x"
 
 
 def _without_label(batch: object, like: object) -> object:
-    """:param like: an input of the network, which may be a tuple itself, or a dict with ``labels`` among its inputs."""
+    """A batch without its labels.
+
+    :param like: an input of the network; it may be a tuple, or a dict with ``labels`` among its inputs.
+    """
     if isinstance(batch, Mapping):
         return batch if isinstance(like, Mapping) and LABELS in like else without_labels(batch)
     if isinstance(batch, (tuple, list)) and isinstance(like, (tuple, list)) and not isinstance(batch[0], (tuple, list)):

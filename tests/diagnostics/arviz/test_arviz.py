@@ -337,9 +337,11 @@ def test_errors() -> None:
     posterior, x, y = classifier(), rows(N), labels()
     with pytest.raises(ValueError, match="unknown group 'prior'; groups= takes any of posterior, "):
         to_arviz(posterior, x, y, groups=("prior",))
-    with pytest.raises(ValueError, match="y is missing, which log_likelihood and observed_data cannot do without"):
+    with pytest.raises(
+        ValueError, match="y is missing, and log_likelihood and observed_data cannot be made without it"
+    ):
         to_arviz(posterior, x)
-    with pytest.raises(ValueError, match="x is missing, which posterior_predictive and"):
+    with pytest.raises(ValueError, match="x is missing, and posterior_predictive and"):
         to_arviz(posterior)
     with pytest.raises(ValueError, match="x and y disagree on the number of samples"):
         to_arviz(posterior, x, y[:-1])

@@ -172,7 +172,7 @@ def test_chains_of_nuts() -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(ValueError, match="there is one chain: sample with num_chains=4"):
+    with pytest.raises(ValueError, match="there is only one chain: sample with num_chains=4"):
         convergence(run(), rows(PROBES), num_samples=DRAWS)
     pair = [run(), run(seed=1)]
     with pytest.raises(ValueError, match="chains have 1 draw: at least 4"):
@@ -188,7 +188,7 @@ def test_bad_input() -> None:
     four = pb.Posterior.from_draws(
         model, {s.name: torch.randn(40, *s.shape, generator=generator) for s in model.sites()}, num_chains=4
     )
-    with pytest.raises(ValueError, match="num_samples=20 takes some of the 40 draws of 4 chains"):
+    with pytest.raises(ValueError, match="num_samples=20 takes only some of the 40 draws of 4 chains"):
         convergence(four, x, num_samples=20)
     broken = run()
     broken.table[3, 0, 2] = math.nan

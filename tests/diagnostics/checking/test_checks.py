@@ -44,7 +44,7 @@ def test_a_sound_classifier() -> None:
     assert not any(finding.remedy for finding in findings)
 
 
-@pytest.mark.parametrize(("sharpen", "word"), [(3.0, "Too certain"), (0.3, "Too uncertain")])
+@pytest.mark.parametrize(("sharpen", "word"), [(3.0, "Overconfident"), (0.3, "Underconfident")])
 def test_confidence_that_is_off(sharpen: float, word: str) -> None:
     posterior, y = calibrated(sharpen)
     worst = check(posterior, (rows(N), y))[0]
@@ -223,7 +223,7 @@ def test_scaled_predictions_do_not_hide_the_guide() -> None:
     posterior = pb.Posterior(model, pb.models.MeanFieldGuide(model))
     scaled = pb.diagnostics.ScaledPosterior(posterior, 2.0)
     assert "fit" in severities(check(scaled, (x, y), x_train=x, y_train=y))
-    with pytest.raises(ValueError, match="go together"):
+    with pytest.raises(ValueError, match="only one of x_train and y_train was given"):
         check(posterior, (x, y), x_train=x)
 
 

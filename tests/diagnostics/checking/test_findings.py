@@ -33,7 +33,7 @@ def test_findings_print_as_one_line_for_each() -> None:
         "[good] spread: It is there.",
     ]
     assert str(some()) == repr(some()) == "\n".join(lines)
-    assert str(Findings()) == "Nothing was looked at."
+    assert str(Findings()) == "Nothing was checked."
 
 
 def test_a_notebook_shows_a_table_of_whole_sentences_that_are_escaped() -> None:

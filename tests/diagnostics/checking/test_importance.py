@@ -255,7 +255,7 @@ def test_draws_of_a_guide_are_no_sampler() -> None:
     assert not narrow.is_sampled and not narrow.as_draws(100).is_sampled
     points = pb.Posterior(model, pb.models.PointGuide(model))
     for posterior, settings in ((narrow, {}), (points, {"num_samples": 200})):
-        with pytest.raises(ValueError, match="neither of a sampler nor of a guide with a density"):
+        with pytest.raises(ValueError, match="neither from a sampler nor from a guide with a density"):
             loo(posterior, x, y, **settings)
 
 
@@ -343,7 +343,7 @@ def test_weights_that_are_not_random_are_told() -> None:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             loo(posterior, x, y, num_samples=200)
-        assert any(f"{fixed} numbers of the network are not random" in str(w.message) for w in caught) == bool(fixed)
+        assert any(f"{fixed} parameters of the network are not random" in str(w.message) for w in caught) == bool(fixed)
 
 
 def test_leave_one_out_of_a_model_of_ones_own() -> None:
@@ -360,9 +360,9 @@ def test_leave_one_out_of_a_model_of_ones_own() -> None:
     posterior = pb.Posterior.from_draws(own, {"weight": draws})
     assert elpd(loo(posterior, x, y.flatten())) == pytest.approx(elpd(ours), abs=1e-6)
     stored = pb.Posterior(own, AutoNormal(own), example=x).as_draws(200, example=x)
-    with pytest.raises(ValueError, match="neither of a sampler nor of a guide"):
+    with pytest.raises(ValueError, match="neither from a sampler nor from a guide"):
         loo(stored, x, y.flatten())
-    with pytest.raises(ValueError, match="of a model that is not of this package"):
+    with pytest.raises(ValueError, match="its model is not one of this package"):
         pareto_k(posterior, x, y.flatten())
 
 
@@ -390,11 +390,11 @@ def test_bad_input() -> None:
     model, x, y, mean, covariance = regression()
     posterior = mean_field(model, mean, covariance.diagonal().sqrt())
     for function in (pareto_k, loo):
-        with pytest.raises(ValueError, match=r"hold 39 data, the model was trained on num_data=40"):
+        with pytest.raises(ValueError, match=r"hold 39 data, but the model was trained on num_data=40"):
             function(posterior, x[:-1], y[:-1])
         with pytest.raises(ValueError, match="50 draws of 1 members are 50: smoothing takes at least 100"):
             function(posterior, x, y, num_samples=50)
-    with pytest.raises(ValueError, match="this posterior has none: it is of stored draws"):
+    with pytest.raises(ValueError, match="this posterior has no such density: it consists of stored draws"):
         pareto_k(pb.Posterior.from_draws(model, {"weight": torch.randn(200, 1, 2).double()}), x, y)
     with pytest.raises(ValueError, match="y is missing"):
         loo(posterior, x, None)  # type: ignore[arg-type]

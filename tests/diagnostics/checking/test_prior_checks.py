@@ -210,7 +210,7 @@ def test_a_deep_network_with_standard_normal_weights_saturates_and_a_scaled_one_
     x = inputs()
     findings = check_prior(dense(deep(3), likelihoods.Categorical()), x)
     assert "saturation" in topics(findings)
-    assert "beyond 0.81" in findings[0].message  # (1 + (1 + 1/2 + 1/3) / 3) / 2
+    assert "above 0.81" in findings[0].message  # (1 + (1 + 1/2 + 1/3) / 3) / 2
     assert topics(check_prior(dense(deep(3), likelihoods.Categorical(), scaled), x)) == []
 
 
@@ -256,7 +256,7 @@ def test_bad_input() -> None:
         check_prior(model, x[:1])
     with pytest.raises(ValueError, match="x and y disagree"):
         check_prior(model, x, torch.zeros(3))
-    with pytest.raises(ValueError, match=r"y has shape \(20, 2\); for this network it should have \(20,\)"):
+    with pytest.raises(ValueError, match=r"y has shape \(20, 2\); expected \(20,\) for this network"):
         check_prior(model, x, torch.zeros(20, 2))
     with pytest.raises(ValueError, match="y holds NaN"):
         check_prior(model, x, torch.full((20,), math.nan))
@@ -402,14 +402,14 @@ def test_contraction_of_a_model_that_is_not_of_this_package() -> None:
 def test_what_has_no_contraction() -> None:
     model = dense(nn.Linear(3, 1, bias=False), likelihoods.Gaussian(scale=1.0))
     posterior = pb.Posterior.from_draws(model, {"weight": torch.randn(5, 1, 3)})
-    with pytest.raises(ValueError, match="num_samples=1: a width takes at least 2 draws"):
+    with pytest.raises(ValueError, match="num_samples=1: expected at least 2"):
         contraction(posterior, num_samples=1)
     with pytest.raises(ValueError, match="only 5 draws are stored"):
         contraction(posterior, num_samples=6)
     with pytest.raises(ValueError, match="the posterior of 'weight' holds NaN"):
         contraction(pb.Posterior.from_draws(model, {"weight": torch.full((5, 1, 3), math.nan)}))
     fixed = dense(nn.Linear(3, 1, bias=False), likelihoods.Gaussian(scale=1.0), dist.Delta(torch.tensor(1.0)))
-    with pytest.raises(ValueError, match="the prior of 'weight' holds it at a point"):
+    with pytest.raises(ValueError, match="the prior of 'weight' is a point"):
         contraction(pb.Posterior.from_draws(fixed, {"weight": torch.randn(5, 1, 3)}))
     flat = pb.models.Rank1(nn.Linear(3, 1), likelihoods.Gaussian(scale=1.0), 20, weight_prior=None)
     with pytest.raises(ValueError, match="the prior is improper"):

@@ -81,7 +81,7 @@ def test_a_result_prints_the_least_p_value_of_each_quantity() -> None:
     ranks = {"theta": torch.arange(16).repeat(4), "bad": torch.zeros(64, 2, dtype=torch.long)}
     text = repr(SBCResult(ranks, 15, falling=1))
     least = {name: float(p.min()) for name, p in SBCResult(ranks, 15).p_values().items()}
-    assert text.startswith("SBCResult(simulations=64, draws=15, falling=1; least p-value of uniform ranks: theta ")
+    assert text.startswith("SBCResult(simulations=64, draws=15, falling=1; smallest p-values for uniform ranks: theta ")
     assert f"bad {least['bad']:.2g}" in text and least["bad"] < 1e-6 and "tensor" not in text
 
 
@@ -181,7 +181,7 @@ def test_half_the_scale_is_too_narrow() -> None:
 def test_twice_the_scale_is_too_wide() -> None:
     findings = run(solved(scale=2.0)).findings()
     assert "the posterior is too wide" in about(findings, "bias")
-    assert "lies too far from the data" in about(findings, "log_likelihood")
+    assert "fits the data too little" in about(findings, "log_likelihood")
 
 
 @pytest.mark.parametrize(("bias", "direction"), [(1.0, "high"), (-1.0, "low")])
@@ -195,7 +195,7 @@ def test_a_shifted_posterior_is_biased(bias: float, direction: str) -> None:
 
 def test_a_posterior_that_is_the_prior_shows_in_the_log_likelihood_alone() -> None:
     findings = run(solved(data=0.0)).findings()
-    assert "lies too far from the data" in about(findings, "log_likelihood")
+    assert "fits the data too little" in about(findings, "log_likelihood")
     assert "weight, bias, function look uniform" in findings[-1].message
 
 
@@ -418,7 +418,7 @@ def test_what_cannot_be_calibrated() -> None:
         ({"warmup": -1}, "warmup=-1"),
         ({"thinning": 1.5}, r"thinning=1\.5"),
         ({"lr": 0.0}, r"lr=0\.0"),
-        ({"sites": "wait"}, "'wait' is no latent site of the model; there are weight, bias"),
+        ({"sites": "wait"}, "'wait' is not a latent site of the model; expected any of weight, bias"),
         ({"functions": {"function": max}}, "two quantities are named 'function'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -441,7 +441,7 @@ def test_what_an_inference_must_return() -> None:
         run(lambda model: 3)
     with pytest.raises(ValueError, match="only 2 draws are stored"):
         run(lambda model: lambda x, y: few)
-    with pytest.raises(ValueError, match="'m' is missing there"):
+    with pytest.raises(ValueError, match="'m' is missing, expected"):
         sbc(normal_mean, lambda model: lambda x, y: {"other": torch.zeros(3)}, inputs(), draws=3, progress=False)
     with pytest.raises(ValueError, match=r"'m' has the shape \(2,\) there, expected \(\)"):
         sbc(normal_mean, lambda model: lambda x, y: {"m": torch.zeros(3, 2)}, inputs(), draws=3, progress=False)

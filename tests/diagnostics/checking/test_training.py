@@ -92,5 +92,5 @@ def test_few_steps_say_nothing() -> None:
     verdict = loss_verdict(curve(399, 2.0))
     assert verdict.state == "unknown" and math.isnan(verdict.change)
     assert loss_verdict([3.0]).level == 3
-    with pytest.raises(ValueError, match="there are no losses"):
+    with pytest.raises(ValueError, match="losses is empty"):
         loss_verdict([])

@@ -40,7 +40,7 @@ def test_document_says_its_language_its_encoding_and_how_wide_it_is() -> None:
     assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in reader.all("meta")
     assert {"name": "color-scheme", "content": "light dark"} in reader.all("meta")
     assert "@media (prefers-color-scheme: dark)" in html and "@media print" in html
-    words = "A title A title below Verdicts text Metrics numbers name Pictures Settings end setting value"
+    words = "A title A title below Findings text Metrics numbers name Pictures Settings end setting value"
     assert " ".join(reader.texts).split() == words.split()
 
 

@@ -79,8 +79,8 @@ def test_report_says_verdicts_then_numbers_then_shows_pictures(tmp_path: Path) -
     headings = [
         "Reliability",
         "Risk and coverage",
-        "Inputs from elsewhere",
-        "Members apart",
+        "Out-of-distribution inputs",
+        "Distances between members",
         "Training",
         "Forest of sites",
     ]
@@ -177,7 +177,7 @@ def test_metrics_of_an_older_run_still_make_a_report(tmp_path: Path) -> None:
     reader = Reader(path.read_text(encoding="utf-8"))
     shown = {("accuracy", "Bayesian"): 0.5, ("accuracy", "deterministic"): 1.0, ("own_score", "Bayesian"): 1 / 3}
     assert reader.numbers() == shown
-    assert "own score" in reader.text and "0.3333" in reader.text and "Nothing was looked at." in reader.text
+    assert "own score" in reader.text and "0.3333" in reader.text and "Nothing was checked." in reader.text
 
 
 def test_report_of_no_data_is_refused_and_leaves_no_page(tmp_path: Path) -> None:
@@ -202,9 +202,9 @@ def test_pages_refuse_before_they_measure(tmp_path: Path) -> None:
         of: Any = posterior if page is report else both
         with pytest.raises(IsADirectoryError, match="is a folder: give the name of a file, such as"):
             page(of, data, path=tmp_path)
-        with pytest.raises(TypeError, match="data is passed over more than once, and a list_iterator is empty"):
+        with pytest.raises(TypeError, match="data is read more than once, and a list_iterator is empty"):
             page(of, iter([data]), path=tmp_path / "r.html")
-        with pytest.raises(TypeError, match="ood is passed over more than once"):
+        with pytest.raises(TypeError, match="ood is read more than once"):
             page(of, data, ood=iter([data[0]]), path=tmp_path / "r.html")
     with pytest.raises(TypeError, match="expected a posterior, got Sequential"):
         report(network(3), data, path=tmp_path / "r.html")  # type: ignore[arg-type]
@@ -254,7 +254,7 @@ def test_paired_differences_are_those_worked_by_hand() -> None:
     assert found["b"].mean == pytest.approx(1.0) and found["b"].se == pytest.approx(1 / math.sqrt(3))
     assert str(found["b"]) == "1.0000 ± 0.5774"
     assert verdict(found) == (
-        "By test NLL a is best; b, c are within two standard errors of it, so these data do not tell them apart."
+        "By test NLL a is best; b, c are within two standard errors of it, so these data cannot tell them apart."
     )
     assert "by more than two standard errors" in verdict(differences({"a": nll["a"], "b": nll["a"] + 1}))
     with pytest.raises(ValueError, match="expected the same data"):
@@ -304,7 +304,7 @@ def test_comparison_shows_every_number_and_marks_the_best(tmp_path: Path) -> Non
     )
     words = json.dumps([image["alt"] for image in reader.all("img")])
     assert len(reader.all("img")) == 5 and "one <1> " in words and "kind of one <1>" in reader.text
-    for name in ("Reliability: one <1>", "Reliability: two", "Inputs from elsewhere: two", "higher is better"):
+    for name in ("Reliability: one <1>", "Reliability: two", "Out-of-distribution inputs: two", "higher is better"):
         assert name in reader.text
     merits = [name for name, shown in formats_of(*metrics.values()) if shown.better]
     assert 1 <= len(reader.all("strong")) <= 2 * len(merits)

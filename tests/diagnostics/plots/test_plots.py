@@ -105,7 +105,9 @@ def labelled(n: int = 500, classes: int = 10) -> tuple[Tensor, Tensor]:
     return probs, torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(1)).squeeze(1)
 
 
-LONG = "The loss still falls by 0.021 nats per datum over the last fifth of the run, more than its noise: train on."
+LONG = (
+    "The loss is still falling by 0.021 nats per datum over the last fifth of the run, more than its noise: train on."
+)
 PICTURES: dict[str, Picture] = {
     "reliability": lambda: plots.plot_reliability(*labelled()),
     "reliability_adaptive": lambda: plots.plot_reliability(*labelled(), adaptive=True),
@@ -639,11 +641,11 @@ def test_losses_carry_a_verdict() -> None:
 @pytest.mark.parametrize(
     ("losses", "sentence"),
     [
-        ([1.0] * 500, "The loss has come to rest."),
-        ([500.0 - i for i in range(500)], "The loss still falls: longer training would lower it."),
+        ([1.0] * 500, "The loss has converged."),
+        ([500.0 - i for i in range(500)], "The loss is still falling: longer training would lower it."),
         ([500.0 - i for i in range(250)] + [251.0 + i for i in range(250)], "The loss rises towards the end"),
-        ([1.0, float("nan")], "The loss is not finite in the end: training diverged."),
-        ([1.0, 2.0], "These are too few steps to tell whether the loss has come to rest."),
+        ([1.0, float("nan")], "The loss is not finite at the end: training diverged."),
+        ([1.0, 2.0], "There are too few steps to tell whether the loss has converged."),
     ],
     ids=["converged", "falling", "rising", "diverged", "unknown"],
 )

@@ -435,7 +435,7 @@ def test_too_few_data_for_the_level_are_refused_with_their_number(level: float, 
     low, high = found.predict(x)
     assert float((high - low).max()) == pytest.approx(2 * float((y - x[:, 0]).abs().max()))
     if needed > 1:
-        with pytest.raises(ValueError, match=f"needs at least {needed} held-out data, and there are {needed - 1}"):
+        with pytest.raises(ValueError, match=f"expected at least {needed} held-out data, got {needed - 1}"):
             ConformalIntervals(regression(), (x[1:], y[1:]), level, **ONE)
 
 
@@ -469,7 +469,7 @@ def test_a_level_is_a_probability(level: float) -> None:
 def test_options_that_do_not_exist() -> None:
     with pytest.raises(ValueError, match="expected one of aps, lac"):
         ConformalSets(classifier(), labelled(20, 0), score="raps", **ONE)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="has nothing to randomise"):
+    with pytest.raises(ValueError, match="expected score='aps', got score='lac'"):
         ConformalSets(classifier(), labelled(20, 0), score="lac", randomised=True, **ONE)
 
 
@@ -481,7 +481,7 @@ def test_the_wrong_kind_of_likelihood() -> None:
     for likelihood in (Categorical(), None):
         with pytest.raises(TypeError, match="ConformalSets is for classification"):
             ConformalIntervals(linear(torch.eye(3)[None, None], likelihood), data, **ONE)
-    with pytest.raises(ValueError, match="one label a row, .* calibrate a posterior of a network"):
+    with pytest.raises(ValueError, match="one label per row, .* use a network with one label per row"):
         ConformalSets(
             linear(torch.eye(3, dtype=torch.float64)[None, None], Bernoulli()), (data[0], (data[1] > 0).double()), **ONE
         )

@@ -202,7 +202,7 @@ def test_bad_input(measure: object) -> None:
         measure(probs, y[:4])
     with pytest.raises(TypeError, match="got Prediction: give prediction.probs"):
         measure(Prediction(probs.log()[None, None], likelihoods.Categorical()), y)
-    with pytest.raises(TypeError, match="y is a tensor of class labels, got ndarray"):
+    with pytest.raises(TypeError, match="y must be a tensor of class labels, got ndarray"):
         measure(probs, y.numpy())
     with pytest.raises(ValueError, match="labels from 4 to 4; probs has 4 classes"):
         measure(probs, torch.full((5,), 4))

@@ -425,7 +425,7 @@ def test_empty_ood(ood: object) -> None:
 def test_nan_predictions() -> None:
     posterior = classifier()
     posterior.table[2, 1, 40, 0] = math.nan
-    with pytest.raises(ValueError, match="predicts NaN: look for parameters that diverged"):
+    with pytest.raises(ValueError, match="predicts NaN: check for parameters that diverged"):
         evaluate(posterior, (rows(300), labels()))
     with pytest.raises(ValueError, match="predicts NaN"):
         evaluate(posterior, (rows(30), labels()[:30]), ood=rows(50))
@@ -445,7 +445,7 @@ def test_lengths_that_differ() -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (rows(300), "data is a DataLoader, a Dataset or a pair"),
+        (rows(300), "data must be a DataLoader, a Dataset or a pair"),
         ((rows(3), rows(3), labels()[:3]), "got a tuple of 3"),
         (3, "got int"),
         ((rows(300).numpy(), "labels"), r"a tuple of 2 \(ndarray, str\). Labels go with their inputs: give \(x, y\)"),
@@ -500,7 +500,7 @@ def test_one_pass_is_enough_and_two_take_data_that_can_be_repeated() -> None:
     posterior, whole = classifier(), (rows(300), labels())
     assert evaluate(posterior, iter([whole])) == evaluate(posterior, whole)
     for once in (iter([whole]), (pair for pair in [whole]), map(tuple, [whole])):
-        with pytest.raises(TypeError, match=f"data is passed over more than once, and a {type(once).__name__} is"):
+        with pytest.raises(TypeError, match=f"data is read more than once, and a {type(once).__name__} is"):
             require_repeatable(once, "data")
     for again in (whole, [whole], TensorDataset(*whole), DataLoader(TensorDataset(*whole)), rows(3), None):
         require_repeatable(again, "data")

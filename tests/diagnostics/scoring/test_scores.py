@@ -212,7 +212,7 @@ def test_bad_input() -> None:
     means = normal((2, 3, 4))
     with pytest.raises(TypeError, match="Categorical gives Categorical; use nll"):
         crps(Prediction(normal((2, 3, 4, 5)), likelihoods.Categorical()), torch.zeros(4))
-    with pytest.raises(TypeError, match="without a likelihood"):
+    with pytest.raises(TypeError, match="has no likelihood"):
         crps(Prediction(means, None), torch.zeros(4))
     with pytest.raises(ValueError, match=r"y has shape \(3,\); the prediction is for targets of shape \(4,\)"):
         crps(gaussian(means), torch.zeros(3))

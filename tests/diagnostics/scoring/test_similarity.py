@@ -207,7 +207,7 @@ def test_diversity_of_a_bernoulli() -> None:
 
 def test_bad_input() -> None:
     p = table(5, 3)
-    with pytest.raises(ValueError, match="5 labels of 3 classes and the reference for 4 of 3"):
+    with pytest.raises(ValueError, match="5 labels with 3 classes and the reference for 4 with 3"):
         agreement(p, p[:4])
     with pytest.raises(ValueError, match="not logits"):
         total_variation(p.log(), p)
