@@ -120,7 +120,7 @@ def test_networks_and_models_are_told_apart(tmp_path: Path) -> None:
         pb.load(tmp_path / "net", model=line)
     with pytest.raises(TypeError, match=r"load\(path, net\)"):
         pb.load(tmp_path / "net", model=dense)
-    with pytest.raises(TypeError, match="give it alone"):
+    with pytest.raises(TypeError, match="give model= alone"):
         pb.load(tmp_path / "own", net, model=line)
     with pytest.raises(FileNotFoundError, match="nothing"):
         pb.load(tmp_path / "nothing", model=line)
