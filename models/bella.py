@@ -284,9 +284,9 @@ class ParticleGuide(MixtureGuide):
     :param model: a :class:`Bella`.
     :param particles: n.
     :param init: how to draw the starting values of each particle. ``"kaiming"``: A uniform in ``+-1 / sqrt(fan in)``
-        and B zero, so that all particles start at the given network. ``"gaussian"``: the same A, and B normal with standard
-        deviation ``init_scale``; heads, gains and biases get noise of this standard deviation too. Particles then
-        differ from the start; otherwise a kernel on products, functions or tensors would move them all alike.
+        and B zero, so that all particles start at the given network. ``"gaussian"``: the same A, and B normal with
+        standard deviation ``init_scale``; heads, gains and biases get noise of this standard deviation too. Particles
+        then differ from the start; otherwise a kernel on products, functions or tensors would move them all alike.
         ``"orthogonal"``: A and B both random with B A = 0, which needs an even rank.
     :param init_scale: see ``init``.
     :raises TypeError: for a model that is not a :class:`Bella`.

@@ -102,7 +102,7 @@ def test_a_module_is_copied_and_gets_its_parameters_back(tmp_path: Path) -> None
     assert given.offset.item() == 0
     with pytest.raises(ValueError, match="is for another model"):
         pb.load(tmp_path / "p", model=nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="a module of the parameters offset"):
+    with pytest.raises(ValueError, match="a module with the parameters offset"):
         pb.load(tmp_path / "p", model=line)
 
 
