@@ -181,9 +181,7 @@ class SVGD:
             )
         if space == "function":
             if method == "svgd":
-                raise ValueError(
-                    "space='function': expected method='wgd', the only one that is defined in function space"
-                )
+                raise ValueError("space='function': expected method='wgd', the only method that supports this space")
             if not (isinstance(model, BayesianNetwork) and isinstance(guide, MixtureGuide)) or scope != "joint":
                 raise ValueError("space='function' needs a network and guide of this package, and scope='joint'")
         self.model, self.guide, self.optim, self.lr = model, guide, optim, lr
