@@ -153,9 +153,8 @@ def _name_of(module: nn.Module, given: nn.Module | None, net: nn.Module, option:
             if one is module:
                 return name
     raise ValueError(
-        f"{option}: the {type(module).__name__} that was given is not a module of this network. Modules are "
-        "compared by identity, not by their values: take it from the network that the model was built from (net.layer4), or give "
-        "its name"
+        f"{option}: the {type(module).__name__} that was given is not a module of this network. Modules are compared "
+        "by identity, not by value: take it from the network the model was built from (net.layer4), or give its name"
     )
 
 
