@@ -45,8 +45,7 @@ class Posterior:
     :param losses: negative ELBO per datum in nats, one for each training step.
     :param sampler: statistics of the sampler's run, by name: temperatures of SGHMC, divergences of NUTS.
     :param example: an input for guides that need one when they draw.
-    :param store: the state of Pyro's parameter store in which a model or guide that is a function was trained; it runs
-        with these parameters.
+    :param store: the state of Pyro's parameter store with which a model or guide that is a function was trained.
     """
 
     def __init__(
@@ -66,11 +65,7 @@ class Posterior:
 
     @classmethod
     def from_mcmc(cls, mcmc: MCMC, model: Program) -> Posterior:
-        """The posterior of a finished ``pyro.infer.MCMC`` run: the draws of all its chains.
-
-        :param mcmc: a run whose ``run()`` has returned.
-        :param model: the model that was sampled.
-        """
+        """The posterior of a finished ``pyro.infer.MCMC`` run of ``model``: the draws of all its chains."""
         posterior = cls.from_draws(model, mcmc.get_samples(), mcmc.num_chains)
         # Private, because mcmc.diagnostics() also computes statistics of all draws, and fails when there are few.
         every: list[Any] = mcmc._diagnostics
@@ -94,21 +89,16 @@ class Posterior:
         sampler: Mapping[str, float] = MappingProxyType({}),
         store: object = None,
     ) -> Posterior:
-        """The posterior of given draws ``{site: [n, *event]}``.
+        """The posterior of draws ``{site: [n, *event]}`` in constrained space.
 
-        The draws of a model of this package may keep the plate axes of size 1 that the model adds.
-
-        :param model: the model whose sites were drawn.
-        :param draws: one tensor for each latent site, in the site's constrained space.
-        :param num_chains: number of chains that the draws come from: one chain after the other, all of equal length.
+        :param draws: for a model of this package, they may keep the plate axes of size 1 that the model adds.
+        :param num_chains: number of chains, which follow one another and have equal length.
         :param statistics: ``{buffer of the network: [n, *shape]}``, the statistics of normalisation layers with which
             each draw predicts; by default all draws use those of the network.
-        :param is_sampled: whether the draws come from a sampler of the posterior, such as MCMC. Chains can then be
-            compared, and leave-one-out needs no correction for a guide. ``False`` for networks of an ensemble and for
-            draws from a guide.
+        :param is_sampled: ``True`` for draws of a sampler such as MCMC, whose chains can be compared and whose
+            leave-one-out needs no correction for a guide; ``False`` for networks of an ensemble or draws from a guide.
         :param losses, sampler, store: see :class:`Posterior`.
-        :raises ValueError: when sites are missing or have different numbers of draws, or the draws do not divide into
-            ``num_chains`` chains.
+        :raises ValueError: when sites lack draws, or the draws do not divide into the chains.
         """
         num_chains = checks.count("num_chains", num_chains)
         checks.truth("is_sampled", is_sampled)
@@ -203,11 +193,7 @@ class Posterior:
 
     @one_at_a_time
     def sample(self, n: int, seed: int | None = None) -> dict[str, Tensor]:
-        """``{site: [n, *event]}``: n draws from the posterior, each from a member chosen at random.
-
-        :param seed: makes the draws reproducible.
-        :raises ValueError: when fewer than n draws are stored.
-        """
+        """``{site: [n, *event]}``: n draws from the posterior, each from a random member; see :meth:`draws`."""
         checks.seed("seed", seed)
         draws, member = self.draws(n, seed), self._random_members(n, seed)
         return {name: value[torch.arange(n), member.to(value.device) % value.shape[1]] for name, value in draws.items()}
@@ -236,9 +222,7 @@ class Posterior:
     def as_draws(self, n: int, seed: int | None = None, *, example: Inputs = None) -> Posterior:
         """The same posterior as n stored draws of every member, a form in which any posterior can be saved.
 
-        :param seed: makes the draws reproducible.
-        :param example: an input, for guides of other packages that need one.
-        :raises ValueError: when fewer than n draws are stored.
+        :param seed, example: see :meth:`draws`, also for the errors.
         """
         guide, source = self._stored(n, seed, example), self.draw_source
         return Posterior(
@@ -275,15 +259,13 @@ class Posterior:
 
         :param x: tensor, array, frame or list with N samples on axis 0, on any device, or a dict or tuple of these;
             see :mod:`pyro_bnn.inputs`.
-        :param num_samples: number of draws of every member. By default 16, or all stored draws if there are fewer or if
-            they do not come from a sampler (networks of an ensemble, particles of your own model, the result of
-            :meth:`as_draws`). Members that are points have one draw.
+        :param num_samples: draws of every member; 1 for members that are points. By default 16, or all stored draws if
+            these are fewer or not from a sampler (networks of an ensemble, particles of your own model, :meth:`as_draws`).
         :param batch_size: number of rows in one pass; by default as many as fit a fixed memory budget.
         :param seed: makes the draws reproducible and leaves the global random state unchanged.
         :param return_site: for a model that is not from this package, the site whose values to return.
         :raises TypeError: when x does not hold numbers.
-        :raises ValueError: for an empty x, NaN in x, ragged lists, or more draws than are stored; for ``return_site``
-            with a model of this package that has a likelihood, and for your own model without it.
+        :raises ValueError: for an empty x, NaN in x, ragged lists, more draws than are stored, or a wrong return_site.
         """
         batch_size = checks.optional(checks.count, "batch_size", batch_size)
         checks.seed("seed", seed)
@@ -294,7 +276,7 @@ class Posterior:
         if return_site is not None and isinstance(model, BayesianNetwork) and model.likelihood is not None:
             raise ValueError(
                 f"return_site={return_site!r} is for your own Pyro models: a model of this package predicts at its "
-                "likelihood, and posterior.draws(n) returns its other sites"
+                "likelihood; posterior.draws(n) returns its other sites"
             )
         if not isinstance(model, BayesianNetwork) or model.likelihood is None and return_site is not None:
             return Prediction(foreign.predict_site(source, x, count, seed, return_site), None)
@@ -325,8 +307,7 @@ class Posterior:
         :param num_samples, batch_size, seed: see :meth:`predict`.
         :param observed_site: for your own model with several observed sites, the one that y belongs to; by default the
             one whose values equal y.
-        :raises ValueError: when it is not clear which site observes y, when the draws do not have the sites of the
-            model, or when y is outside the range of the likelihood.
+        :raises ValueError: for a y outside the likelihood's range, or when it is unclear which site observes y.
         """
         x, y = inputs(x, like_of(self.model)), targets(y, like_of(self.model))
         if not isinstance(self.model, BayesianNetwork):
@@ -370,7 +351,6 @@ class Posterior:
         probabilities of shape ``[out, in, k, k]``, ``[out, in]`` (kernels), ``[in]`` or ``[out]``.
 
         :param num_samples: number of draws of each member; by default all stored draws, or 100.
-        :param seed: makes the draws reproducible.
         :param args: the arguments with which to call a model that is not from this package.
         :raises ValueError: when the model has no spike-and-slab site.
         """
@@ -389,24 +369,19 @@ class Posterior:
     ) -> Sparsified:
         """The posterior without the groups of weights that are probably in the spike, on a smaller network.
 
-        Channels that have no remaining incoming or no remaining outgoing weights are cut in all draws, with their
-        biases, their part of normalisation layers and the matching inputs of later layers. Cutting changes predictions
-        only by rounding: a constant that a channel without weights passes on is added to the biases of the layers that
-        read it, and where that is impossible the channel stays.
+        Channels without remaining incoming or outgoing weights are cut in all draws, with their biases, their part of
+        normalisation layers and the inputs of later layers. Cutting changes predictions only by rounding: the constant
+        output of a channel without incoming weights moves to the biases of later layers, or else the channel stays.
 
-        :param sparsity: the share of the weights with a spike-and-slab prior to remove, those of the least probable
-            groups first; by default all groups with an inclusion probability below 1/2. Groups that training removed
-            are always left out.
-        :param example: an input of the network (one row is enough), with which multiply-adds are counted and the
-            constant output of channels without weights is found.
+        :param sparsity: the share of the weights with a spike-and-slab prior to remove, in the least probable groups;
+            by default all groups with an inclusion probability below 1/2. Groups that training removed stay removed.
+        :param example: an input (one row is enough), to count multiply-adds and find the output of such channels.
         :param shrink: whether to cut channels, for which ``torch.fx`` must be able to trace the network; ``False`` sets
             the removed weights to zero and keeps all shapes.
         :param num_samples: number of draws of each member; by default all stored draws, or 100.
-        :param seed: makes the draws reproducible.
-        :return: the smaller posterior, the masks of the weights and the sizes before and after.
         :raises TypeError: when the weights of the network are not sites of the model.
         :raises ValueError: without a spike-and-slab site, for a sparsity out of range, for a network that cannot be
-            traced, or when ``example`` is needed but missing.
+            traced, or without ``example`` when it is needed.
         """
         checks.truth("shrink", shrink)
         model = with_weight_sites(self.model)
@@ -423,10 +398,8 @@ class Posterior:
     def save(self, path: str | os.PathLike[str], *, prior: bool = True) -> None:
         """Writes a folder with safetensors and JSON, completely or not at all; :func:`load` reads it.
 
-        Your own likelihoods and priors must be dataclasses; they are saved by the names of their classes. Your own
-        models and guides on top of this package must be decorated with :func:`~pyro_bnn.storable`. The modules that
-        define them must be imported before the posterior is loaded.
-
+        Likelihoods and priors of your own must be dataclasses, models and guides decorated with
+        :func:`~pyro_bnn.storable`; import the modules that define them before you load the posterior.
         For any other Pyro model, the draws are saved, with the parameters and buffers of a model that is a module and
         the trained parameters of Pyro's store. The program itself is not saved: pass it to ``load(path, model=...)``.
 
@@ -461,10 +434,7 @@ class Sparsified:
     after: Size
 
     def network(self, draw: int | None = None) -> nn.Module:
-        """A plain network in eval mode, with the weights of one draw of the first member, or with the mean weights.
-
-        :param draw: the index of the draw; ``None`` for the mean over all draws and members.
-        """
+        """A plain network in eval mode: the weights of this draw of the first member, or the mean over all draws."""
         stored = self.posterior.draw_source.stored
         assert stored is not None
         return network_of_draw(with_weight_sites(self.posterior.model), stored.draws(), stored.statistics(), draw)
