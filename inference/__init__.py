@@ -1,4 +1,4 @@
-"""Engines: each takes a Pyro model and returns a :class:`pyro_bnn.Posterior`."""
+"""Inference engines: each fits a Pyro model and returns a :class:`pyro_bnn.Posterior`."""
 
 from pyro_bnn.inference.baselines.dropout import MCDropout
 from pyro_bnn.inference.baselines.ensemble import DeepEnsemble

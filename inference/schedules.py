@@ -1,4 +1,4 @@
-"""Learning-rate schedules for :func:`pyro_bnn.inference.fit`: functions of the training's length in steps."""
+"""Learning-rate schedules for :func:`pyro_bnn.inference.fit`, as functions of the length of training."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Schedule = Callable[[Optimizer, int, int], LRScheduler]
 
 
 def scheduler_of(schedule: Schedule | None, optimizer: Optimizer, steps: int, epochs: int) -> LRScheduler | None:
-    """What a schedule makes of a training of so many steps an epoch; ``None`` without one.
+    """The scheduler for a training with ``steps`` steps per epoch; ``None`` without a schedule.
 
-    :raises TypeError: when it is no function, or returns no scheduler.
+    :raises TypeError: when ``schedule`` is not a function, or does not return a scheduler.
     """
     if schedule is None:
         return None
@@ -31,7 +31,7 @@ def scheduler_of(schedule: Schedule | None, optimizer: Optimizer, steps: int, ep
 
 
 def cosine(warmup: float = 0.0) -> Schedule:
-    """From the base rate to 0 along half a cosine, after a linear warm-up of ``warmup`` epochs.
+    """Lowers the learning rate to 0 along half a cosine, after a linear warm-up of ``warmup`` epochs.
 
     :raises ValueError: for a warm-up below 0.
     """
@@ -51,7 +51,9 @@ def cosine(warmup: float = 0.0) -> Schedule:
 
 
 def multistep(warmup: float, milestones: Sequence[float], ratio: float) -> Schedule:
-    """A linear warm-up of ``warmup`` epochs, then times ``ratio`` at every milestone (in epochs).
+    """Multiplies the learning rate by ``ratio`` at every milestone (in epochs), after a linear warm-up.
+
+    :param warmup: length of the warm-up in epochs.
 
     :raises ValueError: for a warm-up or a milestone below 0, or a ratio that is not positive.
     """

@@ -37,10 +37,10 @@ Optim = str | type[Optimizer] | Callable[[list[dict[str, Any]]], Optimizer] | Op
 
 @dataclass
 class FitState:
-    """What a callback sees after each epoch.
+    """The state of training that callbacks get after each epoch.
 
-    :param epoch: number of epochs that are done, over all runs of one checkpoint.
-    :param step: number of steps that are done.
+    :param epoch: number of completed epochs, including those before an interruption.
+    :param step: number of completed steps.
     :param loss: mean loss per datum of this epoch, in nats: the negative ELBO of ``fit``, the energy of ``SVGD``.
     :param losses: the same for every step so far.
     """
@@ -83,13 +83,13 @@ def train(
     progress: bool = True,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> None:
-    """Goes through the data until ``run`` has ``epochs`` epochs, from the checkpoint on where there is one.
+    """Trains until ``run`` has completed ``epochs`` epochs, starting from the checkpoint if there is one.
 
     :param step: one update on a batch.
-    :param label: stands before the progress bar.
-    :param describe: from the mean loss of an epoch to what stands behind the bar.
-    :param callbacks: called after each epoch, all of them; one that returns True ends the training.
-    :param checkpoint: file that is written after each epoch, and resumed from when it exists.
+    :param label: text before the progress bar.
+    :param describe: turns the mean loss of an epoch into the text after the bar.
+    :param callbacks: all are called after each epoch; one that returns True ends the training.
+    :param checkpoint: a file that is written after each epoch; if it exists, training resumes from it.
     :raises FloatingPointError: when a step does; see :func:`train_epoch`.
     :raises ValueError: when the checkpoint is damaged, or that of a run with other settings or more epochs.
     :raises OSError: when the checkpoint cannot be written.
@@ -114,7 +114,7 @@ def train(
 
 
 def train_epoch(run: TrainingRun, batches: Minibatches, step: Step) -> float:
-    """One pass over the data; the mean of its losses.
+    """Makes one pass over the data and returns the mean loss.
 
     :raises FloatingPointError: when a step does; ``run`` is back in its last good state.
     """
@@ -140,13 +140,13 @@ def train_epoch(run: TrainingRun, batches: Minibatches, step: Step) -> float:
 
 
 def _back(run: TrainingRun, error: FloatingPointError) -> FloatingPointError:
-    """Puts a run that diverged back to its last good state, and adds that to what is said."""
+    """Restores the last good state of a run that diverged, and adds this to the error message."""
     run.restore()
     return FloatingPointError(f"{error}. Model and guide are back at the end of epoch {run.remembered_epoch}")
 
 
 def first_row(batches: Minibatches) -> object:
-    """One row of x, from which a posterior knows what its inputs look like."""
+    """One row of x, as the example input of a posterior."""
     return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() else t, batches.first[0])
 
 
@@ -172,9 +172,9 @@ def require_rows_for_statistics(model: Program, batches: Minibatches) -> None:
         if _ONE_VALUE not in str(error):
             raise
         raise ValueError(
-            f"the last batch of every pass has one row, as {batches.size} rows in batches of {rows} leave, and batch "
-            f"normalisation has no variance of one row ({error}). Take another batch_size=, or a DataLoader with "
-            "shuffle=True and drop_last=True"
+            f"the last batch of every pass has one row, because {batches.size} rows are split into batches of {rows}, "
+            f"and batch normalisation cannot compute a variance from one row ({error}). Choose another batch_size=, or "
+            "a DataLoader with shuffle=True and drop_last=True"
         ) from error
 
 
@@ -184,7 +184,7 @@ def require_epochs(epochs: int) -> None:
 
 
 def require_programs(model: object, guide: object) -> None:
-    """Refuses a model and a guide that change places, or are no programs.
+    """Refuses a model and a guide that are swapped, or are not programs.
 
     :raises TypeError: see above.
     """
@@ -198,7 +198,7 @@ def require_programs(model: object, guide: object) -> None:
 
 
 def require_supports(model: poutine.Trace, guide: poutine.Trace) -> None:
-    """Refuses a guide whose values lie where the prior has no density: no learning rate would mend that.
+    """Refuses a guide whose values lie where the prior has no density: no learning rate could fix that.
 
     :param model: its trace at the draw of the guide.
     :raises ValueError: names the first such site.
@@ -252,7 +252,7 @@ _NAMED: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
 def build_optimizer(
     optim: Optim, groups: list[dict[str, Any]], lr: float | None = None, *, default: str = "adamw"
 ) -> Optimizer:
-    """The optimiser that ``optim=`` stands for, in every engine.
+    """Builds the optimiser for the option ``optim=`` of every engine.
 
     ============================  =====================================================================================
     ``None``                      the engine's ``default``
@@ -264,9 +264,9 @@ def build_optimizer(
     ============================  =====================================================================================
 
     :param groups: parameter groups as ``torch.optim`` takes them, ``[{"params": [...], ...}]``.
-    :param lr: learning rate of a name or a class. The last two have their own.
-    :raises ValueError: for another name, a rate that nothing would use, or an optimiser of other parameters.
-    :raises TypeError: for anything else, or a function that returns no optimiser.
+    :param lr: learning rate, for a name or a class; functions and optimisers set their own.
+    :raises ValueError: for an unknown name, an ``lr`` that would not be used, or an optimiser of other parameters.
+    :raises TypeError: for anything else, or a function that does not return an optimiser.
     """
     checks.optional(checks.positive, "lr", lr)
     optim = default if optim is None else optim
@@ -287,8 +287,8 @@ def build_optimizer(
         )
     if rate:
         raise ValueError(
-            f"lr={lr!r} goes with the name or the class of an optimiser, but optim= sets a learning rate of its own: "
-            "give the rate there, and leave lr out"
+            f"lr={lr!r} is for the name or the class of an optimiser, but optim= sets its own learning rate: set the "
+            "rate there and leave lr out"
         )
     optimizer = optim if isinstance(optim, Optimizer) else optim(groups)
     if not isinstance(optimizer, Optimizer):
@@ -297,7 +297,7 @@ def build_optimizer(
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(p) in held for p in trained):
         raise ValueError(
-            "the optimiser holds none of the parameters that are to be trained: build it from those of this model and "
-            "guide, or give a function of parameter groups such as lambda groups: torch.optim.Adam(groups, lr=1e-3)"
+            "the optimiser has none of the parameters to train: build it from the parameters of this model and guide, "
+            "or give a function of parameter groups such as lambda groups: torch.optim.Adam(groups, lr=1e-3)"
         )
     return optimizer

@@ -1,4 +1,4 @@
-"""The Bayesian networks: each a Pyro model and the guides that go with it."""
+"""Bayesian networks: each method is a Pyro model with its guides."""
 
 from pyro_bnn.models.bella import Bella, ParticleGuide
 from pyro_bnn.models.dense import Dense, MeanFieldGuide, PointGuide

@@ -1,7 +1,7 @@
 """Bella: a frozen network with many low-rank perturbations of its weights (Doan et al., AAAI 2025, arXiv 2407.20891).
 
-Particle i has the weights ``W_i = W_0 + scale B_i A_i`` (Hu et al. 2022), W_0 frozen and shared by all. The particles
-are n points, trained apart as an ensemble or together by :class:`~pyro_bnn.inference.SVGD`.
+Particle i has the weights ``W_i = W_0 + scale B_i A_i`` (Hu et al. 2022); all particles share the frozen W_0. The
+particles are n points, trained separately as an ensemble or jointly by :class:`~pyro_bnn.inference.SVGD`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pyro_bnn.selection import Select
 
 Init = Literal["kaiming", "gaussian", "orthogonal"]
 
-#: standard deviation of every element of ``scale B A`` where neither it nor another prior is given
+#: default standard deviation of every element of ``scale B A``
 _PRODUCT_SCALE = 0.1
 
 
@@ -39,30 +39,33 @@ _PRODUCT_SCALE = 0.1
 class Bella(BayesianNetwork):
     """Pyro model ``A, B ~ prior, y ~ likelihood(net_W(x))`` with ``W = W_0 + scale B A`` for the chosen weights.
 
-    A weight ``w`` has the sites ``w.A`` ``[rank, *w.shape[1:]]`` and ``w.B`` ``[w.shape[0], rank]``. Of a convolution A
-    is one to ``rank`` channels and B is 1 x 1. W_0 is the storage of the given network: it is never copied, gets no
-    gradient and never changes. Normalisation layers keep their statistics, in training too; with ``affine`` their
-    gains and biases are sites under their own names, as the weight and bias of a ``head`` are.
+    A weight ``w`` has the sites ``w.A`` ``[rank, *w.shape[1:]]`` and ``w.B`` ``[w.shape[0], rank]``. For a convolution,
+    A is a convolution with ``rank`` output channels and B is a 1 x 1 convolution. W_0 shares the storage of the given
+    network: it is never copied, takes no gradient and never changes. Normalisation layers keep their statistics, also
+    in training; with ``affine`` their gains and biases are sites under their own names, and so are the weight and bias
+    of a ``head``.
 
     :param net: a trained network; its parameters are shared.
-    :param likelihood: what the output means; ``None`` for the function alone, inside a larger Pyro model.
+    :param likelihood: the distribution of y given the output; ``None`` for the function alone, inside a larger Pyro
+        model.
     :param num_data: size N of the training set.
     :param rank: r.
-    :param alpha: ``scale = alpha / rank``; by default ``4 * rank``, so that the scale is that of the authors (16 / 4)
-        at every rank.
-    :param rank_stabilised: ``scale = alpha / sqrt(rank)`` (Kalajdzievski 2023), with an alpha of 8 by default.
-    :param product_scale: standard deviation of every element of ``scale B A``, 0.1 by default: A and B have the prior
-        ``N(0, product_scale / (scale sqrt(rank)))``, by which the product has it at every rank and scale.
-    :param prior: of the elements of A and B themselves, in place of ``product_scale``; patterns match ``<weight>.A``,
+    :param alpha: ``scale = alpha / rank``; by default ``4 * rank``, which gives the scale of the authors (16 / 4) at
+        every rank.
+    :param rank_stabilised: ``scale = alpha / sqrt(rank)`` (Kalajdzievski 2023), with alpha 8 by default.
+    :param product_scale: standard deviation of every element of ``scale B A`` under the prior, 0.1 by default. Elements
+        of A and B have a Normal prior with mean 0 and variance ``product_scale / (scale sqrt(rank))``, which gives the
+        product this standard deviation at every rank and scale.
+    :param prior: prior of the elements of A and B, in place of ``product_scale``; patterns match ``<weight>.A``,
         ``<weight>.B``, the weight or a module.
-    :param select: which weights, see :func:`~pyro_bnn.selection.select_parameters`; by default all linear,
-        convolutional, attention and recurrent weights but those of depthwise convolutions and those given with
+    :param select: the weights with factors, see :func:`~pyro_bnn.selection.select_parameters`; by default all linear,
+        convolutional, attention and recurrent weights except those of depthwise convolutions and those with
         ``requires_grad=False``.
-    :param head: linear layers whose weight and bias belong to each particle, as in a new output layer; selected in the
-        same way, with the prior ``head_prior``.
-    :param affine: whether gains and biases of normalisation layers belong to each particle, or which of them, selected
-        in the same way. They start as given.
-    :param affine_prior: of these; ``loc=None`` means around the given values.
+    :param head: linear layers of which each particle has its own weight and bias, such as a new output layer; selected
+        in the same way, with the prior ``head_prior``.
+    :param affine: ``True`` gives each particle its own gains and biases of all normalisation layers, a selection those
+        of some layers. They start at the given values.
+    :param affine_prior: prior of these gains and biases; ``loc=None`` centres it at the given values.
     :param options: see :class:`~pyro_bnn.program.model.NetworkOptions`.
     :raises ValueError: when ``select``, ``head`` or ``affine`` matches nothing, a number is out of range, or
         ``product_scale`` and ``prior`` are both given.
@@ -121,8 +124,8 @@ class Bella(BayesianNetwork):
         if prior is not None:
             if product_scale is not None:
                 raise ValueError(
-                    f"product_scale={product_scale!r} and prior={prior!r}: both say what prior A and B have, the first "
-                    "by way of their product; give one of them"
+                    f"product_scale={product_scale!r} and prior={prior!r}: both set the prior of A and B, the first "
+                    "through their product; give only one of them"
                 )
             return prior
         sigma = _PRODUCT_SCALE if product_scale is None else product_scale
@@ -131,7 +134,7 @@ class Bella(BayesianNetwork):
 
     def _find_weights(self, select: Select | None, given: dict[str, nn.Parameter]) -> list[str]:
         """
-        :param given: the parameters of the network as it was given: in the copy, none takes a gradient.
+        :param given: the parameters of the original network: those of the copy take no gradients.
         """
         core = self.core()
         parameters = core.parameters_by_name()
@@ -143,7 +146,7 @@ class Bella(BayesianNetwork):
         without = (nn.Embedding, nn.Bilinear)
         usual = [n for n, owner in owners.items() if not isinstance(owner, without) and not _is_depthwise(owner)]
         if not usual:
-            raise ValueError("the network has no weights that take low-rank factors: name some with select=")
+            raise ValueError("the network has no weights that can have low-rank factors: choose some with select=")
         found = not_frozen({name: given[name] for name in usual}, "weights")
         require_random(core.net, found)
         return found
@@ -155,7 +158,7 @@ class Bella(BayesianNetwork):
         known = [id(p) for _, p in core.net.named_parameters(remove_duplicate=False)]
         tied = next((name for name in found if known.count(id(linear[name])) > 1), None)
         if tied is not None:
-            raise ValueError(f"head: {tied!r} is tied to another parameter; a head must have its own")
+            raise ValueError(f"head: {tied!r} is tied to another parameter; a head needs parameters of its own")
         return found
 
     def _find_affine(self, affine: bool | Select) -> list[str]:
@@ -170,19 +173,19 @@ class Bella(BayesianNetwork):
         return list(known)
 
     def own_parameters(self) -> list[str]:
-        """The parameters of which every particle has its own in full: those of heads and of normalisation layers."""
+        """The parameters that every particle has in full: those of heads and of normalisation layers."""
         return self.head_parameters + self.affine_parameters
 
     def _centers(self) -> dict[str, Tensor]:
-        """Factors at which the network is as it was given, and from which it can move: A as in a new layer, B zero."""
+        """Factors that leave the network unchanged but have a gradient: A as in a new layer, B zero."""
         return {name: draw_factor(name, like) for name, like in self._likes.items() if name[-2:] in (".A", ".B")}
 
     def pairs(self) -> list[tuple[str, str, float]]:
-        """``(site of A, site of B, scale)`` of every weight: what a particle adds to W_0 is ``scale B A``."""
+        """``(site of A, site of B, scale)`` of every weight: a particle adds ``scale B A`` to W_0."""
         return [(self.site(f"{weight}.A"), self.site(f"{weight}.B"), self.scale) for weight in self.weights]
 
     def train(self, mode: bool = True) -> Bella:
-        """Normalisation layers stay in eval mode: particles would move statistics that all of them share."""
+        """Sets the mode, except that normalisation layers stay in eval mode: all particles share their statistics."""
         super().train(mode)
         for module in self.core().net.modules():
             if isinstance(module, NORMALISATIONS) or has_spectral_norm(module):
@@ -193,7 +196,7 @@ class Bella(BayesianNetwork):
         return {}
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = True) -> Any:
-        """Takes the tensors themselves: to copy into W_0 would be to change the user's network."""
+        """Replaces the tensors instead of copying into them, because W_0 shares storage with the user's network."""
         self._constants.clear()  # priors around the parameters that are replaced
         return super().load_state_dict(state_dict, strict=strict, assign=True)
 
@@ -226,7 +229,7 @@ class Bella(BayesianNetwork):
         return super().repr_fields() | {"rank": self.rank, "scale": display.number(self.scale)} | own
 
     def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``W_0 + scale B A`` of every weight with factors; heads, gains and biases of the particle's own."""
+        """``W_0 + scale B A`` of every weight with factors, and the particle's own heads, gains and biases."""
         parameters = self.core().parameters_by_name()
         values: dict[str, Tensor] = {}
         for weight in self.weights:
@@ -280,12 +283,13 @@ class ParticleGuide(MixtureGuide):
 
     :param model: a :class:`Bella`.
     :param particles: n.
-    :param init: where every particle starts, drawn anew for each. ``"kaiming"``: A uniform in ``+-1 / sqrt(fan in)``
-        and B zero, so that all begin as the given network. ``"gaussian"``: the same A, and B normal with the standard
-        deviation ``init_scale``, which is also added to the given values of heads, gains and biases: particles differ
-        from the start, without which a kernel on products, functions or tensors moves them as one. ``"orthogonal"``: A
-        and B both random with B A = 0, of even rank.
+    :param init: how to draw the starting values of each particle. ``"kaiming"``: A uniform in ``+-1 / sqrt(fan in)``
+        and B zero, so that all particles start at the given network. ``"gaussian"``: the same A, and B normal with
+        standard deviation ``init_scale``; heads, gains and biases get noise of this standard deviation too. Particles
+        then differ from the start; otherwise a kernel on products, functions or tensors would move them all alike.
+        ``"orthogonal"``: A and B both random with B A = 0, which needs an even rank.
     :param init_scale: see ``init``.
+    :raises TypeError: for a model that is not a :class:`Bella`.
     :raises ValueError: for an unknown ``init``, or an odd rank with ``"orthogonal"``.
     """
 
@@ -325,7 +329,7 @@ class ParticleGuide(MixtureGuide):
 
 
 def _orthogonal(a: Tensor, b: Tensor, scale: float) -> None:
-    """A in one half of an orthonormal basis of the r coordinates and B in the other."""
+    """Puts A into one half of an orthonormal basis of the r coordinates and B into the other."""
     basis = torch.linalg.qr(torch.randn(a.shape[0], a.shape[0], dtype=a.dtype, device=a.device))[0]
     bound = 1 / math.sqrt(math.prod(a.shape[1:]))
     half = torch.empty_like(a.flatten(1)[::2]).uniform_(-bound, bound)

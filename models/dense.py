@@ -1,4 +1,4 @@
-"""Dense Bayesian networks: every chosen parameter is a latent site of its own shape, with mean-field guides."""
+"""Dense Bayesian networks: every selected parameter is a latent site of the same shape, with mean-field guides."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from pyro_bnn.selection import Select
 
 
 class DenseOptions(NetworkOptions, total=False):
-    """Keyword arguments of :class:`Dense` that the models built on it have too.
+    """Keyword arguments of :class:`Dense` and of the models derived from it.
 
-    ``chunk_size: int | None = None`` is how many members are vectorised at a time; ``None`` for all.
+    ``chunk_size: int | None = None`` is the number of members that are vectorised at a time; ``None`` for all.
     """
 
     chunk_size: int | None
@@ -34,16 +34,17 @@ class DenseOptions(NetworkOptions, total=False):
 class Dense(BayesianNetwork):
     """Pyro model ``w ~ prior, y ~ likelihood(net_w(x))`` over the parameters themselves.
 
-    Each chosen parameter is a site with its dotted name; the others are point estimates (normalisation layers, by
-    default). Hierarchical priors have one ``<name>_tau`` for a parameter.
+    Each selected parameter is a site with its dotted name; the others (by default those of normalisation layers) are
+    point estimates. Hierarchical priors add one ``<name>_tau`` for each parameter.
 
     :param net: any module; the model works on a copy.
-    :param likelihood: what the output means; ``None`` for the function alone, inside a larger Pyro model.
+    :param likelihood: the distribution of y given the output; ``None`` for the function alone, inside a larger Pyro
+        model.
     :param num_data: size N of the training set.
     :param prior: as for :class:`~pyro_bnn.models.Rank1`; ``loc=None`` means 0 here.
-    :param select: which parameters are random, see :func:`~pyro_bnn.selection.select_parameters`; by default all except
-        those of normalisation layers and those with ``requires_grad=False``.
-    :param chunk_size: how many members are vectorised at a time; ``None`` for all.
+    :param select: the random parameters, see :func:`~pyro_bnn.selection.select_parameters`; by default all except those
+        of normalisation layers and those with ``requires_grad=False``.
+    :param chunk_size: number of members that are vectorised at a time; ``None`` for all.
     :param options: see :class:`~pyro_bnn.program.model.NetworkOptions`.
     :raises ValueError: when ``select`` matches nothing, or a prior does not fit.
     """
@@ -98,9 +99,9 @@ class Dense(BayesianNetwork):
 
 
 def freeze_random(model: BayesianNetwork, select: Select | None) -> list[str]:
-    """The names of the parameters that are random; they are frozen, and kept as starting values and for their shapes.
+    """Freezes the parameters that are random and returns their names; they provide starting values and shapes.
 
-    :param select: which ones; by default all except those of normalisation layers and those that the user froze.
+    :param select: which parameters; by default all except those of normalisation layers and those that the user froze.
     :raises ValueError: when there are none, or one cannot be random; see :mod:`pyro_bnn.given.fixed`.
     """
     core = model.core()
@@ -120,11 +121,14 @@ def freeze_random(model: BayesianNetwork, select: Select | None) -> list[str]:
 
 @storable
 class MeanFieldGuide(MixtureGuide):
-    """Independent Normals for every element of every parameter (Blundell et al. 2015), or K of them as a mixture.
+    """An independent Normal for every element of every parameter (Blundell et al. 2015), or a mixture of K of these::
+
+        q(w) = (1/K) sum_k prod_i N(w_i; mu_ki, softplus(rho_ki)^2)
 
     :param model: a :class:`Dense`, or another model whose sites are weights.
-    :param components: number of mixture components; 1 is mean field.
-    :param init_scale: starting standard deviation of every weight. Means start at the network's own values.
+    :param components: number K of mixture components; 1 is mean field.
+    :param init_scale: starting standard deviation of every weight. Means start at the values of the network.
+    :raises ValueError: when ``components`` or ``init_scale`` is out of range.
     """
 
     def __init__(self, model: BayesianNetwork, components: int = 1, *, init_scale: float = 1e-2) -> None:
@@ -138,7 +142,9 @@ class MeanFieldGuide(MixtureGuide):
 
 @storable
 class PointGuide(MixtureGuide):
-    """One point for all parameters: the MAP estimate, which is the deterministic network with its weight penalty.
+    """A single point for all parameters: the maximum a posteriori (MAP) estimate.
+
+    Training with it is training the deterministic network with ``-log p(w)`` as the weight penalty.
 
     :param model: a :class:`Dense`.
     """

@@ -1,7 +1,7 @@
-"""Particles as LoRA checkpoints of the PEFT library, both ways: ``adapter_config.json`` and safetensors.
+"""Saves particles as LoRA checkpoints of the PEFT library and loads them: ``adapter_config.json`` and safetensors.
 
-PEFT has A where the input comes in and B where the output goes out; here A and B stand at the last and at the first
-dimension of the stored weight. The two agree but for tables and for layers that store ``[in, out]``.
+PEFT puts A on the input side and B on the output side of a layer; here A belongs to the last and B to the first
+dimension of the stored weight. The two differ only for embedding tables and for layers that store ``[in, out]``.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from pyro_bnn.selection import is_linear
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# In the metadata of the tensors that are written here; adapters of other libraries have none of them.
+# Keys of the metadata of tensors that are written here; adapters of other libraries do not have them.
 #: the same for all particles of one save
 _SAVE = "pyro_bnn.save"
 _DIGEST = "pyro_bnn.digest"
-#: what the configuration says of the product A B: a kill may leave the tensors beside that of an older save
+#: the scaling in the configuration: an interrupted save may leave the tensors beside an older configuration
 _SCALING = "pyro_bnn.scaling"
 #: kinds of layers whose stored weight has its input at dimension 0
 _INPUT_FIRST = ("embedding", "linear, [in, out]")
@@ -39,11 +39,11 @@ _INPUT_FIRST = ("embedding", "linear, [in, out]")
 def save_adapters(model: Bella, guide: ParticleGuide, path: str | os.PathLike[str]) -> list[Path]:
     """Writes particle i to the folder ``path/particle_i``, which ``peft.PeftModel.from_pretrained(net, ...)`` opens.
 
-    A head, and normalisation layers of a particle's own, go along as PEFT's ``modules_to_save``.
+    Heads and normalisation layers that belong to each particle are saved as PEFT's ``modules_to_save``.
 
-    :return: the folders.
-    :raises ValueError: for weights of a kind that PEFT has no adapter for.
-    :raises FileExistsError: when ``path`` exists and holds anything but such folders.
+    :return: the folders of the particles, in order.
+    :raises ValueError: for weights of a kind for which PEFT has no adapter.
+    :raises FileExistsError: when ``path`` exists and contains anything except such folders.
     """
     path = Path(path)
     count = guide.num_members
@@ -81,16 +81,19 @@ def save_adapters(model: Bella, guide: ParticleGuide, path: str | os.PathLike[st
 
 
 def load_adapters(model: Bella, guide: ParticleGuide, paths: list[str | os.PathLike[str]] | list[Path]) -> None:
-    """Starts particles at LoRA checkpoints: particle i at ``paths[i]``.
+    """Sets particles to LoRA checkpoints: particle i to the adapter in the folder ``paths[i]``.
 
-    The rank may be lower than the model's, and alpha may be another: B takes the difference.
+    A checkpoint may have a lower rank than the model, and another alpha: B is rescaled accordingly.
 
-    :raises ValueError: for more checkpoints than particles, one that is damaged or of another kind, one whose layers
-        are not those of the model, or particles of two saves in one folder, as an interrupted save leaves them.
-    :raises FileNotFoundError: where there is none.
+    :raises ValueError: for more checkpoints than particles, a checkpoint that is damaged or not LoRA, one whose layers
+        differ from those of the model, or particles of two saves in one folder, which an interrupted save can leave.
+    :raises FileNotFoundError: when a folder has no checkpoint.
     """
     if len(paths) > guide.num_members:
-        raise ValueError(f"{len(paths)} checkpoints for {guide.num_members} particles")
+        raise ValueError(
+            f"expected at most one checkpoint for each particle, got {len(paths)} checkpoints for {guide.num_members} "
+            "particles: give fewer paths, or build the guide with more particles"
+        )
     found = [_read(model, Path(path)) for path in paths]  # all of them, before any particle moves
     _require_one_save([Path(path) for path in paths])
     values = guide.coordinates()
@@ -101,7 +104,7 @@ def load_adapters(model: Bella, guide: ParticleGuide, paths: list[str | os.PathL
 
 def _require_one_save(paths: list[Path]) -> None:
     """
-    :raises ValueError: when adapters in one folder are of different saves.
+    :raises ValueError: when adapters in one folder come from different saves.
     """
     saves: dict[Path, dict[str, Path]] = {}
     for path in paths:
@@ -111,13 +114,13 @@ def _require_one_save(paths: list[Path]) -> None:
         if len(of) > 1:
             old, new, *_ = sorted(path.name for path in of.values())
             raise ValueError(
-                f"{old!r} and {new!r} in {str(folder)!r} are of two saves, the later of which was interrupted: save "
-                "the particles again. To mix particles of two saves, move them to folders of their own"
+                f"{old!r} and {new!r} in {str(folder)!r} come from two saves, the later of which was interrupted: save "
+                "the particles again. To combine particles of two saves, move them to separate folders"
             )
 
 
 def _kind(model: Bella, weight: str) -> str:
-    """How PEFT lays the factors of this weight out."""
+    """The kind of layer that determines how PEFT arranges the factors of this weight."""
     owner = model.core().owner(weight)
     _require_own_layer(model, weight)
     if isinstance(owner, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and owner.groups == 1:
@@ -134,7 +137,7 @@ def _kind(model: Bella, weight: str) -> str:
 
 
 def _require_own_layer(model: Bella, name: str) -> None:
-    """PEFT goes by layers, each with parameters of its own."""
+    """Requires that a parameter belongs to a single layer, because PEFT saves whole layers."""
     parameter = model.core().parameters_by_name()[name]
     tied = sum(p is parameter for _, p in model.core().net.named_parameters(remove_duplicate=False)) > 1
     if tied or "." not in name:
@@ -150,19 +153,19 @@ def _saved_modules(model: Bella) -> list[str]:
 
 
 def _given(model: Bella) -> dict[str, Tensor]:
-    """All that the layers have which PEFT saves in full, as the network was given: statistics too."""
+    """All tensors, statistics included, of the layers that PEFT saves in full, with the values of the given network."""
     layers = {module: model.core().net.get_submodule(module) for module in _saved_modules(model)}
     return {f"{module}.{name}": v for module, layer in layers.items() for name, v in layer.state_dict().items()}
 
 
 def _require_distinct_ends(model: Bella, adapted: list[str]) -> None:
-    """PEFT finds ``modules_to_save`` by the ends of names, and would replace an adapted layer along with them."""
+    """PEFT matches ``modules_to_save`` by the ends of names, and so might also replace an adapted layer."""
     ends = tuple(_saved_modules(model))
     for name in adapted:
         parts = name.split(".")
         if any(".".join(parts[: i + 1]).endswith(ends) for i in range(len(parts))):
             raise ValueError(
-                f"PEFT goes by the ends of names and would take {name!r} for one of its modules_to_save "
+                f"PEFT matches the ends of names and would treat {name!r} as one of its modules_to_save "
                 f"({', '.join(ends)}): leave one of them out with select= or affine=, or save the posterior with "
                 "posterior.save()"
             )
@@ -205,7 +208,7 @@ def _config(model: Bella, kinds: dict[str, str]) -> dict[str, object]:
 
 
 def _targets(model: Bella, modules: list[str]) -> list[str] | str:
-    """The names; as one pattern where a name is also the end of another module's name, which PEFT would adapt too."""
+    """The names; or an exact pattern if a name is also the end of another module's name, which PEFT would adapt too."""
     others = [name for name, _ in model.core().net.named_modules() if name not in modules]
     if any(name.endswith(f".{module}") for name in others for module in modules):
         return "|".join(map(re.escape, sorted(modules)))
@@ -224,14 +227,16 @@ def _metadata(path: Path) -> dict[str, str]:
 def _read(model: Bella, path: Path) -> dict[str, Tensor]:
     """``{weight.A: ..., weight.B: ..., own parameter: ...}`` of one checkpoint."""
     if not (path / _CONFIG).is_file():
-        raise FileNotFoundError(f"{path} is no adapter: it has no {_CONFIG}")
+        raise FileNotFoundError(f"{path} is not an adapter: it has no {_CONFIG}")
     try:
         config = json.loads((path / _CONFIG).read_text())
         tensors, metadata = safetensors.torch.load_file(path / _TENSORS), _metadata(path)
     except (ValueError, SafetensorError, OSError) as error:
         raise ValueError(f"the adapter in {path} is damaged or has no {_TENSORS} ({error})") from None
     if metadata.get(_DIGEST) not in (None, digest_of(tensors)):
-        raise ValueError(f"{path / _TENSORS} is damaged: its numbers do not have its digest. Save the particles again")
+        raise ValueError(
+            f"{path / _TENSORS} is damaged: its digest does not match its tensors. Save the particles again"
+        )
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path} holds an adapter of type {config.get('peft_type')!r}; expected 'LORA'")
     for option in ("use_dora", "rank_pattern", "alpha_pattern"):
@@ -243,12 +248,14 @@ def _read(model: Bella, path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} belongs to a base network that {config['init_lora_weights']} has changed")
     if metadata.get(_SCALING) not in (None, _scaling(config)):
         raise ValueError(
-            f"{path / _CONFIG} says {_scaling(config)}, but {_TENSORS} was saved with {metadata[_SCALING]}: one of "
-            "them is of another save. Save the particles again"
+            f"{path / _CONFIG} has {_scaling(config)}, but {_TENSORS} was saved with {metadata[_SCALING]}: one of them "
+            "comes from another save. Save the particles again"
         )
     rank = int(config["r"])
     if rank > model.rank:
-        raise ValueError(f"{path} has rank {rank}: Bella(rank={rank}) or more takes it, and not rank={model.rank}")
+        raise ValueError(
+            f"{path} has rank {rank}, more than the model's rank={model.rank}: build Bella with rank={rank} or more"
+        )
     scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
     found: dict[str, Tensor] = {}
     left = dict(tensors)
@@ -271,20 +278,25 @@ def _read(model: Bella, path: Path) -> dict[str, Tensor]:
         _require_shape(found[parameter], model._likes[parameter], path)
     _require_as_given(model, left, path)
     if left:
-        raise ValueError(f"{path} has an adapter for {next(iter(left))!r}, which the model has not: see select=")
+        raise ValueError(
+            f"{path} has an adapter for {next(iter(left))!r}, but the model has no such factors: build it with select="
+        )
     return found
 
 
 def _require_as_given(model: Bella, left: dict[str, Tensor], path: Path) -> None:
-    """Takes out what PEFT saves beside a particle's own parameters: the rest of their layers, which all share."""
+    """Removes the tensors that PEFT saves besides a particle's own parameters, after checking their shared values."""
     for name, value in _given(model).items():
         theirs = left.pop(_PREFIX + name, None)
         if theirs is not None and not torch.equal(theirs.to(value.dtype), value.cpu()):
-            raise ValueError(f"{path} has a {name!r} other than the network's, which all particles share")
+            raise ValueError(
+                f"{path}: {name!r} differs from that of the network, which all particles share: give the network with "
+                "which the adapter was saved"
+            )
 
 
 def _padded(value: Tensor, like: Tensor, factor: str, path: Path) -> Tensor:
-    """Up to the rank of the model, with rows of A as in a new layer and columns of B that are zero."""
+    """Pads a factor to the rank of the model: rows of A as in a new layer, columns of B with zeros."""
     axis = {"A": 0, "B": 1}[factor]
     shape = list(value.shape)
     shape[axis] = like.shape[axis] - shape[axis]

@@ -1,8 +1,8 @@
 """Rank-1 Bayesian neural networks (Dusenberry et al., ICML 2020, arXiv 2005.07186).
 
-W' = W o (r s^T) in every product, convolution and embedding (eq. 1). W is a point estimate; r and s are latent, with a
-prior that is centred at 1 and a posterior that is a mixture of K components, one component index for the whole network
-(sections 3.2 and 3.3). In training, every sample of a batch has a draw of its own in each component (section 3.1).
+W' = W o (r s^T) in every product, convolution and embedding (eq. 1). W is a point estimate; r and s are latent. Their
+prior is centred at 1, and their posterior is a mixture of K components with one component index for the whole network
+(sections 3.2 and 3.3). In training, every sample of a batch gets its own draw in each component (section 3.1).
 """
 
 from __future__ import annotations
@@ -37,26 +37,27 @@ from pyro_bnn.selection import Select
 class Rank1(BayesianNetwork):
     """Pyro model of a rank-1 Bayesian network.
 
-    For every chosen weight W with r over dimension 0 and s over dimension 1 of the stored tensor::
+    For every selected weight W, with r over dimension 0 and s over dimension 1 of the stored tensor::
 
         [<W>_tau ~ prior.tau]    s_i ~ prior(1 | tau),   r_j ~ prior(1 | tau),   y ~ likelihood(net with W o (r s^T))
 
-    and ``log p(W)`` enters as one factor. With ``member_bias=True`` the biases of these layers are sites too: latent
-    with the prior ``weight_prior``, and a point of its own in every component of :class:`Rank1Guide`.
+    and ``log p(W)`` enters as one factor. With ``member_bias=True`` the biases of these layers are also latent sites,
+    with the prior ``weight_prior``; in :class:`Rank1Guide` each component has a point estimate of them.
 
-    :param net: any module; a copy is trained, the given one stays as it is.
-    :param likelihood: what the output means; ``None`` for the function alone, inside a larger Pyro model.
+    :param net: any module; a copy is trained, and the given module does not change.
+    :param likelihood: the distribution of y given the output; ``None`` for the function alone, inside a larger Pyro
+        model.
     :param num_data: size N of the training set.
-    :param prior: prior of the factors: a class of :mod:`pyro_bnn.priors`, a Pyro distribution, a function
+    :param prior: prior of the factors: an object of :mod:`pyro_bnn.priors`, a Pyro distribution, a function
         ``(site name, tensor) -> distribution``, or a mapping of patterns (of weight or site names) to these.
-    :param select: which weights get factors, see :func:`~pyro_bnn.selection.select_parameters`; all by default
-        but those with ``requires_grad=False``.
-    :param member_bias: whether every component has biases of its own, but for frozen ones.
-    :param weight_prior: prior of W, elementwise; ``None`` for a flat one (use weight decay, or nothing, then).
-    :param clip: factors are clipped to ``[-clip, clip]`` where the network uses them (the released code of the paper
+    :param select: the weights that get factors, see :func:`~pyro_bnn.selection.select_parameters`; by default all
+        except those with ``requires_grad=False``.
+    :param member_bias: whether every component has its own biases, except for frozen ones.
+    :param weight_prior: prior of the elements of W; ``None`` for a flat prior (optionally with weight decay).
+    :param clip: factors are clipped to ``[-clip, clip]`` where the network uses them (the code released with the paper
         clips at 10, which matters for Cauchy draws); ``None`` for no clipping.
-    :param example: an input; given, the weights are those that the network is seen to use, and the layouts are probed
-        at once. Needed when ``forward`` calls ``F.linear`` and the like on parameters of its own.
+    :param example: an input. The network then runs on it once, to find the weights that it uses and their layouts.
+        Needed when ``forward`` calls functions such as ``F.linear`` with parameters of the module itself.
     :param options: see :class:`~pyro_bnn.program.model.NetworkOptions`.
     :raises ValueError: when ``select`` matches nothing, or a prior does not fit.
     """
@@ -80,7 +81,7 @@ class Rank1(BayesianNetwork):
         parameters = core.parameters_by_name()
         if weight_prior is not None and (not isinstance(weight_prior, Prior) or weight_prior.has_tau):
             raise TypeError(
-                f"weight_prior={weight_prior!r}: expected a class of pyro_bnn.priors that has no scales of its own "
+                f"weight_prior={weight_prior!r}: expected a prior of pyro_bnn.priors without latent scales "
                 "(Normal, Cauchy, Laplace or StudentT), or None for a flat prior"
             )
         clip = checks.optional(checks.positive, "clip", clip)
@@ -99,8 +100,8 @@ class Rank1(BayesianNetwork):
             candidates = {n: p for n, p in parameters.items() if n in consumed and p.dim() > 1}
         if not candidates:
             raise ValueError(
-                "the network has no weights that take factors: no linear, convolutional, recurrent, attention or "
-                "embedding layer was found. Give example=x when its forward uses parameters of its own."
+                "the network has no weights that can have factors: no linear, convolutional, recurrent, attention or "
+                "embedding layer was found. Give example=x if its forward uses parameters of the module itself"
             )
         norms = core.normalisation_parameters()
         candidates = {n: p for n, p in candidates.items() if n not in norms}
@@ -122,13 +123,13 @@ class Rank1(BayesianNetwork):
             core.layouts(example, batch_size(example), self._perturbed())
 
     def _sizes(self, weight: str, parameter: Tensor) -> tuple[int, int]:
-        """Sizes of s and r. A grouped convolution has one s for every channel of the layer."""
+        """Sizes of s and r. A grouped convolution has one element of s for every input channel of the layer."""
         owner = self.core().owner(weight)
         groups = owner.groups if isinstance(owner, nn.modules.conv._ConvNd) else 1
         return parameter.shape[1] * groups, parameter.shape[0]
 
     def _shared_tau(self, weight: str) -> bool:
-        """Whether r and s of a weight have one tau, which they do unless a mapping gives them different priors."""
+        """Whether r and s of a weight share one tau: they do unless a mapping gives them different priors."""
         s, r = self.priors[f"{weight}.s"], self.priors[f"{weight}.r"]
         return s.has_tau and s == r
 
@@ -167,7 +168,7 @@ class Rank1(BayesianNetwork):
         return super().repr_fields() | {"weight_prior": repr(self.weight_prior or "flat"), "clip": self.clip}
 
     def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``W o (r s^T)`` of every weight with factors, and the member's own biases."""
+        """``W o (r s^T)`` of every weight with factors, and the biases of the member."""
         parameters = self.core().parameters_by_name()
         values: dict[str, Tensor] = {}
         for weight in self.weights:
@@ -228,7 +229,7 @@ class Rank1(BayesianNetwork):
         return values
 
     def _require_complete(self, x: Inputs) -> None:
-        """With ``select=None`` every weight of a product has factors: none may be missed for its module's type."""
+        """With ``select=None`` every weight of a product must have factors, whatever the type of its module."""
         core = self.core()
         norms = core.normalisation_parameters()
         parameters = core.parameters_by_name()
@@ -236,8 +237,8 @@ class Rank1(BayesianNetwork):
         missed = [n for n in core.consumed(x) if n not in self.weights and n not in left_out]
         if missed:
             raise ValueError(
-                f"the network also uses {', '.join(map(repr, sorted(missed)))} in products, which module types do not "
-                "tell: build the model with example=x to give them factors too, or with select= to leave them out"
+                f"the network also uses {', '.join(map(repr, sorted(missed)))} in products, which its module types do "
+                "not show: build the model with example=x to give them factors too, or with select= to leave them out"
             )
         self._complete = True
 
@@ -276,7 +277,7 @@ class Rank1(BayesianNetwork):
     def paper_settings(
         task: Literal["cifar10", "cifar100", "imagenet"], family: Family = "normal"
     ) -> dict[str, dict[str, Any]]:
-        """The settings of the paper's tables 5 and 6 (not the defaults of the released code), by what they belong to.
+        """The settings of tables 5 and 6 of the paper (not the defaults of the released code), grouped by use.
 
         ``Rank1(**s["model"])``, ``Rank1Guide(**s["guide"])``, ``fit(**s["fit"])``,
         ``posterior.predict(**s["predict"])``; the objective is ``MixtureELBO(**s["elbo"])`` and the schedule
@@ -348,13 +349,14 @@ class Rank1Guide(MixtureGuide):
 
     :param model: a :class:`Rank1`.
     :param components: number K of components.
-    :param family: ``"normal"`` or ``"cauchy"`` factors. A Cauchy has a finite KL divergence only from priors with
-        tails as heavy as its own (Cauchy, HierarchicalCauchy, StudentT); with others it warns.
+    :param family: ``"normal"`` or ``"cauchy"`` factors. The KL divergence of a Cauchy is finite only from priors with
+        equally heavy tails (Cauchy, HierarchicalCauchy, StudentT); with others, the guide warns.
     :param init_dropout_rate: p in the starting scale ``sqrt(p / (1 - p))`` of every factor (appendix B).
     :param init_means: distribution of the starting means: a Pyro distribution, a class of :mod:`pyro_bnn.priors` or a
         function ``shape -> tensor``. Random signs, for example: ``lambda shape: torch.randn(shape).sign()``.
-    :param draws: in training, one draw for every ``"row"`` of the batch (the paper) or for every ``"member"``.
-    :raises ValueError: when ``components < 1`` or a rate is not in (0, 1).
+    :param draws: in training, one draw for every ``"row"`` of the batch (as in the paper) or for every ``"member"``.
+    :raises TypeError: for a model that is not a :class:`Rank1`.
+    :raises ValueError: when ``components < 1``, the rate is not in (0, 1), or ``family`` or ``draws`` is unknown.
     """
 
     @one_at_a_time
@@ -376,7 +378,7 @@ class Rank1Guide(MixtureGuide):
         init_dropout_rate = checks.share("init_dropout_rate", init_dropout_rate)
         if family not in ("normal", "cauchy"):
             raise ValueError(
-                f"family={family!r}: expected 'normal' or 'cauchy'. Points without a spread are a "
+                f"family={family!r}: expected 'normal' or 'cauchy'. For point estimates use "
                 "pyro_bnn.program.guide.MixtureGuide(model, components, family='point')"
             )
         if draws not in ("row", "member"):
@@ -385,7 +387,7 @@ class Rank1Guide(MixtureGuide):
         if family == "cauchy" and light is not None:
             warnings.warn(
                 f"family='cauchy', but the prior of {light!r} has light tails: the KL divergence is infinite, and its "
-                "estimates mean nothing. Use the prior Cauchy, HierarchicalCauchy or StudentT, or family='normal'",
+                "estimates are meaningless. Use the prior Cauchy, HierarchicalCauchy or StudentT, or family='normal'",
                 stacklevel=2,
             )
         super().__init__(model, components, family, rows=draws == "row")

@@ -1,4 +1,4 @@
-"""Networks whose weights are from a slab or from a spike, the indicators summed out (Ke and Fan 2022)."""
+"""Networks with spike-and-slab priors, whose indicators are summed out (Ke and Fan 2022)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ from pyro_bnn.selection import Select
 class SpikeSlab(Dense):
     """Pyro model ``w ~ spike-and-slab, y ~ likelihood(net_w(x))``, with sites as in :class:`Dense`.
 
-    Each weight has its own ``<name>_inclusion``, the share of its groups that are in the slab, unless the prior gives a
-    number. All parameters are random, those of normalisation layers too: a sampler moves nothing else.
+    Each weight has its own site ``<name>_inclusion``, the share of its groups that are in the slab, unless the prior
+    fixes this share. By default all parameters with ``requires_grad=True`` are random, including those of normalisation
+    layers, because a sampler moves only latent sites.
 
-    :param prior: a :class:`~pyro_bnn.priors.SpikeAndSlab` for parameters with two axes or more; a mapping
-        ``{pattern: prior}`` is for all parameters, as it stands.
-    :param bias_prior: of parameters with one axis (biases, and the scales and shifts of normalisation layers); by
+    :param prior: a :class:`~pyro_bnn.priors.SpikeAndSlab` for parameters with at least two axes; a mapping
+        ``{pattern: prior}`` applies to all parameters.
+    :param bias_prior: prior of parameters with one axis (biases, and the scales and shifts of normalisation layers); by
         default Normal(0, 1).
     :param net, likelihood, num_data, select: as for :class:`Dense`.
     :param options: see :class:`~pyro_bnn.models.dense.DenseOptions`.
@@ -48,7 +49,8 @@ class SpikeSlab(Dense):
         weights = "|".join(re.escape(n) for n, p in parameters.items() if p.dim() > 1)
         if isinstance(prior, Mapping) and bias_prior is not None or isinstance(bias_prior, Mapping):
             raise TypeError(
-                "bias_prior is one prior, beside one for the weights; a mapping for all goes to prior= alone"
+                f"bias_prior={bias_prior!r}: expected a single prior, next to a single prior for the weights; to give "
+                "several, leave bias_prior out and pass one mapping for all parameters as prior="
             )
         if not isinstance(prior, Mapping):
             prior = {weights: prior, ".*": bias_prior or Normal(0.0, 1.0)}

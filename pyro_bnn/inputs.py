@@ -1,11 +1,11 @@
-"""From the data that users bring to the tensors that a network takes: the one place where this happens.
+"""Converts the data of users to the tensors that a network takes; this happens only here.
 
 Data are tensors, NumPy arrays (and whatever NumPy can read as one), pandas frames and series, or nested lists of
 numbers; x may be any nesting of dicts, tuples and lists of these. Row i of x belongs to row i of y: the index of a
 frame is ignored.
 
 ===============  =====================================================================================================
-floats           get the dtype of the network, whatever theirs was
+floats           are converted to the dtype of the network
 integers, bools  stay, as indices of embeddings and masks must; those of y become int64
 frames as x      become a matrix of floats, in the order of their columns
 lists            of numbers become tensors; beside tensors or arrays they are settings of the network, and stay

@@ -1,8 +1,8 @@
-"""What the output of a network means: the distribution of y given f = net(x).
+"""Likelihoods: the distribution of y given the output f = net(x) of a network.
 
 ``f`` has the shape ``[..., N, *output]``: any number of member axes, then the samples. A likelihood turns it into a
 Pyro distribution with batch shape ``[..., N]``; axes of y beyond the first (sequences, images, several targets) are
-event axes. ``temperature=T`` raises the likelihood to the power 1/T, and is the only scaling there is.
+event axes. ``temperature=T`` raises the likelihood to the power 1/T; there is no other scaling.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ _SMALLEST_SCALE = 1e-6  # keeps a heteroscedastic density bounded in float32
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Base class. ``temperature`` is T in ``p(y | f)^(1/T)``; 1 is Bayes."""
+    """Base class of likelihoods.
+
+    :param temperature: T in ``p(y | f)^(1/T)``; 1 gives the Bayesian posterior.
+    """
 
     temperature: float = field(default=1.0, kw_only=True)
     kind: ClassVar[Literal["classification", "regression", "count"]]
@@ -38,7 +41,11 @@ class Likelihood:
         checks.positive("temperature", self.temperature)
 
     def distribution(self, f: Tensor, noise: Tensor | None = None) -> dist.TorchDistribution:
-        """The distribution of y, batch shape ``[..., N]`` once trailing axes of y are event axes."""
+        """The distribution of y, whose batch shape is ``[..., N]`` when trailing axes of y are event axes.
+
+        :param f: network output, ``[..., N, *output]``.
+        :param noise: learned noise scale that broadcasts to ``[..., N]``, in the units of y; ``None`` without one.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define distribution()")
 
     def of_one_target(self, f: Tensor, noise: Tensor | None = None) -> dist.TorchDistribution:
@@ -46,19 +53,19 @@ class Likelihood:
         return self.distribution(f.squeeze(-1), noise)
 
     def require_dtype(self, y: Tensor) -> None:
-        """Raises TypeError when y has a dtype that this likelihood is not for."""
+        """Raises TypeError when the dtype of y does not fit this likelihood."""
 
     def require_outputs(self, f: Tensor, lead: int) -> None:
         """Raises ValueError when the network's output has too few axes."""
 
     def arranged(self, f: Tensor, y: Tensor | None, lead: int) -> Tensor:
-        """The network's output with its axes in the order in which :meth:`distribution` reads them."""
+        """The network's output with its axes in the order that :meth:`distribution` expects."""
         return f
 
     def given(self, f: Tensor, y: Tensor | None, noise: Tensor | None = None, lead: int = 1) -> dist.TorchDistribution:
         """The distribution with all axes after the samples as event axes.
 
-        :param lead: number of axes of f up to and with that of the samples.
+        :param lead: number of axes of f up to and including the axis of the samples.
         :raises TypeError: when y has the wrong dtype.
         :raises ValueError: when y has the wrong shape, or a value outside the support.
         """
@@ -80,15 +87,15 @@ class Likelihood:
         return d.to_event(events) if events else d
 
     def check(self, y: Tensor, f: Tensor) -> None:
-        """Raises when the values of y cannot have come from this likelihood. Reads values: call it outside loops.
+        """Raises ValueError when values of y are outside the support. It reads values, so call it outside loops.
 
         :param f: the network's output for these samples, ``[N, *output]``.
         """
 
     def describe(self) -> dict[str, Any]:
-        """The likelihood as JSON: the name of its class and its fields.
+        """Describes the likelihood for JSON: the name of its class and its fields.
 
-        :raises TypeError: for an own class that is no dataclass of numbers, strings and tuples of these.
+        :raises TypeError: for a class of your own that is not a dataclass of numbers, strings and tuples of these.
         """
         return describe_value(self, "likelihood")
 
@@ -96,7 +103,7 @@ class Likelihood:
 def from_description(description: dict[str, Any]) -> Likelihood:
     """The inverse of :meth:`Likelihood.describe`.
 
-    :raises ValueError: when the description names no likelihood that is defined.
+    :raises ValueError: when the description does not name a known likelihood.
     """
     if description.get("class") == "Categorical":
         description = {"class_dim": -1, **description}  # what older versions took for granted
@@ -112,12 +119,12 @@ def _require_finite(y: Tensor, name: str) -> None:
 class Categorical(Likelihood):
     """``y ~ Categorical(softmax(f))``; f is ``[..., N, C]`` logits, y integers in ``0 ... C - 1``, ``[N]``.
 
-    Each sample may have many labels: y ``[N, T]`` of sequences has logits ``[N, T, C]``, y ``[N, H, W]`` of segmented
-    images logits ``[N, C, H, W]`` with ``class_dim=1``, as ``F.cross_entropy`` takes them. Probabilities have their
-    classes on the last axis in any case.
+    Each sample may have many labels: for sequences, y ``[N, T]`` with logits ``[N, T, C]``; for segmented images, y
+    ``[N, H, W]`` with logits ``[N, C, H, W]`` and ``class_dim=1``, as in ``F.cross_entropy``. Predicted probabilities
+    always have the classes on the last axis.
 
-    :param class_dim: the axis of the network's output that is over classes, counted as the network has it (axis 0 is
-        over samples) or from the end. ``None`` is the last one, and refuses labels that would fit axis 1 as well.
+    :param class_dim: the class axis of the network's output, counted from the axis of the samples (0) or from the end.
+        ``None`` means the last axis; labels that would also fit axis 1 are then refused as ambiguous.
     :raises ValueError: for axis 0.
     """
 
@@ -147,7 +154,7 @@ class Categorical(Likelihood):
             if not -len(output) < self.class_dim < len(output):
                 raise ValueError(
                     f"Categorical(class_dim={self.class_dim}): the network's output has shape {tuple(output)}, without "
-                    "such an axis behind that of the samples"
+                    "such an axis after the axis of the samples"
                 )
             return f.movedim(lead - 1 + axis, -1)
         if y is not None and len(output) > 2 and y.shape == second:
@@ -285,4 +292,4 @@ class Poisson(Likelihood):
 
     def check(self, y: Tensor, f: Tensor) -> None:
         if not bool(((y >= 0) & (y == y.floor()) & torch.isfinite(y)).all()):
-            raise ValueError("Poisson: y holds values that are no counts (negative, fractional, infinite or NaN)")
+            raise ValueError("Poisson: y holds values that are not counts (negative, fractional, infinite or NaN)")

@@ -1,4 +1,4 @@
-"""A user's network inside a probabilistic program: its parameters by name, its inputs by row, its weights by member."""
+"""Runs a user's network inside a probabilistic program, with different weights for each member or row."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ def is_product_weight(module: nn.Module, name: str, parameter: Tensor) -> bool:
 
 
 class Network(nn.Module):
-    """The model's own copy of a network. Weight ties are kept; the user's module is left alone.
+    """The model's own copy of a network. Weight ties are kept; the user's module does not change.
 
-    :param net: any module; called as ``net(x)``, ``net(*x)`` for a tuple or list, ``net(**x)`` for a dict. One inside
-        ``torch.compile`` or ``nn.DataParallel`` is taken out; see :mod:`pyro_bnn.given.copying`.
-    :param output: which tensor to take when the network returns more than one: a key, an index, or a function. By
-        default the ``logits`` of an output that has them, as those of transformers.
+    :param net: any module; called as ``net(x)``, ``net(*x)`` for a tuple or list, ``net(**x)`` for a dict. Wrappers
+        such as ``torch.compile`` and ``nn.DataParallel`` are removed; see :mod:`pyro_bnn.given.copying`.
+    :param output: the tensor to use when the network returns several: a key, an index, or a function. By default the
+        ``logits`` of an output that has them, such as those of the transformers library.
     :param share: whether the parameters keep the storage of the given ones and take no gradient, instead of being
         copied. Buffers are copied.
     """
@@ -170,7 +170,7 @@ class Network(nn.Module):
             y = y["logits"] if isinstance(y, Mapping) and "logits" in y else getattr(y, "logits", y)
         if not isinstance(y, Tensor):
             raise TypeError(
-                f"the network returns {type(y).__name__}, not a tensor; say which one is meant with `output=` "
+                f"the network returns {type(y).__name__}, not a tensor; choose one tensor with `output=` "
                 "(a key, an index, or a function)"
             )
         return y
@@ -231,8 +231,8 @@ class Network(nn.Module):
             if decisions.found and not self._decides:
                 self._decides = True
                 warnings.warn(
-                    f"{type(self.net).__name__} makes numbers of Python (`if`, .item(), ...) of values that its "
-                    "random weights have a part in: members run one by one, as each may decide differently",
+                    f"{type(self.net).__name__} makes decisions in Python (`if`, .item(), ...) on values that depend "
+                    "on its random weights: members run one by one, because each may decide differently",
                     stacklevel=2,
                 )
             _keep(self._layouts, key, layouts)

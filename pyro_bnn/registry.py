@@ -1,8 +1,8 @@
-"""The classes that ``pb.load`` can build again, by the names under which files know them.
+"""The classes that ``pb.load`` can rebuild, by the names that files use.
 
-Models and guides are registered by :func:`storable`. Likelihoods and priors are values: every subclass of their base
-class that is a dataclass is known, and a file has its name and its fields. Names of classes outside of this package
-have that of their module before them.
+Models and guides are registered by :func:`storable`. Likelihoods and priors are values: every dataclass that is a
+subclass of their base class is known, and files contain its name and its fields. Names of classes from outside this
+package are preceded by the name of their module.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _WANTED = (
 
 
 def storable(cls: _Class) -> _Class:
-    """Class decorator for a model or a guide: files know the class by its name, and ``pb.load`` finds it there.
+    """Class decorator that makes a model or a guide of your own loadable: ``pb.load`` finds the class by its name.
 
-    A model has ``arguments`` and ``tensors``, and is built by ``from_arguments``; a guide has ``arguments`` and
-    ``tensors``, and is built by ``from_tensors``.
+    A model must define ``arguments()`` and ``tensors()``, and is rebuilt by ``from_arguments``; a guide must define
+    ``arguments()`` and ``tensors()``, and is rebuilt by ``from_tensors``.
 
-    :raises ValueError: when another class has this name already.
+    :raises ValueError: when another class already has this name.
     """
     known = _CLASSES.get(cls.__name__)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -46,7 +46,7 @@ def find_class(name: str) -> type | None:
 
 
 def is_storable(cls: type) -> bool:
-    """Whether files know this very class."""
+    """Whether this class itself, and not only a base class, is registered."""
     return _CLASSES.get(cls.__name__) is cls
 
 
@@ -86,8 +86,8 @@ def build_value(description: object, base: type[_Value], what: str) -> _Value:
     known = ", ".join(dict.fromkeys(_name_of(one) for one in _subclasses(base)))
     if cls is None:
         raise ValueError(
-            f"unknown {what} {description!r}; known are {known}. Import the module that defines a class of your own "
-            f"before you load, or give load(path, net, {what}=...)"
+            f"unknown {what} {description!r}; known are {known}. Import the module that defines your own class before "
+            f"you load, or use load(path, net, {what}=...)"
         )
     arguments = {key: _frozen(held) for key, held in description.items() if key != "class"}
     if extra := set(arguments) - set(inspect.signature(cls).parameters):

@@ -1,6 +1,6 @@
-"""How users say which parameters of a network they mean: in ``select=``, ``head=``, ``affine=`` and ``coded=``.
+"""Selects parameters of a network, for the options ``select=``, ``head=``, ``affine=`` and ``coded=``.
 
-Whatever names a module means all that is below it, and a parameter that is tied to others goes by any of its names.
+Selecting a module selects all parameters below it, and a tied parameter can be selected by any of its names.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def select_parameters(
     :param net: the network that has them.
     :param given: the network that ``net`` is a copy of, whose modules may be selected too.
     :param option: the keyword by which a user gave the selection, for messages.
-    :param what: what the candidates are, for messages.
+    :param what: a word for the candidates, for messages.
     :raises ValueError: when a selection, or one of several, picks nothing; for an invalid regular expression; for a
-        module of another network. Messages suggest the nearest names.
-    :raises TypeError: when it is none of the kinds above.
+        module of another network. Messages suggest similar names.
+    :raises TypeError: for a selection of any other kind.
     """
     names = _Names(net, candidates)
     chosen: set[str] = set()
@@ -153,9 +153,8 @@ def _name_of(module: nn.Module, given: nn.Module | None, net: nn.Module, option:
             if one is module:
                 return name
     raise ValueError(
-        f"{option}: the {type(module).__name__} that was given is no module of this network. A module is known by "
-        "identity, not by its values: take it from the very network that the model was made of (net.layer4), or give "
-        "its name"
+        f"{option}: the {type(module).__name__} that was given is not a module of this network. Modules are compared "
+        "by identity, not by value: take it from the network the model was built from (net.layer4), or give its name"
     )
 
 
@@ -164,6 +163,6 @@ def _compiled(pattern: str, option: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise ValueError(
-            f"{option}={pattern!r} is neither a name in the network nor a valid regular expression ({error}); for "
-            f"anything in a place write '.*', as in {'.*' + re.sub('[^a-zA-Z0-9_.]', '', pattern)!r}"
+            f"{option}={pattern!r} is neither a name in the network nor a valid regular expression ({error}); to match "
+            f"any text write '.*', as in {'.*' + re.sub('[^a-zA-Z0-9_.]', '', pattern)!r}"
         ) from None

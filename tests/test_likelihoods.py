@@ -234,10 +234,10 @@ def test_output_of_the_wrong_width() -> None:
         (Bernoulli(), [0.0, 1.0], [math.nan, 1.0], "values other than 0 and 1"),
         (Gaussian(1.0), [0.0, -5.0], [0.0, math.inf], "y holds NaN or infinite values; drop or impute"),
         (HeteroscedasticGaussian(), [0.0, -5.0], [math.nan, 0.0], "y holds NaN or infinite values"),
-        (Poisson(), [0.0, 7.0], [0.0, -1.0], "no counts"),
-        (Poisson(), [0.0, 7.0], [0.5, 1.0], "no counts"),
-        (Poisson(), [0.0, 7.0], [math.nan, 1.0], "no counts"),
-        (Poisson(), [0.0, 7.0], [math.inf, 1.0], "no counts"),
+        (Poisson(), [0.0, 7.0], [0.0, -1.0], "not counts"),
+        (Poisson(), [0.0, 7.0], [0.5, 1.0], "not counts"),
+        (Poisson(), [0.0, 7.0], [math.nan, 1.0], "not counts"),
+        (Poisson(), [0.0, 7.0], [math.inf, 1.0], "not counts"),
     ],
 )
 def test_values_outside_the_support(likelihood: Likelihood, good: Any, bad: Any, message: str) -> None:

@@ -224,7 +224,7 @@ def test_outputs(wrap: Callable[[Tensor, Tensor], Any], output: Any) -> None:
 )
 def test_an_output_that_is_no_tensor_is_refused(wrap: Callable[[Tensor, Tensor], Any], output: Any, kind: str) -> None:
     """Proves the message that asks which output is meant."""
-    with pytest.raises(TypeError, match=f"returns {kind}, not a tensor; say which one is meant with `output=`"):
+    with pytest.raises(TypeError, match=f"returns {kind}, not a tensor; choose one tensor with `output=`"):
         Network(Outputs(wrap).double(), output)(randn(ROWS, 4))
 
 

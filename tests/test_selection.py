@@ -242,7 +242,9 @@ def test_a_module_of_another_network_is_refused() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     for other in (copy.deepcopy(net)[0], nn.Linear(2, 2)):
         for make in (lambda one: Dense(net, None, select=one), lambda one: Bella(net, None, head=one)):
-            with pytest.raises(ValueError, match="the Linear that was given is no module of this network.*by identity"):
+            with pytest.raises(
+                ValueError, match="the Linear that was given is not a module of this network.*by identity"
+            ):
                 make(other)
 
 
@@ -250,13 +252,13 @@ def test_a_model_does_not_keep_the_users_network_alive_and_can_be_copied_without
     net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
     model = WeightSharing(net, Gaussian(), 5)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.raises(ValueError, match="no module of this network"):
+        with pytest.raises(ValueError, match="not a module of this network"):
             copied.weights(net[0])
         assert copied.weights("0") == model.weights(net[0]) == ["0.weight", "0.bias"]
     layer = net[0]
     del net
     gc.collect()
-    with pytest.raises(ValueError, match="no module of this network"):
+    with pytest.raises(ValueError, match="not a module of this network"):
         model.weights(layer)
 
 

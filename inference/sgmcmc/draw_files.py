@@ -1,8 +1,8 @@
-"""Draws on disk as they come: a ``.npy`` file for every site, and beside them how many of the draws are there.
+"""Writes draws to disk during a run: one ``.npy`` file for every site, and a file with the number of complete draws.
 
-The files have their full size from the start, so that a full disk is found before sampling. What lies behind the last
-draw in them is zeros, which only ``draws.count`` tells from draws: a line with the number of draws that every chain has
-in full. ``draws.json`` says which sites and chains they are of.
+The files have their full size from the start, so that a full disk is detected before sampling. After the last draw they
+contain zeros; only ``draws.count``, which holds the number of draws that all chains have completed, distinguishes these
+from draws. ``draws.json`` describes the sites and chains.
 """
 
 from __future__ import annotations
@@ -88,13 +88,13 @@ class DrawFiles:
 
 
 def load_stream(folder: str | os.PathLike[str], model: Callable[..., Any]) -> Posterior:
-    """The posterior of the draws that ``sample(..., stream=folder)`` wrote, of a run that ended or was killed.
+    """Loads the draws that ``sample(..., stream=folder)`` wrote, whether the run finished or was killed.
 
-    :param folder: what ``stream=`` was.
+    :param folder: the folder that was given as ``stream=``.
     :param model: the model that was sampled.
-    :return: of all draws that every chain has in full; they stay on disk until they are used.
-    :raises FileNotFoundError: when there are no streamed draws.
-    :raises ValueError: when the files are damaged, or there is no draw yet.
+    :return: a posterior with all draws that every chain has completed; they stay on disk until they are used.
+    :raises FileNotFoundError: when there are no streamed draws in the folder.
+    :raises ValueError: when the files are damaged, or contain no complete draw.
     """
     folder = Path(folder)
     path = folder / _JSON
@@ -123,7 +123,7 @@ def _read_count(path: Path, samples: int) -> int:
     if not 0 <= count <= samples:
         raise ValueError(f"{str(path)!r} is damaged: it says {count} draws, and the files have room for {samples}")
     if count == 0:
-        raise ValueError(f"{str(path.parent)!r} holds no draw yet: the run ended, or is, before its first one")
+        raise ValueError(f"{str(path.parent)!r} holds no draw yet: the run has not completed its first draw")
     return count
 
 

@@ -31,30 +31,33 @@ from pyro_bnn.program.sites import Program
 
 
 class SGHMCEM(SpikeAndSlabKernel):
-    """:class:`~pyro_bnn.inference.SGHMC` for models with spike-and-slab sites. The module's text has the equations.
+    """:class:`~pyro_bnn.inference.SGHMC` within EM, for models with spike-and-slab sites.
 
-    Rate, scales and masks adapt in warm-up alone and are frozen then, while the E-step goes on before every step: the
-    draws have one target, the posterior under the collapsed prior with these rates and scales, on the weights that are
-    left. The update that Ke and Fan released is another algorithm, :class:`~pyro_bnn.inference.KeFanSGHMC`.
+    The documentation of the module ``pyro_bnn.inference.sgmcmc.em`` has the equations. Inclusion rates, scales and
+    masks adapt only during warm-up and are then frozen, while the E-step precedes every step. All draws therefore have
+    one target: the posterior under the collapsed prior with these rates and scales, on the remaining weights. The
+    update that Ke and Fan released is another algorithm, :class:`~pyro_bnn.inference.KeFanSGHMC`.
 
     Every site whose prior is a :class:`~pyro_bnn.priors.SpikeAndSlab` takes part, in any Pyro model; the sites
-    ``<site>_inclusion`` and ``<site>_tau`` are maximised over, and constant in the draws. Removed groups are exactly at
+    ``<site>_inclusion`` and ``<site>_tau`` are optimised and constant in the draws. Removed groups are exactly at
     the centre (0) in every draw, and do not count in the temperatures.
+
+    Source: Ke and Fan 2022 (arXiv 2210.12957); Deng et al. 2019; Rockova and George 2014.
 
     :param model, data, step_size, friction, options: as for :class:`~pyro_bnn.inference.SGHMC`.
     :param e_step: ``"soft"`` probabilities, or ``"hard"``: the likelier component, whose target is the prior
         ``prod_g max(theta slab, (1 - theta) spike)``.
-    :param soft_threshold: with a hard step, the mean square of a group from which on it is in the slab, in place of
-        what the prior implies.
-    :param rate: omega in warm-up, a number in (0, 1] or a function of the step; 1 is plain EM.
-    :param em_start: steps before the first E-step, in which all groups are in the slab.
-    :param em_every: steps from one E- and M-step to the next in warm-up; by default 1.
+    :param soft_threshold: with a hard step, a group is in the slab if its mean square is at least this number, which
+        replaces the threshold that the prior implies.
+    :param rate: omega during warm-up, a number in (0, 1] or a function of the step; 1 is plain EM.
+    :param em_start: number of steps before the first E-step, in which all groups are in the slab.
+    :param em_every: number of steps between E- and M-steps during warm-up; by default 1.
     :param prune: ``None``, ``"inclusion"``, ``"magnitude_schedule"``, ``"ke_fan"`` or a rule of
         :mod:`pyro_bnn.inference.sgmcmc.pruning`.
-    :param prune_start: steps before the first pruning; by default half of warm-up.
-    :param prune_every: steps from one pruning to the next; by default one pass over the data.
-    :raises ValueError: for a model without spike-and-slab sites, one whose rate is tied to other latents, starts that
-        lie after warm-up, and what :class:`~pyro_bnn.inference.SGHMC` raises.
+    :param prune_start: number of steps before the first pruning; by default half of warm-up.
+    :param prune_every: number of steps between prunings; by default one pass over the data.
+    :raises ValueError: for a model without spike-and-slab sites, an inclusion rate that depends on other latents, an
+        ``em_start`` or ``prune_start`` after warm-up, and in the cases of :class:`~pyro_bnn.inference.SGHMC`.
     """
 
     def __init__(
@@ -106,7 +109,7 @@ class SGHMCEM(SpikeAndSlabKernel):
             if step >= self._warmup_steps:
                 raise ValueError(
                     f"{what}={step} lies after warm-up, which has {self._warmup_steps} steps (draws times thinning), "
-                    "and rates and masks adapt in warm-up alone: more warmup_steps, or an earlier start"
+                    "but rates and masks adapt only during warm-up: use more warmup_steps or an earlier start"
                 )
 
     def _default_prune_start(self) -> int:

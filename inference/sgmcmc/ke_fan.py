@@ -66,25 +66,26 @@ def ke_fan_step(
 
 
 class KeFanSGHMC(SpikeAndSlabKernel):
-    """The update of Ke and Fan's released code for spike-and-slab sites. The module's text has the equations.
+    """The update of Ke and Fan's released code for spike-and-slab sites.
 
-    To sample the posterior under the prior itself, use :class:`~pyro_bnn.inference.SGHMCEM`.
+    The documentation of the module ``pyro_bnn.inference.sgmcmc.ke_fan`` has the equations. To sample the posterior
+    under the spike-and-slab prior itself, use :class:`~pyro_bnn.inference.SGHMCEM`.
 
-    :param model, data: as for :class:`~pyro_bnn.inference.SGHMC`. Spikes are Normal, around 0.
+    :param model, data: as for :class:`~pyro_bnn.inference.SGHMC`. Spikes must be Normal and centred at 0.
     :param step_size: C.
     :param friction: in (0, 1]; 1 minus beta.
-    :param soft_threshold: the mean square of a group from which on it is in the slab, in place of what the prior
-        implies.
-    :param em_start: steps before the first switch, in which all groups are in the slab.
-    :param em_every: steps from one switch to the next; by default one pass over the data.
+    :param soft_threshold: a group is in the slab if its mean square is at least this number, which replaces the
+        threshold that the prior implies.
+    :param em_start: number of steps before the first update of the indicators, in which all groups are in the slab.
+    :param em_every: number of steps between updates of the indicators; by default one pass over the data.
     :param prune: ``None``, ``"ke_fan"`` as in the released code, ``"inclusion"``, ``"magnitude_schedule"`` or a rule of
         :mod:`pyro_bnn.inference.sgmcmc.pruning`.
-    :param prune_start: steps before the first pruning; by default ``em_start``.
-    :param prune_every: steps from one pruning to the next; by default one pass over the data.
+    :param prune_start: number of steps before the first pruning; by default ``em_start``.
+    :param prune_every: number of steps between prunings; by default one pass over the data.
     :param options: ``temperature`` T, ``schedule``, ``batch_size``, ``num_data``, ``thinning``, ``check_every`` and
         ``capture``, as for :class:`~pyro_bnn.inference.SGHMC`.
     :raises ValueError: for a preconditioner, pruning from the first step on, a spike that is not Normal around 0, and
-        what :class:`~pyro_bnn.inference.SGHMCEM` raises.
+        in the cases of :class:`~pyro_bnn.inference.SGHMCEM`.
     """
 
     _rule: MirrorDescent
@@ -108,7 +109,7 @@ class KeFanSGHMC(SpikeAndSlabKernel):
             raise ValueError(f"preconditioner={options['preconditioner']!r}: KeFanSGHMC has its own; leave it out")
         if prune is not None and not em_start and prune_start is None:
             raise ValueError(
-                "KeFanSGHMC prunes from the first step on, when the weights are those of initialisation: give "
+                "KeFanSGHMC would prune from the first step on, when the weights have their initial values: give "
                 "em_start= or prune_start= (the released code waits 50 passes over the data)"
             )
         super().__init__(
@@ -131,7 +132,8 @@ class KeFanSGHMC(SpikeAndSlabKernel):
         super().setup(warmup_steps, *args, **kwargs)
         if any(site.density.spike != "normal" or site.density.loc for site in self.sites):
             raise ValueError(
-                "KeFanSGHMC has Normal spikes around 0: SpikeAndSlab(spike='normal', loc=None) on weights, or SGHMCEM"
+                "KeFanSGHMC needs Normal spikes around 0: use SpikeAndSlab(spike='normal', loc=None) on weights, or "
+                "SGHMCEM for other spikes"
             )
         self._em_every = self.em_every or self.streams.steps
         self._precision = torch.zeros_like(self.theta)

@@ -1,4 +1,4 @@
-"""Markov chains as a posterior: vectorised chains, a progress bar, and draws that go to disk as they come."""
+"""Runs Markov chains: vectorised chains, a progress bar, and draws that are written to disk during the run."""
 
 from __future__ import annotations
 
@@ -38,22 +38,25 @@ def sample(
 ) -> Posterior:
     """Runs a kernel and returns the posterior.
 
-    Chains of :class:`~pyro_bnn.inference.SGHMC` are vectorised: one batched gradient a step for all of them, each with
-    minibatches of its own. Other kernels run in ``pyro.infer.MCMC``.
+    Chains of :class:`~pyro_bnn.inference.SGHMC` are vectorised: each step computes one batched gradient for all of
+    them, and every chain has its own minibatches. Other kernels run in ``pyro.infer.MCMC``.
 
     :param kernel: an :class:`~pyro_bnn.inference.SGHMC`, or any kernel of Pyro.
-    :param num_samples: draws that are kept, of each chain.
-    :param warmup_steps: draws that are not, of each chain, in which the kernel adapts.
-    :param args: what the model is called with, for kernels that hold no data.
-    :param stream: a folder, to which each draw is written as it comes (one ``.npy`` file a site), and from which the
-        posterior reads: memory stays at one draw. After a run that was killed
-        :func:`~pyro_bnn.inference.load_stream` reads the draws that it has. By default draws are kept in memory, on the
-        device.
-    :param seed: makes the run reproducible, and leaves the global random state alone.
-    :return: a posterior whose stored draws are those of all chains, chain after chain.
-    :raises ValueError: for counts out of range, or a folder that holds draws of these sites.
+    :param num_samples: number of draws of each chain that are kept.
+    :param warmup_steps: number of draws of each chain that are discarded, during which the kernel adapts.
+    :param num_chains: number of chains.
+    :param args: the arguments of the model, for kernels without data.
+    :param stream: a folder to which each draw is written during the run (one ``.npy`` file per site), and from which
+        the posterior reads, so that memory holds only one draw. After a run was killed,
+        :func:`~pyro_bnn.inference.load_stream` reads its draws. By default, draws are kept in memory, on the device.
+    :param progress: whether to show a progress bar.
+    :param seed: makes the run reproducible and leaves the global random state unchanged.
+    :return: a posterior with the stored draws of all chains, one chain after the other.
+    :raises TypeError: when ``args`` is not a tuple.
+    :raises ValueError: for counts out of range, a folder that contains earlier draws, or ``stream`` with a kernel other
+        than :class:`~pyro_bnn.inference.SGHMC`.
     :raises OSError: when the disk has no room for all draws that are to be streamed; nothing has been sampled then.
-    :raises FloatingPointError: when a chain diverges; draws that were streamed stay on disk.
+    :raises FloatingPointError: when a chain diverges; streamed draws stay on disk.
     """
     num_samples = checks.count("num_samples", num_samples)
     warmup_steps = checks.count("warmup_steps", warmup_steps, 0)
@@ -73,7 +76,9 @@ def sample(
             posterior.sampler = _temperatures(kernel)
             return posterior
         if stream is not None:
-            raise ValueError(f"stream= goes with SGHMC; {type(kernel).__name__} keeps its draws in memory")
+            raise ValueError(
+                f"stream= needs an SGHMC kernel: {type(kernel).__name__} keeps its draws in memory; leave stream= out"
+            )
         mcmc = MCMC(kernel, num_samples, warmup_steps, num_chains=num_chains, disable_progbar=not progress)
         mcmc.run(*args)
     settle(model)

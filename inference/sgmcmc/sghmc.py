@@ -66,30 +66,39 @@ def sghmc_step(
 
 
 class SGHMC(MinibatchKernel):
-    """A kernel for ``pyro.infer.MCMC`` and :func:`pyro_bnn.inference.sample`. The module's text has the equations.
+    """Stochastic-gradient Hamiltonian Monte Carlo, a kernel for ``pyro.infer.MCMC`` and ``pyro_bnn.inference.sample``.
 
-    Every call of ``sample`` takes ``thinning`` steps, each on the next minibatch. A model that is called with a batch
-    must scale it by N/B, as those of this package and every ``pyro.plate`` with a subsample do. Minibatch noise is not
-    corrected for: it heats the chain, by the factor that :meth:`gradient_noise` reports, in proportion to h^2.
+    With potential U (nats), preconditioner tau, momentum u and ``xi ~ N(0, I)``, one step on a minibatch is::
+
+        u     <- (1 - friction) u - (h / sqrt N) sqrt(tau) grad U + sqrt(2 friction T) xi
+        theta <- theta + (h / sqrt N) sqrt(tau) u
+
+    Every draw takes ``thinning`` steps, each on the next minibatch. A model that is called with a batch must scale it
+    by N/B, as the models of this package and every ``pyro.plate`` with a subsample do. Minibatch noise is not corrected
+    for: it heats the chain in proportion to h^2, by the factor that :meth:`gradient_noise` reports.
+
+    Source: Wenzel et al. (ICML 2020, section 3 and appendix B); Chen, Fox and Guestrin (ICML 2014).
 
     :param model: a model of this package, or any Pyro model with continuous latents.
     :param data: a loader of (x, y), a dataset or the pair (x, y), with which ``model(x, y)`` is called; ``None`` for
-        a model that takes the arguments of ``MCMC.run``, or draws subsamples of its own in plates.
+        a model that takes the arguments of ``MCMC.run``, or that draws subsamples itself, in plates.
     :param step_size: h. The learning rate on the mean loss is its square; halving it divides the bias by four.
     :param friction: in (0, 1]; 1 minus the momentum decay. 1 is Langevin dynamics (SGLD).
     :param temperature: T; 1 samples the posterior, whatever N is, and 0 is optimisation.
     :param preconditioner: ``"identity"``, ``"rmsprop"`` or ``"adaptive"``, with the tau of
-        :mod:`pyro_bnn.inference.sgmcmc.preconditioners`. They adapt in warm-up alone.
+        :mod:`pyro_bnn.inference.sgmcmc.preconditioners`. Preconditioners adapt only during warm-up.
     :param schedule: ``"constant"``, or ``"cyclical"`` (Zhang et al. 2020): the learning rate falls from h^2 to nearly 0
-        along half a cosine in each cycle of ``thinning`` steps, and the one draw of a cycle is taken at its end.
+        along half a cosine in each cycle of ``thinning`` steps, and each cycle ends with one draw.
     :param batch_size: for a dataset or a pair; a loader has its own.
-    :param num_data: N; by default the model's, or the size of the data, or 1 without data.
-    :param thinning: steps for each draw.
-    :param check_every: steps between two checks for divergence, the only times that the device is waited for.
-    :param capture: whether to record the gradient once as a graph of tensor operations and replay it, which spares
-        small models most of their time; ``"auto"`` does so when the model is small and the recording proves right.
+    :param num_data: N; by default that of the model, or the size of the data, or 1 without data.
+    :param thinning: number of steps for each draw.
+    :param check_every: number of steps between checks for divergence, which are the only synchronisations with the
+        device.
+    :param capture: whether to record the gradient once as a graph of tensor operations and replay it, which saves small
+        models most of their time; ``"auto"`` does so when the model is small and the recording is verified.
     :raises ValueError: for numbers out of range, a model without latents or with a discrete one, or unknown N.
-    :raises FloatingPointError: when a chain diverges: it stops, names the site, and is back at its last good state.
+    :raises FloatingPointError: when a chain diverges; the message names the site, and the kernel returns to its last
+        good state.
     """
 
     #: 1 for coordinates that move and 0 for others, of the shape of theta; ``None`` when all do
@@ -211,12 +220,13 @@ class SGHMC(MinibatchKernel):
         self._kinetic += mean_product(self.momentum, self.momentum, self.mask)
 
     def diagnostics(self) -> dict[str, Any]:
-        """Temperatures after warm-up, in units of T: means over draws and coordinates, whose expectations are known.
+        """Temperatures after warm-up, in units of T: means over draws and coordinates, with known expectations.
 
-        ``kinetic temperature``: mean of u^2, which is ``2 T / (2 - friction)`` up to O(h^2); ``configurational
-        temperature``: mean of ``(theta - theta_0) * grad U``, which is T for exact gradients and any theta_0 that later
-        draws have forgotten, as grad U is 0 in the mean. The state half way through warm-up is near them, so that the
-        mean varies little. ``mean energy``: that of U in nats.
+        ``kinetic temperature``: the mean of u^2, which should be ``2 T / (2 - friction)`` up to O(h^2).
+        ``configurational temperature``: the mean of ``(theta - theta_0) * grad U``, which should be T for exact
+        gradients and any theta_0 independent of the draws, because grad U has mean 0. Here theta_0 is the state half
+        way through warm-up: it is close to the draws, which keeps the variance of the mean small. ``mean energy``: the
+        mean of U, in nats.
         """
         return super().diagnostics() | {
             "kinetic temperature": float(self._kinetic) / self._num_kept,
@@ -224,19 +234,19 @@ class SGHMC(MinibatchKernel):
         }
 
     def gradient_noise(self, num_batches: int = 20) -> dict[str, float]:
-        """How much the noise of minibatches heats the chain at its present state.
+        """Estimates how much minibatch noise heats the chain at its current state.
 
-        ``variance`` is that of the mean-loss gradient, averaged over coordinates, estimated from ``num_batches``
-        minibatches; ``heating`` the factor ``1 + h^2 tau N variance / (2 friction T)`` by which it raises the
-        temperature of a Gaussian (Stephan, Mandt, Blei 2017) whose batches are independent. Passes without replacement
-        heat less, as the noise of one batch is made up for by the next; and the average over coordinates says little
-        of functions that depend on a few noisy ones.
+        ``variance`` is the variance of the mean-loss gradient, averaged over coordinates and estimated from
+        ``num_batches`` minibatches; ``heating`` is the factor ``1 + h^2 tau N variance / (2 friction T)`` by which it
+        raises the temperature for a Gaussian posterior and independent batches (Stephan, Mandt, Blei 2017). Passes
+        without replacement heat less, because the noise of successive batches partly cancels. The average over
+        coordinates says little about functions that depend on a few noisy coordinates.
 
         :raises ValueError: for fewer than two minibatches, or at temperature 0.
         """
         checks.count("num_batches", num_batches, 2)
         if self.temperature == 0:
-            raise ValueError("at temperature 0 there is nothing that minibatches could heat by a factor")
+            raise ValueError("temperature=0: expected a positive temperature, because heating is relative to it")
         mean, square = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
         for i in range(num_batches):
             grad = self.gradient(*self.streams.next()) / self.num_data
@@ -257,7 +267,7 @@ class SGLD(SGHMC):
 
     def __init__(self, model: Program, data: Data = None, *, step_size: float, **options: Any) -> None:
         if "friction" in options:
-            raise ValueError("SGLD has friction 1 by definition; SGHMC takes friction=")
+            raise ValueError("friction=: SGLD has friction 1 by definition; leave it out, or use SGHMC")
         super().__init__(model, data, step_size=step_size, friction=1.0, **options)
 
 

@@ -24,13 +24,13 @@ _SMALL = 0.1
 class AutoParticles(ProgramModule):
     """n particles as a guide for any Pyro model with continuous latents, in one parameter ``[n, dim]``.
 
-    It is set up at its first call, with what the model is called with. A call gives one particle, at random.
+    Its first call, with the arguments of the model, sets it up. Every call returns one particle, at random.
 
-    :param model: any Pyro model; see :class:`~pyro_bnn.inference.potential.Potential` for what its latents may be.
+    :param model: any Pyro model whose latents :class:`~pyro_bnn.inference.potential.Potential` supports.
     :param num_particles: n.
-    :param init: where they start: ``"prior"`` draws, ``"small"`` unconstrained numbers from N(0, 0.1^2), or ``{site:
-        [n, *shape]}`` in the model's units, with prior draws for the sites that it leaves out.
-    :raises ValueError: for numbers out of range, and, when set up, for starting values that do not fit.
+    :param init: the starting values: ``"prior"`` for draws from the prior, ``"small"`` for unconstrained values from
+        N(0, 0.1^2), or constrained values ``{site: [n, *shape]}``, with prior draws for the sites that are left out.
+    :raises ValueError: for numbers out of range, and, at the first call, for starting values that do not fit.
     """
 
     theta: nn.Parameter
@@ -75,25 +75,27 @@ class AutoParticles(ProgramModule):
         if self.init == "small":
             theta = _SMALL * torch.randn_like(theta)
         if not bool(torch.isfinite(theta).all()):
-            raise ValueError("a particle starts outside of the support of its site, or at its edge")
+            raise ValueError("init: a particle starts outside the support of its site, or on its boundary")
         self.theta = nn.Parameter(theta.detach().clone())
         self.potential = potential
         return potential
 
     def _given(self, name: str, start: Tensor, like: Tensor | None) -> Tensor:
         if like is None:
-            raise ValueError(f"init has values for {name!r}, which is no latent site of the model")
+            raise ValueError(f"init has values for {name!r}, which is not a latent site of the model")
         if start.numel() != like.numel() or len(start) != self.num_members:
             raise ValueError(f"init of {name!r} has shape {tuple(start.shape)}: expected {tuple(like.shape)}")
         return start.to(like).reshape(like.shape)
 
     def particles(self) -> dict[str, Tensor]:
-        """``{site: [n, *shape]}`` in the model's units.
+        """The constrained values of all particles, ``{site: [n, *shape]}``.
 
         :raises RuntimeError: before the first call.
         """
         if self.potential is None:
-            raise RuntimeError("the particles are set up at the first call, which has not been yet")
+            raise RuntimeError(
+                "the particles do not exist before the first call: call the guide with the model's arguments"
+            )
         return self.potential.constrain(self.potential.split(self.theta.detach().clone()))
 
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Kernels between particles, computed from Gram matrices: nothing is ever of size particles x particles x coordinates.
+"""Kernels between particles, computed from Gram matrices, without tensors of size particles x particles x coordinates.
 
 With ``D_ij = |a_i - a_j|^2`` and ``T_ij = <a_i, a_j>`` every kernel here is a function ``k(D, T)``, so that the sums of
 its gradients over particles are products of an ``[n, n]`` matrix with the coordinates ``[n, d]``.
@@ -28,10 +28,12 @@ class KernelValues(NamedTuple):
 
 @dataclass(frozen=True)
 class ScaledMedian:
-    """``h = factor * median over i < j of D_ij / log(n + 1) + eps``: at factor 1 the columns of k sum to about 2.
+    """The median heuristic for bandwidths, ``h = factor * median_{i < j} D_ij / log(n + 1) + eps``.
 
-    The median of an even number of distances is the mean of the middle two. ``eps`` is the machine's, so that particles
-    which all coincide have a bandwidth.
+    With factor 1 the columns of k sum to about 2. The median of an even number of distances is the mean of the middle
+    two. ``eps`` is the machine epsilon, so that h is positive even if all particles coincide.
+
+    :param factor: a positive number.
     """
 
     factor: float = 1.0
@@ -63,11 +65,11 @@ class Kernel:
         return display.call(self)
 
     def __call__(self, distances: Tensor, products: Tensor | None, dim: int) -> KernelValues:
-        """k and its derivatives; the bandwidth counts as a constant.
+        """k and its derivatives, with the bandwidth as a constant.
 
         :param distances: squared distances D, ``[n, n]``.
-        :param products: inner products T, ``[n, n]``; only read where ``uses_products``.
-        :param dim: number of coordinates that they sum over.
+        :param products: inner products T, ``[n, n]``; only used if ``uses_products``.
+        :param dim: number of coordinates of a particle.
         """
         raise NotImplementedError(f"{type(self).__name__} must define __call__()")
 
@@ -115,7 +117,7 @@ class IMQ(Kernel):
 
 @dataclass(frozen=True)
 class LinearKernel(Kernel):
-    """``k = <a, b> / dim + 1``: with it the mean and covariance of a Gaussian are exact once particles span it."""
+    """``k = <a, b> / dim + 1``: enough particles then match the mean and covariance of a Gaussian target exactly."""
 
     uses_products = True
     positive = False
@@ -130,7 +132,7 @@ class KernelSum(Kernel):
     """``k = sum_m w_m k_m``.
 
     :param kernels: at least one.
-    :param weights: one non-negative number for each kernel; equal ones that sum to 1 by default.
+    :param weights: one non-negative number for each kernel; by default equal weights that sum to 1.
     """
 
     kernels: Sequence[Kernel]

@@ -55,12 +55,15 @@ _METHODS = ("svgd", "wgd", "ensemble")
 
 
 def cyclical_annealing(total_steps: int, cycles: int = 10, power: float = 10.0) -> Callable[[int], float]:
-    """gamma for ``annealing=``: ``((t mod L + 1) / L)^power`` with ``L = total_steps / cycles``, and 1 ever after.
+    """A function gamma(t) for ``annealing=``: ``((t mod L + 1) / L)^power`` with ``L = total_steps / cycles``, then 1.
 
-    Repulsion alone spreads the particles at the start of a cycle, and the target gathers them at its end (D'Angelo &
+    At the start of a cycle, repulsion spreads the particles; towards its end, the target attracts them (D'Angelo &
     Fortuin, "Annealed Stein variational gradient descent", 2021).
 
-    :param total_steps: length of all cycles together; at least one step each.
+    :param total_steps: length of all cycles together; at least one step for each cycle.
+    :param cycles: number of cycles.
+    :param power: the larger, the longer repulsion dominates a cycle.
+    :raises ValueError: for numbers out of range.
     """
     checks.count("cycles", cycles)
     checks.count("total_steps", total_steps)
@@ -93,35 +96,36 @@ class SVGD:
         "wgd"       phi_i = -gamma grad U_i - lambda (sum_j grad_{theta_i} k_ij) / (sum_j k_ij)
         "ensemble"  phi_i = -gamma grad U_i
 
-    (Liu & Wang 2016; D'Angelo & Fortuin 2021, kernel density estimate; the control). The optimiser is handed
-    ``-phi / num_data``, so that learning rates are those of a mean loss; fixed points do not change. A weight decay of
-    the optimiser acts outside of phi: the prior is in U already.
+    (Liu & Wang 2016; the kernel density estimate of D'Angelo & Fortuin 2021; a control without interaction). The
+    optimiser gets ``-phi / num_data`` as the gradient, so that learning rates are those of a mean loss; this does not
+    change fixed points. The prior is already part of U, so a weight decay of the optimiser would come on top of it.
 
-    Memory is O(n dim + n^2). Weights of a network that its particles share are trained on the mean of U, without any
-    kernel; other parameters of a model stay as they are.
+    Memory is O(n dim + n^2). Network weights that all particles share are trained on the mean of U, without a kernel;
+    other parameters of a model do not change.
 
     :param model: a model of this package, or any Pyro model with continuous latents.
     :param guide: a :class:`~pyro_bnn.program.guide.MixtureGuide` of points, or :class:`AutoParticles`; its particles
-        move in place.
-    :param optim: ``"adam"`` by default; see :func:`~pyro_bnn.inference.training.build_optimizer` for what else it may
-        be. A step has particles in one tensor: what an optimiser adapts must not mix rows.
+        are updated in place.
+    :param optim: ``"adam"`` by default; see :func:`~pyro_bnn.inference.training.build_optimizer` for other values.
+        Particles are the rows of one tensor, so the optimiser must not mix rows.
     :param kernel: see :mod:`pyro_bnn.inference.stein.kernels`; by default ``RBF("median")``.
-    :param space: where distances are taken: ``"factor"``, in the coordinates theta; ``"product"``, between the low-rank
-        products of the guide's ``pairs() -> [(site of A, site of B, scale)]`` and the coordinates in no pair;
-        ``"function"``, between the network's outputs on the batch, for "wgd". By default products where there are any.
-    :param scope: ``"joint"`` for one kernel over everything, ``"layer"`` for one each (a site's name without its last
-        dotted part), ``"tensor"`` for one for each site or pair. By default ``"tensor"`` for networks and ``"joint"``
-        for other models: in thousands of dimensions one kernel loses the variance (docs/bella.md has the figures),
-        while several lose dependence between their coordinates.
+    :param space: the space of distances: ``"factor"`` for the coordinates theta; ``"product"`` for the low-rank
+        products of the guide's ``pairs() -> [(site of A, site of B, scale)]`` and the coordinates outside pairs;
+        ``"function"`` for the outputs of the network on the batch, with "wgd". By default ``"product"`` if there are
+        pairs, else ``"factor"``.
+    :param scope: ``"joint"`` for one kernel over all coordinates, ``"layer"`` for one per layer (the name of a site
+        without its last dotted part), ``"tensor"`` for one per site or pair. By default ``"tensor"`` for networks and
+        ``"joint"`` for other models: in thousands of dimensions a single kernel underestimates the variance
+        (docs/bella.md has the figures), while several kernels lose dependence between their coordinates.
     :param repulsion: lambda, 1 for the posterior; a number or a function of the step.
     :param annealing: gamma, in (0, 1], a function of the step such as :func:`cyclical_annealing`; 1 by default.
-    :param num_data: size N of the data set; a network knows its own, and ``fit`` that of its data.
-    :param sequential: run the model for one particle after the other: the same result but for the noise of dropout, in
-        the memory of one. ``"auto"`` does so for networks on the CPU whose activations for all particles together
-        exceed 32 MB: the allocator fetches fresh pages for such tensors, which costs more than folding saves.
-    :param lr: learning rate of a name or a class; by default 1e-3, and 0.1 for "sgd".
-    :raises ValueError: for numbers out of range, or options that do not go together.
-    :raises TypeError: for a guide that holds no particles, or a ``kernel`` that is none.
+    :param num_data: size N of the data set; by default that of the model, or of the data given to :meth:`fit`.
+    :param sequential: run the model for one particle after the other, in the memory of one: the result is the same
+        except for the noise of dropout. ``"auto"`` does so for networks on the CPU whose activations for all particles
+        together exceed 32 MB, because allocating larger tensors costs more time than running them together saves.
+    :param lr: learning rate, when ``optim`` is a name or a class; by default 1e-3, and 0.1 for "sgd".
+    :raises ValueError: for numbers out of range, or options that cannot be combined.
+    :raises TypeError: for a guide without particles, or a ``kernel`` that is not a kernel of this package.
     """
 
     def __init__(
@@ -172,12 +176,12 @@ class SVGD:
         self._pairs: Any = pairs
         if space == "product" and pairs is None:
             raise ValueError(
-                f"space='product' needs a guide with pairs(), which {type(guide).__name__} has not: use "
+                f"space='product' needs a guide with pairs(), but {type(guide).__name__} has none: use "
                 "pyro_bnn.models.ParticleGuide with a pyro_bnn.models.Bella, or space='factor'"
             )
         if space == "function":
             if method == "svgd":
-                raise ValueError("space='function' goes with method='wgd': gradients of others cannot be pulled back")
+                raise ValueError("space='function': expected method='wgd', the only method that supports this space")
             if not (isinstance(model, BayesianNetwork) and isinstance(guide, MixtureGuide)) or scope != "joint":
                 raise ValueError("space='function' needs a network and guide of this package, and scope='joint'")
         self.model, self.guide, self.optim, self.lr = model, guide, optim, lr
@@ -195,7 +199,7 @@ class SVGD:
 
     @property
     def optimizer(self) -> Optimizer:
-        """What moves the particles.
+        """The optimiser of the particles.
 
         :raises RuntimeError: before the first step; see :meth:`setup`.
         """
@@ -205,7 +209,7 @@ class SVGD:
 
     @property
     def num_kernels(self) -> int:
-        """In how many parts ``scope`` divides the coordinates, each with a kernel of its own; 0 before the set-up."""
+        """Number of kernels, one for each part into which ``scope`` divides the coordinates; 0 before :meth:`setup`."""
         return 0 if self._parts is None else len(self._parts.groups)
 
     def __repr__(self) -> str:
@@ -215,9 +219,10 @@ class SVGD:
 
     @one_at_a_time
     def step(self, *args: object) -> float:
-        """One update on what the model is called with; the mean of U over the particles, before it, per datum.
+        """Makes one update of the particles and returns the mean of U over them before the update, in nats per datum.
 
-        :raises FloatingPointError: when U is not finite; nothing has moved then.
+        :param args: the arguments of the model, such as a minibatch.
+        :raises FloatingPointError: when U or its gradient is not finite; no particle has moved then.
         """
         particles, optimizer, groups = self._set_up(args)
         gamma = 1.0 if self.annealing is None else self.annealing(self.steps)
@@ -251,7 +256,7 @@ class SVGD:
             optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(
                 f"the gradient of the energies is not finite at step {self.steps + 1}, although the energies are; "
-                "nothing has moved. A function of the model has no derivative at a particle, such as a root at 0"
+                "no particle has moved. A function of the model has no derivative at a particle, such as sqrt at 0"
             )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -271,21 +276,24 @@ class SVGD:
         checkpoint: str | os.PathLike[str] | None = None,
         seed: int | None = None,
     ) -> Posterior:
-        """Goes through the data ``epochs`` times, from where the particles are, and returns the posterior.
+        """Trains the particles from their current positions for ``epochs`` passes and returns the posterior.
 
-        All particles see the same minibatch. Of a network the posterior has one member for each particle; of any other
-        model, one stored draw.
+        All particles see the same minibatch. The posterior has one member for each particle of a network, and one
+        stored draw for each particle of any other model.
 
-        :param data: as :func:`~pyro_bnn.inference.fit` takes them.
+        :param data: data in the forms that :func:`~pyro_bnn.inference.fit` accepts.
+        :param epochs: number of passes over the data.
         :param batch_size: for a dataset or a pair; a loader has its own.
         :param schedule: of the learning rate, see :mod:`pyro_bnn.inference.schedules`; constant by default.
         :param callbacks: called with a :class:`~pyro_bnn.inference.FitState` after each epoch; one that returns True
             ends the training.
-        :param checkpoint: file that is written after each epoch, and resumed from when it exists.
-        :param seed: makes the run reproducible, and leaves the global random state alone.
-        :raises ValueError: for empty or inconsistent data.
-        :raises FloatingPointError: when an energy is not finite; the particles are as they were at the end of the last
-            good epoch.
+        :param progress: whether to show a progress bar.
+        :param checkpoint: a file that is written after each epoch; if it exists, training resumes from it.
+        :param seed: makes the run reproducible and leaves the global random state unchanged.
+        :raises ValueError: for empty or inconsistent data, or a checkpoint that is damaged or belongs to another run.
+        :raises OSError: when the checkpoint cannot be written.
+        :raises FloatingPointError: when an energy is not finite; the particles return to their state at the end of the
+            last good epoch.
         """
         require_epochs(epochs)
         checks.seed("seed", seed)

@@ -25,14 +25,15 @@ from pyro_bnn.program.factorised import FactorisedNormal, kl_of_block
 
 
 class ScaleLatents(Messenger):
-    """Multiplies the log densities of all latent sites, in model and guide alike: KL annealing and tempering.
+    """Multiplies the log densities of all latent sites in model and guide, for KL annealing and tempering.
 
     ``with ScaleLatents(beta): loss = elbo.differentiable_loss(model, guide, x, y)``
 
-    Analytic KL terms take only the guide's scale and sampled ones both, so it must enclose both programs.
+    It must enclose both programs, because analytic KL terms use the scale of the guide, and sampled KL terms the scales
+    of both.
 
     :param scale: the factor beta of the KL divergence.
-    :param per_member: multiply by the number of members too, which turns a mean over members into a sum.
+    :param per_member: also multiply by the number of members, which turns a mean over members into a sum.
     """
 
     def __init__(self, scale: float = 1.0, per_member: bool = False) -> None:
@@ -59,20 +60,20 @@ def _members_frame(site: Any) -> Any:
 
 
 class MixtureELBO(TraceMeanField_ELBO):
-    """ELBO with closed-form KL terms where there are any, and the choices that a mixture of K members offers.
+    """ELBO with closed-form KL terms where they exist, and with options for mixtures of K members.
 
     :param mixture_kl: how KL(q || p) of the mixture q = (1/K) sum_k q_k is bounded:
 
         ``"mean"``  (1/K) sum_k KL(q_k || p): Jensen's bound, which makes the objective a true ELBO;
         ``"sum"``   sum_k KL(q_k || p), as the code released with Dusenberry et al. (2020) does;
         ``"kt"``    "mean" + (1/K) sum_k log (1/K) sum_j exp(-B(q_k, q_j)) with the Bhattacharyya distance B: the bound
-        of Kolchinsky and Tracey (Entropy 19, 361, 2017), never above "mean". It bounds the divergence of what the
-        members share the space of, so a model with a bias for each member (a point, not a draw) is refused.
+        of Kolchinsky and Tracey (Entropy 19, 361, 2017), never above "mean". It needs a density for every site, so a
+        model in which each member has biases as point estimates is refused.
     :param likelihood_bound: ``"average"`` takes (1/K) sum_k log p(y | k) of every sample (eq. 13 of the paper),
         ``"mixture"`` the larger log (1/K) sum_k p(y | k) (eq. 14), which is tighter for the predictive density of one
-        sample; summed over a data set it is an objective, and no longer a bound of the evidence.
-    :param num_particles: draws of the guide for one estimate.
-    :raises ValueError: for other options, and in use when "kt" cannot be computed.
+        sample; summed over a data set, it is an objective but not a bound of the evidence.
+    :param num_particles: number of draws from the guide for one estimate.
+    :raises ValueError: for unknown options; and during training, when "kt" cannot be computed.
     """
 
     def __init__(

@@ -65,40 +65,44 @@ def fit(
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int | None = None,
 ) -> Posterior:
-    """Maximises the ELBO over minibatches, and returns the posterior.
+    """Maximises the evidence lower bound (ELBO) over minibatches and returns the posterior.
 
     The loss of a step is the negative ELBO divided by the size of the data set, in nats per datum::
 
         -(1/N) [ (N/B) sum_b log p(y_b | x_b, z) + log p(W) - beta * KL(q || p) ],   beta = min(1, step / annealing)
 
-    Parameters are those of the modules, trained in place; the user's parameter store is left as it was.
+    The parameters of the modules are trained in place; the user's parameter store does not change.
 
     :param model: a model of this package, or any Pyro model ``model(x, y)``.
-    :param guide: a guide for it.
+    :param guide: a guide for the model.
     :param data: a loader or dataset of pairs (x, y) or of dicts with ``labels``, or such a pair or dict itself;
-        :mod:`pyro_bnn.inputs` says what x and y may be.
+        :mod:`pyro_bnn.inputs` describes the accepted types of x and y.
     :param epochs: passes over the data.
     :param batch_size: for a dataset or a pair; a loader has its own.
     :param optim: ``"adamw"`` (default), ``"adam"``, ``"sgd"``, a class of ``torch.optim``, a function from parameter
         groups to an optimiser, or an optimiser; see :func:`~pyro_bnn.inference.training.build_optimizer`.
-    :param lr: learning rate of a name or a class; by default 1e-3, and 0.1 for "sgd".
-    :param weight_decay: of all but an optimiser that is given. The model's ``weight_prior`` makes it 0 by default.
-    :param decay: what it applies to: ``"weights"``, the W of the model alone, or ``"all"`` parameters of the network
-        with the biases of its members. Never the factors.
+    :param lr: learning rate, when ``optim`` is a name or a class; by default 1e-3, and 0.1 for "sgd".
+    :param weight_decay: weight decay, unless ``optim`` is an optimiser. 0 by default, because models have priors over
+        their weights.
+    :param decay: the parameters with weight decay: ``"weights"`` for the point-estimated weights W of the model, or
+        ``"all"`` for all parameters of the network and the biases of its members. Factors never have weight decay.
     :param schedule: see :mod:`pyro_bnn.inference.schedules`; constant by default.
     :param kl_annealing: epochs over which the weight of the KL divergence grows linearly, step by step, to 1.
     :param elbo: the objective, :class:`~pyro_bnn.inference.MixtureELBO` by default, or any ELBO of Pyro.
-    :param clip_norm: largest norm of the whole gradient.
+    :param clip_norm: largest norm of the gradient over all parameters; larger gradients are scaled down to it.
     :param callbacks: called with a :class:`~pyro_bnn.inference.FitState` after each epoch; one that returns True ends
         the training.
-    :param checkpoint: file that is written after each epoch, and resumed from when it exists. It keeps the settings,
-        and a run with others is refused; more epochs are welcome.
-    :param seed: makes the run reproducible, and leaves the global random state alone.
-    :raises ValueError: for empty or inconsistent data, labels outside the likelihood's range, NaN in the data, or a
-        checkpoint that is damaged or of a run with other settings.
-    :raises OSError: when the checkpoint cannot be written; model and guide hold what was found until then.
+    :param progress: whether to show a progress bar.
+    :param checkpoint: a file that is written after each epoch; if it exists, training resumes from it. A run must have
+        the same settings as its checkpoint, except that it may have more epochs.
+    :param seed: makes the run reproducible and leaves the global random state unchanged.
+    :raises TypeError: for a model or guide that is not a program, labels of the wrong type, or an ``optim`` or ``elbo``
+        of the wrong type.
+    :raises ValueError: for empty or inconsistent data, labels outside the likelihood's range, NaN in the data, options
+        out of range, or a checkpoint that is damaged or belongs to a run with other settings.
+    :raises OSError: when the checkpoint cannot be written; model and guide keep what was trained so far.
     :raises FloatingPointError: when the loss is not finite; the message names the step and the site, and model and
-        guide are as they were at the end of the last good epoch.
+        guide return to their state at the end of the last good epoch.
     """
     require_epochs(epochs)
     checks.optional(checks.positive, "lr", lr)
@@ -111,9 +115,9 @@ def fit(
     require_programs(model, guide)
     if isinstance(guide, AutoLaplaceApproximation):
         raise TypeError(
-            "guide=AutoLaplaceApproximation: training finds its mode alone, and a posterior of it has no spread. Train "
-            "an AutoMultivariateNormal here; or train it with pyro.infer.SVI, and give "
-            "pyro_bnn.Posterior(model, guide.laplace_approximation(x, y)) the result"
+            "guide=AutoLaplaceApproximation: training finds only its mode, so its posterior would have no spread. "
+            "Train an AutoMultivariateNormal here; or train it with pyro.infer.SVI and use "
+            "pyro_bnn.Posterior(model, guide.laplace_approximation(x, y))"
         )
     batches = minibatches(model, data, batch_size)
     with contextlib.ExitStack() as stack:
@@ -218,7 +222,9 @@ def _optimizer(
     if decay not in ("weights", "all"):
         raise ValueError(f"decay={decay!r}: expected 'weights' or 'all'")
     if isinstance(optim, Optimizer) and weight_decay:
-        raise ValueError(f"weight_decay={weight_decay!r}: optim= is an optimiser, which has its own; leave it out here")
+        raise ValueError(
+            f"weight_decay={weight_decay!r}: optim= is an optimiser, which sets its own; leave it out here"
+        )
     biases = guide.member_biases() if isinstance(guide, MixtureGuide) else []
     chosen: Iterable[Tensor] = ()
     if isinstance(model, BayesianNetwork):

@@ -1,4 +1,4 @@
-"""Networks that torchvision lacks: plain `torch.nn.Module`s that know nothing of Bayes."""
+"""Networks that torchvision lacks: plain, deterministic ``torch.nn.Module`` classes."""
 
 from pyro_bnn.models.architectures.lenet import LeNet5, LeNet300100
 from pyro_bnn.models.architectures.resnet import resnet18

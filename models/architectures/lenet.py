@@ -1,4 +1,4 @@
-"""The two networks on which compression of neural networks is compared (LeCun et al. 1998, *Proc. IEEE* 86)."""
+"""The two standard networks for comparing compression methods (LeCun et al. 1998, *Proc. IEEE* 86)."""
 
 from torch import Tensor, nn
 

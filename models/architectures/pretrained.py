@@ -1,4 +1,4 @@
-"""Classifiers of torchvision with the weights that it knows by name: ``"MobileNet_V2_Weights.IMAGENET1K_V1"``."""
+"""Classifiers of torchvision with pretrained weights, by name: ``"MobileNet_V2_Weights.IMAGENET1K_V1"``."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _SEVERAL_OUTPUTS = ("googlenet", "inception_v3")
 
 
 class Pretrained(nn.Module):
-    """A classifier with a new last layer, behind the preprocessing that its weights were trained with.
+    """A pretrained classifier with a new last layer, which preprocesses its input as in pretraining.
 
-    Images ``[N, 1 or 3, height, width]`` with values in [0, 1] get three channels, and are resized, cropped and
+    Images ``[N, 1 or 3, height, width]`` with values in [0, 1] are converted to three channels and resized, cropped and
     standardised by the transforms of the weights.
 
     :param net: a classifier whose last layer is linear.
-    :param weights: those that the transforms are taken from.
-    :param out_features: outputs of the new layer.
+    :param weights: the torchvision weights that define the transforms.
+    :param out_features: number of outputs of the new layer.
     :raises ValueError: when the last layer is not linear.
     """
 
@@ -34,8 +34,8 @@ class Pretrained(nn.Module):
         name, last = [(n, m) for n, m in net.named_modules() if m._parameters][-1]
         if not isinstance(last, nn.Linear):
             raise ValueError(
-                f"{weights} is of a network that ends in a {type(last).__name__} ({name!r}): expected a linear layer, "
-                "of which every particle gets its own; take weights of another network"
+                f"{weights} belongs to a network that ends in a {type(last).__name__} ({name!r}): expected a linear "
+                "layer, of which every particle gets its own; choose weights of another network"
             )
         fresh = nn.Linear(last.in_features, out_features, bias=last.bias is not None)
         net.set_submodule(name, fresh)
@@ -49,7 +49,7 @@ class Pretrained(nn.Module):
 
 
 def known() -> dict[str, tuple[str, WeightsEnum]]:
-    """The architecture and the weights behind every name, ``DEFAULT`` included."""
+    """The architecture and the weights for every name, including ``DEFAULT``."""
     found: dict[str, tuple[str, WeightsEnum]] = {}
     for architecture in torchvision.models.list_models(module=torchvision.models):
         weights = torchvision.models.get_model_weights(architecture)
@@ -58,49 +58,49 @@ def known() -> dict[str, tuple[str, WeightsEnum]]:
 
 
 def find_weights(name: str) -> str:
-    """The name of weights as torchvision prints it, without ``DEFAULT``.
+    """The full name of weights, as torchvision prints it; ``DEFAULT`` is resolved.
 
-    :raises ValueError: when there are none of this name; the message has the nearest.
+    :raises ValueError: for an unknown name; the message lists similar ones.
     """
     names = {one.lower(): one for one in known()}
     if name in names.values():
         return str(known()[name][1])
     near = difflib.get_close_matches(name.lower(), names, 3, cutoff=0.4) or ["resnet18_weights.default"]
     raise ValueError(
-        f"{name!r} is not the folder of a run, and torchvision has no weights of this name for images; near it are "
+        f"{name!r} is not the folder of a run, and torchvision has no image weights of this name; similar names are "
         f"{', '.join(names[one] for one in near)}"
     )
 
 
 def image_size(name: str) -> int:
-    """Pixels to which the weights of this name have images resized, before they crop them."""
+    """The size in pixels to which the transforms of these weights resize images before they crop them."""
     size: int = known()[name][1].transforms().resize_size[0]
     return size
 
 
 def build(name: str, in_shape: tuple[int, ...], out_features: int, load: bool = False) -> Pretrained:
-    """The network of weights that :func:`find_weights` has found.
+    """Builds the network for weights that :func:`find_weights` has found.
 
-    :param in_shape: of one image.
-    :param load: whether to give it the weights, out of the cache of ``torch.hub`` or by a download; without, it is
-        what takes those of a saved posterior.
-    :raises ValueError: for rows that are no images, or a network that has not one output, or has not the same shape
-        without these weights, or does not end in a linear layer.
-    :raises OSError: when the weights are not to be had.
+    :param in_shape: the shape of one image.
+    :param load: whether to load the weights, from the cache of ``torch.hub`` or by a download; without them, the
+        network can take the weights of a saved posterior.
+    :raises ValueError: for rows that are not images, and for a network that has several outputs, whose architecture
+        depends on the weights, or that does not end in a linear layer.
+    :raises OSError: when the weights cannot be loaded.
     """
     if len(in_shape) != 3 or in_shape[0] not in (1, 3):
-        raise ValueError(f"{name} takes images [1 or 3, height, width], a row of these data is {in_shape}")
+        raise ValueError(f"{name} takes images [1 or 3, height, width], but a row of the data has shape {in_shape}")
     architecture, weights = known()[find_weights(name)]
     if architecture in _SEVERAL_OUTPUTS:
-        raise ValueError(f"{name} is of a network with more than one output in training; take weights of another")
+        raise ValueError(f"{name} belongs to a network with several outputs in training; choose weights of another one")
     net = torchvision.models.get_model(architecture, weights=None)
     if load:
         shapes = {key: value.shape for key, value in net.state_dict().items()}
         net = _loaded(architecture, weights)
         if shapes != {key: value.shape for key, value in net.state_dict().items()}:
             raise ValueError(
-                f"{name} is for images of another size than torchvision builds {architecture} for, so that a saved run "
-                "could not be opened; take other weights of it"
+                f"{name} is for another image size than the one for which torchvision builds {architecture} by "
+                "default, so a saved run could not be opened; choose other weights of this architecture"
             )
     return Pretrained(net, weights, out_features)
 

@@ -1,4 +1,4 @@
-"""Networks that train in seconds on a processor."""
+"""Networks that train in seconds on a CPU."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,10 @@ from torch import Tensor, nn
 
 
 def mlp(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Sequential:
-    """Fully connected ReLU network: ``[N, ...]`` with ``in_features`` numbers a row ``-> [N, out_features]``."""
+    """Fully connected ReLU network: ``[N, ...]`` with ``in_features`` elements per row ``-> [N, out_features]``.
+
+    :param hidden: widths of the hidden layers.
+    """
     widths = [in_features, *hidden]
     layers: list[nn.Module] = [nn.Flatten()]
     for width, next_width in zip(widths[:-1], widths[1:], strict=True):
@@ -17,7 +20,7 @@ def mlp(in_features: int, hidden: Sequence[int], out_features: int) -> nn.Sequen
 def digits_cnn(out_features: int = 10, in_channels: int = 1, width: int = 32) -> nn.Sequential:
     """Three 3 x 3 convolutions with batch normalisation: ``[N, in_channels, H, W] -> [N, out_features]``.
 
-    Made for the 8 x 8 digits; any image of at least 4 x 4 pixels goes through, because the last feature maps are
+    Designed for the 8 x 8 digits; it accepts any image of at least 4 x 4 pixels, because the last feature maps are
     averaged to 2 x 2.
     """
 

@@ -1,6 +1,6 @@
 """Wide residual networks for small images (Zagoruyko and Komodakis 2016, arXiv 1605.07146).
 
-The variant is the one that Dusenberry et al. 2020 (arXiv 2005.07186) use for rank-1 networks: pre-activation blocks
+This is the variant that Dusenberry et al. 2020 (arXiv 2005.07186) use for rank-1 networks: pre-activation blocks
 whose 1 x 1 projection acts on the raw block input, no dropout.
 """
 
@@ -48,7 +48,7 @@ class WideResNet(nn.Module):
     def __init__(self, depth: int = 28, width: int = 10, num_classes: int = 10, in_channels: int = 3) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"depth must be 6 n + 4 with n >= 1 (10, 16, 22, 28, ...), got {depth}")
+            raise ValueError(f"depth={depth}: expected 6 n + 4 with n >= 1 (10, 16, 22, 28, ...)")
         checks.count("width", width)
         self.conv = _conv(in_channels, 16, 3)
         channels = 16
@@ -73,7 +73,7 @@ class WideResNet(nn.Module):
 
 def _he_normal_(weight: Tensor) -> None:
     fan_in = weight[0].numel()
-    # Cutting a standard normal at two standard deviations leaves a standard deviation of 0.8796.
+    # A standard normal truncated at two standard deviations has a standard deviation of 0.8796.
     std = math.sqrt(2.0 / fan_in) / 0.87962566
     nn.init.trunc_normal_(weight, std=std, a=-2.0 * std, b=2.0 * std)
 

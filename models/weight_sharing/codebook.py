@@ -1,4 +1,4 @@
-"""A codebook: K Gaussians that all weights share, outliers with Gaussians of their own, and which weight has which."""
+"""A codebook: K Gaussians that weights share, outliers with their own Gaussians, and the assignment of all weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Codes(NamedTuple):
 
 
 class Outliers(NamedTuple):
-    """Weights with Gaussians of their own.
+    """Weights with their own Gaussians.
 
     :param positions: which weights, sorted, ``[o]``.
     :param loc, rho: of their Gaussians, ``[o]``; as of :class:`Codes`.
@@ -45,11 +45,11 @@ class Outliers(NamedTuple):
 
 
 class Between(NamedTuple):
-    """Weights that two codes hold together.
+    """Weights that lie between two codes.
 
     :param positions: which weights, sorted, ``[e]``.
     :param pair: the two codes of each, ``[e, 2]``.
-    :param alpha: the part of the first, ``[e]``, a multiple of 1 / 255.
+    :param alpha: the share of the first code, ``[e]``, a multiple of 1 / 255.
     """
 
     positions: Tensor
@@ -58,20 +58,20 @@ class Between(NamedTuple):
 
 
 class Codebook(nn.Module):
-    """Codes ``N(m_k, s_k^2)``, outliers with their own, weights between two codes, and a label for every weight.
+    """Codes ``N(m_k, s_k^2)``, outliers with their own Gaussians, weights between two codes, and labels of all weights.
 
-    Weights are those of several sites, one after the other. A label below K is a code; others count the outliers of the
-    weight's own site, and then its weights between codes. The shapes of all tensors stay as they are while codes merge
-    (a code without weights is dead), so that optimisers and checkpoints go on; :meth:`compact` drops what is dead.
+    The weights of all sites follow one another. A label below K is a code; larger labels count the outliers of the
+    weight's site, and then the site's weights between codes. The shapes of all tensors stay the same while codes merge
+    (a code without weights is dead), so that optimisers and checkpoints remain valid; :meth:`compact` drops dead codes.
 
     :param sites: ``(name, shape)`` of each site.
-    :param assignment: the code of each weight, ``[n]``; of outliers and of weights between codes it does not matter.
+    :param assignment: the code of each weight, ``[n]``; ignored for outliers and for weights between codes.
     :param codes, outliers, between: see :class:`Codes`, :class:`Outliers` and :class:`Between`.
     :param zero: whether code 0 keeps the mean 0.
-    :param units: the units of merging, ``[2]`` in float64: the median over codes of the squared Wasserstein distance to
-        the nearest other one, and of the trace of the covariances. Those of these codes, unless given; they stay while
-        codes merge.
-    :raises ValueError: when these do not belong together.
+    :param units: the units of merging, ``[2]`` in float64: the medians over codes of the squared Wasserstein distance
+        to the nearest other code, and of the trace of the covariance. By default computed from these codes; they do not
+        change while codes merge.
+    :raises ValueError: when these are inconsistent.
     """
 
     labels: Tensor
@@ -248,7 +248,7 @@ class Codebook(nn.Module):
         return torch.stack([counts[:k] for counts in self.counts(soft)]).double().sum(0)
 
     def weights_without_code(self, soft: bool = False) -> Tensor:
-        """How many weights are of no code: outliers and, unless ``soft``, weights between codes."""
+        """Number of weights without a code: outliers and, unless ``soft``, weights between codes."""
         k = len(self)
         return torch.stack([counts[k:].sum() for counts in self.counts(soft)]).sum()
 
@@ -280,12 +280,14 @@ class Codebook(nn.Module):
     ) -> Tensor:
         """Merges codes by :func:`~pyro_bnn.models.weight_sharing.merging.merge_closest`, in place.
 
-        :param tightness: eta: codes merge below a squared Wasserstein distance of eta times the median over codes of
-            that to the nearest other one, as it was before any had merged (``units``).
+        :param tightness: eta: two codes may merge if their squared Wasserstein distance is below eta times
+            ``units[0]``, the median squared distance to the nearest other code before any merger.
         :param gradient: of the loss with respect to (m, s) of each code, ``[K, 2]``.
-        :param gradient_limit: see there; in the units of the loss.
-        :param variance_limit: in units of the median trace of the codes' covariances, likewise.
-        :return: for each code the one that it is now part of, ``[K]``.
+        :param gradient_limit: see ``merge_closest``; in the units of the loss.
+        :param variance_limit: see ``merge_closest``; in units of ``units[1]``, the median trace of the covariances
+            before any merger.
+        :param how: see :func:`~pyro_bnn.models.weight_sharing.merging.merge_pair`.
+        :return: for each code, the index of the code that it now belongs to, ``[K]``.
         :raises ValueError: unless tightness is positive.
         """
         checks.positive("tightness", tightness)
@@ -341,7 +343,7 @@ class Codebook(nn.Module):
         return display.call(self, codes=alive, outliers=outliers, weights=len(self.labels), sites=len(self.sites))
 
     def compact(self) -> Codebook:
-        """The same weights without dead codes, outliers that a code has absorbed, and pairs of one code."""
+        """A codebook of the same weights without dead codes, absorbed outliers, and pairs whose two codes are one."""
         out, mid = self.is_outlier(), ~is_code(self.labels[self.between], len(self))
         used = torch.zeros(len(self), dtype=torch.bool, device=self.labels.device)
         used[self.labels[is_code(self.labels, len(self))].long()] = True
@@ -360,9 +362,9 @@ class Codebook(nn.Module):
         )
 
     def parameters_of(self, model: BayesianNetwork, random: Iterable[str]) -> list[str]:
-        """The names of the parameters of the model's network that the sites are of.
+        """The names of the parameters of the model's network that correspond to the sites.
 
-        :param random: the names of its parameters that are random.
+        :param random: the names of the random parameters.
         :raises ValueError: when the codebook is for another network.
         """
         parameters = model.core().parameters_by_name()
@@ -388,4 +390,4 @@ class Codebook(nn.Module):
 
 def _require(condition: bool, what: str) -> None:
     if not condition:
-        raise ValueError(f"these do not make a codebook: {what}")
+        raise ValueError(f"the parts of the codebook are inconsistent: {what}")

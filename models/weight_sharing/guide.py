@@ -1,4 +1,4 @@
-"""Guides in which all weights share K Gaussians, and outliers have their own."""
+"""The guide in which all weights share K Gaussians, except for outliers, which have their own."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ CodeSampling = Literal["codebook", "mixture"]
 
 @storable
 class CodebookGuide(MixtureGuide):
-    """K Gaussians for all weights, private ones for outliers, and a label for every weight.
+    """K Gaussians for all weights, separate ones for outliers, and a label for every weight.
 
-    A weight with code a(i) is ``w_i = m_a(i) + s_a(i) eps_i`` with a noise of its own, so that the KL divergence is
-    ``sum_k n_k KL(N(m_k, s_k^2) || p)`` and O(K) numbers are trained. A weight between two codes is, with
-    ``sampling="codebook"``, ``alpha z_1 + (1 - alpha) z_2`` of draws z of both (alpha blending), and with
-    ``sampling="mixture"`` one of the two, the first with probability alpha. Biases, other parameters that are no
-    weights of products, and scales of the prior are factorised as in :class:`MeanFieldGuide`.
+    A weight with code a(i) is ``w_i = m_a(i) + s_a(i) eps_i`` with independent noise eps_i, so that the KL divergence
+    is ``sum_k n_k KL(N(m_k, s_k^2) || p)`` and only O(K) parameters are trained. A weight between two codes is, with
+    ``sampling="codebook"``, ``alpha z_1 + (1 - alpha) z_2`` for draws z from both (alpha blending); with
+    ``sampling="mixture"``, it has one of the two codes, the first with probability alpha. Biases, other parameters that
+    do not share codes, and scales of the prior are factorised as in :class:`MeanFieldGuide`.
 
     :param model: a :class:`WeightSharing` (or any :class:`Dense`).
     :param codes: K; or a :class:`Codebook` for the sites of the coded weights.
     :param sampling: see above.
-    :param blend: share of the weights that two codes hold together.
-    :param outliers: largest share of the weights that have Gaussians of their own.
-    :param init_scale: starting standard deviation of every weight, whose mean is the network's value.
-    :param coded: which random parameters share codes, see :func:`~pyro_bnn.selection.select_parameters`; by default
-        the weights of products, convolutions and tables.
-    :param options: further ones of :func:`~pyro_bnn.models.weight_sharing.from_weights.codebook_from_weights`:
+    :param blend: share of the weights that lie between two codes.
+    :param outliers: largest share of the weights that have their own Gaussians.
+    :param init_scale: starting standard deviation of every weight; its mean is the value in the network.
+    :param coded: the random parameters that share codes, see :func:`~pyro_bnn.selection.select_parameters`; by default
+        the weights of products, convolutions and embedding tables.
+    :param options: further options of :func:`~pyro_bnn.models.weight_sharing.from_weights.codebook_from_weights`:
         ``magnitude``, ``gradient``, ``snr``, ``smallest``, ``zero``, ``rate``, ``distance``, ``iterations``, ``seed``.
     :raises ValueError: for NaN in the weights, more codes than distinct weights, or numbers out of range.
     """
@@ -68,7 +68,7 @@ class CodebookGuide(MixtureGuide):
         **options: Any,
     ) -> None:
         if isinstance(model, SharedWeights):
-            raise TypeError("the weights of this model share their values already: its guide is model.shared_guide()")
+            raise TypeError("the weights of this model already share their values: use the guide model.shared_guide()")
         if not isinstance(model, Dense):
             raise TypeError(
                 f"{type(self).__name__} takes a pyro_bnn.models.WeightSharing, got {type(model).__name__}: for other "
@@ -108,15 +108,20 @@ class CodebookGuide(MixtureGuide):
 
     @classmethod
     def from_network(cls, model: Dense, codes: int = 256, **options: Any) -> CodebookGuide:
-        """From the weights of the network that the model was given, trained without uncertainty."""
+        """A guide from the weights of the model's network, which was trained as a deterministic network.
+
+        :param options: as for :class:`CodebookGuide`.
+        """
         return cls(model, codes, **options)
 
     @classmethod
     def from_mean_field(cls, model: Dense, guide: MeanFieldGuide, codes: int = 256, **options: Any) -> CodebookGuide:
-        """From a trained :class:`MeanFieldGuide` of the same model (or one with the same sites).
+        """A guide from a trained :class:`MeanFieldGuide` of the same model (or of a model with the same sites).
 
-        :param options: as of the guide; ``init_scale`` is not used, as every weight has its own deviation.
-        :raises ValueError: when the guide is a mixture of several components, or for other sites.
+        :param options: as for :class:`CodebookGuide`; ``init_scale`` is not used, because ``guide`` provides the
+            standard deviation of every weight.
+        :raises TypeError: for a guide that is not a :class:`MeanFieldGuide`.
+        :raises ValueError: when the guide is a mixture of several components, or has other sites.
         """
         if not isinstance(guide, MeanFieldGuide):
             raise TypeError(f"guide must be a MeanFieldGuide, got {type(guide).__name__}")
@@ -128,7 +133,7 @@ class CodebookGuide(MixtureGuide):
         if wrong is not None:
             raise ValueError(
                 f"the guide is for another model: it has no site {wrong!r} of shape {tuple(shapes[wrong])}. A "
-                "hierarchical prior has sites of its own, and needs a mean field trained under it"
+                "hierarchical prior adds latent sites, and needs a MeanFieldGuide trained with this prior"
             )
         names = weights_to_code(model, options.pop("coded", None))
         sites = [(model.site(n), shapes[model.site(n)]) for n in names]
@@ -226,7 +231,7 @@ class CodebookGuide(MixtureGuide):
         }
 
     def compression_report(self) -> dict[str, Any]:
-        """What the codebook saves; see ``compression_report`` in :mod:`.storage.compression`."""
+        """The memory that the codebook saves; see ``compression_report`` in :mod:`.storage.compression`."""
         rest = sum(p.numel() for n, p in self.named_parameters() if not n.startswith("codebook."))
         return compression_report(self.book.compact()) | {"other_trainable": rest}
 

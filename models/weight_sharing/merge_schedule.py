@@ -1,4 +1,4 @@
-"""Codes that merge while they are trained: a schedule for :func:`pyro_bnn.inference.fit`."""
+"""Merges codes during training: a callback for :func:`pyro_bnn.inference.fit`."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ _SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"}
 
 
 class MergeCodes:
-    """A callback of ``fit``: after some epochs, merges codes that have come close and takes outliers back.
+    """A callback of ``fit`` that, after chosen epochs, merges codes that are close and returns outliers to codes.
 
     ``fit(model, guide, data, epochs=30, callbacks=[MergeCodes(start=5, stop=20)])``
 
-    Shapes stay as they are (see :class:`~pyro_bnn.models.Codebook`), and the optimiser's state follows, as of
-    :func:`merge_state`. Training ends with the codes that are left; ``guide.compression_report()`` and storage leave
-    out the others.
+    Shapes stay the same (see :class:`~pyro_bnn.models.Codebook`), and the optimiser's state is merged along, see
+    :func:`merge_state`. Merged codes stay unused until training ends; ``guide.compression_report()`` and saved
+    posteriors leave them out.
 
-    :param start, stop, every: epochs, counted from 1: at ``start``, then every so many, up to ``stop``.
-    :param tightness, variance_limit, how: as of :meth:`~pyro_bnn.models.Codebook.merge`.
-    :param gradient_limit: in nats, of the whole data set: a code stays whose spread changes the objective by more, by
-        the gradient of the last minibatch.
-    :param absorb: nats: an outlier returns to a code where that costs less, see :func:`absorb_outliers`; 0 for never.
+    :param start, stop, every: epochs, counted from 1: at ``start``, then after every ``every`` epochs, up to ``stop``.
+    :param tightness, variance_limit, how: see :meth:`~pyro_bnn.models.Codebook.merge`.
+    :param gradient_limit: in nats, for the whole data set: a code does not merge if its spread changes the objective by
+        more, according to the gradient of the last minibatch.
+    :param absorb: in nats: an outlier returns to a code if that costs less, see :func:`absorb_outliers`; 0 for never.
     :raises ValueError: for a schedule that never merges.
     """
 
@@ -68,10 +68,10 @@ class MergeCodes:
         return display.call(self, **own, gradient_limit=self.gradient_limit, absorb=self.absorb)
 
     def __call__(self, state: Any) -> None:
-        """Merges, when the schedule says so.
+        """Merges codes if the schedule includes this epoch.
 
         :param state: a :class:`~pyro_bnn.inference.FitState`.
-        :raises TypeError: when the guide is no :class:`~pyro_bnn.models.CodebookGuide`.
+        :raises TypeError: when the guide is not a :class:`~pyro_bnn.models.CodebookGuide`.
         """
         guide = state.guide
         if not isinstance(guide, CodebookGuide):
@@ -96,7 +96,7 @@ class MergeCodes:
         book = guide.book
         if book.loc.grad is None or book.rho.grad is None:
             raise RuntimeError(
-                "gradient_limit needs the gradient of the last step, which is gone: clear gradients before the "
+                "gradient_limit needs the gradient of the last step, which was cleared: clear gradients before the "
                 "backward pass and not after the step, or leave gradient_limit out"
             )
         by_scale = book.rho.grad / torch.sigmoid(book.rho.detach())  # ds / d rho is the sigmoid

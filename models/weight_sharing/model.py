@@ -16,12 +16,11 @@ from pyro_bnn.selection import Select
 
 @storable
 class WeightSharing(Dense):
-    """Pyro model ``w ~ prior, y ~ likelihood(net_w(x))`` over the weights themselves: a :class:`Dense` by its own name.
+    """Pyro model ``w ~ prior, y ~ likelihood(net_w(x))`` over the weights themselves, as in :class:`Dense`.
 
-    That weights share Gaussians is a property of the guide; under NUTS or another guide this is the dense network. With
-    the prior :class:`~pyro_bnn.priors.CodebookPrior` the codebook of the guide is the prior too.
-    Where weights share their values, and not only Gaussians, the model is
-    :class:`~pyro_bnn.models.SharedWeights`.
+    Sharing Gaussians is a property of :class:`~pyro_bnn.models.CodebookGuide`; with NUTS or another guide this model is
+    the dense network. With the prior :class:`~pyro_bnn.priors.CodebookPrior`, the codebook of the guide is also the
+    prior. For weights that share values, and not only Gaussians, use :class:`~pyro_bnn.models.SharedWeights`.
 
     :param net, likelihood, num_data, prior, select: as for :class:`Dense`.
     :param options: see :class:`~pyro_bnn.models.dense.DenseOptions`.
@@ -43,7 +42,7 @@ class WeightSharing(Dense):
         self._codebook: list[tuple[Codebook, bool]] = []  # a list, as a module would be a submodule here
 
     def weights(self, coded: Select | None = None) -> list[str]:
-        """The random parameters that codes are for: see :func:`weights_to_code`."""
+        """The names of the random parameters that share codes; see :func:`weights_to_code`."""
         return weights_to_code(self, coded)
 
     def take_codebook(self, codebook: Codebook, soft: bool) -> None:
@@ -53,7 +52,7 @@ class WeightSharing(Dense):
         if other is not None:
             raise ValueError(
                 f"the prior of {other!r} is a CodebookPrior, the codebook of the guide, but the guide has no codes "
-                "for it: give it another prior, in a mapping {pattern: prior}, or code it with coded="
+                "for it: give it another prior, in a mapping {pattern: prior}, or include it in the guide's coded="
             )
         self._codebook = [(codebook, soft)]
 
@@ -84,11 +83,11 @@ class WeightSharing(Dense):
 
 
 def weights_to_code(model: Dense, coded: Select | None = None) -> list[str]:
-    """The random parameters that codes are for.
+    """The names of the random parameters that share codes.
 
     :param coded: see :func:`~pyro_bnn.selection.select_parameters`; by default the weights of products, convolutions
-        and tables.
-    :raises ValueError: when there is none.
+        and embedding tables.
+    :raises ValueError: when there are none.
     """
     parameters = model.core().parameters_by_name()
     random = {n: parameters[n] for n in model.random}
@@ -98,7 +97,7 @@ def weights_to_code(model: Dense, coded: Select | None = None) -> list[str]:
     found = [n for n in random if n in products]
     if not found:
         raise ValueError(
-            "no random parameter is the weight of a linear layer, a convolution or an embedding: say which ones "
+            "no random parameter is the weight of a linear layer, a convolution or an embedding: choose those that "
             f"share codes with coded= (random are {', '.join(model.random)})"
         )
     return found

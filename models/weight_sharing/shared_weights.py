@@ -1,4 +1,4 @@
-"""Weights that share their values (Lin et al., AISTATS 2025, arXiv 2505.17856): one random number for each code."""
+"""Weights that share their values (Lin et al., AISTATS 2025, arXiv 2505.17856): one random value for each code."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class SharedWeights(BayesianNetwork):
         w_i = o_i                                   an outlier
         w_i = alpha_i z_1 + (1 - alpha_i) z_2       between two codes
 
-    That is the network of Lin et al. Its sites are ``codes``, z ``[K]``, and ``outliers``, o ``[o]``, in place of the
-    coded weights; other random parameters keep sites of their own. Such a posterior has rank K, and no finite KL
-    divergence from a prior over all weights: the prior is one of the codes. Any guide or kernel is for it;
-    :meth:`shared_guide` is that of the paper.
+    This is the network of Lin et al. The sites ``codes``, z ``[K]``, and ``outliers``, o ``[o]``, replace those of the
+    coded weights; other random parameters keep their own sites. A posterior with shared values has no finite KL
+    divergence from a prior over all weights, so the prior is over the codes and outliers. Any guide or kernel can be
+    used; :meth:`shared_guide` is the guide of the paper.
 
-    :param codebook: which weights share which values (``guide.book`` of a :class:`~pyro_bnn.models.CodebookGuide` for
-        the same network); its labels stay as they are.
+    :param codebook: the assignment of weights to values (``guide.book`` of a :class:`~pyro_bnn.models.CodebookGuide`
+        for the same network); its labels do not change.
     :param net, likelihood, num_data, select, chunk_size, options: as for :class:`~pyro_bnn.models.Dense`.
     :param prior: as for :class:`~pyro_bnn.models.Dense`; in a mapping, patterns match ``codes`` and ``outliers``.
     :raises ValueError: when the codebook is for another network, when a parameter of the network has the name of a site
@@ -122,10 +122,14 @@ class SharedWeights(BayesianNetwork):
         return {name: value[0] for name, value in shared} | values
 
     def shared_guide(self, start: MixtureGuide | None = None, *, init_scale: float = 1e-2) -> MeanFieldGuide:
-        """The guide of Lin et al.: the first coordinate of ``z_k ~ N(c_k, Sigma_k)`` in the plane; own for outliers.
+        """The guide of Lin et al.: independent Normals for codes and outliers.
 
-        :param start: where what is not shared, as biases, begins: at its Gaussians there, or else at the values of the
-            network with the standard deviation ``init_scale``.
+        A code starts at the marginal of ``N(c_k, Sigma_k)``, in the plane of means and standard deviations, over the
+        mean; an outlier starts at its own Gaussian.
+
+        :param start: a guide whose Gaussians are the starting point of parameters that are not shared, such as biases;
+            by default they start at the values of the network with standard deviation ``init_scale``.
+        :param init_scale: see ``start``.
         """
         book, guide = self.book, MeanFieldGuide(self, init_scale=init_scale)
         widths = guide.widths()

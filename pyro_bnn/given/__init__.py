@@ -1,1 +1,1 @@
-"""The network as a user gives it: what is copied of it, what it holds fixed, and what of it cannot be random."""
+"""The network that a user provides: how it is copied, which values stay fixed, and what cannot be random."""

@@ -45,8 +45,8 @@ def copy_of(net: nn.Module, share: bool = False) -> nn.Module:
         is_parallel = _wrapped_as(net) == "module"
         kind = f"{type(net).__name__} around it" if is_parallel else "compilation"
         warnings.warn(
-            f"the model works on a plain copy of the network, without the {kind}: weights of its own for every member "
-            "cannot pass through it",
+            f"the model works on a plain copy of the network, without the {kind}: members with different weights "
+            "cannot run through it",
             stacklevel=4,
         )
     known: dict[int, Any] = {}
@@ -107,6 +107,6 @@ def _require_plain(net: nn.Module) -> None:
     lazy = next((name for name, p in net.named_parameters() if nn.parameter.is_lazy(p)), None)
     if lazy is not None:
         raise ValueError(
-            f"the parameter {lazy!r} has no shape yet: run the network on one batch before the model is made, as lazy "
-            "layers need"
+            f"the parameter {lazy!r} has no shape yet: lazy layers need one run of the network on a batch before the "
+            "model is built"
         )

@@ -1,4 +1,4 @@
-"""What a network holds fixed, and which of its parameters cannot be random.
+"""The values that a network holds fixed, and the parameters that cannot be random.
 
 ======================================  ================================================================================
 ``padding_idx`` of a table              the row keeps its value: it has no gradient and is not random
@@ -78,15 +78,15 @@ def require_random(net: nn.Module, names: Iterable[str]) -> None:
                 else "give the network in floating point"
             )
             raise ValueError(
-                f"the parameter {name!r} is {held}, and priors are over real numbers: {remedy}, or leave it out with "
+                f"the parameter {name!r} is {held}, but priors are over real numbers: {remedy}, or leave it out with "
                 "`select=`"
             )
     for where, module in net.named_modules():
         own = {first[id(p)] for p in module._parameters.values() if p is not None} & chosen
         if own and isinstance(module, _TABLES) and module.max_norm is not None:
             raise ValueError(
-                f"the table {min(own)!r} has max_norm, by which every pass of the network writes into it: draws would "
-                "not stay what they are. Take max_norm away, or leave the table out with `select=`"
+                f"the table {min(own)!r} has max_norm, so every pass of the network would change its draws. Remove "
+                "max_norm, or leave the table out with `select=`"
             )
         random = own | {first[id(p)] for p in _originals(module)} & chosen
         if random and has_spectral_norm(module):

@@ -1,10 +1,10 @@
-"""What an engine found: one object that draws, predicts, is saved and loaded, whatever engine it came from.
+"""The result of every engine: one object that draws, predicts, saves and loads.
 
-:class:`Posterior` is the facade. Behind it, ``draw_source`` makes draws (of a guide, or ``stored_draws``),
-``statistics`` gives each draw its normalisation statistics, ``network_outputs`` runs the network on them, ``foreign``
-does the same for a Pyro model of the user's own, ``prediction`` says what the outputs mean, ``plain_networks`` makes
-networks without Pyro of draws, ``storage`` and ``own_draws`` say what is written of networks and of own models,
-``folder`` writes and reads the files, and ``loading`` makes a posterior of them again.
+:class:`Posterior` is the facade. Behind it, ``draw_source`` supplies draws (from a guide, or from ``stored_draws``),
+``statistics`` gives each draw its normalisation statistics, ``network_outputs`` runs the network with each draw,
+``foreign`` does the same for a user's own Pyro model, ``prediction`` interprets the outputs, ``plain_networks`` turns
+draws into networks without Pyro, ``storage`` and ``own_draws`` define what is saved of networks and of a user's own
+models, ``folder`` writes and reads the files, and ``loading`` rebuilds a posterior from them.
 """
 
 from pyro_bnn.posterior.loading import load

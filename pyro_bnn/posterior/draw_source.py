@@ -1,4 +1,4 @@
-"""Where draws come from: a guide that makes them, or those that a sampler or an ensemble left."""
+"""The source of draws: a guide that makes them, or the stored draws of a sampler or an ensemble."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from pyro_bnn.randomness import derive_seeds, device_of, seeded
 
 #: numbers held at once by one pass of prediction: weights of a group of draws, or the largest activation
 MAX_ELEMENTS = 2**24
-# How many draws of each member are taken when nobody says (``num_samples=None``). See DrawSource.count and count_all.
-#: for predictions, each of which is a pass of the network: the error of an average over S draws is 1 / sqrt(S) of their
-#: standard deviation, a quarter with 16
+# Default numbers of draws of each member (``num_samples=None``). See DrawSource.count and count_all.
+#: for predictions, where every draw costs a pass of the network: the error of an average over S draws is 1 / sqrt(S) of
+#: their standard deviation, a quarter with 16
 PREDICTION_DRAWS = 16
-#: for what describes the posterior itself, such as means, inclusion probabilities, R-hat: the same error is a tenth
+#: for summaries of the posterior itself, such as means, inclusion probabilities and R-hat: this error is then a tenth
 POSTERIOR_DRAWS = 100
-#: for what is read from the tails of the draws, as 5 % quantiles (50 draws lie beyond each) and importance weights are
+#: for tails, such as 5 % quantiles (with 50 draws beyond each) and importance weights
 TAIL_DRAWS = 1000
-#: for the functions that a prior implies: their 5 % quantiles have 10 draws beyond each, enough to tell a factor of 2
+#: for the functions that a prior implies: 10 draws lie beyond their 5 % quantiles, enough to detect a factor of 2
 PRIOR_DRAWS = 200
 
 
@@ -42,7 +42,7 @@ class DrawSource:
     :param model: a model of this package, or any Pyro model.
     :param guide: a Pyro guide for it.
     :param example: an input for guides that need one when they draw.
-    :param store: the state of Pyro's parameter store in which programs that are functions were trained.
+    :param store: the state of Pyro's parameter store in which a model or guide that is a function was trained.
     """
 
     def __init__(self, model: Program, guide: Program, example: Inputs = None, store: Any = None) -> None:
@@ -62,24 +62,24 @@ class DrawSource:
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether every draw of a member is the same, as of particles and of a deterministic network."""
+        """Whether all draws of a member are equal, as for particles and for a deterministic network."""
         return isinstance(self.guide, MixtureGuide) and self.guide.is_deterministic
 
     def count(self, asked: int | None = None) -> int:
-        """How many draws of each member make a prediction: as asked, else 16, or all stored ones where there are fewer.
+        """Number of draws of each member for a prediction: as asked, else 16, or all stored draws if there are fewer.
 
-        All stored ones too where they are no chain: an ensemble and its like are what their number makes them.
-        1 where all draws of a member are the same.
+        Also all stored draws if they are not a chain: leaving out networks of an ensemble would change the method.
+        1 if all draws of a member are equal.
         """
         return self.count_all(asked, PREDICTION_DRAWS, most=PREDICTION_DRAWS)
 
     def count_all(self, asked: int | None, default: int, *, most: int | None = None) -> int:
-        """How many draws of each member stand for the posterior: as asked, else all stored ones, or ``default`` where a
-        guide makes them.
+        """Number of draws of each member that represent the posterior: as asked, else all stored draws, or ``default``
+        if a guide makes them.
 
-        1 where all draws of a member are the same.
+        1 if all draws of a member are equal.
 
-        :param most: of the stored ones of a chain, where nobody asks for a number.
+        :param most: largest number of stored draws of a chain when no number is asked for.
         """
         asked = checks.optional(checks.count, "num_samples", asked)
         if asked is None:
@@ -89,7 +89,7 @@ class DrawSource:
         return min(asked, 1) if self.is_deterministic else asked
 
     def groups(self, n: int, seed: int | None = None, *, example: Inputs = None) -> Iterator[dict[str, Tensor]]:
-        """n draws of each member, evenly spaced ones of stored draws. Groups depend on the model alone.
+        """n draws of each member; of stored draws, evenly spaced ones. The group sizes depend only on the model.
 
         :raises ValueError: when fewer than n draws are stored.
         """
@@ -98,7 +98,7 @@ class DrawSource:
     def indexed_groups(
         self, n: int, seed: int | None = None, *, example: Inputs = None
     ) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
-        """The same with the positions ``[size]`` of stored draws; ``None`` when a guide makes them."""
+        """As :meth:`groups`, with the positions ``[size]`` of stored draws; ``None`` when a guide makes the draws."""
         for start, size, own_seed in self._plan(n, seed):
             if self.stored is not None:
                 index = torch.linspace(0, len(self.stored) - 1, n).round().long()[start : start + size]
@@ -110,23 +110,23 @@ class DrawSource:
     def traces(
         self, n: int, seed: int | None = None, *, example: Inputs = None
     ) -> Iterator[tuple[dict[str, Tensor], list[poutine.Trace]]]:
-        """The draws of :meth:`groups`, each group with the traces of the guide that it comes from.
+        """The draws of :meth:`groups`, each group with the guide traces that it comes from.
 
         A group has one trace, with the draws in a plate on the left, or one trace for each draw.
 
         :raises TypeError: for stored draws, which no guide made.
         """
         if self.stored is not None:
-            raise TypeError("the draws are stored: there is no guide to trace")
+            raise TypeError("the draws are stored, so there is no guide to trace: give a posterior whose guide draws")
         for _, size, own_seed in self._plan(n, seed):
             found = self._trace(size, own_seed, example)
             yield self._values(size, found), found
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Where guide and model run: without gradients, in eval mode, with the parameters they were trained with.
+        """Inside, guide and model run without gradients, in eval mode and with their trained parameters.
 
-        Their modes, those of Pyro and its parameter store are afterwards as before; other threads wait.
+        On exit their modes, Pyro's modes and its parameter store are restored. Other threads wait meanwhile.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(one_at_a_time)
@@ -138,10 +138,12 @@ class DrawSource:
             yield
 
     def _plan(self, n: int, seed: int | None) -> Iterator[tuple[int, int, int | None]]:
-        """Where each group starts, its size, and its seed."""
+        """The start, the size and the seed of each group."""
         n = checks.count("num_samples", n)
         if self.stored is not None and n > len(self.stored):
-            raise ValueError(f"num_samples={n}, but only {len(self.stored)} draws are stored")
+            raise ValueError(
+                f"num_samples={n}, but only {len(self.stored)} draws are stored: ask for no more than these"
+            )
         if not isinstance(self.model, BayesianNetwork):
             return in_groups(n, 0, seed)
         return in_groups(n, self.num_members * sum(site.shape.numel() for site in self.model.sites()), seed)
@@ -160,7 +162,7 @@ class DrawSource:
             assert isinstance(model, BayesianNetwork)
             every = guide.every_member() if isinstance(guide, MixtureGuide) else contextlib.nullcontext()
             if isinstance(guide, MixtureGuide):
-                args = (model.like(),)  # nothing of x is used without rows
+                args = (model.like(),)  # these guides do not use x
             with every, pyro.plate("_draws", n, dim=model.members_dim - 1, device=str(model.like().device)):
                 return [poutine.trace(guide).get_trace(*args)]
 
@@ -185,9 +187,9 @@ class DrawSource:
 
 
 def in_groups(n: int, elements: int, seed: int | None = None) -> Iterator[tuple[int, int, int | None]]:
-    """``(start, size, seed)`` of groups of n draws that fit a fixed memory budget, with a seed of its own for each.
+    """Splits n draws into groups that fit a fixed memory budget: ``(start, size, seed)`` of each, with its own seed.
 
-    :param elements: how many numbers a draw has.
+    :param elements: number of elements of one draw.
     :raises ValueError: when n is not at least 1.
     """
     n = checks.count("num_samples", n)
@@ -198,7 +200,7 @@ def in_groups(n: int, elements: int, seed: int | None = None) -> Iterator[tuple[
 
 
 def with_members(model: Program, draws: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``{site: [n, members, *event]}`` from draws that a trace or a sampler gave.
+    """Reshapes the draws of a trace or a sampler to ``{site: [n, members, *event]}``.
 
     :raises ValueError: when sites of the model are missing.
     """

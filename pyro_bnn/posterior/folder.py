@@ -1,9 +1,9 @@
-"""The two files of a posterior, whatever model it is of: written whole or not at all, and read with their digests.
+"""The two files of a saved posterior: written completely or not at all, and checked against their digests when read.
 
-``posterior.json`` has a digest of itself and one of the numbers in ``tensors.safetensors``. The file of numbers holds
-the same description once more, and the digest of the description that it replaces, so that it is a whole posterior from
-the moment at which it takes the place of an older one: a save that is killed leaves the old or the new posterior, even
-between the two files.
+``posterior.json`` has a digest of itself and a digest of ``tensors.safetensors``. ``tensors.safetensors`` contains a
+second copy of the description, and the digest of the description that it replaces. It is therefore a complete posterior
+as soon as it replaces an older file: a save that is killed, even between the two files, leaves the old or the new
+posterior.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from pyro_bnn.posterior import older
 FORMAT = "pyro_bnn posterior"
 VERSION = 3
 _JSON, _TENSORS = "posterior.json", "tensors.safetensors"
-#: where the file of numbers has the description, and the digest of the file of the description that it replaces
+#: keys of the metadata of the tensors: the description, and the digest of the description file that it replaces
 _EMBEDDED, _REPLACES = "posterior", "replaces"
 #: the first version with digests
 _FIRST_SEALED = 3
-#: what is raised by descriptions and numbers that do not fit together
+#: the errors that inconsistent descriptions and tensors raise
 MISFITS = (
     AttributeError,
     IndexError,
@@ -45,15 +45,15 @@ MISFITS = (
 def write_contents(path: str | os.PathLike[str], description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Writes the folder ``path``, which may hold an older posterior.
 
-    :param description: what JSON can hold.
-    :param tensors: on the processor, none of which shares memory with another.
-    :raises FileExistsError: when ``path`` exists and is no posterior.
+    :param description: values that JSON can represent.
+    :param tensors: on the CPU, without shared memory.
+    :raises FileExistsError: when ``path`` exists and is not a posterior.
     """
     head = {"format": FORMAT, "version": VERSION}
     content = sealed({**head, **description, "tensors": digest_of(tensors)})
     path = Path(path)
     if path.exists() and not (path / _JSON).is_file():
-        raise FileExistsError(f"{path} exists and is no posterior; choose another path or remove it")
+        raise FileExistsError(f"{path} exists and is not a posterior; choose another path or remove it")
     with alone_in(path), replacing_folder(path, last=_JSON) as temporary:
         written = {_EMBEDDED: json.dumps(content)}
         if (path / _JSON).is_file():
@@ -63,7 +63,7 @@ def write_contents(path: str | os.PathLike[str], description: Mapping[str, Any],
 
 
 def contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What the two files hold, in the words of the present version, with all digests checked."""
+    """The contents of the two files, converted to the current version, with all digests checked."""
     file = path / _JSON
     if not file.is_file():
         raise ValueError(f"{path} is not a posterior: it has no {_JSON}. Give the folder that posterior.save() wrote")
@@ -80,8 +80,8 @@ def contents(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return _as_now(content, version, file), tensors
     if content["tensors"] != digest_of(tensors):
         raise ValueError(
-            f"{path / _TENSORS} is damaged, or is that of another posterior: its numbers do not have the digest that "
-            f"{_JSON} says. Save the posterior again, or restore it from a copy"
+            f"{path / _TENSORS} is damaged or belongs to another posterior: its digest differs from the one in "
+            f"{_JSON}. Save the posterior again, or restore it from a copy"
         )
     return content, tensors
 
@@ -91,7 +91,7 @@ def _version(content: Mapping[str, Any], file: Path) -> int:
         raise ValueError(f"{file} is not a {FORMAT}")
     version = content.get("version")
     if not isinstance(version, int) or version < 1:
-        raise ValueError(f"{file} is damaged: version {version!r}, expected a number from 1 to {VERSION}")
+        raise ValueError(f"{file} is damaged: version={version!r}, expected a number from 1 to {VERSION}")
     if version > VERSION:
         raise ValueError(
             f"{file.parent} was written in format version {version}; this pyro_bnn reads versions up to {VERSION}. "

@@ -1,4 +1,4 @@
-"""Reads what :meth:`Posterior.save` wrote."""
+"""Loads posteriors that :meth:`Posterior.save` wrote."""
 
 from __future__ import annotations
 
@@ -26,27 +26,30 @@ def load(
     likelihood: Likelihood | None = None,
     device: torch.device | str | None = None,
 ) -> Posterior:
-    """The posterior that :meth:`Posterior.save` wrote; the same ``seed`` gives the same predictions, bit for bit.
+    """Loads a posterior that :meth:`Posterior.save` wrote; the same ``seed`` gives the same predictions, bit for bit.
 
-    :param net: a network of the same architecture; it is copied, its own weights do not matter.
-    :param model: for draws of a Pyro model of your own, that model, in the place of ``net``; a module is copied.
-    :param prior: the prior, when it was not saved, or in place of the saved one.
-    :param likelihood: in place of the saved one, where the class of an own likelihood is not to be had.
-    :param device: where to put it; by default where ``net`` is.
-    :raises TypeError: unless one of ``net`` and ``model`` is given, and for what does not go with ``model``.
+    :param path: the folder.
+    :param net: a network of the same architecture; it is copied, and its weights do not matter.
+    :param model: for draws of your own Pyro model, that model, in place of ``net``; a module is copied.
+    :param prior: the prior, if it was not saved; otherwise replaces the saved one.
+    :param likelihood: replaces the saved likelihood, for example when its class is no longer available.
+    :param device: the device of the posterior; by default that of ``net`` or ``model``.
+    :raises TypeError: unless either ``net`` or ``model`` is given, or when ``prior`` or ``likelihood`` is given with
+        ``model``.
     :raises FileNotFoundError: when there is nothing at ``path``.
-    :raises ValueError: when it is no posterior, is damaged, was written by a newer version, or is for another network.
+    :raises ValueError: when the folder is not a posterior, is damaged, was written by a newer version, or is for
+        another network.
     """
     if model is not None:
         if net is not None or prior is not None or likelihood is not None:
             raise TypeError(
-                "net=, prior= and likelihood= are for networks: a model of your own has them, give it alone"
+                "net=, prior= and likelihood= are for networks: your own Pyro model contains them, so give model= alone"
             )
         draws = own_draws.read_draws(path, model, device=device)
         settle(draws.model)
         return Posterior(draws.model, draws.guide, losses=draws.losses, sampler=draws.sampler, store=draws.store)
     if net is None:
-        raise TypeError("give a network of the same architecture, or model= for draws of a Pyro model of your own")
+        raise TypeError("net=None: expected a network of the same architecture, or model= for your own Pyro model")
     stored = storage.read(path, net, prior=prior, likelihood=likelihood, device=device)
     settle(stored.model, stored.guide)
     return Posterior(stored.model, stored.guide, losses=stored.losses, sampler=stored.sampler)

@@ -16,12 +16,12 @@ from pyro_bnn.program.model import BayesianNetwork
 def network_outputs(
     model: BayesianNetwork, latents: dict[str, Tensor], x: Inputs, num_members: int, batch_size: int | None = None
 ) -> Tensor:
-    """``[n, members, N, *output]``.
+    """Outputs of the network under every draw, ``[n, members, N, *output]``.
 
     :param latents: ``{site: [n, members, *event]}``.
     :param x: an input with N samples, on the device of the network.
-    :param num_members: members of each draw, for the budget.
-    :param batch_size: samples in one pass; by default what fits the budget.
+    :param num_members: members of each draw, for the memory budget.
+    :param batch_size: samples in one pass; by default as many as fit the budget.
     """
     size = count_samples(x)
     count = next(iter(latents.values())).shape[0]

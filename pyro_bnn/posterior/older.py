@@ -1,15 +1,15 @@
-"""What earlier versions of the format wrote, in the words of the present one, so that old posteriors load as they were.
+"""Converts descriptions of earlier format versions to the current one, so that old posteriors load unchanged.
 
-Version 1 (pyro_bnn 0.1.0) differs from version 2 in this:
+Version 1 (pyro_bnn 0.1.0) differs from version 2 as follows:
 
-- the prior ``GaussianMixture`` without components was what is a ``CodebookPrior`` now, and one with components had the
-  numbers of a codebook too;
-- ``SpikeAndSlab(scale=)`` is ``variance_prior=`` now;
-- a ``Normal`` in the prior of a ``Bella`` was that of the elements of ``scale B A``, and is that of A and B now;
-- the head of a ``Bella`` without one was an empty list;
-- weights that share their values were a ``WeightSharing`` with a codebook named ``shared``, and are a
-  ``SharedWeights`` now;
-- the patterns of a prior matched names of parameters and sites alone, and now match names of modules too.
+- the prior ``GaussianMixture`` without components is now ``CodebookPrior``, and one with components also contained the
+  numbers of a codebook;
+- ``SpikeAndSlab(scale=)`` is now ``variance_prior=``;
+- a ``Normal`` in the prior of a ``Bella`` was the prior of the elements of ``scale B A``; now it is that of A and B;
+- a ``Bella`` without a head had an empty list as its head;
+- weights that share their values were a ``WeightSharing`` with a codebook named ``shared``, and are now
+  ``SharedWeights``;
+- the patterns of a prior matched only names of parameters and sites, and now match names of modules too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _OF_CODEBOOKS = ("slab", "concentration", "rate")
 
 
 def from_version_1(content: dict[str, Any]) -> dict[str, Any]:
-    """The content of ``posterior.json``, as version 2 writes it."""
+    """Converts the content of ``posterior.json`` from version 1 to version 2."""
     model = dict(content["model"])
     if model["class"] == "Bella":
         model["head"] = model["head"] or None
@@ -55,14 +55,14 @@ def _prior(prior: Any, content: dict[str, Any], of_factors: bool) -> Any:
 
 
 def _scale_of_factors(sigma: float, bella: dict[str, Any]) -> float:
-    """The standard deviation of A and B at which that of every element of ``scale B A`` is sigma."""
+    """The standard deviation of A and B that gives every element of ``scale B A`` the standard deviation sigma."""
     rank, root = bella["rank"], math.sqrt(bella["rank"])
     scale = bella["alpha"] / (root if bella["rank_stabilised"] else rank)
     return math.sqrt(sigma / (scale * root))
 
 
 def _whole_names(pattern: str, content: dict[str, Any]) -> str:
-    """The pattern itself where it matches what it did; else one of just those sites that it matched."""
+    """The pattern itself if it still matches the same sites; else a pattern of exactly the sites that it matched."""
     own = [(name, f"{name}{end}") for name in content["network"] for end in ("", ".s", ".r", ".A", ".B")]
     own += [("codes", "codes"), ("outliers", "outliers")]
     before = [site for name, site in own if re.fullmatch(pattern, name) or re.fullmatch(pattern, site)]

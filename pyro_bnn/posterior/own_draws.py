@@ -1,7 +1,7 @@
-"""Draws of a user's own Pyro model on disk: numbers alone, as a program cannot be described in JSON.
+"""Saves and loads draws of a user's own Pyro model: only its numbers, because JSON cannot describe a program.
 
-Beside the draws are the parameters and buffers of a model that is a module, and the parameters of Pyro's store in which
-a model that is a function was trained: both have a say in what the model predicts.
+Besides the draws, these are the parameters and buffers of a model that is a module, and the parameters of Pyro's store
+with which a model that is a function was trained: predictions depend on both.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.program.sites import Program
 
-#: the key of the description of a model that is no network of ours
+#: the key that marks the description of a model from outside this package
 PROGRAM = "program"
 
 
 class StoredDraws(NamedTuple):
-    """What a folder holds.
+    """The contents of a folder.
 
     :param store: a state of Pyro's parameter store, for a model that was trained with one.
     """
@@ -53,11 +53,11 @@ def write_draws(
 
     :param store: see :class:`~pyro_bnn.posterior.draw_source.DrawSource`.
     :raises TypeError: when a guide makes the draws.
-    :raises FileExistsError: when ``path`` exists and is no posterior.
+    :raises FileExistsError: when ``path`` exists and is not a posterior.
     """
     if not isinstance(guide, DrawsGuide):
         raise TypeError(
-            f"a guide of type {type(guide).__name__} for a model of your own cannot be saved; save draws of it: "
+            f"a guide of type {type(guide).__name__} for your own Pyro model cannot be saved; save draws from it: "
             "posterior.as_draws(n).save(path), which load(path, model=...) reads"
         )
     parameters = {} if store is None else _constrained(store)
@@ -87,24 +87,26 @@ def write_draws(
 
 
 def read_draws(path: str | os.PathLike[str], model: Program, *, device: torch.device | str | None) -> StoredDraws:
-    """What :func:`write_draws` wrote, for a program of the same sites.
+    """Reads what :func:`write_draws` wrote, for a program with the same sites.
 
-    :param model: a module is copied, and its copy has the parameters and buffers that were saved.
-    :param device: where to put draws and module; by default where the module is, or the processor.
-    :raises TypeError: when the model is one of this package, or no program.
+    :param model: a module is copied, and the copy gets the saved parameters and buffers.
+    :param device: the device of draws and module; by default that of the module, or the CPU.
+    :raises TypeError: when the model is from this package, or is not a program.
     :raises FileNotFoundError: when there is nothing at ``path``.
-    :raises ValueError: when it holds no draws of an own model, is damaged, or was written by a newer version.
+    :raises ValueError: when it holds no draws of a user's own model, is damaged, or was written by a newer version.
     """
     path = Path(path)
     if isinstance(model, BayesianNetwork):
-        raise TypeError("model= is for a Pyro model of your own; for one of pyro_bnn give its network: load(path, net)")
+        raise TypeError("model= is for your own Pyro model; for a model of pyro_bnn give its network: load(path, net)")
     if not callable(model) or isinstance(model, type):
-        raise TypeError(f"model= is the Pyro model that was saved, a function or a module, got {model!r}")
+        raise TypeError(f"model={model!r}: expected the Pyro model that was saved, a function or a module")
     if not path.exists():
         raise FileNotFoundError(f"there is no posterior at {path}")
     content, tensors = contents(path)
     if not is_of_own_model(content):
-        raise ValueError(f"{path} holds the posterior of a network: give one of the same architecture, load(path, net)")
+        raise ValueError(
+            f"{path} holds the posterior of a network: give a network of the same architecture, load(path, net)"
+        )
     try:
         values = {name.removeprefix("guide."): v for name, v in tensors.items() if name.startswith("guide.")}
         state = {name.removeprefix("module."): v for name, v in tensors.items() if name.startswith("module.")}
@@ -129,7 +131,7 @@ def read_draws(path: str | os.PathLike[str], model: Program, *, device: torch.de
 
 
 def is_of_own_model(content: Mapping[str, Any]) -> bool:
-    """Whether a description is of draws of a user's own model."""
+    """Whether a description belongs to draws of a user's own model."""
     model = content.get("model")
     return isinstance(model, Mapping) and PROGRAM in model
 
@@ -138,8 +140,8 @@ def _with_state(model: Program, state: dict[str, Tensor], path: Path) -> Program
     if not isinstance(model, nn.Module):
         if state:
             raise ValueError(
-                f"{path} was saved with a model that is a module of the parameters {', '.join(sorted(state)[:3])}, and "
-                f"{display.name_of(model)} is none: give the same model"
+                f"{path} was saved with a model that is a module with the parameters {', '.join(sorted(state)[:3])}, "
+                f"but {display.name_of(model)} is not a module: give the same model"
             )
         return model
     copied = copy.deepcopy(model)
@@ -149,14 +151,14 @@ def _with_state(model: Program, state: dict[str, Tensor], path: Path) -> Program
         if given.get(name) != saved.get(name):
             raise ValueError(
                 f"{path} is for another model: {name!r} has shape {saved.get(name)} there and {given.get(name)} in the "
-                "given one (None: it has none of this name)"
+                "given model (None: no tensor of this name)"
             )
     copied.load_state_dict(state, strict=False)
     return copied
 
 
 def _constrained(store: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Values as the program sees them, which need no constraint once they are only read."""
+    """Constrained values, as the program sees them: they are only read from now on, so no constraint is needed."""
     with torch.no_grad():
         return {
             name: transform_to(store["constraints"][name])(value.detach()) for name, value in store["params"].items()

@@ -1,4 +1,4 @@
-"""Plain networks, without Pyro, that have the weights of draws."""
+"""Turns draws into plain networks, without Pyro."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from pyro_bnn.program.model import BayesianNetwork
 
 
 def plain_networks(source: DrawSource, statistics: Statistics, members: Tensor, seed: int | None) -> list[nn.Module]:
-    """One network for each entry of ``members``, ``[n]``: draw i of n, of that member, with its statistics.
+    """n networks: network i has the weights of draw i of member ``members[i]``, with the statistics of that draw.
 
-    :raises TypeError: when draws are no weights, or the model is not of this package.
+    :param members: ``[n]``.
+    :raises TypeError: when the draws are not weights, or the model is not from this package.
     """
     model, made = source.model, list[nn.Module]()
     if not isinstance(model, BayesianNetwork):
@@ -35,7 +36,7 @@ def plain_networks(source: DrawSource, statistics: Statistics, members: Tensor, 
 
 
 def _with_weights_of(model: BayesianNetwork, latents: dict[str, Tensor]) -> nn.Module:
-    """A copy of the network as it lies in the model, with the weights of one draw of one member."""
+    """A copy of the model's network, with the weights of one draw of one member."""
     net = copy_of(model.core().net).eval().requires_grad_()
     parameters = dict(net.named_parameters())
     for name, value in model.core().held(model.weights_of(latents)).items():

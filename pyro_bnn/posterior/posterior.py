@@ -1,4 +1,4 @@
-"""One object for what any engine found: it draws, predicts, is saved, and hands out a Pyro guide."""
+"""The result of every engine: an object that draws, predicts, saves itself and provides a Pyro guide."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ from pyro_bnn.sparsity.sparsify import network_of_draw, sparsify, with_weight_si
 
 
 class Posterior:
-    """An approximate posterior of a Pyro model, whatever engine it came from.
+    """An approximate posterior of a Pyro model, whichever engine it came from.
 
-    Any number of threads may use one: what runs Pyro waits until no other thread does, as Pyro and torch's random state
-    are the whole process's. Model and guide stay in the modes that they are in, so that they may still be in training.
+    Several threads may share one: methods that run Pyro wait for each other, because Pyro's and torch's random states
+    are global to the process. Model and guide keep their train or eval modes, so they may still be in training.
 
     :param model: a model of this package, or any Pyro model (``predict`` then needs ``return_site=``).
-    :param guide: a Pyro guide for it: ours, an AutoGuide or a function.
+    :param guide: a Pyro guide for it: one of this package, an AutoGuide or a function.
     :param losses: negative ELBO per datum in nats, one for each training step.
-    :param sampler: what a sampler says of its run, by name: temperatures of SGHMC, divergences of NUTS.
+    :param sampler: statistics of the sampler's run, by name: temperatures of SGHMC, divergences of NUTS.
     :param example: an input for guides that need one when they draw.
-    :param store: the state of Pyro's parameter store in which programs that are functions were trained; they run in it.
+    :param store: the state of Pyro's parameter store with which a model or guide that is a function was trained.
     """
 
     def __init__(
@@ -59,15 +59,15 @@ class Posterior:
         store: object = None,
     ) -> None:
         self.losses, self.sampler = list(losses), dict(sampler)
-        #: where draws come from: in groups, with the traces of a guide
+        #: supplies draws in groups, and the traces of the guide
         self.draw_source = DrawSource(model, guide, example, store)
         self._gathered: Gathered | None = None
 
     @classmethod
     def from_mcmc(cls, mcmc: MCMC, model: Program) -> Posterior:
-        """From a finished ``pyro.infer.MCMC`` run, all chains together."""
+        """The posterior of a finished ``pyro.infer.MCMC`` run of ``model``: the draws of all its chains."""
         posterior = cls.from_draws(model, mcmc.get_samples(), mcmc.num_chains)
-        # What kernels say of each chain; mcmc.diagnostics() adds statistics of all draws, and refuses few.
+        # Private, because mcmc.diagnostics() also computes statistics of all draws, and fails when there are few.
         every: list[Any] = mcmc._diagnostics
         chains = [chain for chain in every if chain]
         if chains and all("divergences" in chain for chain in chains):
@@ -89,23 +89,24 @@ class Posterior:
         sampler: Mapping[str, float] = MappingProxyType({}),
         store: object = None,
     ) -> Posterior:
-        """From draws ``{site: [n, *event]}``; plate axes of size 1 that a model of ours adds may be there.
+        """The posterior of draws ``{site: [n, *event]}`` in constrained space.
 
-        :param num_chains: how many chains they are of, chain after chain, all of one length.
-        :param statistics: ``{buffer of the network: [n, *shape]}`` of normalisation layers, with which each draw
-            predicts; by default all predict with those of the network.
-        :param is_sampled: whether they are of a sampler of the posterior, as after MCMC, so that chains can be compared
-            and leave-one-out needs no other weights; ``False`` for networks of an ensemble, or draws of a guide.
-        :param losses, sampler, store: see above.
-        :raises ValueError: when a site lacks draws, or they do not divide into the chains.
+        :param draws: for a model of this package, they may keep the plate axes of size 1 that the model adds.
+        :param num_chains: number of chains, which follow one another and have equal length.
+        :param statistics: ``{buffer of the network: [n, *shape]}``, the statistics of normalisation layers with which
+            each draw predicts; by default all draws use those of the network.
+        :param is_sampled: ``True`` for draws of a sampler such as MCMC, whose chains can be compared and whose
+            leave-one-out needs no correction for a guide; ``False`` for networks of an ensemble or draws from a guide.
+        :param losses, sampler, store: see :class:`Posterior`.
+        :raises ValueError: when sites lack draws, or the draws do not divide into the chains.
         """
         num_chains = checks.count("num_chains", num_chains)
         checks.truth("is_sampled", is_sampled)
         counts = {len(value) for value in draws.values()}
         if len(counts) != 1 or counts.pop() % num_chains:
             raise ValueError(
-                f"the sites have {sorted({len(v) for v in draws.values()})} draws, which are not {num_chains} chains "
-                "of one length"
+                f"num_chains={num_chains}: expected draws of every site, as many as make chains of one length, but the "
+                f"sites have {sorted({len(v) for v in draws.values()})} draws"
             )
         guide = DrawsGuide(with_members(model, draws), model, num_chains, statistics, is_sampled)
         return cls(model, guide, losses=losses, sampler=sampler, store=store)
@@ -117,10 +118,10 @@ class Posterior:
 
     @property
     def guide(self) -> Program:
-        """A Pyro guide that gives one draw a call: ``Predictive(model, guide=posterior.guide, num_samples=...)``.
+        """A Pyro guide that returns one draw per call: ``Predictive(model, guide=posterior.guide, num_samples=...)``.
 
-        It is in eval mode, as engines leave it, unless it was given in train mode and nobody called ``eval()`` since.
-        Statistics of normalisation layers are then those of the network: only ``predict`` has those of each draw.
+        Engines leave it in eval mode; a guide that was passed in train mode stays in it until ``eval()`` is called.
+        ``Predictive`` uses the normalisation statistics of the network: only :meth:`predict` uses those of each draw.
         """
         return self.draw_source.guide
 
@@ -136,17 +137,17 @@ class Posterior:
 
     @property
     def num_chains(self) -> int:
-        """Number of chains that the stored draws are of, chain after chain; 1 for anything else."""
+        """Number of chains of the stored draws, which follow one another; 1 when a guide makes the draws."""
         return 1 if self.draw_source.stored is None else self.draw_source.stored.num_chains
 
     @property
     def is_sampled(self) -> bool:
-        """Whether the stored draws are of a sampler, rather than of a guide or an ensemble."""
+        """Whether the draws are stored and come from a sampler, rather than from a guide or an ensemble."""
         return self.draw_source.stored is not None and self.draw_source.stored.is_sampled
 
     @property
     def is_deterministic(self) -> bool:
-        """Whether every draw of a member is the same, as of particles and of a deterministic network."""
+        """Whether all draws of a member are equal, as for particles and for a deterministic network."""
         return self.draw_source.is_deterministic
 
     def __repr__(self) -> str:
@@ -180,9 +181,9 @@ class Posterior:
 
     @one_at_a_time
     def draws(self, n: int, seed: int | None = None, *, example: Inputs = None) -> dict[str, Tensor]:
-        """``{site: [n, members, *event]}``: n draws of each member. Of stored draws: n evenly spaced ones.
+        """``{site: [n, members, *event]}``: n draws of each member; of stored draws, n evenly spaced ones.
 
-        :param seed: ``predict`` with the same seed uses these very draws.
+        :param seed: makes the draws reproducible; :meth:`predict` with the same seed and number uses the same draws.
         :param example: an input, for guides of other packages that need one.
         :raises ValueError: when fewer than n draws are stored.
         """
@@ -192,7 +193,7 @@ class Posterior:
 
     @one_at_a_time
     def sample(self, n: int, seed: int | None = None) -> dict[str, Tensor]:
-        """``{site: [n, *event]}``: n draws, each of a random member; a draw is a draw."""
+        """``{site: [n, *event]}``: n draws from the posterior, each from a random member; see :meth:`draws`."""
         checks.seed("seed", seed)
         draws, member = self.draws(n, seed), self._random_members(n, seed)
         return {name: value[torch.arange(n), member.to(value.device) % value.shape[1]] for name, value in draws.items()}
@@ -204,13 +205,13 @@ class Posterior:
 
     @one_at_a_time
     def networks(self, n: int, seed: int | None = None) -> list[nn.Module]:
-        """n plain networks in eval mode, without Pyro: each has the weights of one draw of a random member.
+        """n plain networks in eval mode, without Pyro: each has the weights of one draw from a random member.
 
-        Network i has the weights that :meth:`sample` of the same n and seed gives at position i, put together (rank-1:
-        ``W o (r s^T)``; low-rank: ``W_0 + scale B A``), and the statistics of normalisation layers with which that draw
-        predicts. It returns what the given network returns, whatever ``output=`` picks.
+        Network i has the weights of draw i of :meth:`sample` with the same n and seed, in their full form (rank-1:
+        ``W o (r s^T)``; low-rank: ``W_0 + scale B A``), and the normalisation statistics with which that draw predicts.
+        It returns everything that the original network returns; ``output=`` does not apply.
 
-        :raises TypeError: when draws are no weights, as of MC dropout, or the model is not of this package.
+        :raises TypeError: when the draws are not weights, as with MC dropout, or the model is not from this package.
         :raises ValueError: when fewer than n draws are stored.
         """
         n = checks.count("n", n)
@@ -219,9 +220,9 @@ class Posterior:
 
     @one_at_a_time
     def as_draws(self, n: int, seed: int | None = None, *, example: Inputs = None) -> Posterior:
-        """The same posterior as n stored draws of every member: the form that any guide can be saved in.
+        """The same posterior as n stored draws of every member, a form in which any posterior can be saved.
 
-        :param example: an input, for guides of other packages that need one.
+        :param seed, example: see :meth:`draws`, also for the errors.
         """
         guide, source = self._stored(n, seed, example), self.draw_source
         return Posterior(
@@ -254,29 +255,28 @@ class Posterior:
     ) -> Prediction:
         """The predictive distribution at x, from draws of every member.
 
-        A draw is a whole function: the same for all rows of x and for every ``batch_size``.
+        Each draw is one function: the same weights apply to all rows of x, whatever the ``batch_size``.
 
         :param x: tensor, array, frame or list with N samples on axis 0, on any device, or a dict or tuple of these;
             see :mod:`pyro_bnn.inputs`.
-        :param num_samples: draws of every member. By default 16, or all stored ones where there are fewer or where they
-            are not those of a sampler (networks of an ensemble, particles of a model of your own, draws that were
-            stored by number); members that are points have one, as all their draws are the same.
-        :param batch_size: number of samples in one pass; by default what fits a fixed memory budget.
-        :param seed: makes the draws reproducible, and leaves the global random state alone.
-        :param return_site: for a model that is not of this package, the site whose values are wanted.
+        :param num_samples: draws of every member; 1 for members that are points. By default 16, or all stored draws if
+            these are fewer or not from a sampler (networks of an ensemble, particles of your own model, :meth:`as_draws`).
+        :param batch_size: number of rows in one pass; by default as many as fit a fixed memory budget.
+        :param seed: makes the draws reproducible and leaves the global random state unchanged.
+        :param return_site: for a model that is not from this package, the site whose values to return.
         :raises TypeError: when x does not hold numbers.
-        :raises ValueError: for NaN in x, ragged lists, or when draws are asked for that are not stored.
+        :raises ValueError: for an empty x, NaN in x, ragged lists, more draws than are stored, or a wrong return_site.
         """
         batch_size = checks.optional(checks.count, "batch_size", batch_size)
         checks.seed("seed", seed)
         model, source, count = self.model, self.draw_source, self.draw_source.count(num_samples)
         x = inputs(x, like_of(model))
         if isinstance(model, BayesianNetwork) and not count_samples(x):
-            raise ValueError("x is empty: give at least one row; look at the filter or split that made it")
+            raise ValueError("x is empty: give at least one row; check the filter or split that produced it")
         if return_site is not None and isinstance(model, BayesianNetwork) and model.likelihood is not None:
             raise ValueError(
-                f"return_site={return_site!r} is for models of your own: one of this package predicts at its "
-                "likelihood, and posterior.draws(n) has its other sites"
+                f"return_site={return_site!r} is for your own Pyro models: a model of this package predicts at its "
+                "likelihood; posterior.draws(n) returns its other sites"
             )
         if not isinstance(model, BayesianNetwork) or model.likelihood is None and return_site is not None:
             return Prediction(foreign.predict_site(source, x, count, seed, return_site), None)
@@ -303,10 +303,11 @@ class Posterior:
     ) -> Tensor:
         """``[draws, members, N]``: ``log p(y | x, weights)`` under every draw of every member, in nats.
 
-        :param x, y: data as :meth:`predict` and :func:`~pyro_bnn.inference.fit` take them.
-        :param observed_site: of a model of your own with several, the site whose data are meant; by default the one
-            whose values are y.
-        :raises ValueError: when it cannot be told which site observes y, or draws and sites of the model differ.
+        :param x, y: data in the forms that :meth:`predict` and :func:`~pyro_bnn.inference.fit` accept.
+        :param num_samples, batch_size, seed: see :meth:`predict`.
+        :param observed_site: for your own model with several observed sites, the one that y belongs to; by default the
+            one whose values equal y.
+        :raises ValueError: for a y outside the likelihood's range, or when it is unclear which site observes y.
         """
         x, y = inputs(x, like_of(self.model)), targets(y, like_of(self.model))
         if not isinstance(self.model, BayesianNetwork):
@@ -314,19 +315,20 @@ class Posterior:
             return foreign.log_likelihood(self.draw_source, x, y, count, seed, observed_site)
         if observed_site is not None:
             raise ValueError(
-                "observed_site= is for models of your own: one of this package observes y at its likelihood alone"
+                f"observed_site={observed_site!r} is for your own Pyro models: a model of this package observes y only "
+                "at its likelihood; leave it out"
             )
         count_samples(x, y)
         prediction = self.predict(x, num_samples, batch_size, seed)
         return prediction.log_prob(y)
 
     def recompute_statistics(self, loader: Iterable[object] | None) -> None:
-        """From now on every draw predicts with normalisation statistics of its own, gathered over ``loader``.
+        """Gives every draw its own statistics of normalisation layers in later predictions, gathered over ``loader``.
 
-        Costs one pass over the loader for each draw; ``None`` goes back to the statistics of training, or to those that
-        a sampler stored with each draw.
+        Every later prediction makes one pass over the loader for each draw. ``None`` restores the statistics of
+        training, or those that a sampler stored with each draw.
 
-        :param loader: gives batches (x, y), dicts with ``labels``, or x alone, as often as it is gone through.
+        :param loader: gives batches (x, y), dicts with ``labels``, or x alone; it must allow repeated passes.
         """
         self._gathered = None if loader is None else Gathered(loader)
 
@@ -342,14 +344,14 @@ class Posterior:
     def inclusion_probabilities(
         self, num_samples: int | None = None, seed: int | None = None, *, args: tuple[object, ...] = ()
     ) -> dict[str, Tensor]:
-        """``{parameter: P(slab | data)}`` for every group of a spike-and-slab prior, shaped as the groups.
+        """``{parameter: P(slab | data)}``: inclusion probabilities of all groups of a spike-and-slab prior.
 
-        The mean over draws (of all members) of ``P(slab | weights)``, which has less variance than to draw indicators;
-        groups that were removed have 0. A weight ``[out, in, k, k]`` has groups ``[out, in, k, k]``, ``[out, in]``
-        (kernels), ``[in]`` or ``[out]``.
+        The mean over draws (of all members) of ``P(slab | weights)``, which has less variance than drawing indicators;
+        groups that were removed have probability 0. Depending on the prior, a weight ``[out, in, k, k]`` has
+        probabilities of shape ``[out, in, k, k]``, ``[out, in]`` (kernels), ``[in]`` or ``[out]``.
 
-        :param num_samples: draws of each member; by default all stored ones, or 100.
-        :param args: what a model that is not of this package is called with.
+        :param num_samples: number of draws of each member; by default all stored draws, or 100.
+        :param args: the arguments with which to call a model that is not from this package.
         :raises ValueError: when the model has no spike-and-slab site.
         """
         draws = self.draw_source.groups(self.draw_source.count_all(num_samples, POSTERIOR_DRAWS), seed)
@@ -365,20 +367,21 @@ class Posterior:
         num_samples: int | None = None,
         seed: int | None = None,
     ) -> Sparsified:
-        """The posterior without the groups of weights that are probably spikes, on a smaller network.
+        """The posterior without the groups of weights that are probably in the spike, on a smaller network.
 
-        Channels go that no weight makes or none reads, with their biases, their part of normalisation layers, and the
-        inputs of the next layers, in all draws alike. This changes no prediction beyond rounding: what a channel
-        without weights still passes on moves into the biases of its readers, and where it cannot the channel stays.
+        Channels without remaining incoming or outgoing weights are cut in all draws, with their biases, their part of
+        normalisation layers and the inputs of later layers. Cutting changes predictions only by rounding: the constant
+        output of a channel without incoming weights moves to the biases of later layers, or else the channel stays.
 
-        :param sparsity: share of the weights with a spike-and-slab prior to remove, those of the least probable groups;
-            by default all groups of a probability below 1/2. Groups that training removed go in any case.
-        :param example: an input of the network (one row is enough), for multiply-adds and for channels without weights.
-        :param shrink: whether to cut channels, which takes a network that ``torch.fx`` can trace; else masks alone.
-        :param num_samples: draws of each member; by default all stored ones, or 100.
-        :raises TypeError: when the model is not one whose weights are sites.
-        :raises ValueError: without a spike-and-slab site, for a sparsity out of range, a network that cannot be traced,
-            or when an example is needed.
+        :param sparsity: the share of the weights with a spike-and-slab prior to remove, in the least probable groups;
+            by default all groups with an inclusion probability below 1/2. Groups that training removed stay removed.
+        :param example: an input (one row is enough), to count multiply-adds and find the output of such channels.
+        :param shrink: whether to cut channels, for which ``torch.fx`` must be able to trace the network; ``False`` sets
+            the removed weights to zero and keeps all shapes.
+        :param num_samples: number of draws of each member; by default all stored draws, or 100.
+        :raises TypeError: when the weights of the network are not sites of the model.
+        :raises ValueError: without a spike-and-slab site, for a sparsity out of range, for a network that cannot be
+            traced, or without ``example`` when it is needed.
         """
         checks.truth("shrink", shrink)
         model = with_weight_sites(self.model)
@@ -393,19 +396,18 @@ class Posterior:
 
     @one_at_a_time
     def save(self, path: str | os.PathLike[str], *, prior: bool = True) -> None:
-        """Writes a folder with safetensors and JSON, whole or not at all; :func:`load` reads it.
+        """Writes a folder with safetensors and JSON, completely or not at all; :func:`load` reads it.
 
-        Likelihoods and priors of one's own are saved by the names of their classes, which are dataclasses; models and
-        guides are decorated with :func:`~pyro_bnn.storable`. Their modules must be imported before the file is loaded.
-
-        Of a Pyro model of your own the draws are saved, with the parameters and buffers of a model that is a module and
-        those of Pyro's store that were trained. The program is not: ``load(path, model=...)`` is given it.
+        Likelihoods and priors of your own must be dataclasses, models and guides decorated with
+        :func:`~pyro_bnn.storable`; import the modules that define them before you load the posterior.
+        For any other Pyro model, the draws are saved, with the parameters and buffers of a model that is a module and
+        the trained parameters of Pyro's store. The program itself is not saved: pass it to ``load(path, model=...)``.
 
         :param path: a folder, which may hold an older posterior. Other files in it stay.
-        :param prior: ``False`` leaves the prior out, and :func:`load` then needs ``prior=``.
+        :param prior: ``False`` leaves the prior out; :func:`load` then needs ``prior=``.
         :raises TypeError: when model, guide, output or prior cannot be described in JSON; the message names the remedy.
-        :raises FileExistsError: when ``path`` exists and is no posterior.
-        :raises OSError: when the disk refuses it; what is there is whole then, the older posterior or this one.
+        :raises FileExistsError: when ``path`` exists and is not a posterior.
+        :raises OSError: when the disk cannot be written; the folder then holds either the older posterior or this one.
         """
         checks.truth("prior", prior)
         path = checks.path("path", path)
@@ -419,11 +421,11 @@ class Posterior:
 
 @dataclass(frozen=True)
 class Sparsified:
-    """What is left of a posterior.
+    """The result of :meth:`Posterior.sparsify`.
 
-    :param posterior: draws of the smaller network (of the same one with zeros, if nothing was cut).
-    :param masks: by parameter of the network as it was, True for weights that are kept.
-    :param before, after: sizes of the two networks; a parameter is nonzero if it is in any draw.
+    :param posterior: draws of the smaller network (or of the same network with zeros, if nothing was cut).
+    :param masks: ``{parameter of the original network: mask}``, True where a weight is kept.
+    :param before, after: sizes of the two networks; a parameter counts as nonzero if it is nonzero in any draw.
     """
 
     posterior: Posterior
@@ -432,7 +434,7 @@ class Sparsified:
     after: Size
 
     def network(self, draw: int | None = None) -> nn.Module:
-        """A plain network in eval mode: with the weights of one draw (of the first member), or with their mean."""
+        """A plain network in eval mode: the weights of this draw of the first member, or the mean over all draws."""
         stored = self.posterior.draw_source.stored
         assert stored is not None
         return network_of_draw(with_weight_sites(self.posterior.model), stored.draws(), stored.statistics(), draw)

@@ -1,4 +1,4 @@
-"""What a posterior says about new data: one network output for every draw, member and sample."""
+"""Predictive distributions: one network output for every draw, member and sample."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Prediction:
     """The posterior predictive distribution at N inputs.
 
     :param outputs: network outputs, ``[draws, members, N, *output]``.
-    :param likelihood: what they mean; ``None`` for raw function values.
-    :param noise: learned noise scale, ``[draws, members]``.
+    :param likelihood: the distribution of y given an output; ``None`` for raw function values.
+    :param noise: learned noise scale, ``[draws, members]``, in the units of y.
     """
 
     def __init__(self, outputs: Tensor, likelihood: Likelihood | None, noise: Tensor | None = None) -> None:
@@ -57,13 +57,15 @@ class Prediction:
 
     def _distribution(self, y: Tensor | None = None) -> dist.TorchDistribution:
         if self.likelihood is None:
-            raise TypeError("these are values of a function without a likelihood: there is no distribution of y")
+            raise TypeError(
+                "these are function values without a likelihood, so y has no distribution: give the model likelihood="
+            )
         noise = None if self.noise is None else self.noise.unsqueeze(-1)
         return self.likelihood.given(self.outputs, y, noise, lead=3)
 
     @cached_property
     def per_member(self) -> Tensor:
-        """``[draws, members, N, ...]``: class probabilities, or the mean of y, of every member."""
+        """``[draws, members, N, ...]``: the class probabilities, or the mean of y, of every member in every draw."""
         if self.likelihood is None:
             return self.outputs
         d = _base(self._distribution())
@@ -71,44 +73,56 @@ class Prediction:
 
     @property
     def mean(self) -> Tensor:
-        """``[N, ...]``: the members' average; of probabilities in classification, never of logits."""
+        """``[N, ...]``: the predictive mean, averaged over draws and members; in classification, mean probabilities."""
         return self.per_member.mean((0, 1))
 
     @property
     def probs(self) -> Tensor:
-        """``[N, ..., C]`` class probabilities (for Bernoulli: of 1).
+        """``[N, ..., C]``: class probabilities; for Bernoulli ``[N, ...]``, the probability of 1.
 
-        :raises TypeError: unless the likelihood is a classification.
+        :raises TypeError: unless the likelihood is Categorical or Bernoulli.
         """
         self._require(classification=True, what="probs")
         return self.mean
 
     @property
     def entropy(self) -> Tensor:
-        """``[N, ...]``: entropy of the averaged probabilities, in nats."""
+        """``[N, ...]``: entropy of the mean class probabilities, in nats.
+
+        :raises TypeError: unless the likelihood is Categorical or Bernoulli.
+        """
         self._require(classification=True, what="entropy")
         return self._entropy(self.mean)
 
     @property
     def aleatoric(self) -> Tensor:
-        """``[N, ...]``: expected entropy of a member, in nats; for regression and counts the expected variance of y."""
+        """``[N, ...]``: uncertainty that remains when the weights are known.
+
+        The entropy of y averaged over draws and members, in nats; for regression and counts, the average variance of y.
+
+        :raises TypeError: for function values without a likelihood.
+        """
         if self._classifies:
             return self._entropy(self.per_member).mean((0, 1))
         return _base(self._distribution()).variance.mean((0, 1))
 
     @property
     def epistemic(self) -> Tensor:
-        """``[N, ...]``: entropy minus expected entropy; for regression and counts the variance of members' means."""
+        """``[N, ...]``: uncertainty about the weights.
+
+        :attr:`entropy` minus :attr:`aleatoric`, in nats; for regression, counts and function values, the variance over
+        draws and members of the mean of y.
+        """
         if self._classifies:
             return (self.entropy - self.aleatoric).clamp_min(0)
         return self.per_member.flatten(0, 1).var(0, correction=0)
 
     @property
     def variance(self) -> Tensor:
-        """``[N, ...]``: variance of y, in its units squared: expected variance plus variance of the means.
+        """``[N, ...]``: variance of y, in squared units of y.
 
-        ``Var(y) = E_w Var(y | w) + Var_w E(y | w)``, :attr:`aleatoric` plus :attr:`epistemic`; of values of a function,
-        which have no noise, the second alone.
+        ``Var(y) = E_w Var(y | w) + Var_w E(y | w)``, the sum of :attr:`aleatoric` and :attr:`epistemic`; function
+        values have no noise, so their variance is :attr:`epistemic` alone.
 
         :raises TypeError: for classification.
         """
@@ -119,7 +133,7 @@ class Prediction:
 
     @property
     def std(self) -> Tensor:
-        """``[N, ...]``: standard deviation of y, in its units: the root of :attr:`variance`.
+        """``[N, ...]``: standard deviation of y, in the units of y: the square root of :attr:`variance`.
 
         :raises TypeError: for classification.
         """
@@ -129,17 +143,18 @@ class Prediction:
 
     @property
     def mutual_information(self) -> Tensor:
-        """``[N, ...]``: I(y; weights), in nats.
+        """``[N, ...]``: mutual information ``I(y; weights)``, in nats.
 
-        :raises TypeError: unless the likelihood is a classification.
+        :raises TypeError: unless the likelihood is Categorical or Bernoulli.
         """
         self._require(classification=True, what="mutual_information")
         return self.epistemic
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
-        """Bounds ``[N, ...]`` of the central interval that holds y with probability ``level``.
+        """Bounds ``[N, ...]`` of the central interval that contains y with probability ``level``.
 
-        They are quantiles of the mixture of all members' distributions (for raw function values, of the members).
+        The bounds are quantiles of the mixture of the distributions of all draws and members; for function values, they
+        are empirical quantiles of these values.
 
         :raises TypeError: for classification.
         :raises ValueError: unless ``0 < level < 1``.
@@ -152,9 +167,10 @@ class Prediction:
         return self.quantile((1 - level) / 2), self.quantile((1 + level) / 2)
 
     def quantile(self, q: float) -> Tensor:
-        """``[N, ...]``: the q-quantile of the mixture, by bisection of its distribution function.
+        """``[N, ...]``: the q-quantile of the mixture, found by bisection of its distribution function.
 
         :raises ValueError: unless ``0 < q < 1``.
+        :raises TypeError: as :meth:`cdf`.
         """
         q = checks.share("q", q)
         d = _base(self._distribution())
@@ -167,10 +183,10 @@ class Prediction:
         return high.floor().clamp_min(0) if isinstance(self.likelihood, Poisson) else high
 
     def cdf(self, y: Tensor) -> Tensor:
-        """``[draws, members, N, ...]``: probability of values up to y ``[N, ...]``, under every member.
+        """``[draws, members, N, ...]``: the distribution function at y ``[N, ...]``, for every draw and member.
 
-        :raises TypeError: for classification, for values of a function, and for an own likelihood whose distribution
-            has no distribution function.
+        :raises TypeError: for classification, for function values, and for a likelihood of your own whose distribution
+            does not define ``cdf``.
         """
         self._require(classification=False, what="cdf")
         d = _base(self._distribution())
@@ -187,9 +203,10 @@ class Prediction:
             ) from error
 
     def log_prob(self, y: Tensor) -> Tensor:
-        """``[draws, members, N]``: log density of y under every member, in nats.
+        """``[draws, members, N]``: log density of y for every draw and member, in nats.
 
-        :raises ValueError: for y outside of what the likelihood gives, such as a label that has no output.
+        :raises ValueError: for y outside the support of the likelihood, such as a label without an output.
+        :raises TypeError: for function values without a likelihood.
         """
         density = self._distribution(y)
         if self.likelihood is not None and y.numel():
@@ -198,7 +215,11 @@ class Prediction:
 
     @one_at_a_time
     def sample(self, seed: int | None = None) -> Tensor:
-        """``[draws, members, N, ...]``: one y from every member."""
+        """``[draws, members, N, ...]``: one y sampled from every member in every draw.
+
+        :param seed: makes the samples reproducible.
+        :raises TypeError: for function values without a likelihood.
+        """
         with seeded(self.outputs.device, seed):
             return self._distribution().sample()
 
@@ -207,14 +228,15 @@ class Prediction:
 
         For regression and counts, in the units of y: ``mean``, ``std``, ``aleatoric_std`` (noise) and
         ``epistemic_std`` (weights), with ``std^2 = aleatoric_std^2 + epistemic_std^2``, and the bounds of the central
-        interval, named by their quantiles: ``2.5%`` and ``97.5%``. Values of a function have no ``aleatoric_std``.
+        interval, named by their quantiles: ``2.5%`` and ``97.5%``. Function values have the columns ``mean``, ``std``
+        and the bounds.
 
-        For classification: ``p_0``, ``p_1`` ... (a probability for each class), ``class`` (the most probable one), and
-        in nats ``entropy`` and ``mutual_information`` (its epistemic part).
+        For classification: ``p_0``, ``p_1`` ... (the probability of each class), ``class`` (the most probable class),
+        and in nats ``entropy`` and ``mutual_information`` (its epistemic part).
 
-        Where y has several outputs, every column is there for each of them: ``mean[0]``, ``mean[1]`` ...
+        If y has several outputs, each has its own columns: ``mean[0]``, ``mean[1]`` ...
 
-        :param level: probability of the interval.
+        :param level: probability of the central interval.
         :raises ValueError: unless ``0 < level < 1``.
         """
         import pandas as pd  # takes time to import

@@ -15,21 +15,21 @@ from pyro_bnn.program.model import BayesianNetwork
 
 
 class Statistics(Protocol):
-    """Which statistics the layers of a network have while it predicts with some draws."""
+    """The statistics that normalisation layers use while the network predicts with given draws."""
 
     def parts(
         self, model: BayesianNetwork, draws: dict[str, Tensor], index: Tensor | None
     ) -> Iterator[dict[str, Tensor]]:
-        """The draws in parts that share their statistics, which lie in the network when a part is given out.
+        """Splits draws into parts with common statistics, and sets these in the network before it yields each part.
 
         :param draws: ``{site: [n, members, *event]}``.
-        :param index: their positions among stored draws, ``[n]``.
+        :param index: positions of the draws among the stored draws, ``[n]``.
         """
         ...
 
 
 class OfNetwork:
-    """All draws share those of the network, as training left them."""
+    """All draws share the statistics of the network, as they were after training."""
 
     def parts(
         self, model: BayesianNetwork, draws: dict[str, Tensor], index: Tensor | None
@@ -38,7 +38,7 @@ class OfNetwork:
 
 
 class Stored:
-    """Each stored draw has its own.
+    """Each stored draw has its own statistics.
 
     :param values: ``{buffer of the network: [number of stored draws, *shape]}``.
     """
@@ -58,7 +58,7 @@ class Stored:
 
 
 class Gathered:
-    """Each draw has its own, averaged over the batches of a loader: one pass over it for each draw."""
+    """Each draw has its own statistics, averaged over the batches of a loader: one pass over it for each draw."""
 
     def __init__(self, loader: Iterable[object]) -> None:
         self.loader = loader
@@ -78,7 +78,7 @@ def _one_by_one(draws: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def averaging(layers: Iterable[_NormBase]) -> Iterator[None]:
-    """Inside, the layers start anew and gather plain averages over all batches that they see in train mode."""
+    """Inside, the layers reset their statistics and take plain averages over all batches they see in train mode."""
     layers = list(layers)
     momenta = [layer.momentum for layer in layers]
     for layer in layers:
@@ -92,7 +92,7 @@ def averaging(layers: Iterable[_NormBase]) -> Iterator[None]:
 
 
 def gather_statistics(model: BayesianNetwork, draw: dict[str, Tensor], batches: Iterable[object]) -> None:
-    """Leaves in the network the statistics that its normalisation layers have under a draw: plain averages.
+    """Sets the statistics of normalisation layers to their averages over batches, with the weights of a draw.
 
     :param draw: ``{site: [1, members, *event]}``.
     :param batches: pairs ``(x, y)``, dicts with ``labels``, or inputs alone.

@@ -1,4 +1,4 @@
-"""Posteriors of networks on disk: what ``posterior.json`` says of model and guide, and which numbers go beside it.
+"""Saves and loads posteriors of networks: how ``posterior.json`` describes model and guide, and which tensors are kept.
 
 Nothing is pickled. ``folder`` writes and reads the two files.
 """
@@ -31,7 +31,7 @@ _REGISTER = "a class of your own needs the decorator pyro_bnn.storable, and its 
 
 
 class Stored(NamedTuple):
-    """What a folder holds: the parts of a posterior."""
+    """The contents of a folder: the parts of a posterior."""
 
     model: BayesianNetwork
     guide: MixtureGuide | DrawsGuide
@@ -50,24 +50,26 @@ def write(
 ) -> None:
     """Writes a model and its guide to the folder ``path``, which may hold an older posterior.
 
-    :param losses, sampler: as of :class:`~pyro_bnn.Posterior`.
+    :param losses, sampler: see :class:`~pyro_bnn.Posterior`.
     :param prior: ``False`` leaves the prior out, and :func:`read` then needs ``prior=``.
     :raises TypeError: when model, guide, output or prior cannot be described in JSON; the message names the remedy.
-    :raises FileExistsError: when ``path`` exists and is no posterior.
+    :raises FileExistsError: when ``path`` exists and is not a posterior.
     """
     if not isinstance(model, BayesianNetwork) or not is_storable(type(model)):
         raise TypeError(
-            f"only models of pyro_bnn can be saved, not {type(model).__name__}: decorate a class of your own with "
+            f"only models of pyro_bnn can be saved, not {type(model).__name__}: decorate your own class with "
             "pyro_bnn.storable, or save posterior.sample(n) with safetensors instead"
         )
     if not isinstance(guide, (MixtureGuide, DrawsGuide)) or not is_storable(type(guide)):
         raise TypeError(
-            f"a guide of type {type(guide).__name__} cannot be saved; save draws of it: "
-            "posterior.as_draws(n).save(path), or decorate a class of your own with pyro_bnn.storable"
+            f"a guide of type {type(guide).__name__} cannot be saved; save draws from it: "
+            "posterior.as_draws(n).save(path), or decorate your own class with pyro_bnn.storable"
         )
     description: dict[str, Any] = {"class": type(model).__name__, **model.arguments()}
     if callable(description["output"]):
-        raise TypeError("output= is a function, which JSON cannot describe; give the network a forward that picks it")
+        raise TypeError(
+            "output= is a function, which JSON cannot describe; let the network's forward return this output"
+        )
     if prior:
         try:
             description["prior"] = priors.describe(model.prior)
@@ -100,7 +102,7 @@ def write(
 
 
 def tensors_of(model: BayesianNetwork, guide: MixtureGuide | DrawsGuide) -> dict[str, Tensor]:
-    """What is written as numbers: of the network, of the guide, and of the model beside these."""
+    """The tensors to save: those of the network, of the guide, and the model's other ones."""
     net = model.core().net
     implied = _implied(model, guide).keys() - model.core().padding.keys()  # a row of these is not random
     network = {name: value for name, value in [*net.named_parameters(), *_kept_buffers(net)] if name not in implied}
@@ -117,21 +119,22 @@ def read(
     likelihood: Likelihood | None = None,
     device: torch.device | str | None = None,
 ) -> Stored:
-    """What :func:`write` wrote; the same ``seed`` gives the same predictions, bit for bit.
+    """Reads what :func:`write` wrote; the same ``seed`` gives the same predictions, bit for bit.
 
-    :param net: a network of the same architecture; it is copied, its own weights do not matter.
-    :param prior: the prior, when it was not saved, or in place of the saved one.
-    :param likelihood: in place of the saved one, where the class of an own likelihood is not to be had.
-    :param device: where to put it; by default where ``net`` is.
+    :param net: a network of the same architecture; it is copied, and its weights do not matter.
+    :param prior: the prior, if it was not saved; otherwise replaces the saved one.
+    :param likelihood: replaces the saved likelihood, for example when its class is no longer available.
+    :param device: the device of the posterior; by default that of ``net``.
     :raises FileNotFoundError: when there is nothing at ``path``.
-    :raises ValueError: when it is no posterior, is damaged, was written by a newer version, or is for another network.
+    :raises ValueError: when the folder is not a posterior, is damaged, was written by a newer version, or is for
+        another network.
     """
     path, net = Path(path), unwrapped(net)
     if not path.exists():
         raise FileNotFoundError(f"there is no posterior at {path}")
     content, tensors = contents(path)
     if is_of_own_model(content):
-        raise ValueError(f"{path} holds draws of a Pyro model of one's own, not of a network: load(path, model=...)")
+        raise ValueError(f"{path} holds draws of your own Pyro model, not of a network: use load(path, model=...)")
     try:
         _require_same_network(content["network"], net, path)
         model = _model(content["model"], net, tensors, prior, likelihood, path)
@@ -165,7 +168,9 @@ def _model(
         raise ValueError(f"{path} holds a model of the class {name!r}, which is not registered: {_REGISTER}")
     saved = arguments.pop("prior", None)
     if saved is None and prior is None:
-        raise ValueError(f"{path} was saved without its prior: load(path, net, prior=...) with the prior of training")
+        raise ValueError(
+            f"{path} was saved without its prior: use load(path, net, prior=...) with the prior of training"
+        )
     arguments["prior"] = prior if prior is not None else priors.from_description(saved)
     if likelihood is not None:
         arguments["likelihood"] = likelihood
@@ -182,7 +187,7 @@ def _model(
 def _take_network(
     model: BayesianNetwork, saved: Mapping[str, list[Any]], tensors: Mapping[str, Tensor], path: Path
 ) -> None:
-    """The stored values of parameters and buffers of the network, of the shapes and dtypes that they had."""
+    """Gives the network the stored values of its parameters and buffers, with their original shapes and dtypes."""
     net = model.core().net
     for name, value in [*net.named_parameters(), *_kept_buffers(net)]:
         stored = tensors.get(f"network.{name}")
@@ -200,7 +205,7 @@ def _take_network(
 def _take_implied(
     model: BayesianNetwork, guide: MixtureGuide | DrawsGuide, tensors: Mapping[str, Tensor], path: Path
 ) -> None:
-    """The values that are not stored, as they follow from model and guide."""
+    """Gives the network the values that are not stored because they follow from model and guide."""
     net = model.core().net
     left = {n: v for n, v in [*net.named_parameters(), *_kept_buffers(net)] if f"network.{n}" not in tensors}
     means = _implied(model, guide) if left else {}
@@ -248,7 +253,7 @@ def _draws(description: Mapping[str, Any], values: Mapping[str, Tensor], model: 
 
 
 def _implied(model: BayesianNetwork, guide: nn.Module) -> dict[str, Tensor]:
-    """Values of the parameters of the network that are not stored, as they follow from model and guide."""
+    """Values of those network parameters that are not stored because they follow from model and guide."""
     return model.implied_parameters() | (guide.means_of_network() if isinstance(guide, MixtureGuide) else {})
 
 

@@ -1,4 +1,4 @@
-"""Draws that a sampler or an ensemble left, as a Pyro guide."""
+"""A Pyro guide that returns stored draws of a sampler or an ensemble."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pyro_bnn.registry import storable
 
 @storable
 class DrawsGuide(ProgramModule):
-    """The empirical distribution of stored draws as a guide: every call gives one of them, at random.
+    """The empirical distribution of stored draws as a guide: every call returns one of them, at random.
 
     :param draws: ``{site: [n, members, *event]}``.
-    :param model: the model that they are of; those of this package have a plate for members around their sites.
-    :param num_chains: how many chains they are of, which lie one after the other.
+    :param model: the model whose sites were drawn; models of this package have a plate for members around their sites.
+    :param num_chains: number of chains, which are stored one after the other.
     :param statistics: ``{buffer of the network: [n, *shape]}``, the statistics of normalisation layers of each draw.
-    :param is_sampled: whether they are of a sampler of the posterior.
+    :param is_sampled: whether the draws come from a sampler of the posterior.
     """
 
     def __init__(

@@ -1,12 +1,12 @@
-"""Priors for weights and for multiplicative factors, swapped through the keyword ``prior=``.
+"""Priors for weights and for multiplicative factors, chosen with the keyword ``prior=``.
 
-A prior is one of the classes here, a Pyro distribution, a callable ``(name, tensor) -> distribution``, or a mapping
-``{pattern: prior}`` in which a pattern is the name of a parameter or of a module (all below it), or a regular
-expression of such a name as a whole; the first that matches counts. ``loc=None`` means the centre that leaves the
-network as it is: 1 for a factor that multiplies a weight (rank-1), 0 for a weight itself.
+A prior is an object of one of these classes, a Pyro distribution, a function ``(name, tensor) -> distribution``, or a
+mapping ``{pattern: prior}``. A pattern is the name of a parameter, the name of a module (for all parameters below it),
+or a regular expression that matches such a name completely; the first pattern that matches is used. ``loc=None`` means
+the centre that leaves the network unchanged: 1 for a factor that multiplies a weight (rank-1), 0 for a weight itself.
 
-Hierarchical priors have parameters of their own as latent sites, named ``<site>_tau`` (a scale for a whole layer),
-``<site>_lambda`` (a scale for each element) and ``<site>_inclusion`` (the share of the slab).
+Hierarchical priors add latent sites: ``<site>_tau`` (a scale for a whole layer), ``<site>_lambda`` (a scale for each
+element) and ``<site>_inclusion`` (the share of the slab).
 """
 
 from pyro_bnn.priors.choice import PriorLike, describe, from_description, resolve

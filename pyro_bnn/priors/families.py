@@ -1,4 +1,4 @@
-"""Priors of independent elements, some with scales of their own as latent sites."""
+"""Priors of independent elements, some with scales that are latent sites."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyro_bnn.entry import checks
 
 
 def require_numbers(owner: object, **positive: float) -> None:
-    """Checks the numbers of a prior and its location, and keeps them as plain ones, which files can hold."""
+    """Checks the parameters of a prior and converts them to plain numbers, which can be saved."""
     for name, value in positive.items():
         object.__setattr__(owner, name, checks.positive(f"{type(owner).__name__}.{name}", value))
     loc = getattr(owner, "loc", None)
@@ -29,41 +29,41 @@ def root_of_inverse_gamma(like: Tensor, concentration: float, rate: float) -> di
 
 
 def location(loc: float | None, center: float | Tensor, like: Tensor) -> Tensor:
-    """Where a prior lies: ``loc``, or the centre of the site."""
+    """The location of a prior: ``loc``, or the centre of the site if ``loc`` is ``None``."""
     place = center if loc is None else loc
     return place if isinstance(place, Tensor) else like.new_full((), place)
 
 
 class Prior:
-    """A prior of one site. Numbers only: it follows the network to any device and dtype."""
+    """Base class: the prior of one site. It holds plain numbers only, so it works on any device and with any dtype."""
 
     #: whether one ``tau`` is shared by the whole layer
     has_tau: ClassVar[bool] = False
-    #: whether every element has a scale ``lambda`` of its own
+    #: whether every element has its own scale ``lambda``
     has_lambda: ClassVar[bool] = False
     #: whether the share of the slab, one number for the whole layer, is itself random
     has_inclusion: ClassVar[bool] = False
-    #: whether nothing but the device and dtype changes the distribution, so that it can be built once
+    #: whether the distribution depends only on the device and dtype, so that it can be built once
     is_constant: ClassVar[bool] = False
-    #: whether a Cauchy has a finite KL divergence from it
+    #: whether the KL divergence of a Cauchy from this prior is finite
     has_heavy_tails: ClassVar[bool] = True
 
     def __repr__(self) -> str:
         return display.call(self)
 
     def require_fit(self, name: str, like: Tensor) -> None:
-        """Raises ValueError when the prior is none for a site of this shape."""
+        """Raises ValueError when the prior does not fit a site of this shape."""
 
     def tau(self, like: Tensor) -> dist.TorchDistribution:
         """The distribution of the layer's scale, on the device and with the dtype of ``like``."""
         raise TypeError(f"{type(self).__name__} has no tau")
 
     def typical_tau(self) -> float:
-        """A value from the bulk of the prior of tau, at which a guide starts."""
+        """A typical value of tau under its prior, at which a guide starts."""
         raise TypeError(f"{type(self).__name__} has no tau")
 
     def local(self, like: Tensor) -> dist.TorchDistribution:
-        """The distribution of one element's scale."""
+        """The distribution of the scale of one element."""
         raise TypeError(f"{type(self).__name__} has no lambda")
 
     def share(self, like: Tensor) -> dist.TorchDistribution:

@@ -35,7 +35,7 @@ class GaussianMixture(Prior):
 
     :param locs: m, J numbers.
     :param scales: s, J positive numbers.
-    :param weights: pi, J positive numbers, which are divided by their sum; equal by default.
+    :param weights: pi, J positive numbers, which are normalised to sum to 1; equal by default.
     :raises ValueError: for numbers out of range, or lists of different lengths.
     """
 
@@ -70,20 +70,20 @@ class GaussianMixture(Prior):
 
 @dataclass(frozen=True)
 class CodebookPrior(Prior):
-    """The codebook of the :class:`~pyro_bnn.models.CodebookGuide` made for the model, as the prior of its own weights.
+    """A prior whose components are the codes of the model's :class:`~pyro_bnn.models.CodebookGuide`.
 
-    Soft weight sharing (Nowlan and Hinton 1992; Ullrich, Meeds and Welling 2017), with a wide Gaussian for weights that
-    no code holds::
+    Soft weight sharing (Nowlan and Hinton 1992; Ullrich, Meeds and Welling 2017), with a wide Gaussian for weights
+    without a code::
 
         p(w_i) = pi_0 N(w_i; 0, slab^2) + sum_k pi_k N(w_i; m_k, s_k^2),    1 / s_k^2 ~ Gamma(concentration, rate)
 
-    where pi are the shares of the weights that the codes hold. Then KL(q || p) is at most ``sum_i KL(r_i || pi)`` for
-    the probabilities r_i with which weight i has each code: in nats, the length of an optimal code for the labels. The
-    prior of the precisions keeps codes from collapsing to points, for which a code length alone would have no price.
+    where pi are the shares of the weights that have each code. Then KL(q || p) is at most ``sum_i KL(r_i || pi)``, in
+    nats, where r_i are the probabilities of the codes for weight i: the length of an optimal code for the labels. The
+    prior of the precisions keeps codes from collapsing to points, which the code length alone would not penalise.
 
-    :param slab: standard deviation of what the codes do not hold.
-    :param concentration, rate: of the prior of the precisions; their mode ``(concentration - 1) / rate`` is that of a
-        standard deviation of 0.01 by default.
+    :param slab: standard deviation of the component for weights without a code.
+    :param concentration, rate: parameters of the prior of the precisions. By default its mode
+        ``(concentration - 1) / rate`` corresponds to a standard deviation of 0.01.
     :raises ValueError: for numbers out of range.
     """
 
@@ -97,8 +97,8 @@ class CodebookPrior(Prior):
 
     def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
         raise RuntimeError(
-            "the prior CodebookPrior is the codebook of a guide: make a CodebookGuide for this model first "
-            "(pyro_bnn.models.WeightSharing), or take a fixed prior, such as GaussianMixture(locs, scales)"
+            "the prior CodebookPrior is the codebook of a guide: build a CodebookGuide for this model first "
+            "(pyro_bnn.models.WeightSharing), or use a fixed prior, such as GaussianMixture(locs, scales)"
         )
 
     def with_codes(self, log_weights: Tensor, locs: Tensor, scales: Tensor, codebook: object) -> Prior:

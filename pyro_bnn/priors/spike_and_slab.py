@@ -32,7 +32,7 @@ Spike = Literal["normal", "laplace"]
 
 @dataclass(frozen=True)
 class BetaHyperprior:
-    """The numbers of ``Beta(a, b)`` over a probability; ``a, b > 1`` keep its mode off 0 and 1."""
+    """The parameters of ``Beta(a, b)`` over a probability; with ``a, b > 1`` the mode is strictly between 0 and 1."""
 
     a: float
     b: float
@@ -43,7 +43,7 @@ class BetaHyperprior:
 
 @dataclass(frozen=True)
 class InverseGammaHyperprior:
-    """The numbers of ``InverseGamma(concentration, rate)`` over a variance."""
+    """The parameters of ``InverseGamma(concentration, rate)`` over a variance."""
 
     concentration: float
     rate: float
@@ -58,20 +58,22 @@ VariancePrior = InverseGammaHyperprior | dist.TorchDistribution | Mapping[str, f
 
 @dataclass(frozen=True)
 class SpikeAndSlab(Prior):
-    """Groups of weights from a wide slab or a narrow spike; the module's text has the density.
+    """A spike-and-slab prior of groups of weights: each group comes from a wide slab or a narrow spike::
+
+        p(w_g) = theta prod_i N(w_gi; loc, slab_scale^2) + (1 - theta) prod_i spike(w_gi)
 
     :param spike_scale: standard deviation of a Normal spike, or the scale of a Laplace spike.
     :param slab_scale: standard deviation of the slab.
     :param inclusion: theta, or a ``pyro.distributions.Beta(a, b)`` over it (kept as :class:`BetaHyperprior`), which
         makes ``<name>_inclusion`` a latent site.
-    :param group: what is included or not together: each ``"weight"``, each ``"kernel"`` (all axes after the first two;
-        of a matrix each weight), all weights of an ``"input"`` (axis 1 of the stored weight) or an ``"output"`` (axis
-        0).
-    :param spike: ``"normal"`` or ``"laplace"``, independent within a group. The tails of a Laplace spike are heavier
-        than those of the slab: weights beyond some ``2 slab_scale^2 / spike_scale`` count as spikes again.
+    :param group: the weights that are included or excluded together: each ``"weight"``, each ``"kernel"`` (all axes
+        after the first two; in a matrix each weight), all weights of an ``"input"`` (axis 1 of the stored weight) or of
+        an ``"output"`` (axis 0).
+    :param spike: ``"normal"`` or ``"laplace"``, independent within a group. A Laplace spike has heavier tails than the
+        slab: weights beyond about ``2 slab_scale^2 / spike_scale`` are assigned to the spike again.
     :param variance_prior: ``pyro.distributions.InverseGamma(concentration, rate)`` over sigma^2 (kept as
-        :class:`InverseGammaHyperprior`), a factor on both variances, which makes its root ``<name>_tau`` a latent site;
-        by default the factor is 1.
+        :class:`InverseGammaHyperprior`), a factor on both variances. It makes the square root ``<name>_tau`` a latent
+        site. By default the factor is 1.
     :raises ValueError: for numbers out of range, or unknown names.
     """
 
@@ -173,17 +175,17 @@ def _number(value: Tensor) -> float:
     if value.numel() != 1:
         raise ValueError(
             f"SpikeAndSlab takes one number for each parameter of a hyperprior, got a tensor of shape "
-            f"{tuple(value.shape)}: give weights with other hyperpriors other priors, in a mapping {{pattern: prior}}"
+            f"{tuple(value.shape)}: for different hyperpriors, use a mapping {{pattern: prior}}"
         )
     return float(value)
 
 
 class SpikeAndSlabDistribution(dist.TorchDistribution):
-    """The density of the module's text as a Pyro distribution, whose event is one whole weight.
+    """The density of :class:`SpikeAndSlab` as a Pyro distribution, whose event is one whole weight tensor.
 
     :param loc: centre of spike and slab.
     :param inclusion: theta, ``[*batch]``.
-    :param spike_scale, slab_scale: as of :class:`SpikeAndSlab`.
+    :param spike_scale, slab_scale: see :class:`SpikeAndSlab`.
     :param shape: event shape.
     :param scale: sigma ``[*batch]``, which multiplies both scales; ``None`` for 1.
     """

@@ -1,7 +1,7 @@
-"""Mixtures of factorised guides: K components as members, rows with draws of their own, all in Pyro's plates.
+"""Mixtures of factorised guides: K components as members and, optionally, separate draws for rows, in Pyro's plates.
 
-The parameters of the sites of a kind lie side by side in blocks ``[K, n]``: a large network has hundreds of sites, but
-the optimiser sees a handful of parameters.
+The parameters of sites of the same kind lie side by side in blocks ``[K, n]``: a large network has hundreds of sites,
+but the optimiser sees only a few parameters.
 """
 
 from __future__ import annotations
@@ -66,15 +66,16 @@ class MixtureGuide(ProgramModule):
     """``q = (1/K) sum_k q_k``, one component index for the whole network, each ``q_k`` factorised over elements.
 
     Weights and factors are Normal or Cauchy with scale ``softplus(rho) + 1e-7``, positive scales are LogNormal, shares
-    have a Normal logit, and sites with the role ``bias`` are points. In train mode a call samples all K members (and,
-    with ``rows=True``, a draw for every row of the batch); in eval mode one draw of one component, taken at random;
-    inside :meth:`every_member` one draw for each member.
+    have a Normal logit, and sites with the role ``bias`` are points. In train mode, a call samples all K members (with
+    ``rows=True``, one draw for every row of the batch); in eval mode, it returns one draw from a random component;
+    inside :meth:`every_member`, one draw from each member.
 
-    :param model: the model whose sites it is for; the guide keeps their names and shapes, not the model.
+    :param model: the model whose sites the guide samples; the guide keeps their names and shapes, not the model.
     :param components: number K of components.
     :param family: ``"normal"`` or ``"cauchy"`` weights; ``"point"`` makes all sites points (MAP).
-    :param rows: whether in train mode every row of the batch has a draw of its own (factors only).
-    :param own: which sites of the model are factorised here, for a subclass that has others; by default all.
+    :param rows: whether, in train mode, every row of the batch has its own draw (for factors only).
+    :param own: selects the sites that are factorised here, for a subclass that treats others differently; by default
+        all.
     """
 
     # Lists of blocks [K, n]: of weights or factors, logarithms of positive scales, logits of shares, and biases.
@@ -133,7 +134,7 @@ class MixtureGuide(ProgramModule):
         """
         value = checks.positive("value", value)
         if self.family == "point":
-            raise ValueError("family='point': points have no standard deviations to start at")
+            raise ValueError("family='point': points have no standard deviation to set")
         with torch.no_grad():
             for rho in self._block_parameters("rho"):
                 rho.fill_(inverse_softplus(value))

@@ -1,4 +1,4 @@
-"""The part that all Bayesian networks share: plates, likelihood, and the function between latents and data.
+"""The base class of all Bayesian networks: plates, likelihood, and the function between latents and data.
 
 The stateless pattern of members and rows: the model opens ``plate("members", 1)`` and, for latents that may differ
 from row to row, ``plate("rows", 1)``. A guide opens the same plates with ``subsample=arange(K)`` and
@@ -42,10 +42,10 @@ Form = Literal["dense", "rank-1", "low-rank", "codebook", "point", "frozen"]
 class NetworkOptions(TypedDict, total=False):
     """Keyword arguments that every :class:`BayesianNetwork` has.
 
-    ``prefix: str = ""`` is put before the names of all sites and plates, so that two networks fit into one model;
-    ``members_dim: int = -2`` is the axis of the members plate, to be moved left when own plates need -2;
-    ``output = None`` says which output to take when the network returns several (key, index or function); by default
-    its ``logits``, if it has them.
+    ``prefix: str = ""`` precedes the names of all sites and plates, so that one model can contain two networks;
+    ``members_dim: int = -2`` is the axis of the members plate; move it left when your own plates need -2;
+    ``output = None`` chooses the output when the network returns several (key, index or function); by default its
+    ``logits``, if it has them.
     """
 
     prefix: str
@@ -54,14 +54,14 @@ class NetworkOptions(TypedDict, total=False):
 
 
 class BayesianNetwork(ProgramModule):
-    """A network with latent weights as an ordinary Pyro model ``model(x, y=None)``.
+    """Base class: a network with latent weights as an ordinary Pyro model ``model(x, y=None)``.
 
-    With ``likelihood=None`` it is the function alone, ``f = model(x)``, for use inside a larger Pyro model, which then
-    writes its own observation inside ``with model.members_plate(), pyro.plate("data", ...)``.
+    With ``likelihood=None`` the model is only the function, ``f = model(x)``, for use inside a larger Pyro model, which
+    then adds its own observation inside ``with model.members_plate(), pyro.plate("data", ...)``.
 
     :param net: any ``torch.nn.Module``; it is copied, never changed.
     :param likelihood: one of :mod:`pyro_bnn.likelihoods`, or ``None``.
-    :param num_data: size N of the data set, which scales minibatches by N/B.
+    :param num_data: size N of the data set, which scales the likelihood of minibatches by N/B.
     :param prefix, members_dim, output: see :class:`NetworkOptions`.
     :param share: see :class:`~pyro_bnn.network.Network`.
     """
@@ -245,7 +245,7 @@ class BayesianNetwork(ProgramModule):
         :raises TypeError: for a model whose draws are no weights.
         """
         raise TypeError(
-            f"the draws of {type(self).__name__} are no weights: use posterior.predict(x) for its functions"
+            f"the draws of {type(self).__name__} are not weights: use posterior.predict(x) for its functions"
         )
 
     def decayed(self) -> list[nn.Parameter]:
@@ -373,9 +373,9 @@ class BayesianNetwork(ProgramModule):
 
     @contextlib.contextmanager
     def recording_outputs(self) -> Iterator[list[Tensor]]:
-        """Gives a list, to which every call inside adds what :meth:`function` returned, ``[*members, ..., size, ...]``.
+        """Yields a list to which calls inside append the result of :meth:`function`, ``[*members, ..., size, ...]``.
 
-        For those who need the outputs of the network, with their gradients, out of a program that observes them.
+        It gives access to the outputs of the network, with their gradients, in a program that observes them.
         """
         outputs: list[Tensor] = []
         self.__dict__["_outputs"] = outputs

@@ -1,4 +1,4 @@
-"""What every Pyro program of this package is, a model or a guide, and what a network is not."""
+"""The base class of the Pyro programs of this package (models and guides), which tells them apart from networks."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class ProgramModule(PyroModule):
     in_place_of_network = ""
 
     def state_was_set(self) -> None:
-        """Is called after parameters and buffers were given other values one by one, as of a checkpoint.
+        """Called after parameters and buffers were replaced one by one, for example from a checkpoint.
 
-        A program that keeps what follows from them makes it anew here.
+        A program that caches values derived from them recomputes these values here.
         """
 
 
@@ -63,4 +63,4 @@ def require_network(net: object) -> None:
         if isinstance(part, (ProgramModule, AutoGuide)) or latent:
             where = f"net has {type(part).__name__} as its part {name!r}" if name else f"net={type(part).__name__}"
             serves = part.in_place_of_network if isinstance(part, ProgramModule) else ""
-            raise TypeError(f"{where}: expected a plain network, not a program that is Bayesian already{serves}")
+            raise TypeError(f"{where}: expected a plain network, not a program that is already Bayesian{serves}")

@@ -1,8 +1,8 @@
-"""Which groups of weights a posterior can do without, which channels go with them, and the network that is left.
+"""Sparsity: removes groups of weights with a low inclusion probability, and the channels that become unused.
 
-``inclusion`` says how probable it is that a group comes from the slab; ``walk`` and ``channel_rules`` follow channels
-through the graph of a network; ``channels`` cuts those that nothing makes or reads; ``sparsify`` does so to a model and
-all its draws.
+``inclusion`` computes the probability that a group comes from the slab; ``walk`` and ``channel_rules`` follow channels
+through the graph of a network; ``channels`` cuts channels without incoming or outgoing weights; ``sparsify`` applies
+this to a model and all its draws.
 """
 
 from pyro_bnn.sparsity.channels import Channels, Size, count

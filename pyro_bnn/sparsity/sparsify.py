@@ -84,7 +84,7 @@ def sparsify(
 def network_of_draw(
     model: BayesianNetwork, draws: Draws, statistics: dict[str, Tensor], draw: int | None = None
 ) -> nn.Module:
-    """A plain network in eval mode: with the weights of one draw (of the first member), or with their mean."""
+    """A plain network in eval mode, with the weights of one draw of the first member, or with the mean weights."""
     net = copy.deepcopy(model.core().net).eval().requires_grad_()
     tensors = dict([*net.named_parameters(), *net.named_buffers()])
     parameters = {
@@ -133,8 +133,8 @@ def _without_constants(
         return channels, draws
     if example is None:
         raise ValueError(
-            "some channels have no weights left, and what they still pass on must be seen: give example=, one or more "
-            "inputs, or shrink=False to keep the masks alone"
+            "some channels have no weights left, and an input is needed to find their constant output: give example=, "
+            "one or more inputs, or shrink=False to mask weights without cutting channels"
         )
     inputs = _inputs(model, channels.dead, draws, statistics, example)
     held: Masks = {}

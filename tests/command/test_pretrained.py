@@ -151,15 +151,15 @@ def test_default_is_a_name_for_weights() -> None:
 @pytest.mark.parametrize(
     ("name", "data", "options", "said"),
     [
-        ("MobileNet_V3_Smal_Weights.IMAGENET1K_V1", "x", (), f"near it are {NAME}"),
+        ("MobileNet_V3_Smal_Weights.IMAGENET1K_V1", "x", (), f"similar names are {NAME}"),
         ("resnet18", "x", (), "ResNet18_Weights"),
-        ("nowhere", "x", (), "'nowhere' is not the folder of a run, and torchvision has no weights of this name"),
+        ("nowhere", "x", (), "'nowhere' is not the folder of a run, and torchvision has no image weights of this name"),
         (NAME, "x", ("--network", "cnn"), f"--pretrained {NAME} has its own network: leave out --network"),
-        (NAME, "table", (), "takes images [1 or 3, height, width], a row of these data is (2,)"),
-        (NAME, "five", (), "a row of these data is (5, 8, 8)"),
+        (NAME, "table", (), "takes images [1 or 3, height, width], but a row of the data has shape (2,)"),
+        (NAME, "five", (), "a row of the data has shape (5, 8, 8)"),
         ("SqueezeNet1_1_Weights.DEFAULT", "x", (), "ends in a Conv2d ('classifier.1'): expected a linear layer"),
-        ("GoogLeNet_Weights.DEFAULT", "x", (), "more than one output in training"),
-        ("ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1", "x", (), "is for images of another size"),
+        ("GoogLeNet_Weights.DEFAULT", "x", (), "several outputs in training"),
+        ("ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1", "x", (), "is for another image size"),
     ],
 )
 def test_users_errors_are_one_line(

@@ -111,7 +111,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "quantised": (quantised, "part '0'.*quantised.*floating point"),
     "DataParallel inside": (lambda: inner(nn.DataParallel), r"net\.2 = net\.2\.module"),
     "compiled inside": (lambda: inner(lambda m: torch.compile(m, backend="eager")), r"net\.2 = net\.2\._orig_mod"),
-    "lazy": (lambda: nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3)), "no shape yet: run the network on one batch"),
+    "lazy": (
+        lambda: nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3)),
+        "no shape yet: lazy layers need one run of the network",
+    ),
 }
 
 

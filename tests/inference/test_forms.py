@@ -119,7 +119,7 @@ def test_a_guide_of_another_form_is_refused_with_one_that_serves(form: str) -> N
         with pytest.raises(TypeError, match=r"takes a pyro_bnn.models.WeightSharing, .*models.MeanFieldGuide"):
             CodebookGuide(model)  # type: ignore[arg-type]
     if form == "codebook":
-        with pytest.raises(TypeError, match=r"its guide is model.shared_guide\(\)"):
+        with pytest.raises(TypeError, match=r"use the guide model.shared_guide\(\)"):
             CodebookGuide(model)  # type: ignore[arg-type]
 
 

@@ -138,7 +138,7 @@ def test_bad_input(tmp_path: Path) -> None:
         save_adapters(model, guide, tmp_path / "others")
     start = {n: v.clone() for n, v in guide.coordinates().items()}
     for options, said in (
-        ({"select": ["stem", "mix"]}, "head.lora_A.weight', which the model has not"),
+        ({"select": ["stem", "mix"]}, "head.lora_A.weight', but the model has no such factors"),
         ({"select": ["stem"], "head": "head"}, "has no 'head.weight' among its modules_to_save"),
         ({"rank": 2}, "has rank 4"),
     ):
@@ -180,7 +180,7 @@ def test_what_an_interrupted_save_leaves_is_refused(tmp_path: Path) -> None:
     for name, value in start.items():
         guide.coordinates()[name].copy_(value)
     shutil.copytree(new / "particle_1", old / "particle_1", dirs_exist_ok=True)
-    with pytest.raises(ValueError, match="'particle_0' and 'particle_1' in .* are of two saves"):
+    with pytest.raises(ValueError, match="'particle_0' and 'particle_1' in .* come from two saves"):
         load_adapters(model, guide, [old / "particle_0", old / "particle_1"])
     shutil.copy(new / "particle_0" / "adapter_model.safetensors", old / "particle_0")
     with pytest.raises(ValueError, match=r'says .*"lora_alpha": .*was saved with .*"lora_alpha": 32'):
@@ -249,7 +249,7 @@ def test_what_all_particles_share_must_be_the_same(tmp_path: Path) -> None:
     tensors["base_model.model.norm.running_var"] += 1
     safetensors.torch.save_file(tensors, folders[1] / "adapter_model.safetensors")
     start = {n: v.clone() for n, v in guide.coordinates().items()}
-    with pytest.raises(ValueError, match="'norm.running_var' other than the network's"):
+    with pytest.raises(ValueError, match="'norm.running_var' differs from that of the network"):
         load_adapters(model, guide, folders)
     assert all(torch.equal(v, start[n]) for n, v in guide.coordinates().items())
     _, _, model, guide = case("convolutions", select=["stem"], affine=True)
@@ -271,7 +271,7 @@ def test_layers_that_peft_would_confuse(tmp_path: Path) -> None:
 
     tied = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.LayerNorm(3))
     tied[2].weight = tied[1].weight  # type: ignore[union-attr]
-    for net, said in ((Confused(), "would take 'other_norm' for one of its modules_to_save"), (tied, "tied")):
+    for net, said in ((Confused(), "would take 'other_norm' as one of its modules_to_save"), (tied, "tied")):
         model = Bella(net, None, affine=True)
         with pytest.raises(ValueError, match=said):
             save_adapters(model, ParticleGuide(model), tmp_path / "particles")

@@ -363,13 +363,13 @@ def test_bad_guides(make: Any, error: Any, message: str) -> None:
         (lambda: Rank1(network(), Gaussian(), N, select="fc"), ValueError, "select='fc' matches none of the weights"),
         (lambda: Rank1(network(), Gaussian(), N, select=nn.Conv2d), ValueError, "matches none"),
         (lambda: Rank1(network(), Gaussian(), N, select=3), TypeError, "select takes a name, a pattern, a"),
-        (lambda: Rank1(nn.ReLU(), Gaussian(), N), ValueError, "the network has no weights that take factors"),
-        (lambda: Rank1(nn.LayerNorm(3), Gaussian(), N), ValueError, "the network has no weights that take factors"),
+        (lambda: Rank1(nn.ReLU(), Gaussian(), N), ValueError, "the network has no weights that can have factors"),
+        (lambda: Rank1(nn.LayerNorm(3), Gaussian(), N), ValueError, "the network has no weights that can have factors"),
         (lambda: Rank1(network(), Gaussian(), N, clip=0.0), ValueError, "clip=0.0: expected a positive number"),
         (
             lambda: Rank1(network(), Gaussian(), N, weight_prior=HierarchicalCauchy()),
             TypeError,
-            "weight_prior=HierarchicalCauchy.*expected a class of pyro_bnn.priors that has no scales of its own",
+            "weight_prior=HierarchicalCauchy.*expected a prior of pyro_bnn.priors without latent scales",
         ),
         (lambda: Rank1(network(), Gaussian(), N, weight_prior=dist.Normal(0.0, 1.0)), TypeError, "weight_prior=Normal"),
         (

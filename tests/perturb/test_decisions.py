@@ -99,7 +99,7 @@ def test_each_member_decides_for_itself(between: Callable[..., Tensor], make: Ca
     spread_out(guide)
     x, net = torch.randn(N, 3), model.core().net
     posterior = pb.Posterior(model, guide)
-    with pytest.warns(UserWarning, match="members run one by one, as each may decide differently"):
+    with pytest.warns(UserWarning, match="members run one by one, because each may decide differently"):
         f = posterior.predict(x, num_samples=2, seed=0).outputs
     draws = posterior.draws(2, seed=0)
     net.seen.clear()

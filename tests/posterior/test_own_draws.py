@@ -102,7 +102,7 @@ def test_a_module_is_copied_and_gets_its_parameters_back(tmp_path: Path) -> None
     assert given.offset.item() == 0
     with pytest.raises(ValueError, match="is for another model"):
         pb.load(tmp_path / "p", model=nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="a module of the parameters offset"):
+    with pytest.raises(ValueError, match="a module with the parameters offset"):
         pb.load(tmp_path / "p", model=line)
 
 
@@ -120,7 +120,7 @@ def test_networks_and_models_are_told_apart(tmp_path: Path) -> None:
         pb.load(tmp_path / "net", model=line)
     with pytest.raises(TypeError, match=r"load\(path, net\)"):
         pb.load(tmp_path / "net", model=dense)
-    with pytest.raises(TypeError, match="give it alone"):
+    with pytest.raises(TypeError, match="give model= alone"):
         pb.load(tmp_path / "own", net, model=line)
     with pytest.raises(FileNotFoundError, match="nothing"):
         pb.load(tmp_path / "nothing", model=line)

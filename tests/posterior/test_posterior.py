@@ -375,7 +375,7 @@ def test_bad_files_are_refused_with_the_reason(tmp_path: Path) -> None:
     (path / "posterior.json").unlink()
     with pytest.raises(ValueError, match="is not a posterior"):
         pb.load(path, tiny())
-    with pytest.raises(FileExistsError, match="is no posterior"):
+    with pytest.raises(FileExistsError, match="is not a posterior"):
         posterior.save(path)
     other = tmp_path / "q"
     posterior.save(other)

@@ -289,10 +289,10 @@ def test_a_model_and_a_guide_of_ones_own_are_registered_by_a_decorator(tmp_path:
 
     model = OwnModel(net(), pb.likelihoods.Gaussian(0.5), 5)
     saved = pb.Posterior(model, OwnGuide(model))
-    with pytest.raises(TypeError, match="decorate a class of your own with pyro_bnn.storable"):
+    with pytest.raises(TypeError, match="decorate your own class with pyro_bnn.storable"):
         saved.save(tmp_path / "p")
     pb.storable(OwnModel)
-    with pytest.raises(TypeError, match="decorate a class of your own with pyro_bnn.storable"):
+    with pytest.raises(TypeError, match="decorate your own class with pyro_bnn.storable"):
         saved.save(tmp_path / "p")
     pb.storable(OwnGuide)
     saved.save(tmp_path / "p")

@@ -220,7 +220,7 @@ def test_bad_input() -> None:
         crps(gaussian(normal((2, 3, 4, 2))), torch.zeros(8))
     with pytest.raises(ValueError, match="y holds NaN or infinite"):
         crps(gaussian(means), torch.full((4,), math.nan))
-    with pytest.raises(ValueError, match="no counts"):
+    with pytest.raises(ValueError, match="not counts"):
         crps(poisson(means.exp()), torch.full((4,), 0.5))
     with pytest.raises(ValueError, match="the predicted mean holds NaN or infinite"):
         crps(poisson(torch.full((1, 1, 4), math.inf)), torch.zeros(4))

@@ -622,7 +622,7 @@ def test_particles_as_a_guide() -> None:
 
     torch.manual_seed(0)
     guide = AutoParticles(model, 4)
-    with pytest.raises(RuntimeError, match="set up at the first call"):
+    with pytest.raises(RuntimeError, match="do not exist before the first call"):
         guide.particles()
     draws = Predictive(model, guide=guide, num_samples=40)()
     particles = guide.particles()
@@ -749,7 +749,7 @@ def test_the_set_up_gives_the_optimiser_and_the_kernels() -> None:
         ({"repulsion": math.nan}, "repulsion=nan"),
         ({"num_data": 0}, "num_data=0"),
         ({"space": "product"}, r"needs a guide with pairs\(\)"),
-        ({"space": "function"}, "goes with method='wgd'"),
+        ({"space": "function"}, "expected method='wgd'"),
         ({"space": "function", "method": "wgd", "scope": "layer"}, "scope='joint'"),
         ({"kernel": LinearKernel(), "method": "wgd"}, "divides by a density"),
     ],
@@ -773,11 +773,11 @@ def test_programs_that_do_not_fit() -> None:
         AutoParticles(normal, 0)
     with pytest.raises(ValueError, match="init='zero'"):
         AutoParticles(normal, init="zero")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="'w', which is no latent site"):
+    with pytest.raises(ValueError, match="'w', which is not a latent site"):
         AutoParticles(normal, init={"w": torch.zeros(5, 2)}).setup()
     with pytest.raises(ValueError, match=r"init of 'z' has shape \(4, 2\): expected \(5, 2\)"):
         AutoParticles(normal, init={"z": torch.zeros(4, 2)}).setup()
-    with pytest.raises(ValueError, match="starts outside of the support"):
+    with pytest.raises(ValueError, match="starts outside the support"):
         positive = lambda: pyro.sample("z", dist.Gamma(2.0, 1.0))  # noqa: E731
         AutoParticles(positive, 2, init={"z": torch.tensor([1.0, -1.0])}).setup()
     with pytest.raises(ValueError, match="latent site 'k' is discrete"):

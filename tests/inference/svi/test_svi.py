@@ -209,7 +209,7 @@ BAD_VALUES: list[tuple[Any, Any, type[Exception], str]] = [
     (Categorical(), lambda x, y: (x, CLASSES - 1), ValueError, "y holds label -1"),
     (Categorical(), lambda x, y: (x, CLASSES[:, None]), ValueError, SHAPED),
     (Bernoulli(), lambda x, y: (x, torch.full((N, 3), 2.0)), ValueError, "values other than 0 and 1"),
-    (Poisson(), lambda x, y: (x, torch.full((N, 3), -1.0)), ValueError, "no counts"),
+    (Poisson(), lambda x, y: (x, torch.full((N, 3), -1.0)), ValueError, "not counts"),
     (Gaussian(), lambda x, y: (x, torch.full((N, 3), math.inf)), ValueError, "y holds NaN or infinite values"),
     (Gaussian(), lambda x, y: (x, y), ValueError, r"y has shape \(20,\); for a network output of shape \(20, 3\)"),
     (Categorical(), lambda x, y: (nan_in_x()[0], CLASSES), ValueError, "x holds 1 NaN or infinite values; drop or"),

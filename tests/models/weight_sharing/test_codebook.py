@@ -133,5 +133,5 @@ def test_parts_that_do_not_belong_together_are_refused(change: dict[str, Any], m
         "outliers": Outliers(torch.tensor([0]), torch.zeros(1), torch.zeros(1)),
         "between": Between(torch.tensor([3]), torch.tensor([[0, 1]]), torch.ones(1)),
     }
-    with pytest.raises(ValueError, match=f"these do not make a codebook: .*{message}"):
+    with pytest.raises(ValueError, match=f"the parts of the codebook are inconsistent: .*{message}"):
         Codebook([("w", (4,))], **(parts | change))

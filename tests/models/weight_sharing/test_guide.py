@@ -163,7 +163,7 @@ def test_bad_input() -> None:
         net[2].weight[0, 1] = math.nan
     with pytest.raises(ValueError, match="'2.weight' holds 1 NaN or infinite values"):
         CodebookGuide(WeightSharing(net, Gaussian(0.3), N), 3)
-    with pytest.raises(RuntimeError, match="make a CodebookGuide for this model first"):
+    with pytest.raises(RuntimeError, match="build a CodebookGuide for this model first"):
         WeightSharing(net, Gaussian(0.3), N, prior=priors.CodebookPrior())(data()[0])
     with pytest.raises(ValueError, match="the prior of '0.bias' is a CodebookPrior"):
         CodebookGuide(WeightSharing(chain(2, 4, 1), Gaussian(0.3), N, prior=priors.CodebookPrior()), 3)

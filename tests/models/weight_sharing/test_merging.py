@@ -224,5 +224,5 @@ def test_a_gradient_keeps_codes_apart() -> None:
         counts.append(guide.compression_report()["codes"])
     assert counts[0] < counts[1] == len(guide.book)
     guide.zero_grad(set_to_none=True)
-    with pytest.raises(RuntimeError, match="gradient_limit needs the gradient of the last step, which is gone"):
+    with pytest.raises(RuntimeError, match="gradient_limit needs the gradient of the last step, which was cleared"):
         MergeCodes(gradient_limit=1.0)(SimpleNamespace(guide=guide, epoch=1, model=model, optimizer=None))

@@ -134,7 +134,7 @@ def test_the_same_model_of_another_network_shares_the_same_weights() -> None:
 
 def test_what_shared_weights_refuse() -> None:
     source, net = sharing()[1].book, chain(2, 16, 8, 1)
-    with pytest.raises(TypeError, match="its guide is model.shared_guide"):
+    with pytest.raises(TypeError, match="use the guide model.shared_guide"):
         CodebookGuide(shared_by(source), 3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"is a property of the model: SharedWeights\(..., codebook=guide.book\)"):
         CodebookGuide(WeightSharing(net, Gaussian(0.3), N), 3, sampling="shared")  # type: ignore[arg-type]
