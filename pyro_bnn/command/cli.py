@@ -54,7 +54,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
 ) -> None:
-    """Computes the metrics of a saved run again: on its own test data (metrics.json) or others (metrics-NAME.json)."""
+    """Computes the metrics of a saved run again, on its test data (metrics.json) or others (metrics-NAME.json)."""
     with user_errors(ValueError, OSError):
         place = find_device(device)
         run = runs.read(folder)
