@@ -93,7 +93,7 @@ class TrainingRun:
         return "a parameter of Pyro's store"
 
     def restore(self) -> None:
-        """Restores parameters and buffers to the last good state. The optimiser drops its state of the failed steps."""
+        """Restores parameters and buffers to the last good state. The state of the optimiser is cleared."""
         with torch.no_grad():
             for value, good in zip([*self.parameters, *self.buffers], self._good, strict=True):
                 value.copy_(good)

@@ -44,8 +44,8 @@ class MCDropout(Baseline):
 
     Every ``nn.Dropout`` of the network (also 1d, 2d, 3d, alpha and feature-alpha) with p > 0 takes part. In training,
     masks are drawn separately for every row, as usual. **A draw of the posterior is one mask for each unit, the same
-    for all rows**. A draw is thus a function, as in every posterior of this package, whereas common practice draws a mask
-    for each row. For a single row, both have the same distribution; for several rows, the joint distributions differ.
+    for all rows**. A draw is thus a function, as in every posterior of this package; common practice draws a mask for
+    each row. For a single row, both have the same distribution; for several rows, the joint distributions differ.
     Dropout inside attention and recurrent layers is off in prediction, and calls of ``F.dropout`` are an error.
 
     The result is not a Bayesian posterior: its width depends on p and not on the amount of data.
