@@ -59,7 +59,7 @@ def test_a_last_batch_of_one_row_is_refused_before_training(engine: Callable[...
     for given, options in ((data, {"batch_size": 4}), (loader, {})):
         with pytest.raises(
             ValueError,
-            match="last batch .* one row, because 9 rows are split into batches of 4 .*batch_size=.*drop_last",
+            match="last batch .* one row, because 9 rows are split into batches of 4, .*batch_size=.*drop_last",
         ):
             engine(net, 9, given, **options)
     assert all(torch.equal(p, value) for p, value in zip(net.parameters(), before, strict=True))
