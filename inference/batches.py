@@ -43,7 +43,7 @@ from pyro_bnn.program.sites import Program
 
 
 class Minibatches(NamedTuple):
-    """How to go through a data set.
+    """The minibatches of a data set.
 
     :param rows: gives an iterator over one pass, in random order: what ``take`` makes the batches of.
     :param take: for data in memory, from the rows of one batch, ``[size]``, or of many side by side,
@@ -67,7 +67,7 @@ class Minibatches(NamedTuple):
 
 
 def minibatches(model: Program, data: Data, batch_size: int) -> Minibatches:
-    """Checks a data set and says how to go through it; batches come on the device and in the dtype of the model.
+    """Checks a data set and splits it into minibatches with the device and dtype of the model.
 
     :param data: a loader or dataset of pairs (x, y) or of dicts with ``labels``; the pair (x, y) itself, or one such
         dict. :mod:`pyro_bnn.inputs` says what x and y may be.

@@ -1,4 +1,4 @@
-"""The state of a training run: in memory, where a run that diverges goes back to it, and on disk, to resume from."""
+"""The state of a training run: in memory, to recover from divergence, and on disk, to resume after an interruption."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _TRAILER, _LENGTH = b"\nsha256 ", 73
 class TrainingRun:
     """Everything that changes during training.
 
-    :param parameters: all that the optimiser moves.
-    :param step: steps that were taken before this run.
-    :param settings: what the run is made with, see :func:`~pyro_bnn.inference.settings.settings_of`. A checkpoint of a
-        run with others is refused.
+    :param parameters: all parameters that the optimiser updates.
+    :param step: number of steps before this run.
+    :param settings: the settings of the run, see :func:`~pyro_bnn.inference.settings.settings_of`. A checkpoint with
+        other settings is refused.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class TrainingRun:
         return "a parameter of Pyro's store"
 
     def restore(self) -> None:
-        """Puts parameters and buffers back to the last good state. The optimiser forgets the steps that went wrong."""
+        """Restores parameters and buffers to the last good state. The state of the optimiser is cleared."""
         with torch.no_grad():
             for value, good in zip([*self.parameters, *self.buffers], self._good, strict=True):
                 value.copy_(good)
@@ -101,9 +101,9 @@ class TrainingRun:
         self.optimizer.state.clear()
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the state to a file, which appears whole or not at all.
+        """Writes the state to a file, completely or not at all.
 
-        :raises OSError: when the disk refuses it; the file is as it was.
+        :raises OSError: when the file cannot be written; an existing file then stays unchanged.
         """
         try:
             write(

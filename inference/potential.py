@@ -25,14 +25,14 @@ from pyro_bnn.program.sites import Program
 
 
 class Potential:
-    """``U(theta) = -log p(data, z) - log |dz / dtheta|`` in nats, where ``z = transform(theta)`` site by site.
+    """``U(theta) = -log p(data, z) - log |dz / dtheta|`` in nats, with ``z = transform(theta)`` for each site.
 
-    A model that is called with a minibatch and scales it by N/B in its data plate gives an unbiased estimate of U.
+    Calling the model with a minibatch, which its data plate scales by N/B, gives an unbiased estimate of U.
 
-    :param model: any Pyro model whose latent sites are continuous and the same on every call.
-    :param args, kwargs: what it is called with here, to see its sites.
-    :raises ValueError: when it has no latent sites, a discrete one, one in a plate that shows a part of its rows, or
-        one whose support depends on other latents.
+    :param model: any Pyro model whose latent sites are continuous and the same in every call.
+    :param args, kwargs: arguments of the model for a first call, which finds its sites.
+    :raises ValueError: when the model has no latent sites, a discrete one, one in a subsampled plate, or one whose
+        support depends on other latents.
     """
 
     def __init__(self, model: Program, *args: object, **kwargs: object) -> None:
@@ -93,7 +93,7 @@ class Potential:
             yield
 
     def start(self) -> Tensor:
-        """Where a chain starts, ``[dim]``: a network at its own weights, anything else at a draw from the prior."""
+        """The starting point of a chain, ``[dim]``: the weights of a network, and prior draws for all other latents."""
         nodes: dict[str, Any] = self.prior_trace().nodes
         return self.join({name: self.transforms[name].inv(nodes[name]["value"]) for name in self.shapes})
 
@@ -103,9 +103,9 @@ class Potential:
         return sum(shape.numel() for shape in self.shapes.values())
 
     def leave_out(self, held: dict[str, Tensor], unscored: Collection[str]) -> None:
-        """From now on the latents ``held`` are no part of theta, nor their densities and those of ``unscored`` of U.
+        """Fixes the latents ``held``, and leaves their densities and those of ``unscored`` out of U.
 
-        :param held: ``{site: value in the model's units}``.
+        :param held: ``{site: constrained value}``.
         """
         self.held, self._unscored = held, frozenset([*held, *unscored])
         for name in held:

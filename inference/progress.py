@@ -1,4 +1,4 @@
-"""The progress bar of all engines. Its last line stays where it was shown: in a terminal, a log or a saved notebook."""
+"""The progress bar of all engines. Its final line remains visible in a terminal, a log or a saved notebook."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training run was made with, in words that a checkpoint keeps and compares."""
+"""Describes the settings of a training run as text, which checkpoints store and compare."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _KEPT = ("frozen", "low-rank", "rank-1", "point")
 def settings_of(
     model: Callable[..., Any], guide: Callable[..., Any], optimizer: Optimizer, data: Any, **engine: object
 ) -> dict[str, str]:
-    """``{setting: value}`` of all that decides where training leads.
+    """``{setting: value}`` of everything that determines the result of training.
 
     :param optimizer: before a schedule changes its rates.
     :param data: as the engine was given it; tensors, arrays and frames count with all their numbers, a loader with the

@@ -1,4 +1,4 @@
-"""What a method is compared with: deep ensembles, MC dropout, last-layer Laplace and SWAG."""
+"""Baselines for comparison: deep ensembles, MC dropout, last-layer Laplace and SWAG."""
 
 from pyro_bnn.inference.baselines.dropout import MCDropout
 from pyro_bnn.inference.baselines.ensemble import DeepEnsemble

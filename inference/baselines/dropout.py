@@ -35,20 +35,20 @@ SELU_LIMIT = -1.7580993408473766
 
 
 class MCDropout(Baseline):
-    r"""A network that is trained with dropout, and predicts with dropout: its masks are what is random.
+    r"""A network that is trained with dropout and predicts with dropout: the dropout masks are random.
 
     ::
 
         W = argmax_W  log p(W) + sum_n E_m log p(y_n | net_W(x_n, m)),      m ~ Bernoulli(1 - p) for every unit
         p(y | x) = E_m p(y | net_W(x, m))
 
-    Every ``nn.Dropout`` of the network (also 1d, 2d, 3d, alpha and feature-alpha) that has p > 0 takes part. In
-    training the masks are drawn anew for every row, as always. **A draw of the posterior is one mask for each unit, the
-    same for all rows**: a function, as in every posterior here, where common practice draws anew for each row. At one
-    row the two have the same law; the joint law of several rows differs, and only that of functions has one. The
-    dropout inside attention and recurrent layers stays off in prediction, and calls of ``F.dropout`` are an error.
+    Every ``nn.Dropout`` of the network (also 1d, 2d, 3d, alpha and feature-alpha) with p > 0 takes part. In training,
+    masks are drawn separately for every row, as usual. **A draw of the posterior is one mask for each unit, the same
+    for all rows**. A draw is thus a function, as in every posterior of this package; common practice draws a mask for
+    each row. For a single row, both have the same distribution; for several rows, the joint distributions differ.
+    Dropout inside attention and recurrent layers is off in prediction, and calls of ``F.dropout`` are an error.
 
-    The posterior is not one: its width is p, whatever the data are.
+    The result is not a Bayesian posterior: its width depends on p and not on the amount of data.
 
     Source: equations 4 to 8 of the paper.
 
@@ -72,13 +72,13 @@ class MCDropout(Baseline):
     def fit(
         self, data: Data, *, epochs: int = 0, batch_size: int = 128, seed: int | None = None, **options: Any
     ) -> Posterior:
-        """Trains the network if need be, and looks where it drops what.
+        """Trains the network if ``epochs`` is positive, and finds its dropout masks.
 
-        :param data: as :func:`~pyro_bnn.inference.fit` takes them.
-        :param epochs: of training; 0 takes the network as it is, trained.
+        :param data: data in the forms that :func:`~pyro_bnn.inference.fit` accepts.
+        :param epochs: epochs of training; 0 if the network is already trained.
         :param batch_size: for a dataset or a pair.
-        :param seed: of training, the only part that is random.
-        :param options: of :func:`~pyro_bnn.inference.fit`, for training.
+        :param seed: seed of training, the only random part.
+        :param options: training options of :func:`~pyro_bnn.inference.fit`.
         :return: the posterior of a :class:`DropoutNetwork`.
         :raises ValueError: when the network calls ``F.dropout`` itself, or reaches none of its dropout modules.
         """
@@ -242,10 +242,10 @@ def mask_distribution(site: Site, rate: float, like: Tensor) -> dist.TorchDistri
 
 @storable
 class DropoutGuide(MixtureGuide):
-    """The masks as the model has them, ``Bernoulli(1 - p)``, and a point for its noise.
+    """The guide of MC dropout: masks from ``Bernoulli(1 - p)``, as in the model, and a point for the noise.
 
     :param model: a :class:`DropoutNetwork`.
-    :param noise: the noise, where the model learns it.
+    :param noise: the noise scale, if the model learns it.
     """
 
     def __init__(self, model: DropoutNetwork, noise: Tensor | None = None) -> None:

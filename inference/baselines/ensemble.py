@@ -23,7 +23,7 @@ from pyro_bnn.randomness import derive_seeds, device_of, seeded
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class DeepEnsemble(Baseline):
-    r"""K networks trained apart, from starting values of their own.
+    r"""K networks that are trained separately from different starting values.
 
     ::
 
@@ -31,16 +31,17 @@ class DeepEnsemble(Baseline):
         p(y | x) = (1/K) sum_k p(y | net_{w_k}(x))
 
     The networks are K stored draws of one :class:`~pyro_bnn.models.Dense`: ``predict(x, num_samples=K)``. They are
-    draws and not members of a mixture because each has statistics of its own for normalisation layers, which belong to
-    draws here. Adversarial training, which the paper leaves to choice, is not done.
+    draws and not members of a mixture, because each network has its own statistics of normalisation layers, and only
+    draws can have these. Adversarial training, an option in the paper, is not done.
 
-    Source: section 2.4 of the paper; maximum a posteriori in place of maximum likelihood.
+    Source: Lakshminarayanan, Pritzel and Blundell 2017 (arXiv 1612.01474), section 2.4, with maximum a posteriori
+    estimation in place of maximum likelihood.
 
     :param net, likelihood, num_data, prior, output: see :class:`~pyro_bnn.inference.baselines.point.Baseline`.
     :param num_networks: K.
-    :param build: makes a new network of the same architecture, with new starting values, for every member. By default
-        a copy of ``net`` whose modules are reset by their own ``reset_parameters``, as all layers of ``torch.nn`` are.
-    :raises ValueError: for fewer than one member.
+    :param build: a function that returns a new network of the same architecture, with new starting values. By default,
+        ``net`` is copied and its modules are reset with ``reset_parameters``, which all layers of ``torch.nn`` have.
+    :raises ValueError: for fewer than one network.
     """
 
     num_networks: int = 5
@@ -67,13 +68,13 @@ class DeepEnsemble(Baseline):
     ) -> Posterior:
         """Trains one network after the other.
 
-        :param data: as :func:`~pyro_bnn.inference.fit` takes them.
+        :param data: data in the forms that :func:`~pyro_bnn.inference.fit` accepts.
         :param epochs: passes over the data, for each network.
-        :param checkpoint: file whose name is given the number of the network, ``run.pt`` to ``run-0.pt`` and so on;
-            training resumes from those that exist.
-        :param seed: makes the run reproducible, and leaves the global random state alone.
-        :param options: ``optim``, ``lr``, ``batch_size``, ``schedule``, ``progress`` and the others of
-            :func:`~pyro_bnn.inference.fit`.
+        :param checkpoint: file for checkpoints. The number of the network is added to its name (``run.pt`` becomes
+            ``run-0.pt`` and so on); training resumes from files that exist.
+        :param seed: makes the run reproducible and leaves the global random state unchanged.
+        :param options: other options of :func:`~pyro_bnn.inference.fit`, such as ``optim``, ``lr``, ``batch_size``,
+            ``schedule`` and ``progress``.
         :return: a posterior of K stored draws. Its ``losses`` are the averages over the networks.
         :raises TypeError: when ``optim`` is an optimiser, which holds the parameters of one network.
         :raises ValueError: when a parameter cannot be given a new value; see ``build``.

@@ -33,7 +33,7 @@ LARGEST = 2**14
 
 
 class LastLayerLaplace(Baseline):
-    r"""A trained network with a Gaussian over the weights of its last layer, all others at the mode.
+    r"""A trained network with a Gaussian over the weights of its last layer; all other weights stay at the mode.
 
     With features phi_n (and a 1 for the bias), outputs f_n = W phi_n and Lambda_n the Fisher information of p(y | f) in
     f at f_n, the posterior of W is
@@ -42,22 +42,22 @@ class LastLayerLaplace(Baseline):
 
         N(W_MAP, P^-1),    P = (1 / T) sum_n Lambda_n kron phi_n phi_n^T  +  I / s^2
 
-    for the prior N(m, s^2) and the likelihood's temperature T. This is the generalised Gauss-Newton matrix; of a linear
-    Gaussian model it is the posterior itself, and for Categorical, Bernoulli and Poisson the Hessian of the layer.
-    Without a prior s is the one that maximises Laplace's evidence,
+    for the prior N(m, s^2) and the likelihood's temperature T. P is the generalised Gauss-Newton matrix. For a linear
+    Gaussian model, the result is the exact posterior; for Categorical, Bernoulli and Poisson, P is the Hessian of the
+    layer. Without a prior, s maximises Laplace's evidence,
 
     ::
 
         log p(y) = log p(y | W) - |W|^2 / (2 s^2) - D log s - (1/2) log det P
 
-    for D weights. W is not trained again under it.
+    for D weights. W is not retrained with this prior.
 
     Source: Daxberger et al. 2021 (arXiv 2106.14806), sections 3.1 to 3.3; Kristiadi et al. 2020 (arXiv 2002.10118).
 
     :param net, likelihood, num_data, output: see :class:`~pyro_bnn.inference.baselines.point.Baseline`. Its output must
         be that of a ``nn.Linear``, whatever the layers before it are.
-    :param prior: of all weights, where there is training; ``None`` trains with Normal(0, 1), and then chooses that of
-        the last layer by the evidence.
+    :param prior: prior of all weights, in training and in the approximation; ``None`` trains with Normal(0, 1) and then
+        chooses the prior of the last layer by the evidence.
     """
 
     def __init__(
@@ -90,13 +90,13 @@ class LastLayerLaplace(Baseline):
     def fit(
         self, data: Data, *, epochs: int = 0, batch_size: int = 128, seed: int | None = None, **options: Any
     ) -> Posterior:
-        """Trains the network if need be, and goes through the data once for the curvature.
+        """Trains the network if ``epochs`` is positive, and makes one pass over the data for the curvature.
 
         :param data: a loader of (x, y) that gives every row once, a dataset, or the pair (x, y) itself.
-        :param epochs: of training; 0 takes the network as it is, trained.
+        :param epochs: epochs of training; 0 if the network is already trained.
         :param batch_size: for a dataset or a pair.
-        :param seed: of training, the only part that is random.
-        :param options: of :func:`~pyro_bnn.inference.fit`, for training.
+        :param seed: seed of training, the only random part.
+        :param options: training options of :func:`~pyro_bnn.inference.fit`.
         :return: the posterior of a :class:`~pyro_bnn.models.Dense` over the last layer. The model has the prior that
             was used, and ``log_evidence`` of this object the evidence, in nats.
         :raises ValueError: when the output is not that of a linear layer of its own, the layer is too large, the loader

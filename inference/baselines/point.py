@@ -1,4 +1,4 @@
-"""Point estimates: all parameters of a network at the mode of their posterior, where every baseline starts."""
+"""Maximum a posteriori (MAP) estimates, from which every baseline starts."""
 
 from __future__ import annotations
 
@@ -23,15 +23,18 @@ from pyro_bnn.program.module import require_network
 
 @dataclass(eq=False, repr=False)
 class Baseline:
-    """What the baselines are made of: a network, what its output means, and the prior of its weights.
+    """Base class of baselines: a network, a likelihood and a prior of the weights.
 
-    Parameters that do not require a gradient are left as they are.
+    Parameters with ``requires_grad=False`` do not change.
 
     :param net: any module; it is copied, never changed.
     :param likelihood: one of :mod:`pyro_bnn.likelihoods`.
     :param num_data: size N of the training set.
-    :param prior: of all trained parameters, those of normalisation layers too; its log density is the weight penalty.
-    :param output: which output to take when the network returns several (key, index or function).
+    :param prior: prior of all trained parameters, including those of normalisation layers; its negative log density is
+        the weight penalty.
+    :param output: chooses the output when the network returns several (key, index or function).
+    :raises TypeError: for a likelihood that is not from :mod:`pyro_bnn.likelihoods`.
+    :raises ValueError: for a network without trainable parameters.
     """
 
     net: nn.Module
@@ -62,12 +65,12 @@ class Baseline:
         return network | {"prior": self.prior}
 
     def _model(self, net: nn.Module | None = None) -> Dense:
-        """All trainable parameters as sites, so that each has its prior and each draw has them all."""
+        """A model in which all trainable parameters are sites, so that each has a prior and every draw contains all."""
         net = self.net if net is None else net
         return Dense(net, self.likelihood, self.num_data, prior=self.prior, select=is_trainable, output=self.output)
 
     def _mode(self, data: Data, epochs: int, net: nn.Module | None = None, **options: Any) -> Posterior:
-        """One point: the mode of the posterior after so many epochs, or the network as it is after none.
+        """A posterior of one point: the mode after so many epochs of training, or the given network without training.
 
         :raises ValueError: without training, when the noise is to be learned.
         """
@@ -90,7 +93,7 @@ def is_trainable(name: str, parameter: Tensor) -> bool:
 
 
 def network_at(point: Posterior) -> nn.Module:
-    """A copy of the network of a posterior that is one point, with the values of that point; it takes no gradient."""
+    """A frozen copy of the network of a posterior that is a single point, with the values of that point."""
     model = point.model
     assert isinstance(model, Dense)
     values = point.draws(1)

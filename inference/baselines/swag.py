@@ -85,22 +85,24 @@ class Moments:
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class SWAG(Baseline):
-    r"""The Gaussian of the iterates of SGD with a constant learning rate, as stored draws.
+    r"""SWAG: a Gaussian fitted to the iterates of SGD with a constant learning rate, as stored draws.
 
     The loss is the negative log posterior per datum, and one iterate is taken at the end of every epoch::
 
         theta <- theta - lr grad [ -(1/B) sum_b log p(y_b | x_b, theta) - (1/N) log p(theta) ]
 
-    :class:`Moments` says what is made of them. Scales that the model learns, as the noise of a Gaussian, take part with
-    their logarithm. Each draw has statistics of its own for normalisation layers, gathered over the training data, and
-    so takes a pass over them.
+    :class:`Moments` computes the Gaussian from them. Learned scales, such as the noise of a Gaussian likelihood, take
+    part through their logarithms. Each draw has its own statistics of normalisation layers, which take one pass over
+    the training data.
 
-    How wide the Gaussian is depends on ``lr``: with gradient noise of covariance V for one datum and curvature A of the
-    loss it is about ``(lr / 2 B) A^-1 V`` without momentum, and by no means the posterior's.
+    The width of the Gaussian depends on ``lr``: without momentum, its covariance is about ``(lr / 2 B) A^-1 V`` for
+    gradient noise of covariance V per datum and curvature A of the loss, which is not the covariance of the posterior.
 
-    :param net: a network that is trained, or ``warmup_epochs`` must train it; it is copied, never changed.
+    Source: Maddox et al. 2019 (arXiv 1902.02476).
+
+    :param net: a trained network, or one that ``warmup_epochs`` will train; it is copied, never changed.
     :param likelihood, num_data, prior, output: see :class:`~pyro_bnn.inference.baselines.point.Baseline`.
-    :param rank: K, the number of deviations that are kept, each of the size of the network.
+    :param rank: K, the number of deviations that are kept; each has the size of the network.
     :raises ValueError: for a rank below 2.
     """
 
@@ -131,17 +133,17 @@ class SWAG(Baseline):
         progress: bool = True,
         seed: int | None = None,
     ) -> Posterior:
-        """Runs SGD, and draws from the Gaussian of its iterates, which ``moments`` of this object then holds.
+        """Runs SGD and draws from the Gaussian of its iterates, which stays available as the attribute ``moments``.
 
-        :param data: as :func:`~pyro_bnn.inference.fit` takes them.
-        :param epochs: number of iterates that count, at least 2.
-        :param warmup_epochs: epochs before, with the same learning rate, that do not count.
-        :param lr: constant learning rate; large enough that SGD moves about, small enough that it stays.
-        :param momentum: of Nesterov; 0 for plain SGD.
-        :param num_samples: stored draws.
+        :param data: data in the forms that :func:`~pyro_bnn.inference.fit` accepts.
+        :param epochs: number of collected iterates, at least 2.
+        :param warmup_epochs: number of epochs before the first iterate is collected, with the same learning rate.
+        :param lr: constant learning rate: large enough to explore around the mode, small enough not to leave it.
+        :param momentum: Nesterov momentum; 0 for plain SGD.
+        :param num_samples: number of stored draws.
         :param batch_size: for a dataset or a pair.
         :param clip_norm, callbacks, progress: see :func:`~pyro_bnn.inference.fit`.
-        :param seed: makes the run and the draws reproducible, and leaves the global random state alone.
+        :param seed: makes the run and the draws reproducible and leaves the global random state unchanged.
         :return: a posterior of ``num_samples`` stored draws.
         :raises ValueError: for counts out of range, or when callbacks end the run before its second iterate.
         :raises FloatingPointError: when SGD diverges.

@@ -260,8 +260,7 @@ class Posterior:
         :param x: tensor, array, frame or list with N samples on axis 0, on any device, or a dict or tuple of these;
             see :mod:`pyro_bnn.inputs`.
         :param num_samples: draws of every member; 1 for members that are points. By default 16, or all stored draws if
-            there are fewer of them or they do not come from a sampler (networks of an ensemble, particles of your own
-            model, :meth:`as_draws`).
+            these are fewer or not from a sampler (an ensemble, particles of your own model, ``as_draws`` of a guide).
         :param batch_size: number of rows in one pass; by default as many as fit a fixed memory budget.
         :param seed: makes the draws reproducible and leaves the global random state unchanged.
         :param return_site: for a model that is not from this package, the site whose values to return.

@@ -242,7 +242,7 @@ def test_data_are_never_taken_for_predictions() -> None:
 def test_draws_of_another_model_are_refused() -> None:
     """A site that the model lacks would have no effect, and one that is not drawn would come from the prior."""
     posterior = pb.Posterior.from_draws(normal, {"mu": drawn_mu(100), "slope": drawn_mu(100)})
-    with pytest.raises(ValueError, match="no site 'slope', but the model has no such site"):
+    with pytest.raises(ValueError, match="draws of 'slope', but the model has no such site"):
         posterior.predict(X, return_site="obs")
     lacking = pb.Posterior.from_draws(grouped, {"m": drawn_mu(100)})
     with pytest.raises(ValueError, match="samples 'a', of which there are no draws"):

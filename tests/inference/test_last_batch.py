@@ -58,7 +58,8 @@ def test_a_last_batch_of_one_row_is_refused_before_training(engine: Callable[...
     loader = DataLoader(TensorDataset(*data), batch_size=4, shuffle=True)
     for given, options in ((data, {"batch_size": 4}), (loader, {})):
         with pytest.raises(
-            ValueError, match="last batch .* one row, as 9 rows in batches of 4 .*batch_size=.*drop_last"
+            ValueError,
+            match="last batch .* one row, because 9 rows are split into batches of 4, .*batch_size=.*drop_last",
         ):
             engine(net, 9, given, **options)
     assert all(torch.equal(p, value) for p, value in zip(net.parameters(), before, strict=True))
@@ -72,7 +73,7 @@ def test_layers_that_average_over_more_than_rows_take_one() -> None:
     net = nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(48, 2))
     fit(net, 5, images, batch_size=4)
     one_pixel = nn.Sequential(nn.Conv2d(1, 3, 6), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(3, 2))
-    with pytest.raises(ValueError, match="one row, as 5 rows in batches of 4"):
+    with pytest.raises(ValueError, match="one row, because 5 rows are split into batches of 4"):
         fit(one_pixel, 5, images, batch_size=4)
     fit(nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2)), 5, table(5)[1], batch_size=4)
 
@@ -85,5 +86,5 @@ def test_bella_whose_statistics_stay_takes_one_row() -> None:
 
 def test_one_row_alone_is_refused() -> None:
     net, data = table(1)
-    with pytest.raises(ValueError, match="one row, as 1 rows"):
+    with pytest.raises(ValueError, match="one row, because 1 rows"):
         fit(net, 1, data)

@@ -214,8 +214,8 @@ BAD: list[Any] = [
     (3, None, TypeError, "optim=3: expected a name, a class"),
     (dict, None, TypeError, "optim=<class 'dict'>: expected a name, a class"),
     (lambda groups: groups, None, TypeError, "optim= must return a torch.optim.Optimizer, got list"),
-    (lambda groups: torch.optim.SGD(groups, lr=0.1), 0.2, ValueError, "lr=0.2 goes with the name or the class"),
-    ("given", 0.2, ValueError, "lr=0.2 goes with the name or the class of an optimiser, but optim= sets"),
+    (lambda groups: torch.optim.SGD(groups, lr=0.1), 0.2, ValueError, "lr=0.2 is for the name or the class"),
+    ("given", 0.2, ValueError, "lr=0.2 is for the name or the class of an optimiser, but optim= sets"),
 ]
 
 
@@ -241,7 +241,7 @@ def test_a_weight_decay_that_nothing_would_use_is_refused() -> None:
     model = dense()
     guide = MeanFieldGuide(model)
     own = torch.optim.AdamW(guide.parameters())
-    with pytest.raises(ValueError, match=r"weight_decay=0.1: optim= is an optimiser, which has its own"):
+    with pytest.raises(ValueError, match=r"weight_decay=0.1: optim= is an optimiser, which sets its own"):
         fit(model, guide, data(), epochs=1, optim=own, weight_decay=0.1, progress=False)
 
 

@@ -231,7 +231,7 @@ def test_the_size_of_the_authors_configuration() -> None:
         ({"select": "0.w"}, "matches none of the weights; the nearest names are '0.weight'"),
         ({"head": "3"}, "head='3' matches none of the weights and biases of linear layers"),
         ({"head": "1"}, "of linear layers: '1' is a Tanh that has none"),
-        ({"prior": Normal(1.0, 0.1), "product_scale": 0.1}, "give one of them"),
+        ({"prior": Normal(1.0, 0.1), "product_scale": 0.1}, "give only one of them"),
         ({"product_scale": -1.0}, "product_scale=-1.0: expected a positive"),
         ({"affine": True}, "no normalisation layer with gains or biases"),
         ({"affine": "0.bias"}, "matches none of the gains and biases of normalisation layers"),

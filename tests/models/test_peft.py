@@ -183,7 +183,7 @@ def test_what_an_interrupted_save_leaves_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'particle_0' and 'particle_1' in .* come from two saves"):
         load_adapters(model, guide, [old / "particle_0", old / "particle_1"])
     shutil.copy(new / "particle_0" / "adapter_model.safetensors", old / "particle_0")
-    with pytest.raises(ValueError, match=r'says .*"lora_alpha": .*was saved with .*"lora_alpha": 32'):
+    with pytest.raises(ValueError, match=r'has .*"lora_alpha": .*was saved with .*"lora_alpha": 32'):
         load_adapters(model, guide, [old / "particle_0"])
     assert all(torch.equal(v, start[n]) for n, v in guide.coordinates().items()), "nothing is half loaded"
 
@@ -271,7 +271,7 @@ def test_layers_that_peft_would_confuse(tmp_path: Path) -> None:
 
     tied = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.LayerNorm(3))
     tied[2].weight = tied[1].weight  # type: ignore[union-attr]
-    for net, said in ((Confused(), "would take 'other_norm' as one of its modules_to_save"), (tied, "tied")):
+    for net, said in ((Confused(), "would treat 'other_norm' as one of its modules_to_save"), (tied, "tied")):
         model = Bella(net, None, affine=True)
         with pytest.raises(ValueError, match=said):
             save_adapters(model, ParticleGuide(model), tmp_path / "particles")
