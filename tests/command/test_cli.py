@@ -332,7 +332,7 @@ def test_a_run_is_not_overwritten_unasked(digits_run: tuple[Path, str]) -> None:
     folder, _ = digits_run
     before = (folder / "metrics.json").read_bytes()
     result = run("fit", "--out", folder, expect=2)
-    assert "holds a run already; give another --out, or --overwrite" in result.stderr
+    assert "already holds a run; give another --out, or --overwrite" in result.stderr
     assert (folder / "metrics.json").read_bytes() == before
 
 
@@ -551,12 +551,12 @@ def test_compare_trains_the_twin_once_and_takes_up_where_it_was_stopped(tmp_path
         assert gap["mean"] == pytest.approx(found["metrics"][name]["nll"] - found["metrics"][best]["nll"], abs=1e-6)
 
     again = ("compare", *common, "--methods", "rank1", "--methods", "bella", "--out", folder)
-    assert "holds a comparison already; give another --out" in run(*again, expect=2).stderr
+    assert "already holds a comparison; give another --out" in run(*again, expect=2).stderr
     (folder / "comparison.json").unlink()
     (folder / "rank1" / "config.json").unlink()
     kept = (folder / "bella" / "metrics.json").stat().st_mtime_ns
     output = run(*again).output
-    assert "bella: finished already" in output and "Rank1 with Rank1Guide" in output and "PointGuide" not in output
+    assert "bella: already finished" in output and "Rank1 with Rank1Guide" in output and "PointGuide" not in output
     assert (folder / "bella" / "metrics.json").stat().st_mtime_ns == kept
     assert without_seconds(metrics_of(folder, "comparison.json")) == without_seconds(found)
 

@@ -71,7 +71,7 @@ def test_a_curve_leaves_the_band_when_its_p_value_says_so() -> None:
     assert 20 < int(outside.sum()) < 180
     ecdf = np.array([(ranks[:, 0].numpy() <= i).mean() for i in range(15)])
     np.testing.assert_allclose(data.difference[:, 0], ecdf - np.arange(1, 16) / 16)
-    with pytest.raises(ValueError, match="no quantity 'phi'; there are theta"):
+    with pytest.raises(ValueError, match="name='phi': expected one of the quantities theta"):
         result.ecdf_difference("phi")
     with pytest.raises(ValueError, match=r"level=1\.0"):
         result.ecdf_difference("theta", level=1.0)

@@ -271,7 +271,7 @@ def test_risk_coverage_of_many_data_is_thinned_with_both_ends() -> None:
 def test_risk_coverage_refuses() -> None:
     with pytest.raises(ValueError, match="curves is empty"):
         plots.plot_risk_coverage({})
-    with pytest.raises(ValueError, match="loss of a holds 1 values of 2"):
+    with pytest.raises(ValueError, match="loss of a holds 1 of 2 values"):
         plots.plot_risk_coverage({"a": (torch.ones(2), torch.tensor([0.0, torch.nan]))})
     with pytest.raises(ValueError, match="confidence of a is empty"):
         plots.plot_risk_coverage({"a": (torch.ones(0), torch.ones(0))})
@@ -305,7 +305,7 @@ def test_ood_legend_is_scikit_learns_auroc(inside: list[int], outside: list[int]
 def test_ood_refuses() -> None:
     with pytest.raises(ValueError, match="outside is empty"):
         plots.plot_ood(torch.ones(3), torch.ones(0))
-    with pytest.raises(ValueError, match="inside holds 1 values of 2"):
+    with pytest.raises(ValueError, match="inside holds 1 of 2 values"):
         plots.plot_ood(torch.tensor([1.0, torch.nan]), torch.ones(1))
     with pytest.raises(ValueError, match="expected 1 axis"):
         plots.plot_ood(torch.ones(3, 2), torch.ones(1))
@@ -392,7 +392,7 @@ def test_band_refuses() -> None:
         plots.plot_band(x[1:], prediction)
     with pytest.raises(ValueError, match="y has 3 rows and x_train 2"):
         plots.plot_band(x, prediction, torch.ones(3), torch.ones(2))
-    with pytest.raises(ValueError, match="mean holds 60 values of 60 that are NaN"):
+    with pytest.raises(ValueError, match="mean holds 60 of 60 values that are NaN"):
         plots.plot_band(x, pb.Prediction(prediction.outputs * torch.nan, None))
     with pytest.raises(TypeError, match="interval is not defined for Bernoulli"):
         plots.plot_band(x, pb.Prediction(prediction.outputs, Bernoulli()))
@@ -489,9 +489,9 @@ def test_forest_axis_is_logarithmic_for_wide_positive_values() -> None:
 
 
 def test_forest_refuses() -> None:
-    with pytest.raises(ValueError, match="there is no row 'b'; there are a"):
+    with pytest.raises(ValueError, match="there is no row 'b'; the rows are a"):
         plots.plot_forest({"a": torch.ones(2, 1)}, names=["b"])
-    with pytest.raises(ValueError, match="a holds 1 values of 2"):
+    with pytest.raises(ValueError, match="a holds 1 of 2 values"):
         plots.plot_forest({"a": torch.tensor([[1.0], [torch.nan]])})
     with pytest.raises(ValueError, match=r"expected \[draws, members"):
         plots.plot_forest({"a": torch.ones(2)})
@@ -541,7 +541,7 @@ def test_inclusion_refuses() -> None:
         plots.plot_inclusion({})
     with pytest.raises(ValueError, match=r"a lies in \[2, 2\]"):
         plots.plot_inclusion({"a": torch.full((2,), 2.0)})
-    with pytest.raises(ValueError, match="a holds 2 values of 2"):
+    with pytest.raises(ValueError, match="a holds 2 of 2 values"):
         plots.plot_inclusion({"a": torch.full((2,), torch.nan)})
 
 
@@ -684,7 +684,7 @@ def test_rhat_and_ess() -> None:
 
 
 def test_rhat_refuses() -> None:
-    with pytest.raises(ValueError, match="rhat holds 1 values of 2"):
+    with pytest.raises(ValueError, match="rhat holds 1 of 2 values"):
         plots.plot_rhat(torch.tensor([1.0, torch.nan]))
     with pytest.raises(ValueError, match="ess is empty"):
         plots.plot_rhat(torch.ones(2), torch.ones(0))

@@ -218,7 +218,7 @@ def test_bad_input() -> None:
         with pytest.raises(TypeError, match="not defined for Gaussian"):
             measure()
     one, other = posterior(5, 3, 10, 4), posterior(5, 3, 10, 3)
-    with pytest.raises(ValueError, match="10 labels of 4 classes and the reference for 10 of 3"):
+    with pytest.raises(ValueError, match="10 labels with 4 classes and the reference for 10 with 3"):
         compare_to_reference(one, other, rows(10))
     for found in (lambda: compare_to_reference(one, one, rows(0)), lambda: diversity(one, [])):
         with pytest.raises(ValueError, match="data is empty"):
