@@ -210,7 +210,7 @@ def test_image_folder_without_parts_is_split_by_class(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"y_test": None}, "it lacks y_test; it has x_train, y_train, x_test"),
+        ({"y_test": None}, "it has no y_test; it has x_train, y_train, x_test"),
         ({"x_train": np.zeros((39, 3))}, "x_train has 39 rows and y_train has 40"),
         ({"x_test": np.zeros((10, 4))}, r"a row of x_test is \(4,\), a row of x_train \(3,\)"),
         ({"x_train": np.full((40, 3), np.nan)}, "x_train holds NaN or infinite values"),
@@ -279,7 +279,7 @@ def test_csv_refuses_an_empty_file(tmp_path: Path) -> None:
 def test_image_folder_refuses(tmp_path: Path) -> None:
     """Proves that a lone part, differing classes, a folder without classes and a file that is no image are refused."""
     save_images(tmp_path / "one" / "train", {"blue": (0, 0, 255)})
-    with pytest.raises(ValueError, match="a folder 'train' alone"):
+    with pytest.raises(ValueError, match="only the folder 'train'"):
         data.load(tmp_path / "one")
     save_images(tmp_path / "one" / "test", {"red": (0, 0, 255)})
     with pytest.raises(ValueError, match="only one of 'train' and 'test' has class 'blue'"):

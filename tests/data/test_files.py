@@ -216,7 +216,7 @@ BAD_TABLES: dict[str, tuple[str | bytes, str]] = {
     "a class of one row": ("a,y\n" + "1,p\n2,q\n" * 5 + "1,r\n", "class 'r' has one row"),
     "more classes than test rows": (
         "a,y\n" + "".join(f"{i},c{i % 15}\n" for i in range(30)),
-        "there are 15 classes, and 9 of the 30 rows are for testing",
+        "there are 15 classes, but only 9 of the 30 rows are for testing",
     ),
 }
 
@@ -264,7 +264,7 @@ def test_parts_and_hidden_folders_are_no_classes(
 def test_unclear_folders_are_refused(tmp_path: Path, folders: tuple[str, ...]) -> None:
     for folder in folders:
         save_images(tmp_path / folder)
-    with pytest.raises(ValueError, match="beside them 'c'|two folders for one part"):
+    with pytest.raises(ValueError, match="besides the folders for training and testing it has 'c'|two folders for one part"):
         data.load(tmp_path)
 
 
