@@ -342,7 +342,7 @@ def test_a_run_is_not_overwritten_unasked(digits_run: tuple[Path, str]) -> None:
         (["fit", "--data", "nowhere.npz"], "no such data: 'nowhere.npz'"),
         (["fit", "--data", "table.csv"], "a target column is needed (--target); its columns are: a, b"),
         (["fit", "--data", "table.csv", "--target", "c"], "there is no column 'c'; its columns are: a, b"),
-        (["fit", "--data", "empty.npz"], "it lacks x_train, y_train, x_test, y_test"),
+        (["fit", "--data", "empty.npz"], "it has no x_train, y_train, x_test, y_test"),
         (["fit", "--data", "notes.txt"], "expected an .npz file, a .csv file or a folder of images"),
         (["fit", "--target", "a"], "a target column ('a') is for a .csv file"),
         (["fit", "--lr", "0"], "--lr must be a positive number, got 0.0"),
