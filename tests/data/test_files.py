@@ -264,7 +264,7 @@ def test_parts_and_hidden_folders_are_no_classes(
 def test_unclear_folders_are_refused(tmp_path: Path, folders: tuple[str, ...]) -> None:
     for folder in folders:
         save_images(tmp_path / folder)
-    with pytest.raises(ValueError, match="besides the folders for training and testing it has 'c'|two folders for one part"):
+    with pytest.raises(ValueError, match="for training and testing it has 'c': move|two folders for one part"):
         data.load(tmp_path)
 
 
