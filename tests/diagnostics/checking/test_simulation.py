@@ -284,7 +284,7 @@ def test_a_small_error_that_is_certain_is_a_warning() -> None:
 
 def test_a_tempered_likelihood_is_refused() -> None:
     model = pb.models.Dense(nn.Linear(2, 1), pb.likelihoods.Gaussian(scale=0.5, temperature=0.5), ROWS)
-    with pytest.raises(ValueError, match=r"temperature 0\.5"):
+    with pytest.raises(ValueError, match=r"temperature=0\.5"):
         run(solved(), model)
 
 
