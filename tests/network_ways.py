@@ -1,5 +1,6 @@
 """What every pair of a network and a model goes through: a refusal with a reason, or all from gradients to ArviZ."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -38,8 +39,6 @@ class Kind:
     """A network and its inputs.
 
     :param refused: models that refuse the network, with what the message says.
-    :param uncheckpointed: takes gradient checkpointing out of the plain network: outside the library, what runs again
-        in the backward pass sees the network's own weights and not those of ``functional_call``.
     :param select: models that need some layers left out, with the selection of the others.
     """
 
@@ -47,7 +46,6 @@ class Kind:
     inputs: Callable[[], Any]
     class_dim: int = 1
     output: str | None = None
-    uncheckpointed: Callable[[nn.Module], object] = lambda net: None
     refused: Mapping[str, str] = field(default_factory=dict)
     select: Mapping[str, Callable[[str, nn.Parameter], bool]] = field(default_factory=dict)
 
@@ -98,21 +96,33 @@ def gradients(
 ) -> Gradients:
     """By the model, and by plain autograd on the weights that the draw stands for."""
     latents = {name: value.requires_grad_() for name, value in drawn.items()}
+    differentiated = Differentiated(plain, kind, y, list(latents.values()))
     f = model.function(x, {name: value[None, None] for name, value in latents.items()}, rows)[0]
     weights = model.core().held(model.weights_of(latents))
-    args = x if isinstance(x, tuple) else () if isinstance(x, dict) else (x,)
-    out = functional_call(plain, weights, args, x if isinstance(x, dict) else {})
-    if kind.output is not None:
-        out = out[kind.output]
-    expected = out if isinstance(out, Tensor) else out.logits
+    named = {f"plain.{name}": value for name, value in weights.items()}
+    expected, found = functional_call(differentiated, named, (x,))
+    return Gradients(f.detach(), differentiated.gradients(f), expected, found)
 
-    def of(outputs: Tensor) -> list[Tensor]:
-        outputs = outputs.movedim(kind.class_dim, 1)
-        loss = F.cross_entropy(outputs, y(outputs.shape[2:]))
-        found = torch.autograd.grad(loss, list(latents.values()), allow_unused=True)
-        return [torch.zeros_like(v) if g is None else g.detach() for v, g in zip(latents.values(), found, strict=True)]
 
-    return Gradients(f.detach(), of(f), expected.detach(), of(expected))
+class Differentiated(nn.Module):
+    """A network with its backward pass, in which layers with checkpointing run again and need the weights of a call."""
+
+    def __init__(self, plain: nn.Module, kind: Kind, y: Callable[[torch.Size], Tensor], latents: list[Tensor]) -> None:
+        super().__init__()
+        self.plain, self.kind, self.y, self.latents = plain, kind, y, latents
+
+    def forward(self, x: Any) -> tuple[Tensor, list[Tensor]]:
+        out: Any = self.plain(**x) if isinstance(x, dict) else self.plain(*(x if isinstance(x, tuple) else (x,)))
+        if self.kind.output is not None:
+            out = out[self.kind.output]
+        f = out if isinstance(out, Tensor) else out.logits
+        return f.detach(), self.gradients(f)
+
+    def gradients(self, outputs: Tensor) -> list[Tensor]:
+        outputs = outputs.movedim(self.kind.class_dim, 1)
+        loss = F.cross_entropy(outputs, self.y(outputs.shape[2:]))
+        # the scales of priors are sites that no output depends on
+        return list(torch.autograd.grad(loss, self.latents, allow_unused=True, materialize_grads=True))
 
 
 def off(first: list[Tensor], second: list[Tensor], largest: float) -> float:
@@ -130,7 +140,6 @@ def require_gradients_of_plain_autograd(
     posterior = pb.Posterior(model.eval(), guide.eval())
     drawn = {name: value[0, 0].detach() for name, value in posterior.draws(1, seed=0).items()}
     plain = posterior.networks(1, seed=0)[0]
-    kind.uncheckpointed(plain)
     labels: dict[torch.Size, Tensor] = {}
 
     def y(rest: torch.Size) -> Tensor:
@@ -182,7 +191,13 @@ def whole_way(kind: Kind, model_name: str, tmp_path: Path, rows: int) -> None:
     assert torch.isfinite(predicted.outputs).all()
     fitted.save(tmp_path / "p")
     loaded = pb.load(tmp_path / "p", kind.network())
-    assert torch.equal(loaded.predict(x, num_samples=2, seed=0).outputs, predicted.outputs)
+    draws = loaded.draws(1, seed=0)
+    assert all(torch.equal(draws[name], values) for name, values in fitted.draws(1, seed=0).items())
+    # sums of large products round by where their tensors lie in memory, of one posterior twice too
+    outputs = loaded.predict(x, num_samples=2, seed=0).outputs
+    assert off([outputs], [predicted.outputs], float(predicted.outputs.abs().max())) <= FLOAT32, "predictions of a file"
+    del loaded, draws
+    shutil.rmtree(tmp_path / "p")  # pytest keeps folders of its last runs, and those of large networks are large
     data = pb.diagnostics.to_arviz(
         fitted, x, y, num_samples=2, groups=("posterior", "posterior_predictive", "log_likelihood"), seed=0
     )

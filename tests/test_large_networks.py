@@ -80,7 +80,6 @@ NETWORKS: dict[str, Kind] = {
     "densenet121, memory efficient": Kind(
         vision("densenet121", memory_efficient=True),
         pictures(),
-        uncheckpointed=lambda net: [setattr(m, "memory_efficient", False) for m in net.modules()],
     ),
     "efficientnet-b0": Kind(vision("efficientnet_b0"), pictures()),
     "maxvit-t": Kind(maxvit, pictures(64)),
