@@ -9,25 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 import torchvision
+from network_ways import CLASSES, MODELS, Kind, whole_way, without
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.convnext import CNBlockConfig
 
-import pyro_bnn as pb
-
-N, CLASSES = 6, 3
-RELATIVE = 1e-5  # of float32, whose sums are of some hundred terms
-
-MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "Dense": (pb.models.Dense, pb.models.MeanFieldGuide, {}),
-    "Rank1": (pb.models.Rank1, pb.models.Rank1Guide, {"components": 2}),
-    "WeightSharing": (pb.models.WeightSharing, pb.models.CodebookGuide, {"codes": 8}),
-    "SpikeSlab": (pb.models.SpikeSlab, pb.models.MeanFieldGuide, {}),
-    "Bella": (pb.models.Bella, pb.models.ParticleGuide, {"particles": 2}),
-}
+N = 6
 
 
 class Residual(nn.Module):
@@ -49,6 +38,29 @@ class Recurrent(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.rnn(x)[0][:, -1])
+
+
+class Cells(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.fc = nn.LSTMCell(4, 5), nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = None
+        for step in x.unbind(1):
+            state = self.cell(step, state)
+        assert state is not None
+        return self.fc(state[0])
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh())
+        self.fc = nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(checkpoint(self.body, x, use_reentrant=False))
 
 
 class Packed(nn.Module):
@@ -134,40 +146,42 @@ def tokens() -> dict[str, Tensor]:
     return {"input_ids": ids}
 
 
-Kind = tuple[Callable[[], nn.Module], Callable[[], Any]]
+COMPUTED = "computes its weight"
+NO_SPECTRAL = {
+    "Dense": "spectral_norm",
+    "SpikeSlab": "spectral_norm",
+    "WeightSharing": "spectral_norm",
+    "Rank1": COMPUTED,
+    "Bella": COMPUTED,
+}
 SMALL: dict[str, Kind] = {
-    "residual": (Residual, pictures),
-    "convnext": (
+    "residual": Kind(Residual, pictures),
+    "convnext": Kind(
         lambda: torchvision.models.ConvNeXt([CNBlockConfig(8, 12, 1), CNBlockConfig(12, None, 1)], num_classes=CLASSES),
         lambda: pictures(16),
     ),
-    "vit": (
-        lambda: torchvision.models.VisionTransformer(8, 4, 1, 2, 8, 16, num_classes=CLASSES),
-        pictures,
-    ),
-    "lstm": (lambda: Recurrent(nn.LSTM), sequences),
-    "gru on packed sequences": (Packed, lambda: (sequences(), torch.tensor([5, 2, 4, 1, 3, 5]))),
-    "transformer": (Attends, words),
-    "shared layers": (SharedLayers, vectors),
-    "frozen parts": (partly_frozen, vectors),
-    "spectral norm": (spectral, vectors),
-    "weight norm": (weight_normed, vectors),
-    "segmentation": (
-        lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, CLASSES, 1)),
-        pictures,
+    "vit": Kind(lambda: torchvision.models.VisionTransformer(8, 4, 1, 2, 8, 16, num_classes=CLASSES), pictures),
+    "lstm": Kind(lambda: Recurrent(nn.LSTM), sequences),
+    "loop over lstm cells": Kind(Cells, sequences),
+    "gru on packed sequences": Kind(Packed, lambda: (sequences(), torch.tensor([5, 2, 4, 1, 3, 5]))),
+    "transformer": Kind(Attends, words),
+    "checkpointing": Kind(Checkpointed, vectors),
+    "shared layers": Kind(SharedLayers, vectors),
+    "frozen parts": Kind(partly_frozen, vectors),
+    "spectral norm": Kind(spectral, vectors, refused=NO_SPECTRAL),
+    "spectral norm, left out": Kind(spectral, vectors, select=dict.fromkeys(MODELS, without("1."))),
+    "weight norm": Kind(weight_normed, vectors, refused={"Rank1": COMPUTED, "Bella": COMPUTED}),
+    "segmentation": Kind(
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, CLASSES, 1)), pictures
     ),
 }
 LARGE: dict[str, Kind] = {
-    "densenet": (
-        lambda: torchvision.models.DenseNet(4, (2, 2), 8, num_classes=CLASSES),
-        lambda: pictures(32),
+    "densenet": Kind(lambda: torchvision.models.DenseNet(4, (2, 2), 8, num_classes=CLASSES), lambda: pictures(32)),
+    "bert": Kind(
+        language("Bert", hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16), tokens
     ),
-    "bert": (
-        language("Bert", hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16),
-        tokens,
-    ),
-    "gpt2": (language("GPT2", n_embd=8, n_layer=1, n_head=2, n_positions=16), tokens),
-    "llama": (
+    "gpt2": Kind(language("GPT2", n_embd=8, n_layer=1, n_head=2, n_positions=16), tokens),
+    "llama": Kind(
         language(
             "Llama",
             hidden_size=8,
@@ -178,79 +192,20 @@ LARGE: dict[str, Kind] = {
         ),
         tokens,
     ),
-    "t5": (
+    "t5": Kind(
         language("T5", d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2, eos_token_id=1, decoder_start_token_id=0),
         tokens,
+        select={"Rank1": without("relative_attention_bias")},  # the table of distances is the same for all rows
     ),
-    "resnet18": (lambda: torchvision.models.resnet18(num_classes=CLASSES), lambda: pictures(32)),
+    "resnet18": Kind(lambda: torchvision.models.resnet18(num_classes=CLASSES), lambda: pictures(32)),
 }
-
-#: pairs that are refused, by what the message says
-REFUSED = {
-    ("spectral norm", "Dense"): "spectral_norm",
-    ("spectral norm", "SpikeSlab"): "spectral_norm",
-    ("spectral norm", "WeightSharing"): "spectral_norm",
-    ("spectral norm", "Rank1"): "computes its weight",
-    ("spectral norm", "Bella"): "computes its weight",
-    ("weight norm", "Rank1"): "computes its weight",
-    ("weight norm", "Bella"): "computes its weight",
-}
-
-#: what messages advise for weights that meet no sample: the table of distances of T5 is the same for all rows
-SELECT = {("t5", "Rank1"): lambda name, p: p.dim() > 1 and "relative_attention_bias" not in name}
-
-
-def close(own: Tensor, expected: Tensor) -> bool:
-    return bool((own - expected).abs().max() <= RELATIVE * expected.abs().max().clamp_min(1e-3) * 10)
-
-
-def whole_way(name: str, model_name: str, kind: Kind, tmp_path: Path) -> None:
-    make, inputs = kind
-    cls, guide_class, options = MODELS[model_name]
-    net, x = make(), inputs()
-    likelihood = pb.likelihoods.Categorical(class_dim=1)
-    if (name, model_name) in REFUSED:
-        with pytest.raises(ValueError, match=REFUSED[name, model_name]):
-            cls(net, likelihood, N)
-        return
-    model = cls(net, likelihood, N, select=SELECT.get((name, model_name)))
-    guide = guide_class(model, **options)
-
-    # gradients, by plain autograd on the weights that a draw stands for
-    posterior = pb.Posterior(model.eval(), guide.eval())
-    latents = {n: v[0, 0].detach().requires_grad_() for n, v in posterior.draws(1, seed=0).items()}
-    f = model.function(x, {n: v[None, None] for n, v in latents.items()}, N)[0]
-    y = torch.randint(0, CLASSES, (N,) + f.shape[2:])
-    weights = model.core().held(model.weights_of(latents))
-    plain = pb.Posterior(model, guide).networks(1, seed=0)[0]
-    args = x if isinstance(x, tuple) else () if isinstance(x, dict) else (x,)
-    out = functional_call(plain, weights, args, x if isinstance(x, dict) else {})
-    expected = out if isinstance(out, Tensor) else out.logits
-    assert close(f.detach(), expected.detach()), "outputs"
-    used = list(latents.values())
-    own = torch.autograd.grad(F.cross_entropy(f, y), used, allow_unused=True)
-    reference = torch.autograd.grad(F.cross_entropy(expected, y), used, allow_unused=True)
-    largest = max(float(g.abs().max()) for g in reference if g is not None)
-    for site, a, b in zip(latents, own, reference, strict=True):
-        a, b = (torch.zeros_like(latents[site]) if g is None else g for g in (a, b))
-        assert float((a - b).abs().max()) <= RELATIVE * largest * 10, site
-
-    # the whole way of a user
-    fitted = pb.inference.fit(model, guide, (x, y), epochs=1, batch_size=3, progress=False, seed=0)
-    predicted = fitted.predict(x, num_samples=2, seed=0)
-    assert torch.isfinite(predicted.outputs).all()
-    fitted.save(tmp_path / "p")
-    loaded = pb.load(tmp_path / "p", make())
-    assert torch.equal(loaded.predict(x, num_samples=2, seed=0).outputs, predicted.outputs)
-    data = pb.diagnostics.to_arviz(fitted, x, y, num_samples=4, seed=0)
-    assert data["log_likelihood"]["obs"].shape[-1] == N
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", SMALL)
 def test_small_network(name: str, model: str, tmp_path: Path) -> None:
-    whole_way(name, model, SMALL[name], tmp_path)
+    whole_way(SMALL[name], model, tmp_path, N)
 
 
 @pytest.mark.slow
@@ -258,4 +213,4 @@ def test_small_network(name: str, model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", LARGE)
 def test_larger_network(name: str, model: str, tmp_path: Path) -> None:
-    whole_way(name, model, LARGE[name], tmp_path)
+    whole_way(LARGE[name], model, tmp_path, N)
