@@ -322,7 +322,7 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
             out.addcmul_(moved, p * slab).addcmul_(moved.sign(), (1 - p) * spike)
 
     def scale_statistics(self, value: Tensor, included: Tensor) -> tuple[Tensor, Tensor]:
-        """``(A, B)``: the density of sigma is proportional to ``sigma^-n exp(-A / (2 sigma^2) - B / sigma)``.
+        """``(A, B)``: in sigma, the density is proportional to ``sigma^-n exp(-A / (2 sigma^2) - B / sigma)``.
 
         A is the sum of the squares, B that of the absolute values under a Laplace spike, each weighted by the
         probability of its group (``included``, ``[*batch, *groups]``) and by its scale at sigma = 1; both ``[*batch]``.
