@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all, and digests by which damage is found.
+"""Files and folders that are written completely or not at all, and digests that detect damage.
 
-What is new is written to a folder of its own, ``.NAME.TOKEN.partial``, on the same file system, and renamed from there.
-Its writer holds a lock in it. So the next one who writes to the same place can tell what a killed process left there,
-and removes it.
+New content is written to a separate folder, ``.NAME.TOKEN.partial``, on the same file system, and renamed from there.
+The writer holds a lock in that folder. The next writer to the same place can therefore recognise what a killed process
+left, and removes it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LOCK = "lock"
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """The name of a file to write, which takes the place of ``path`` once all is written.
+    """Gives the name of a file to write, which replaces ``path`` once it is complete.
 
     After an error ``path`` is as it was. The folders above it are made, a symbolic link stays one, and the permissions
     are those that the umask gives to a new file.
@@ -49,11 +49,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path, last: str = "") -> Iterator[Path]:
-    """An empty folder to write to, whose files take their places in ``path`` once all are written.
+    """Gives an empty folder to write to, whose files are moved to ``path`` once all are written.
 
-    A folder that is not there appears whole. In one that is there, files of the same names are replaced one after the
-    other, ``last`` after all others, and everything else stays. After an error while they are written ``path`` is as it
-    was; one while they take their places leaves the rest as they were. The folders above it are made, a symbolic link
+    If ``path`` does not exist, it appears complete. If it exists, files of the same names are replaced one by one,
+    ``last`` after all others, and everything else stays. After an error during writing ``path`` is as it was; after an
+    error during replacement the files not yet replaced are as they were. The folders above it are made, a symbolic link
     stays one, and permissions are those that the umask gives.
 
     :raises OSError: when it cannot be written; the message names ``path``.
@@ -84,9 +84,9 @@ def replacing_folder(path: Path, last: str = "") -> Iterator[Path]:
 
 @contextlib.contextmanager
 def alone_in(path: Path) -> Iterator[None]:
-    """Inside, nobody else who asks for the same folder writes to it, whether it is there yet or not; others wait.
+    """Locks a folder, whether it exists or not: others that lock the same folder wait until this block ends.
 
-    Without effect on Windows, and on file systems without locks.
+    Has no effect on Windows, and on file systems without locks.
     """
     place = Path(os.path.realpath(path))
     if sys.platform == "win32":
@@ -109,7 +109,7 @@ def alone_in(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _workspace(folder: Path, name: str) -> Iterator[Path]:
-    """A folder that nobody else uses, locked while it is in use, for what is to become ``name`` in ``folder``."""
+    """A temporary folder, locked while it is in use, for the content that will become ``name`` in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     _sweep(folder, name)
     while True:
@@ -118,7 +118,7 @@ def _workspace(folder: Path, name: str) -> Iterator[Path]:
         try:
             lock = os.open(workspace / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
-            continue  # swept in the moment between folder and lock
+            continue  # another process removed the folder before it was locked
         _hold(lock, wait=True)
         if (workspace / _LOCK).exists():
             break
@@ -131,7 +131,7 @@ def _workspace(folder: Path, name: str) -> Iterator[Path]:
 
 
 def _hold(lock: int, wait: bool) -> bool:
-    """Whether the lock is ours now; never on Windows and on file systems without locks, where leftovers stay."""
+    """Whether this process got the lock; False on Windows and on file systems without locks, where leftovers stay."""
     if sys.platform == "win32":
         return False
     try:
@@ -142,13 +142,13 @@ def _hold(lock: int, wait: bool) -> bool:
 
 
 def _sweep(folder: Path, name: str) -> None:
-    """Removes what killed processes left when they wrote ``name``. What cannot be removed harms nobody, and stays."""
+    """Removes what killed processes left when they wrote ``name``. What cannot be removed is harmless, and stays."""
     for workspace in folder.glob(f".{glob.escape(name)}.*.partial"):
         try:
             lock = os.open(workspace / _LOCK, os.O_RDWR)
         except OSError:
             with contextlib.suppress(OSError):
-                workspace.rmdir()  # killed before it had a lock, and so empty
+                workspace.rmdir()  # its writer was killed before it took the lock, so it is empty
             continue
         if _hold(lock, wait=False):
             _remove(workspace)
@@ -156,7 +156,7 @@ def _sweep(folder: Path, name: str) -> None:
 
 
 def _remove(workspace: Path) -> None:
-    """Removes all of it, the lock last: a kill in between leaves what the next sweep knows for a leftover."""
+    """Removes the folder, the lock last: if the process is killed meanwhile, the next sweep recognises the rest."""
     with contextlib.suppress(OSError):
         for child in workspace.iterdir():
             if child.is_dir():
@@ -167,7 +167,7 @@ def _remove(workspace: Path) -> None:
 
 
 def _permit(workspace: Path) -> None:
-    """Gives all files the permissions of a new one; libraries that write to temporary files have others."""
+    """Gives all files the permissions of a new file; libraries that write through temporary files set others."""
     mode = (workspace / _LOCK).stat().st_mode & 0o777
     for file in workspace.rglob("*"):
         if not file.is_dir():
@@ -176,7 +176,7 @@ def _permit(workspace: Path) -> None:
 
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Errors of the system name the place that was to be written, and not the file beside it."""
+    """Makes system errors name the path that was to be written instead of the temporary file."""
     try:
         yield
     except OSError as error:
@@ -201,7 +201,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, dtypes, shapes and numbers."""
+    """SHA-256 digest of the names, dtypes, shapes and values of tensors."""
     found = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
@@ -211,14 +211,14 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The content, as JSON has it, with a digest of itself under ``digest``."""
+    """The content, as JSON represents it, with its own digest under ``digest``."""
     as_json: dict[str, Any] = json.loads(json.dumps(content))
     return {**as_json, "digest": _seal(as_json)}
 
 
 def require_seal(content: Mapping[str, Any], path: Path) -> None:
     """
-    :raises ValueError: unless the content is what :func:`sealed` gave.
+    :raises ValueError: unless the content is unchanged since :func:`sealed`.
     """
     own = {name: value for name, value in content.items() if name != "digest"}
     if content.get("digest") != _seal(own):
@@ -238,10 +238,10 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file of JSON.
+    """Reads the object in a JSON file.
 
     :raises OSError: when the file cannot be read.
-    :raises ValueError: when it does not hold one.
+    :raises ValueError: when it is not JSON, or not an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """Converts the data of users to the tensors that a network takes; this happens only here.
 
-Data are tensors, NumPy arrays (and whatever NumPy can read as one), pandas frames and series, or nested lists of
+Data are tensors, NumPy arrays (and whatever NumPy can convert to one), pandas frames and series, or nested lists of
 numbers; x may be any nesting of dicts, tuples and lists of these. Row i of x belongs to row i of y: the index of a
 frame is ignored.
 
@@ -13,7 +13,7 @@ mappings         such as the ``BatchEncoding`` of a tokenizer become dicts: a ne
 a batch          is a pair (x, y), or a mapping with the key ``labels``, which is y
 ===============  =====================================================================================================
 
-Everything goes to the device of the network. A tensor that has device and dtype already is passed on as it is.
+Everything goes to the device of the network. A tensor that already has this device and dtype is not copied.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-#: What a network is called with, in any nesting of dicts, tuples and lists. Networks differ in what they take, so that
-#: nothing is known of it before :func:`inputs` has looked at it.
+#: The input of a network, in any nesting of dicts, tuples and lists. Networks differ in their inputs, so the type is
+#: unknown until :func:`inputs` has checked the value.
 Inputs: TypeAlias = object
-#: What a user trains or scores on: a ``DataLoader``, a ``Dataset``, a pair (x, y), or one mapping with labels. Nothing
-#: is known of it before an engine has looked at it.
+#: What a user trains or scores on: a ``DataLoader``, a ``Dataset``, a pair (x, y), or one mapping with labels. The
+#: type is unknown until an engine has checked the value.
 Data: TypeAlias = object
 #: what y is called in a batch that is one mapping, as data loaders for transformers make them
 LABELS = "labels"
 EXPECTED = "expected tensors, NumPy arrays, pandas frames or nested lists of numbers"
-#: names of the kinds of NumPy's dtypes that hold no numbers
+#: names of the NumPy dtype kinds that are not numeric
 _KINDS = {"O": "objects", "U": "strings", "S": "bytes", "M": "dates", "m": "time spans", "V": "records", "T": "strings"}
 
 
 def inputs(x: object, like: Tensor | None, name: str = "x") -> object:
-    """x as a network takes it: tensors in the same nesting.
+    """Converts x to tensors for the network, in the same nesting.
 
     :param like: a tensor on the device and with the dtype of the network. ``None`` for a model that is not of this
         package: tensors then stay as they are, and floats of anything else get torch's default dtype.
@@ -55,7 +55,7 @@ def inputs(x: object, like: Tensor | None, name: str = "x") -> object:
 
 
 def targets(y: object, like: Tensor | None, name: str = "y") -> Tensor:
-    """y as a likelihood takes it: floats in the dtype of the network, integers as int64.
+    """Converts y for a likelihood: floats to the dtype of the network, integers to int64.
 
     :param like, name: see :func:`inputs`.
     :raises TypeError: when y does not hold numbers.
@@ -69,7 +69,7 @@ def targets(y: object, like: Tensor | None, name: str = "y") -> Tensor:
 
 
 def tensors(x: object, name: str = "x") -> object:
-    """x with all arrays, frames and lists as tensors of their own dtype, on the CPU; tensors stay as they are.
+    """Converts arrays, frames and lists in x to CPU tensors of their own dtype; tensors stay as they are.
 
     For data that are cut into batches first. Raises as :func:`inputs`.
     """
@@ -77,7 +77,7 @@ def tensors(x: object, name: str = "x") -> object:
 
 
 def labels(y: object, name: str = "y") -> Tensor:
-    """y as a tensor of its own dtype, on the CPU; a tensor stays as it is. A frame keeps the dtypes of its columns.
+    """Converts y to a CPU tensor of its own dtype; a tensor stays as it is. A frame keeps the dtypes of its columns.
 
     For data that are cut into batches first. Raises as :func:`targets`.
     """
@@ -143,7 +143,7 @@ def split(batch: object) -> tuple[object, Any] | None:
 
 
 def without_labels(batch: object) -> object:
-    """The inputs of a batch: x alone, or what stands before the labels."""
+    """The inputs of a batch: x alone, or the part before the labels."""
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key != LABELS}
     return batch[0] if isinstance(batch, (tuple, list)) and not is_numbers(batch) else batch
@@ -158,14 +158,14 @@ def require_finite(x: object, name: str = "x") -> None:
 
 
 def integers_in(x: object) -> list[str]:
-    """The dtypes of tensors of integers in x, each once."""
+    """The dtypes of the integer tensors in x, without repeats."""
     found = (leaf.dtype for leaf in pytree.tree_leaves(x) if isinstance(leaf, Tensor))
     return sorted({str(d) for d in found if not (d.is_floating_point or d.is_complex or d == torch.bool)})
 
 
 @contextlib.contextmanager
 def naming_shapes(x: object) -> Iterator[None]:
-    """Inside, what a network raises has a note with the shapes that it was given."""
+    """Inside, errors that a network raises get a note with the shapes of its inputs."""
     try:
         yield
     except Exception as error:
@@ -176,7 +176,7 @@ def naming_shapes(x: object) -> Iterator[None]:
 
 
 def describe(value: object) -> str:
-    """What a value is, for messages: its type, and for a list or tuple those of its first items."""
+    """Describes a value for messages: its type, and for a list or tuple the types of its first items."""
     if isinstance(value, (list, tuple)):
         kinds = dict.fromkeys(type(item).__name__ for item in value[:100])
         return f"{type(value).__name__} of {', '.join(list(kinds)[:4]) or 'nothing'}"
@@ -215,7 +215,7 @@ def _is_number(value: object) -> bool:
 
 
 def _fitting(given: object, value: Tensor, like: Tensor | None) -> Tensor:
-    """The tensor that was made of what was given, on the device of ``like``, and in its dtype if it has floats."""
+    """The converted tensor on the device of ``like``, and with its dtype if it is floating point."""
     if like is not None:
         return value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
     if isinstance(given, Tensor) or not value.is_floating_point():
@@ -235,7 +235,7 @@ def _from_array(array: np.ndarray, given: object, name: str) -> Tensor:
             first = next((item for item in array.flat if not _is_number(item)), array.flat[0])
             held = f"objects, such as {describe(first)}"
         raise TypeError(f"{name} is {describe(given)} that holds {held}; {EXPECTED}. {remedy}")
-    if kind == "u" and array.dtype.itemsize > 1:  # of these torch knows little more than the names
+    if kind == "u" and array.dtype.itemsize > 1:  # torch supports almost no operations on these dtypes
         array = array.astype(np.int64)
     elif array.dtype.kind == "f" and array.dtype.itemsize > 8:
         array = array.astype(np.float64)

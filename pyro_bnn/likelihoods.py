@@ -34,7 +34,7 @@ class Likelihood:
     kind: ClassVar[Literal["classification", "regression", "count"]]
     #: whether there is a noise scale to learn, a latent site of the model
     learns_noise: ClassVar[bool] = False
-    #: whether the last axis of y is over targets, so that y may leave it out where there is one
+    #: whether the last axis of y is over targets, so that y may omit it when there is only one target
     has_target_axis: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ def from_description(description: dict[str, Any]) -> Likelihood:
     :raises ValueError: when the description does not name a known likelihood.
     """
     if description.get("class") == "Categorical":
-        description = {"class_dim": -1, **description}  # what older versions took for granted
+        description = {"class_dim": -1, **description}  # the defaults that older versions did not write
     return build_value(description, Likelihood, "likelihood")
 
 

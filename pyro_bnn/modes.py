@@ -1,4 +1,4 @@
-"""What running a network changes besides its output: modes, statistics of layers, what takes a gradient."""
+"""The state that running a network changes: modes, running statistics, and which tensors take a gradient."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def training_mode(train: bool) -> Iterator[None]:
 
 
 def enter_mode(module: nn.Module) -> None:
-    """What a network or guide does first when it is called. See :func:`training_mode`."""
+    """Sets the mode of a network or guide at the start of a call. See :func:`training_mode`."""
     train = _mode.get()
     if train is not None and module.training != train:
         module.train(train)
@@ -37,7 +37,7 @@ def enter_mode(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def keeping_modes(*programs: object) -> Iterator[None]:
-    """Inside, the modes of modules may change: they are put back. A program that is no module has none."""
+    """Restores the modes of modules afterwards. A program that is not a module has none."""
     modules = [part for program in programs if isinstance(program, nn.Module) for part in program.modules()]
     modes = [(part, part.training) for part in modules]
     try:
@@ -56,7 +56,7 @@ def settle(*programs: object) -> None:
 
 @contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Inside, every part is in eval mode; modes and buffers are put back."""
+    """Inside, every submodule is in eval mode; modes and buffers are restored afterwards."""
     with one_at_a_time, keeping_modes(module), _keeping_buffers(module):
         module.eval()
         yield
@@ -78,11 +78,11 @@ def _keeping_buffers(module: nn.Module) -> Iterator[None]:
 
 
 class RunningStatistics:
-    """The running statistics of normalisation layers in a training step of several passes, one for each member.
+    """The running statistics of normalisation layers in a training step with several passes, one for each member.
 
-    Every pass starts from the same statistics, and they move once: to the mean of where the passes took them.
+    Every pass starts from the same statistics, which are updated once: to the mean of the results of the passes.
 
-    :param layers: those whose statistics move.
+    :param layers: the layers whose statistics are updated.
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
@@ -91,7 +91,7 @@ class RunningStatistics:
 
     @contextlib.contextmanager
     def one_pass(self) -> Iterator[None]:
-        """Inside, the layers move copies. See :func:`evaluating` for why they must not write to the buffers."""
+        """Inside, the layers update copies. See :func:`evaluating` for why they must not write to the buffers."""
         copies = {id(buffer): buffer.clone() for _, _, buffer in self._buffers}  # one, for layers that share it
         for layer, name, buffer in self._buffers:
             layer._buffers[name] = copies[id(buffer)]
@@ -103,14 +103,14 @@ class RunningStatistics:
                 layer._buffers[name] = buffer
 
     def average(self) -> None:
-        """Moves the statistics to the mean over all passes; counts of batches, to that of one."""
+        """Sets the statistics to their mean over all passes, and counts of batches to the count of one pass."""
         for (_, _, buffer), *ends in zip(self._buffers, *self._ends, strict=True):
             buffer.copy_(torch.stack(ends).mean(0) if buffer.is_floating_point() else ends[0])
 
 
 @contextlib.contextmanager
 def frozen(program: object) -> Iterator[None]:
-    """Inside, a module is in eval mode and has nothing to train; afterwards modes, buffers, all is as before."""
+    """Inside, a module is in eval mode without trainable parameters; afterwards all of its state is restored."""
     module = program if isinstance(program, nn.Module) else nn.Module()
     trained = [(p, p.requires_grad) for p in module.parameters()]
     with evaluating(module):
@@ -124,7 +124,7 @@ def frozen(program: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undisturbed(net: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, full precision; modes, buffers, tables with max_norm and random state are put back."""
+    """Eval mode, no gradients, full precision; modes, buffers, tables with max_norm and random state are restored."""
     devices = {t.device for t in [*net.parameters(), *net.buffers()] if t.device.type == "cuda"}
     with contextlib.ExitStack() as stack:
         stack.enter_context(one_at_a_time)
@@ -139,7 +139,7 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _keeping_tables(net: nn.Module) -> Iterator[None]:
-    """Puts back the tables that every pass of the network writes into."""
+    """Restores the tables that every pass of the network writes to."""
     tables = [m.weight.data for m in net.modules() if isinstance(m, _TABLES) and m.max_norm is not None]
     values = [table.clone() for table in tables]
     try:

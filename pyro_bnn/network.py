@@ -37,7 +37,7 @@ NORMALISATIONS: tuple[type[nn.Module], ...] = (
 )
 
 
-#: shapes of inputs of which a network remembers what it found out; texts have hundreds of lengths
+#: number of input shapes for which a network keeps its findings; texts have hundreds of lengths
 MAX_SHAPES = 256
 
 
@@ -92,11 +92,11 @@ class Network(nn.Module):
         self.output = output
         self._slots = find_slots(self.net)
         self.register_load_state_dict_post_hook(_keep_ties)
-        #: the rows of tables that stay as they are whatever weights are given, see :mod:`pyro_bnn.given.fixed`
+        #: the rows of tables that keep their values whatever weights are given, see :mod:`pyro_bnn.given.fixed`
         self.padding = padding_rows(self.net)
         self._layouts: dict[object, dict[Use, Layout]] = {}
         self._activations: dict[object, int] = {}
-        #: kinds of passes that were looked at for what could not be right in them, which takes time
+        #: kinds of passes that were already checked for unsupported operations, as the check takes time
         self._inspected: set[tuple[bool, int | str]] = set()
         #: whether members that are folded into one batch would share a decision
         self._decides = False
@@ -108,7 +108,7 @@ class Network(nn.Module):
         return found
 
     def product_weights(self) -> list[str]:
-        """Names of the weights that products, convolutions and embeddings consume, as far as module types tell."""
+        """Names of the weights of products, convolutions and embeddings, as far as module types show them."""
         found = {
             id(p)
             for module in self.net.modules()
@@ -135,10 +135,10 @@ class Network(nn.Module):
     def forward(self, x: Inputs, weights: dict[str, Tensor] | None = None) -> Tensor:
         """The network's output tensor, with some of its parameters replaced by ``weights``.
 
-        The gradients are those of these weights also where a part of the network is run again in the backward pass.
+        Gradients are with respect to these weights, also where the backward pass runs a part of the network again.
 
-        :raises RuntimeError: when the network may run parts of itself again in a way that is not known here, or uses a
-            parameter past the module that holds it.
+        :raises RuntimeError: when the network may rerun parts of itself in an unsupported way, or uses a parameter
+            without going through the module that holds it.
         """
         return self._run(x, weights or {}, None)
 
@@ -161,7 +161,7 @@ class Network(nn.Module):
         return y
 
     def _tensor(self, y: Any) -> Tensor:
-        """Which part of the output of the network is meant."""
+        """Selects the output tensor from what the network returns."""
         if callable(self.output):
             y = self.output(y)
         elif self.output is not None:
@@ -176,7 +176,7 @@ class Network(nn.Module):
         return y
 
     def held(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The same ``{parameter: [*lead, *shape]}`` in which rows for padding are those of the network itself."""
+        """The same ``{parameter: [*lead, *shape]}`` in which padding rows have the network's own values."""
         fixed = {name: self.net.get_parameter(name) for name in self.padding if name in weights}
         rows = {name: with_row_of(weights[name], own, self.padding[name]) for name, own in fixed.items()}
         return {**weights, **rows}
@@ -187,8 +187,8 @@ class Network(nn.Module):
     def perturbed(self, x: Inputs, size: int, perturbations: dict[str, Perturbation], members: int) -> Tensor:
         """Every row of every member has weights of its own: ``[members, size, ...]``.
 
-        In one pass; where the network decides in Python on values that its weights have a part in, in one pass for each
-        member, as members may decide differently.
+        Takes one pass, or one pass for each member if the network branches in Python on values that depend on its
+        weights, as members may then take different branches.
 
         :param x: input with ``size`` samples.
         :param perturbations: by parameter name, each ``[members | 1, size | 1, n]``.
@@ -210,8 +210,8 @@ class Network(nn.Module):
         return y.unflatten(0, (members, size))
 
     def layouts(self, x: Inputs, size: int, perturbed: Iterable[str]) -> dict[Use, Layout]:
-        """The layouts for inputs of this shape, probed on first sight. See :mod:`pyro_bnn.perturb.probe`."""
-        # A network that sorts its samples looks regular as long as nothing differs by which it could sort them.
+        """The layouts for inputs of this shape, probed at its first occurrence. See :mod:`pyro_bnn.perturb.probe`."""
+        # A network that sorts its samples looks regular as long as the samples are all equal.
         shapes, chosen_names = _shapes(x, size), tuple(perturbed)
         layouts = self._layouts.get((shapes, chosen_names, True))
         if layouts is not None:
@@ -239,7 +239,7 @@ class Network(nn.Module):
         return self._layouts[key]
 
     def activation_elements(self, x: Inputs, size: int) -> int:
-        """Numbers in the largest tensor that a module makes of one sample, from one pass in eval mode."""
+        """Size of the largest tensor that a module computes for one sample, in elements, from one pass in eval mode."""
         key = ("activation", _shapes(x, size))
         if key not in self._activations:
             largest = [1]
@@ -263,7 +263,7 @@ class Network(nn.Module):
             return find_consumed(self, self.net, x, batch_size(x))
 
     def explicit(self, x: Inputs, weights: dict[str, Tensor], chunk_size: int | None = None) -> Tensor:
-        """One whole set of weights for each member: ``[members, size, ...]``.
+        """Runs the network with one full set of weights for each member: ``[members, size, ...]``.
 
         :param weights: by parameter name, each ``[members, *shape]``.
         """
@@ -275,12 +275,12 @@ class Network(nn.Module):
         values: dict[str, Tensor],
         chunk_size: int | None = None,
     ) -> Tensor:
-        """``run`` of what each member has, ``[members, ...]``: vectorised, or one after the other where that must be.
+        """Applies ``run`` to the values of each member, ``[members, ...]``: vectorised, or in turn where necessary.
 
-        One after the other go networks whose normalisation layers gather statistics, recurrent layers, whose fused
-        kernels cannot be vectorised, and from then on every network for which it has failed once.
+        Members run in turn if normalisation layers update their statistics, if recurrent layers use fused kernels,
+        which cannot be vectorised, and after vectorisation has failed once for this network.
 
-        :param run: calls this network.
+        :param run: a function that calls this network.
         :param values: by name, each ``[members, ...]``.
         :param chunk_size: how many members are vectorised at a time; ``None`` for all.
         """
@@ -301,11 +301,11 @@ class Network(nn.Module):
         return self._vectoriser(at_once, in_turn, next(iter(values.values())))
 
     def _moving_layers(self) -> list[nn.Module]:
-        """The normalisation layers that gather statistics in a pass."""
+        """The normalisation layers that update their statistics in a pass."""
         return [m for m in self.net.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
 
     def _in_turn(self, run: Callable[[int], Tensor], members: int) -> Tensor:
-        """``run(i)`` of every member i, ``[members, ...]``; statistics move once, to the mean over the members."""
+        """Stacks ``run(i)`` over the members i, ``[members, ...]``; statistics move once, to their mean."""
         statistics = RunningStatistics(self._moving_layers())
         outputs = []
         for member in range(members):
@@ -316,7 +316,7 @@ class Network(nn.Module):
 
 
 def _keep_ties(network: Network, keys: object) -> None:
-    """A state that was taken with ``assign=True`` has a parameter of its own in every slot of a shared one."""
+    """Restores ties: loading a state with ``assign=True`` puts separate parameters where one was shared."""
     for [(module, own), *others] in network._slots.values():
         for other, name in others:
             other._parameters[name] = module._parameters[own]
@@ -324,9 +324,9 @@ def _keep_ties(network: Network, keys: object) -> None:
 
 @contextlib.contextmanager
 def _without_vmap_in_buffers(net: nn.Module) -> Iterator[None]:
-    """For use around ``vmap``, after which its tensors are of no use: not those in buffers either.
+    """Inside, ``vmap`` must leave no tensor of its own in a buffer, as these are invalid after it.
 
-    :raises RuntimeError: when the network put one there, which is then taken out.
+    :raises RuntimeError: when the network put one there; the buffer is restored.
     """
     before = [(m._buffers, name, buffer) for m in net.modules() for name, buffer in m._buffers.items()]
     changed = None
@@ -352,7 +352,7 @@ def _shapes(x: Inputs, size: int) -> object:
 
 
 def _keep(known: dict[Any, Any], key: Any, value: Any) -> None:
-    """Adds what was found out for a shape, and forgets the oldest beyond ``MAX_SHAPES``."""
+    """Stores a finding for a shape, and drops the oldest beyond ``MAX_SHAPES``."""
     known[key] = value
     while len(known) > MAX_SHAPES:
         del known[next(iter(known))]

@@ -1,4 +1,4 @@
-"""Random numbers of a seed, which leave no trace on those that come after."""
+"""Random numbers from a seed, drawn without changing the random state of the caller."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from pyro_bnn.entry.threads import one_at_a_time
 
 
 def device_of(program: object) -> torch.device:
-    """Where a Pyro program has its parameters; the processor for one without."""
+    """The device of the parameters of a Pyro program; the CPU if it has none."""
     parameters = program.parameters() if isinstance(program, nn.Module) else iter(())
     return next((p.device for p in parameters), torch.device("cpu"))
 
 
 @contextlib.contextmanager
 def forked(device: torch.device) -> Iterator[None]:
-    """Inside, random numbers on the processor and on the device leave no trace outside."""
+    """Restores the random state of the CPU and of the device afterwards."""
     with one_at_a_time, torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
 
 
 @contextlib.contextmanager
 def seeded(device: torch.device, seed: int | None) -> Iterator[None]:
-    """Inside, random numbers are those of the seed, and leave no trace outside; ``None`` changes nothing."""
+    """Inside, random numbers come from the seed; the random state is restored afterwards. ``None`` changes nothing."""
     seed = checks.seed("seed", seed)
     if seed is None:
         yield
@@ -38,7 +38,7 @@ def seeded(device: torch.device, seed: int | None) -> Iterator[None]:
 
 
 def some_seed(seed: int | None) -> int:
-    """The seed that was given, or one from torch's global generator: for what must use the same draws several times."""
+    """The seed that was given, or one from torch's global generator: to repeat the same draws."""
     given = checks.seed("seed", seed)
     if given is not None:
         return given
@@ -47,7 +47,7 @@ def some_seed(seed: int | None) -> int:
 
 
 def derive_seeds(seed: int | None, count: int) -> list[int | None]:
-    """Seeds that have nothing to do with one another, or none."""
+    """Independent seeds derived from one seed; all ``None`` without one."""
     seed = checks.seed("seed", seed)
     if seed is None:
         return [None] * count
@@ -55,7 +55,7 @@ def derive_seeds(seed: int | None, count: int) -> list[int | None]:
 
 
 class RandomState:
-    """The random state at its making, on the processor and on the device of ``like``."""
+    """The random state at the time of its creation, on the CPU and on the device of ``like``."""
 
     def __init__(self, like: Tensor) -> None:
         self._state = torch.get_rng_state()

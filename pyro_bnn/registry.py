@@ -54,10 +54,10 @@ def is_storable(cls: type) -> bool:
 
 
 def describe_value(value: object, what: str) -> dict[str, Any]:
-    """``{"class": name, **fields}`` of an object of a dataclass, as JSON that :func:`build_value` takes back.
+    """``{"class": name, **fields}`` of a dataclass object, as JSON from which :func:`build_value` rebuilds it.
 
     :param what: the word for it in messages, such as ``"likelihood"``.
-    :raises TypeError: when the fields are not all that it holds, or JSON cannot hold one of them.
+    :raises TypeError: when the fields do not determine the object, or JSON cannot represent one of them.
     """
     problem = f"the {what} {type(value).__name__} cannot be written to JSON"
     if not is_dataclass(value) or isinstance(value, type):
@@ -77,7 +77,7 @@ def describe_value(value: object, what: str) -> dict[str, Any]:
 def build_value(description: object, base: type[_Value], what: str) -> _Value:
     """The inverse of :func:`describe_value`, for subclasses of ``base``.
 
-    :raises ValueError: when the description names no subclass that is defined, or not its fields.
+    :raises ValueError: when no subclass of this name is defined, or it has other fields.
     """
     if not isinstance(description, dict) or not isinstance(description.get("class"), str):
         description = {"class": "", "found": description}
@@ -99,12 +99,12 @@ def build_value(description: object, base: type[_Value], what: str) -> _Value:
 
 
 def _frozen(value: object) -> object:
-    """Lists of JSON are the tuples that frozen dataclasses have."""
+    """Turns the lists of JSON into the tuples that frozen dataclasses hold."""
     return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _subclasses(base: type[_Value]) -> Iterator[type[_Value]]:
-    """Those that a file may name."""
+    """The subclasses that a file may name."""
     for cls in base.__subclasses__():
         if is_dataclass(cls) and not cls.__name__.startswith("_"):
             yield cls
@@ -117,9 +117,9 @@ def _name_of(cls: type) -> str:
 
 
 def _find_subclass(base: type[_Value], name: str) -> type[_Value] | None:
-    """The class of this name, the latest one where a notebook has defined it several times.
+    """The class of this name, the latest one if a notebook has defined it several times.
 
-    A class that lay in another module when it was saved is found by its own name, where that is unambiguous.
+    A class that has moved to another module since it was saved is found by its own name, if that is unambiguous.
     """
     found = {_name_of(cls): cls for cls in _subclasses(base)}
     if name in found:

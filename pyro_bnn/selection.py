@@ -14,7 +14,7 @@ from torch import Tensor, nn
 Selector = str | type[nn.Module] | nn.Module | Callable[[str, Tensor], bool]
 Select = Selector | Iterable[Selector]
 
-#: how unlike a name may be that an error suggests: names are long, and what was given may be one part of one
+#: lowest similarity of a suggested name: names are long, and the user may have given one part of a name
 _LEAST_LIKENESS = 0.4
 _MOST_SUGGESTIONS = 5
 
@@ -28,7 +28,7 @@ def select_parameters(
     option: str = "select",
     what: str = "parameters",
 ) -> list[str]:
-    """The names among ``candidates`` that a selection picks, in the order of the candidates.
+    """The names among ``candidates`` that a selection matches, in the order of the candidates.
 
     :param select: one of these, or several:
 
@@ -77,7 +77,7 @@ def select_parameters(
 
 
 def pattern_matches(pattern: str, name: str, option: str = "prior") -> bool:
-    """Whether a pattern names a parameter or a module above it: literally, or as a regular expression of all of it.
+    """Whether a pattern names a parameter or a module above it: literally, or as a regular expression of the full name.
 
     :param name: of a parameter, or of a site of it (``fc.weight.s``).
     :raises ValueError: for an invalid regular expression.
@@ -93,7 +93,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 class _Names:
-    """All names of a network, and which candidates are meant by them."""
+    """All names of a network, and the candidates that each stands for."""
 
     def __init__(self, net: nn.Module, candidates: Mapping[str, Tensor]) -> None:
         self.net, self.candidates = net, candidates
@@ -105,7 +105,7 @@ class _Names:
         return {self.first[id(p)] for module in modules for p in module.parameters()} & self.candidates.keys()
 
     def named(self, name: str, option: str) -> set[str]:
-        """What a string picks: a name before all else, then ``"all-linear"``, then a regular expression."""
+        """The candidates that a string selects: a name first, then ``"all-linear"``, then a regular expression."""
         if name in self.parameters:
             return {self.parameters[name]} & self.candidates.keys()
         if name in self.modules:
@@ -117,7 +117,7 @@ class _Names:
         return picked | self.below(*(module for name, module in self.modules.items() if matches(name)))
 
     def hint(self, one: Selector) -> str:
-        """The end of an error message: why nothing was picked, where that can be told, and the nearest names."""
+        """The end of an error message: why nothing matched, if that is known, and the nearest names."""
         if isinstance(one, type):
             kinds = {type(m).__name__ for m in self.modules.values() if self.below(m)} or {type(self.net).__name__}
             return _nearest(one.__name__, kinds, "types of modules that have some")

@@ -1,7 +1,7 @@
 """The copy of a network that a model works on, and the wrappers around networks.
 
-A copy is plain: wrappers that run a network elsewhere (``torch.compile``, ``DataParallel``) are taken off, and tables
-give dense gradients, which are the same numbers. What cannot be run with other weights is refused by name.
+A copy is plain: wrappers that run a network elsewhere (``torch.compile``, ``DataParallel``) are removed, and embedding
+tables give dense gradients, with the same values. Networks that cannot run with other weights are refused by name.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def unwrapped(net: nn.Module) -> nn.Module:
 
 
 def copy_of(net: nn.Module, share: bool = False) -> nn.Module:
-    """A copy of a network, also of one that was used: tensors that it keeps from earlier passes lose their graph.
+    """Copies a network, even after use: tensors that it keeps from earlier passes lose their graph.
 
-    :param share: whether the parameters keep the storage of the given ones and take no gradient. A table with
-        ``max_norm`` is copied all the same, as every pass writes into it.
-    :raises TypeError: for what is no module, and for networks that cannot be run with other weights.
+    :param share: whether the parameters share the storage of the given ones and take no gradient. A table with
+        ``max_norm`` is copied anyway, as every pass writes to it.
+    :raises TypeError: for anything that is not a module, and for networks that cannot run with other weights.
     :raises ValueError: for parameters that have no shape yet.
     """
     inner = unwrapped(net)
@@ -80,7 +80,7 @@ class _WithoutGraphs(TorchFunctionMode):
 
 
 def _wrapped_as(net: nn.Module) -> str | None:
-    """The attribute of a wrapper that is the network; ``None`` for what is no wrapper."""
+    """The name of the wrapper's attribute that holds the network; ``None`` if there is no wrapper."""
     if isinstance(net, (DataParallel, DistributedDataParallel)):
         return "module"
     return _COMPILED if _COMPILED in net._modules else None

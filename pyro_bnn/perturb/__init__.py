@@ -1,11 +1,11 @@
-"""Run a network with other weights in every row of the batch, without touching its code.
+"""Runs a network with different weights for every row of the batch, without changing its code.
 
 :class:`Perturb` (``mode``) intercepts the torch function that consumes a weight. ``factors`` and ``low_rank`` say how a
 weight may differ from row to row, ``layout`` where the samples are, ``probe`` finds that out, and ``products``,
 ``attention``, ``recurrent`` and ``normalisation`` hold one rule for each torch function that uses weights.
 
-``substitution`` is around every pass, puts whole other weights into the network, and sees to whatever part of the pass
-runs again later; ``vectoriser`` runs passes with whole weights at once or one after the other.
+``substitution`` replaces whole weights of the network during a pass, also in parts of the pass that run again later;
+``vectoriser`` runs passes with whole weights vectorised or in turn.
 """
 
 from pyro_bnn.perturb import attention, normalisation, products, recurrent  # noqa: F401  (their rules register themselves)

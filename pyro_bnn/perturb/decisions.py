@@ -1,7 +1,7 @@
-"""What a network decides in Python on values that its weights have a part in, as ``if h.sum() > 0`` does.
+"""Branches that a network takes in Python on values that depend on its weights, such as ``if h.sum() > 0``.
 
-Such a decision is made once for a whole pass. Members that are folded into one batch would share it, although each of
-them alone may decide otherwise; and two passes can be compared only if they decide alike.
+Such a decision is made once for a whole pass. Members folded into one batch would share it, although each of them alone
+might decide differently; and two passes can be compared only if they make the same decisions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from pyro_bnn.perturb.mode import tensors
 
-#: functions by which a tensor becomes a number, a list or an array of Python
+#: functions that convert a tensor to a Python number, a list or an array
 _TO_PYTHON: frozenset[Callable[..., object]] = frozenset(
     {
         *(Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__complex__, Tensor.__index__, Tensor.item),
@@ -35,14 +35,14 @@ class _Decision(NamedTuple):
 
 
 class Decisions(TorchFunctionMode):
-    """Notes the decisions of the pass inside, by following weights through it: what is made of them is theirs too.
+    """Records the decisions of the pass inside, by tracking weights and everything that is computed from them.
 
-    :param weights: the tensors that are followed.
+    :param weights: the tensors to track.
     """
 
     def __init__(self, weights: Iterable[Tensor]) -> None:
         super().__init__()
-        #: whether there is one on what the weights have a part in
+        #: whether a decision depends on the weights
         self.found = False
         self._made: list[_Decision] = []
         #: kept alive, so that no other tensor is given an ``id`` that is in it

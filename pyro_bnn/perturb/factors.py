@@ -1,4 +1,4 @@
-"""Perturbations of one parameter: rank-1 factors, low-rank terms, a whole matrix, or another value for every member."""
+"""Perturbations of one parameter: rank-1 factors, low-rank terms, a whole matrix, or separate values of members."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Rank1Factors(NamedTuple):
         return Rank1Factors(of_member(self.r, member), of_member(self.s, member))
 
     def explicit(self, weight: Tensor, member: int, row: int) -> Tensor:
-        """The weight that one row of one member sees; the definition that every rule must agree with."""
+        """The weight of one row of one member: the definition that every rule must agree with."""
         r, s = (_pick(factor, member, row) for factor in self)
         shape = weight.shape
         repeats = s.numel() // shape[1]
@@ -44,7 +44,7 @@ class Rank1Factors(NamedTuple):
 
 
 class Replacement(NamedTuple):
-    """A bias or gain of its own for every member: ``value`` is ``[members | 1, rows | 1, n]``, n its elements."""
+    """A separate bias or gain for every member: ``value`` is ``[members | 1, rows | 1, n]`` with n elements."""
 
     value: Tensor
 
@@ -62,5 +62,5 @@ def _pick(factor: Tensor, member: int, row: int) -> Tensor:
     return factor[member if factor.shape[0] > 1 else 0, row if factor.shape[1] > 1 else 0]
 
 
-#: what a parameter may be given for one pass
+#: the perturbations that a parameter may have in one pass
 Perturbation = Rank1Factors | LowRankFactors | Shift | Replacement

@@ -1,4 +1,4 @@
-"""Where members and samples are: inside a network, as a probe finds it for each use of a weight, and in a fold."""
+"""The positions of members and samples: inside a network, as a probe finds them, and in a folded batch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Use(NamedTuple):
-    """One use of one parameter in a forward pass: its name, and how many uses came before."""
+    """One use of one parameter in a forward pass: its name, and number of earlier uses."""
 
     parameter: str
     occurrence: int
@@ -36,5 +36,5 @@ class Fold(NamedTuple):
 
 
 def of_member(values: Tensor, member: int) -> Tensor:
-    """``[members | 1, ...] -> [1, ...]``: what one member has alone."""
+    """``[members | 1, ...] -> [1, ...]``: the values of one member."""
     return values.narrow(0, member if values.shape[0] > 1 else 0, 1)

@@ -1,4 +1,4 @@
-"""Low-rank perturbations: W' = W + scale B A, a term of its own beside the product with the shared W (Hu et al. 2022).
+"""Low-rank perturbations: W' = W + scale B A, a separate term added to the product with the shared W (Hu et al. 2022).
 
 Every weight is seen as a matrix, its dimension 0 against all others. Where dimension 0 is the output, A meets the input
 first: of a convolution it is one to ``rank`` channels, and B a 1 x 1 convolution. Where dimension 0 is the input
@@ -41,7 +41,7 @@ class LowRankFactors(NamedTuple):
         return LowRankFactors(of_member(self.A, member), of_member(self.B, member), self.scale)
 
     def explicit(self, weight: Tensor, member: int, row: int) -> Tensor:
-        """The weight that one member sees; the definition that every rule must agree with."""
+        """The weight of one member: the definition that every rule must agree with."""
         a, b = (factor[member if factor.shape[0] > 1 else 0] for factor in (self.A, self.B))
         return weight + (self.scale * (b @ a.flatten(1))).reshape(weight.shape).to(weight.dtype)
 
@@ -62,7 +62,7 @@ class LowRankFactors(NamedTuple):
         return mix(fold, self._core(fold, op, x, layout, groups) * self.scale, b, dims[1], layout)
 
     def _core(self, fold: Fold, op: Op, x: Tensor, layout: Layout, groups: int) -> Tensor:
-        """The convolution with A: the channels of every group on their own, as if they were further samples."""
+        """The convolution with A: each group of channels separately, as if the groups were further samples."""
         if groups == 1:
             return _each_member(fold, lambda own, a: op(own, a, None), x, layout, self.A)
 
@@ -74,9 +74,9 @@ class LowRankFactors(NamedTuple):
 
     def convolve(self, fold: Fold, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout,
                  options: Options) -> Tensor:  # fmt: skip
-        """The convolution of a batch with ``W + scale B A``, a weight that each member adds up for itself.
+        """The convolution of a batch with ``W + scale B A``, a weight that is summed for each member.
 
-        The sum is made again for the backward pass: what is kept for it are x, A and B. Beside the product with few
+        The sum is recomputed in the backward pass, which only needs x, A and B. Beside the product with few
         channels that A is, this spares a pass over the result in both directions.
         """
         inputs = [x, weight, self.A, self.B] + ([] if bias is None else [bias])
@@ -120,7 +120,7 @@ class Shift(NamedTuple):
 
 
 def with_rows(fold: Fold, x: Tensor, layout: Layout) -> tuple[Tensor, Layout]:
-    """A tensor that does not depend on the sample, repeated for all of them on axis 0; others as they are."""
+    """A tensor that does not depend on the sample, repeated for all samples on axis 0; other tensors are unchanged."""
     if layout.dim is not None:
         return x, layout
     x = x if x.dim() and x.shape[0] == 1 else x.unsqueeze(0)

@@ -1,4 +1,4 @@
-"""Run a network with a different weight in every row of the batch, without touching its code.
+"""Runs a network with a different weight for every row of the batch, without changing its code.
 
 Pyro intercepts ``pyro.sample``; this file intercepts the torch function that consumes a weight. :class:`Perturb` is a
 :class:`torch.overrides.TorchFunctionMode` that knows, by identity, which parameters are perturbed and rewrites the
@@ -6,7 +6,7 @@ calls that consume them. With W' = W o (r s^T) (Dusenberry et al. 2020, eq. 1)
 
     F.linear(x, W', b) = F.linear(x * s, W) * r + b,
 
-so W is used once, in one product, although every row has factors of its own. *Members* (mixture components, particles,
+so W is used once, in one product, although every row has its own factors. *Members* (mixture components, particles,
 posterior draws) are folded into the batch: row ``m * B + b`` of the folded batch is sample b seen by member m.
 
 Which axis of a tensor inside the network is the batch, and which of its entries belong to which sample, differs from
@@ -39,10 +39,10 @@ class Perturb(TorchFunctionMode):
 
     :param perturbations: perturbation by ``id`` of the parameter.
     :param names: parameter name by ``id``.
-    :param layouts: what :func:`pyro_bnn.perturb.probe.find_layouts` found.
+    :param layouts: the result of :func:`pyro_bnn.perturb.probe.find_layouts`.
     :param members: number of members M.
     :param rows: number of samples B in the batch; the folded batch has ``M * B`` rows.
-    :param padded: tables, by ``id``, whose row for padding is that of the table itself, without a perturbation.
+    :param padded: tables, by ``id``, whose padding row is not perturbed.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Perturb(TorchFunctionMode):
         self.fold = Fold(members, rows)
         self._occurrences: dict[str, int] = {}
         self._derived: list[Tensor] = []
-        #: by ``id`` of a tensor whose samples were put into another order: the tensor, and the order
+        #: by ``id`` of a tensor whose samples were reordered: the tensor, and the order
         self.reordered: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
@@ -73,7 +73,7 @@ class Perturb(TorchFunctionMode):
         return rule.apply(Call(self, func, args, kwargs, rule.signature))
 
     def derive(self, tensor: Tensor, source: Tensor, perturbation: Perturbation) -> Tensor:
-        """``tensor`` is a view or cast of the parameter ``source``: it carries a perturbation of its own."""
+        """``tensor`` is a view or cast of the parameter ``source``: it gets the corresponding perturbation."""
         self.perturbations[id(tensor)] = perturbation
         self.names[id(tensor)] = self.names[id(source)]
         if id(source) in self.padded:
@@ -82,7 +82,7 @@ class Perturb(TorchFunctionMode):
         return tensor
 
     def uses(self) -> dict[str, int]:
-        """How often each parameter has been met so far."""
+        """Number of uses of each parameter so far."""
         return dict(self._occurrences)
 
     @contextlib.contextmanager
@@ -95,11 +95,11 @@ class Perturb(TorchFunctionMode):
             self._occurrences = reached
 
     def knows(self, value: Any) -> bool:
-        """Whether something is a perturbed weight, or holds samples in another order."""
+        """Whether an object is a perturbed weight, or a tensor with reordered samples."""
         return id(value) in self.perturbations or id(value) in self.reordered
 
     def recognise(self, now: Tensor, before: Tensor) -> None:
-        """From now on ``now`` is what ``before`` is, which this mode :meth:`knows`."""
+        """Treats ``now`` from here on as ``before``, which this mode :meth:`knows`."""
         if now is before:
             return
         if id(before) in self.perturbations:
@@ -280,11 +280,11 @@ def register(
 
     :param functions: the functions as :class:`~torch.overrides.TorchFunctionMode` sees them.
     :param signature: the names of their positional arguments, in order; the rule finds them as ``call.<name>``.
-        An argument that was not given is not there (``getattr(call, name, default)``).
+        An argument that was not given is missing (``getattr(call, name, default)``).
     :param weights: the arguments that may be perturbed; any of them by default. A parameter given as another argument
         (a learned input of a linear layer) is not a weight of this call.
     :param always: run the rule even when no argument is a perturbed parameter, for rules that only watch.
-    :param consumes: whether the function uses the weight up; views and casts only pass it on.
+    :param consumes: whether the function consumes the weight; views and casts only pass it on.
     :param product: whether it is a product, a convolution or a table look-up, whose weights are random by default.
     """
 
@@ -299,7 +299,7 @@ def register(
 
 
 def consumed(function: Any, args: Any, kwargs: dict[str, object] | None) -> list[Tensor]:
-    """The tensors of a call that the rule of its torch function uses up as weights; none when there is no rule."""
+    """The tensors that a call consumes as weights by the rule of its torch function; none when there is no rule."""
     rule = RULES.get(function)
     if rule is None or not rule.consumes:
         return []
@@ -315,5 +315,5 @@ def is_product(function: Any) -> bool:
 
 
 def passes_on(function: Any) -> bool:
-    """Whether a torch function has a rule by which its result is the weight in another form."""
+    """Whether a torch function has a rule that makes its result a view or cast of the weight."""
     return function in RULES and not RULES[function].consumes and not RULES[function].always

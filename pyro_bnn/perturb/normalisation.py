@@ -1,8 +1,8 @@
-"""The rules for normalisation layers: the given statistics, then gains and biases of every row's own.
+"""The rules for normalisation layers: the given statistics, then separate gains and biases for every row.
 
     y = normalise(x) * weight + bias
 
-Statistics do not depend on gains and biases, so that all members are normalised in one call.
+Statistics do not depend on gains and biases, so all members are normalised in one call.
 """
 
 from __future__ import annotations

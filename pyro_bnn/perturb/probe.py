@@ -1,9 +1,9 @@
-"""Where the samples are inside a network: one :class:`~pyro_bnn.perturb.Layout` for each use of a weight.
+"""Finds the positions of the samples inside a network: one :class:`~pyro_bnn.perturb.Layout` for each use of a weight.
 
-The network is run on three samples, once as they are and then with one of them marked by other values. The
+The network runs on three samples, first unchanged and then with one of them marked by other values. The
 entries of a tensor that change are those of the marked sample, and their pattern along an axis tells how the batch was
 flattened into it; comparing lengths would not do (a time-major and a batch-major flatten have the same lengths).
-What was found is then checked: a small batch folded with random perturbations must equal one run for each row with its
+The result is then checked: a small batch folded with random perturbations must equal one run for each row with its
 own explicit weights.
 """
 
@@ -27,7 +27,9 @@ from pyro_bnn.perturb.mode import Perturb, consumed, is_product, passes_on, tens
 from pyro_bnn.perturb.samples import batched, markings, select_samples, unlike_samples
 from pyro_bnn.perturb.steady import Steady
 
-_SAMPLES = 3  # of the probe: the smallest number for which period and run length of a flatten can both be read
+_SAMPLES = (
+    3  # number of samples in the probe: the smallest for which both the period and the run length of a flatten show
+)
 
 #: functions that read shape, dtype or device of a tensor, not its values
 _READ_NO_VALUES = {
@@ -51,7 +53,7 @@ def find_layouts(
     :param names: name of each perturbed parameter, by ``id``.
     :param neutral: a perturbation of shape ``[1, 1, n]`` for each of them, that changes nothing.
     :param x: an example input whose tensors have ``size`` samples on axis 0.
-    :param decisions: notes those of the first pass, which the others repeat.
+    :param decisions: records the decisions of the first pass, which the others repeat.
     :raises ValueError: when a perturbed parameter is never consumed by a rule, or by an operation without one.
     :raises RuntimeError: when the samples of the batch cannot be told apart where a weight is used.
     """
@@ -101,7 +103,7 @@ def find_layouts(
 
 
 class _Recorder(Perturb):
-    """Runs the rules with perturbations that change nothing, and keeps the tensors that they would act on."""
+    """Runs the rules with neutral perturbations, and keeps the tensors that they would act on."""
 
     def __init__(self, neutral: dict[int, Perturbation], names: dict[int, str]) -> None:
         super().__init__(neutral, names, {}, 1, _SAMPLES)
@@ -152,7 +154,7 @@ def _remedy(parameter: str) -> str:
 
 
 def rows_belong_together(error: Exception) -> RuntimeError:
-    """What is said where a network takes a whole input but not some of its rows; ``error`` is what it raised."""
+    """The error for a network that accepts a whole input but not some of its rows; ``error`` is what it raised."""
     return RuntimeError(
         f"the network takes its whole input, but not some rows of it ({type(error).__name__}: {error}): the rows "
         "belong together, as the nodes of a graph do, and are no samples of their own. Make the whole one sample: x of "
@@ -162,7 +164,7 @@ def rows_belong_together(error: Exception) -> RuntimeError:
 
 
 def takes(net: Callable[..., Tensor], x: Any) -> bool:
-    """Whether a network runs on an input at all."""
+    """Whether a network runs on an input without an error."""
     try:
         net(x)
     except Exception:
@@ -177,7 +179,7 @@ def _name(function: Any) -> str:
 
 
 class _Finder(TorchFunctionMode):
-    """Notes which parameters of a network meet the rule of a product."""
+    """Records the parameters of a network that a product rule consumes."""
 
     def __init__(self, names: dict[int, str]) -> None:
         super().__init__()
@@ -262,7 +264,7 @@ def _misfold(
     padded: frozenset[int],
     alike: bool,
 ) -> str | None:
-    """What goes wrong in a folded batch in which ``parameters`` are perturbed and the others keep their values.
+    """The mismatch of a folded batch in which ``parameters`` are perturbed and the others keep their values.
 
     :param alike: whether all runs make the decisions of the first.
     """
@@ -308,9 +310,9 @@ def _misfold(
 
 @contextlib.contextmanager
 def _no_small_weights(net: nn.Module) -> Iterator[None]:
-    """Gives weights, gains and gates that start at or near zero (last layers, residual branches) other values.
+    """Replaces weights, gains and gates that start at or near zero (last layers, residual branches).
 
-    An error behind them would be too small to be seen.
+    They would make an error too small to detect.
     """
     small = [p.data for p in net.parameters() if p.is_floating_point() and p.numel() and p.abs().max() < 1e-3]
     values = [p.clone() for p in small]  # through `.data`, for the reason given in `modes.evaluating`

@@ -86,7 +86,7 @@ def _first(values: Tensor, n: int) -> Tensor:
 
 def _run(steps: Sequence[Tensor], initial: State, into: _Linear, recur: _Linear, cell: Cell, project: _Linear | None,
          reverse: bool) -> tuple[list[Tensor], State]:  # fmt: skip
-    """One layer in one direction. Steps shrink when the sequences, sorted by length, come to their ends."""
+    """One layer in one direction. Steps shrink as the sequences, sorted by length, end."""
     outputs: list[Tensor] = []
     ended: list[State] = []
     state = tuple(s[: steps[-1].shape[0]] for s in initial) if reverse else initial

@@ -1,4 +1,4 @@
-"""Samples of an input: some of them taken, and one of them marked by other values."""
+"""Selects samples of an input, and marks one of them by changing its values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from pyro_bnn.inputs import Inputs
 
-#: how many samples of an input are looked at for one that differs
+#: number of samples of an input that are searched for one that differs
 _DONORS = 16
 
 
@@ -26,7 +26,7 @@ def _per_sample(leaf: object, size: int) -> TypeGuard[Tensor]:
 
 
 def unlike(x: Inputs, size: int) -> bool:
-    """Whether samples differ in an integer of theirs, by which a network may sort them."""
+    """Whether samples differ in a per-sample integer, by which a network may sort them."""
     return any(_per_sample(leaf, size) and bool((leaf != leaf[0]).any()) for leaf in pytree.tree_leaves(x))
 
 

@@ -1,4 +1,4 @@
-"""Runs of a network in which no random number tells two samples apart."""
+"""Runs a network so that random numbers do not make two samples differ."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _FILLED = ("normal_", "uniform_", "exponential_", "cauchy_", "log_normal_", "geo
 
 
 class Steady(TorchDispatchMode):
-    """Inside, all entries of a random tensor are one number, and the same in every run.
+    """Inside, all entries of a random tensor are equal, and equal in every run.
 
-    A network may draw noise in eval mode too. With this, two of its runs differ where their inputs or weights do.
+    A network may draw noise in eval mode too. Inside, two runs differ only where their inputs or weights do.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,12 +1,12 @@
-"""Other weights in a network for the time of one pass, and again whenever a part of that pass is run once more.
+"""Replaces weights of a network during one pass, and again whenever a part of that pass is rerun.
 
 A weight lies in *slots*: entries of the modules that hold it, several of them when it is shared. :class:`Pass` puts
 other tensors into all slots of a weight and takes all of them out again, whatever happens in between.
 
 A part of a pass may be run again after its end: gradient checkpointing (Chen et al. 2016, arXiv 1604.06174) keeps the
 inputs of a segment, and runs it again in the backward pass for its activations; hooks run in the backward pass too.
-There the network would have its own weights back. So a pass watches for segments and hooks, and is taken up again
-around each.
+At that time the network has its own weights again. A pass therefore watches for segments and hooks, and resumes around
+each.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Pass:
 
     :param net: the network.
     :param slots: of its parameters, see :func:`find_slots`.
-    :param weights: the tensors that take the place of parameters, and of buffers, by name.
-    :param mode: what rewrites the calls that consume weights; ``None`` when nothing does.
+    :param weights: the tensors that replace parameters and buffers, by name.
+    :param mode: the mode that rewrites the calls that consume weights, or ``None``.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Pass:
 
     @contextlib.contextmanager
     def resumed(self, uses: Mapping[str, int]) -> Iterator[None]:
-        """Inside, the pass runs from a point that it had reached before. Statistics that it moved are not moved again.
+        """Inside, the pass runs from a point that it had reached before. Running statistics are not updated again.
 
         :param uses: how often the mode had met each parameter there.
         """
@@ -113,7 +113,7 @@ class Pass:
             yield
 
     def _backward_hooks(self) -> list[_Entry]:
-        """The hooks for the backward pass, each of which takes up this pass again."""
+        """The hooks for the backward pass, each of which resumes this pass."""
         return [
             (entries, kind, OrderedDict((key, functools.partial(self._run_hook, hook)) for key, hook in own.items()))
             for entries, kind, own in _hooks(self.net, _BACKWARD)
@@ -172,7 +172,7 @@ def _replaced(entries: Iterable[_Entry]) -> Iterator[None]:
 
 
 class Strays(TorchFunctionMode):
-    """Refuses parameters that a pass has replaced, and that the network has at hand nevertheless, outside of all slots.
+    """Refuses replaced parameters that the network uses by a reference outside all slots.
 
     :param names: of the replaced parameters, by ``id``.
     """

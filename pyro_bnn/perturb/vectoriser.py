@@ -1,4 +1,4 @@
-"""All at once where ``torch.func.vmap`` can, one after the other where it cannot."""
+"""Runs a function with ``torch.func.vmap`` if possible, and otherwise in turn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Result = TypeVar("_Result")
 
 
 class Vectoriser:
-    """Runs a function vectorised until that fails for the first time, and from then on one after the other.
+    """Runs a function vectorised until that fails for the first time, and in turn from then on.
 
     Nothing tells by its type whether an exception is of ``vmap``, which fails at in-place writes, decisions on values,
     boolean masks and ``.item()`` with the messages of whatever they meet: the run one after the other tells. What it

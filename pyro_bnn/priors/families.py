@@ -41,7 +41,7 @@ class Prior:
     has_tau: ClassVar[bool] = False
     #: whether every element has its own scale ``lambda``
     has_lambda: ClassVar[bool] = False
-    #: whether the share of the slab, one number for the whole layer, is itself random
+    #: whether the prior inclusion probability, one number for the whole layer, is itself random
     has_inclusion: ClassVar[bool] = False
     #: whether the distribution depends only on the device and dtype, so that it can be built once
     is_constant: ClassVar[bool] = False
@@ -67,15 +67,15 @@ class Prior:
         raise TypeError(f"{type(self).__name__} has no lambda")
 
     def share(self, like: Tensor) -> dist.TorchDistribution:
-        """The distribution of the share of the slab."""
+        """The distribution of the prior inclusion probability."""
         raise TypeError(f"{type(self).__name__} has no inclusion")
 
     def typical_share(self) -> float:
-        """The mean of the share of the slab."""
+        """The mean of the prior inclusion probability."""
         raise TypeError(f"{type(self).__name__} has no inclusion")
 
     def with_share(self, share: Tensor) -> Prior:
-        """The prior given the share of the slab."""
+        """The prior given the inclusion probability."""
         raise TypeError(f"{type(self).__name__} has no inclusion")
 
     def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
@@ -118,7 +118,7 @@ class Cauchy(_LocationScale):
 
 @dataclass(frozen=True)
 class Laplace(_LocationScale):
-    """``Laplace(loc, scale)``, independent elements."""
+    """``Laplace(loc, scale)``, independent elements: density ``exp(-|w - loc| / scale) / (2 scale)``."""
 
     family = dist.Laplace
     has_heavy_tails: ClassVar[bool] = False
@@ -126,7 +126,7 @@ class Laplace(_LocationScale):
 
 @dataclass(frozen=True)
 class StudentT(Prior):
-    """``StudentT(df, loc, scale)``, independent elements."""
+    """``StudentT(df, loc, scale)`` with ``df`` degrees of freedom, independent elements."""
 
     df: float = 3.0
     loc: float | None = None

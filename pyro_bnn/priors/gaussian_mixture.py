@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians as priors of weights: fixed ones, and the codebook of a guide as its own prior."""
+"""Mixtures of Gaussians as priors of weights: fixed ones, and the codebook of a guide as a prior."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pyro_bnn.priors.families import Prior, require_numbers
 class CodeMixture(dist.MixtureSameFamily):
     """``pi_0 N(0, slab^2) + sum_k pi_k N(m_k, s_k^2)``, with the codes of a guide as components 1 to K.
 
-    :param codebook: whose codes they are; of a guide with the same one the KL divergence is a code length.
+    :param codebook: the codebook of these codes; for a guide with the same one the KL divergence is a code length.
     """
 
     codebook: object = None
@@ -50,7 +50,7 @@ class GaussianMixture(Prior):
         if not len(self.locs) == len(self.scales) == len(weights) > 0:
             raise ValueError(
                 f"GaussianMixture: {len(self.locs)} locs, {len(self.scales)} scales and {len(weights)} weights; "
-                "expected as many of each, at least one"
+                "expected the same number of each, at least one"
             )
         for name, values in (("scales", self.scales), ("weights", weights)):
             for value in values:
@@ -58,7 +58,7 @@ class GaussianMixture(Prior):
         for value in self.locs:
             checks.finite("GaussianMixture.locs", value)
         total = math.fsum(weights)
-        # frozen, hashable, and the same after a way through JSON
+        # tuples are hashable, and come back from JSON unchanged
         for name, values in (("locs", self.locs), ("scales", self.scales), ("weights", [w / total for w in weights])):
             object.__setattr__(self, name, tuple(float(v) for v in values))
 

@@ -1,4 +1,4 @@
-"""Spike-and-slab priors of groups of weights, with the indicator of every group summed out.
+"""Spike-and-slab priors for groups of weights, with the indicator of every group summed out.
 
 A group g of G weights comes from the slab with probability theta, else from the spike (George and McCulloch 1993; for
 groups Xu and Ghosh 2015; under EM Rockova and George 2014)::
@@ -96,7 +96,7 @@ class SpikeAndSlab(Prior):
         for name, value, known in (("group", self.group, Group), ("spike", self.spike, Spike)):
             if value not in get_args(known):
                 raise ValueError(f"SpikeAndSlab({name}={value!r}): expected one of {', '.join(get_args(known))}")
-        # described as JSON, and frozen: what is given in another form is put into the one that the fields have
+        # the fields must be describable as JSON, so distributions and mappings are converted
         object.__setattr__(self, "inclusion", _inclusion(self.inclusion))
         object.__setattr__(self, "variance_prior", _variance_prior(self.variance_prior))
         object.__setattr__(self, "has_tau", self.variance_prior is not None)
@@ -137,7 +137,7 @@ class SpikeAndSlab(Prior):
         return self.inclusion
 
     def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> SpikeAndSlabDistribution:
-        if scale is not None:  # it comes ready to multiply elements; here it belongs to groups
+        if scale is not None:  # it has the axes to multiply elements; here one scale applies to groups
             scale = scale.reshape(scale.shape[: scale.dim() - like.dim()])
         share = self.inclusion if isinstance(self.inclusion, Tensor) else like.new_full((), self._fixed_inclusion())
         loc = center if self.loc is None else self.loc
@@ -213,7 +213,7 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
         self.spike_scale, self.slab_scale, self.group, self.spike = spike_scale, slab_scale, group, spike
         batch = torch.broadcast_shapes(inclusion.shape, () if scale is None else scale.shape)
         kept = {"weight": range(len(shape)), "kernel": range(min(2, len(shape))), "input": (1,), "output": (0,)}[group]
-        #: the axes of an event that are summed over within a group, and the shape of what is left
+        #: the axes of an event that are summed over within a group, and the shape of the groups
         self.axes = tuple(axis - len(shape) for axis in range(len(shape)) if axis not in kept)
         self.groups = torch.Size(shape[axis] for axis in kept)
         self.group_size = shape.numel() // max(1, self.groups.numel())
@@ -224,7 +224,7 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
         return constraints.independent(constraints.real, len(self.event_shape))
 
     def at(self, inclusion: Tensor, scale: Tensor | None) -> SpikeAndSlabDistribution:
-        """The same groups under another inclusion rate and scale."""
+        """The same groups with another inclusion probability and scale."""
         parts = (self.spike_scale, self.slab_scale, self.event_shape, self.group, self.spike)
         return SpikeAndSlabDistribution(self.loc, inclusion, *parts, scale, validate_args=False)
 
@@ -287,7 +287,7 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
             self._validate_sample(value)
         included, excluded = self._log_shares
         slab, spike = self._log_densities(value)
-        # the larger term and what the other adds: each alone may be lost in the rounding of their difference
+        # the larger term plus the other's contribution: a difference of the two would lose precision
         other = (-self._log_odds(value).abs()).exp().log1p()
         terms = torch.maximum(included + slab, excluded + spike) + other
         result = terms.sum(tuple(range(-len(self.event_shape), 0)))
@@ -322,10 +322,10 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
             out.addcmul_(moved, p * slab).addcmul_(moved.sign(), (1 - p) * spike)
 
     def scale_statistics(self, value: Tensor, included: Tensor) -> tuple[Tensor, Tensor]:
-        """What the density says of sigma: it is proportional to ``sigma^-n exp(-A / (2 sigma^2) - B / sigma)``.
+        """``(A, B)``: in sigma, the density is proportional to ``sigma^-n exp(-A / (2 sigma^2) - B / sigma)``.
 
-        A is the sum of the squares, B that of the absolute values under a Laplace spike, each weighed by how likely its
-        group is (``included``, ``[*batch, *groups]``) and by its scale at sigma = 1; both ``[*batch]``.
+        A is the sum of the squares, B that of the absolute values under a Laplace spike, each weighted by the
+        probability of its group (``included``, ``[*batch, *groups]``) and by its scale at sigma = 1; both ``[*batch]``.
         """
         p, moved = self.within_groups(included), self._moved(value)
         event = tuple(range(-len(self.event_shape), 0))

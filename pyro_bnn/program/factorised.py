@@ -1,8 +1,8 @@
-"""Independent Normals over the elements of many sites, in as few passes over memory as a network of 1e7 weights needs.
+"""Independent Normals over the elements of many sites, with few passes over memory, for networks of 1e7 weights.
 
-Sites that lie side by side in one tensor are drawn together, and together compared to their priors. Drawing takes one
-pass beyond the noise; the KL divergence to constant Normal priors keeps nothing but its arguments for the backward
-pass. The generic expressions take about three times as many passes, and as many calls as there are sites.
+Sites stored side by side in one tensor are drawn together, and their KL divergences are computed together. Drawing
+takes one pass after the noise; the KL divergence from constant Normal priors saves only its arguments for the backward
+pass. The generic expressions take about three times as many passes, and one call for each site.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch.distributions import Distribution, Independent, constraints, kl_diver
 
 
 def split(block: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
-    """``[*batch, n] -> [*batch, *shape]`` for each of the shapes, which have n elements together."""
+    """``[*batch, n] -> [*batch, *shape]`` for each of the shapes, which have n elements in total."""
     parts = block.split([shape.numel() for shape in shapes], -1)
     return [part.reshape(part.shape[:-1] + shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class NormalBlock:
-    """``N(loc, scale^2)`` for all elements of several sites that lie side by side.
+    """``N(loc, scale^2)`` for all elements of several sites that are stored side by side.
 
     :param loc, scale: ``[*batch, n]``, of the same shape.
-    :param shapes: event shape of each site; they have n elements together.
+    :param shapes: event shape of each site; n elements in total.
     """
 
     def __init__(self, loc: Tensor, scale: Tensor, shapes: Sequence[torch.Size]) -> None:
@@ -61,7 +61,7 @@ class NormalBlock:
 class FactorisedNormal(dist.TorchDistribution):
     """One site of a :class:`NormalBlock`: ``N(loc, scale^2)`` with the axes of the site as event axes.
 
-    :param batch: batch shape, to which that of the block broadcasts.
+    :param batch: batch shape, to which the batch shape of the block broadcasts.
     """
 
     has_rsample = True
@@ -73,7 +73,7 @@ class FactorisedNormal(dist.TorchDistribution):
 
     @cached_property
     def normal(self) -> dist.TorchDistribution:
-        """The same as a Pyro distribution of the usual form, ``Normal(loc, scale).to_event(...)``."""
+        """The same distribution in Pyro's usual form, ``Normal(loc, scale).to_event(...)``."""
         shape = self.batch_shape + self.event_shape
         loc, scale = (v[self.index].expand(shape) for v in (self.block.locs, self.block.scales))
         return dist.Normal(loc, scale, validate_args=False).to_event(len(self.event_shape))

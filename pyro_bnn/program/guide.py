@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Family = Literal["normal", "cauchy", "point"]
 SMALLEST_SCALE = 1e-7
-#: Sites share a block up to this many elements; a larger site has one of its own. Allocators serve tensors of tens of
+#: Sites share a block up to this many elements; a larger site has its own block. Allocators serve tensors of tens of
 #: megabytes with fresh pages from the system every time, which costs more than the arithmetic on them.
 BLOCK_SIZE = 2**18
 
@@ -50,11 +50,11 @@ def _blocks(sites: list[Site]) -> list[list[Site]]:
 
 
 class Block(NamedTuple):
-    """Sites that lie side by side in one parameter.
+    """Sites that are stored side by side in one parameter.
 
     :param kind: what their columns are: ``"loc"`` and ``"point"`` the values themselves (or where they are centred),
         ``"scale_loc"`` logarithms, ``"share_loc"`` logits.
-    :param parameter: ``[K, n]``, with n the elements of all the sites.
+    :param parameter: ``[K, n]``, where n is the number of elements of all the sites.
     """
 
     kind: str
@@ -106,7 +106,7 @@ class MixtureGuide(ProgramModule):
         like = model.like()
         self.num_members = components
         self.family = family
-        #: whether every draw of a member is the same
+        #: whether all draws of a member are equal
         self.is_deterministic = family == "point" and own is None
         self.per_row = rows
         self.prefix, self.members_dim = model.prefix, model.members_dim
@@ -130,7 +130,7 @@ class MixtureGuide(ProgramModule):
     def start_scales(self, value: float) -> None:
         """Sets the standard deviation (Cauchy: the scale) of every weight or factor.
 
-        :raises ValueError: unless it is positive, or for a guide of points, which has none.
+        :raises ValueError: unless it is positive, or for ``family="point"``, which has no scales.
         """
         value = checks.positive("value", value)
         if self.family == "point":
@@ -140,18 +140,18 @@ class MixtureGuide(ProgramModule):
                 rho.fill_(inverse_softplus(value))
 
     def arguments(self) -> dict[str, object]:
-        """The keyword arguments as JSON, apart from those that only say where training starts."""
+        """The keyword arguments as JSON, without those that only set where training starts."""
         return {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored of the guide, beside its arguments."""
+        """The tensors that are saved for the guide, beside its arguments."""
         return {name: value.detach() for name, value in [*self.named_parameters(), *self.named_buffers()]}
 
     @classmethod
     def from_tensors(cls, model: Any, arguments: dict[str, Any], tensors: dict[str, Tensor]) -> MixtureGuide:
-        """The guide that :meth:`arguments` and :meth:`tensors` are of.
+        """Rebuilds the guide from its :meth:`arguments` and :meth:`tensors`.
 
-        :raises ValueError: when they are of a guide for another model.
+        :raises ValueError: when they belong to a guide for another model.
         """
         guide = cls(model, **arguments)
         guide._take_parameters(tensors)
@@ -167,15 +167,15 @@ class MixtureGuide(ProgramModule):
             parameter.data = tensors[name].to(parameter.device)
 
     def means_of_network(self) -> dict[str, Tensor]:
-        """Posterior means of those parameters of the network of which nothing else needs to be stored, by name."""
+        """Posterior means, by name, of the network's parameters for which nothing else needs to be saved."""
         return {}
 
     def summaries(self) -> dict[str, tuple[tuple[str, ...], Tensor]]:
-        """``{name: (dimensions, values)}`` of what parameters stand for, where that is more than a Normal a weight."""
+        """``{name: (dimensions, values)}`` of summaries of the parameters, beyond one Normal for each weight."""
         return {}
 
     def figures(self) -> dict[str, Figure]:
-        """``{what is to be seen: matplotlib.figure.Figure}``: pictures of what is special about a guide; here none.
+        """``{what is to be seen: matplotlib.figure.Figure}``: plots of what is specific to a guide; here none.
 
         A page shows each once, under its name; the caller may change the size of a figure.
         """
@@ -188,17 +188,17 @@ class MixtureGuide(ProgramModule):
         return display.call(self, **self.repr_arguments())
 
     def repr_arguments(self) -> dict[str, object]:
-        """What the text of the guide says, by name."""
+        """The fields of the guide's ``repr``, by name."""
         sites = sum(len(block) for blocks in self._blocks.values() for block in blocks)
         numbers = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return {"components": self.num_members, "family": self.family, "sites": sites, "parameters": numbers}
 
     def forms(self) -> dict[str, Form]:
-        """In which form parameters of the network are here, where the guide says more of them than the model."""
+        """The forms of the network's parameters for which the guide knows more than the model does."""
         return {}
 
     def numbers_of_sites(self) -> dict[str, int]:
-        """How many trained numbers each site has that is factorised here."""
+        """Number of trained values of each site that is factorised here."""
         views = [*self.coordinates().items(), *self.widths().items()]
         counts: dict[str, int] = {}
         for name, view in views:
@@ -207,7 +207,7 @@ class MixtureGuide(ProgramModule):
 
     @contextlib.contextmanager
     def every_member(self) -> Iterator[None]:
-        """Inside, a call gives one draw for each member and no rows, whatever the mode: for prediction."""
+        """Inside, a call gives one draw for each member and none per row, in either mode: for prediction."""
         self._every = True
         try:
             yield

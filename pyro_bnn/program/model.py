@@ -3,8 +3,8 @@
 The stateless pattern of members and rows: the model opens ``plate("members", 1)`` and, for latents that may differ
 from row to row, ``plate("rows", 1)``. A guide opens the same plates with ``subsample=arange(K)`` and
 ``subsample=arange(B)``; Pyro's replay carries these indices into the model, whose latents then have K members and B
-rows, and Pyro's rule size / subsample weighs them by 1/K and 1/B. Without such a guide (NUTS, AutoNormal, Predictive)
-the same model has one member and one row.
+rows, and Pyro's size / subsample scaling weights them by 1/K and 1/B. Without such a guide (NUTS, AutoNormal,
+Predictive) the same model has one member and one row.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class BayesianNetwork(ProgramModule):
     With ``likelihood=None`` the model is only the function, ``f = model(x)``, for use inside a larger Pyro model, which
     then adds its own observation inside ``with model.members_plate(), pyro.plate("data", ...)``.
 
-    :param net: any ``torch.nn.Module``; it is copied, never changed.
+    :param net: any ``torch.nn.Module``; it is copied and never changed.
     :param likelihood: one of :mod:`pyro_bnn.likelihoods`, or ``None``.
     :param num_data: size N of the data set, which scales the likelihood of minibatches by N/B.
     :param prefix, members_dim, output: see :class:`NetworkOptions`.
@@ -70,7 +70,7 @@ class BayesianNetwork(ProgramModule):
         ": its network is copy.deepcopy(model.core().net).requires_grad_(). For the model as it is use "
         "pyro_bnn.models.MeanFieldGuide, pyro_bnn.inference.SGHMC or SVGD with AutoParticles"
     )
-    #: as it was given, and resolved for each site that has one
+    #: the prior as given, and resolved for each site that has one
     prior: PriorLike
     priors: dict[str, Prior]
 
@@ -112,7 +112,7 @@ class BayesianNetwork(ProgramModule):
         self._constants: dict[str, tuple[object, dist.TorchDistribution]] = {}
 
     def arguments(self) -> dict[str, object]:
-        """The keyword arguments, except the network and the prior, as JSON; ``from_arguments`` takes them back."""
+        """The keyword arguments, except the network and the prior, as JSON for :meth:`from_arguments`."""
         return {
             "likelihood": None if self.likelihood is None else self.likelihood.describe(),
             "num_data": self.num_data,
@@ -125,16 +125,16 @@ class BayesianNetwork(ProgramModule):
     def from_arguments(cls, net: nn.Module, arguments: dict[str, Any]) -> Self:
         """A model from :meth:`arguments`, with ``prior`` added and ``likelihood`` turned back into an object.
 
-        Where :meth:`tensors` gives any, they are there as ``tensors``.
+        If :meth:`tensors` gives any, they are added as ``tensors``.
         """
         return cls(net, **arguments)
 
     def on(self, net: nn.Module) -> Self:
-        """The same model of another network: likelihood, priors and options as they are here."""
+        """The same model for another network, with the same likelihood, priors and options."""
         return self.from_arguments(net, self.arguments() | {"likelihood": self.likelihood, "prior": self.prior})
 
     def tensors(self) -> dict[str, Tensor]:
-        """What is stored of the model beside its arguments and its network."""
+        """The tensors that are saved for the model, beside its arguments and its network."""
         return {}
 
     def implied_parameters(self) -> dict[str, Tensor]:
@@ -148,7 +148,7 @@ class BayesianNetwork(ProgramModule):
         return display.text(f"{type(self).__name__} of {display.name_of(self.core().net)}", self.repr_fields())
 
     def repr_fields(self) -> dict[str, object]:
-        """What the text of the model says, by name."""
+        """The fields of the model's ``repr``, by name."""
         forms, parameters = self.forms(), self.core().parameters_by_name()
         kept = {name: p for name, p in parameters.items() if forms[name] not in ("dense", "codebook")}
         counts = {
@@ -189,7 +189,7 @@ class BayesianNetwork(ProgramModule):
     def selected(
         self, select: Select, candidates: Mapping[str, Tensor], option: str = "select", what: str = "parameters"
     ) -> list[str]:
-        """The names of the parameters that a user means; see :func:`~pyro_bnn.selection.select_parameters`."""
+        """The names of the parameters that a selection matches; see :func:`~pyro_bnn.selection.select_parameters`."""
         known: weakref.ref[nn.Module] | None = self.__dict__.get("_given")
         given = None if known is None else known()
         return select_parameters(select, candidates, self.core().net, given=given, option=option, what=what)
@@ -197,7 +197,7 @@ class BayesianNetwork(ProgramModule):
     def selected_random(
         self, select: Select, candidates: Mapping[str, Tensor], option: str = "select", what: str = "parameters"
     ) -> list[str]:
-        """The same for parameters that are to be random.
+        """As :meth:`selected`, for parameters that are to be random.
 
         :raises ValueError: also when one of them cannot be; see :mod:`pyro_bnn.given.fixed`.
         """
@@ -206,9 +206,9 @@ class BayesianNetwork(ProgramModule):
         return names
 
     def held(self, draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Draws ``{site: [*lead, *event]}`` in which the rows of tables that are for padding do not vary.
+        """Draws ``{site: [*lead, *event]}`` in which the padding rows of embedding tables do not vary.
 
-        They are not random: where the site of a whole table has values for them, these are of no effect.
+        These rows are not random: values that the site of a whole table has for them have no effect.
         """
         core, found = self.core(), dict(draws)
         for name, row in core.padding.items():
@@ -232,17 +232,17 @@ class BayesianNetwork(ProgramModule):
         raise NotImplementedError(f"{type(self).__name__} must define function()")
 
     def forms(self) -> dict[str, Form]:
-        """In which form each parameter of the network is random; ``"point"`` is trained and ``"frozen"`` neither."""
+        """The form in which each parameter is random; ``"point"`` is trained but not random, ``"frozen"`` neither."""
         parameters = self.core().parameters_by_name()
         return {name: "point" if p.requires_grad else "frozen" for name, p in parameters.items()}
 
     def weights_of(self, latents: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``{parameter: value}``: the parameters that the plain network has under one draw of one member.
+        """``{parameter: value}``: the parameters of the plain network for one draw of one member.
 
-        Parameters that are not in it are those of :meth:`core`.
+        Parameters that it leaves out have the values in :meth:`core`.
 
-        :param latents: ``{site: [*event]}``, as of ``posterior.sample(n)`` at one of its n draws.
-        :raises TypeError: for a model whose draws are no weights.
+        :param latents: ``{site: [*event]}``, one of the n draws of ``posterior.sample(n)``.
+        :raises TypeError: for a model whose draws are not weights.
         """
         raise TypeError(
             f"the draws of {type(self).__name__} are not weights: use posterior.predict(x) for its functions"
@@ -253,7 +253,7 @@ class BayesianNetwork(ProgramModule):
         return []
 
     def moving_layers(self) -> dict[str, _NormBase]:
-        """The layers whose running statistics move in training, by name."""
+        """The layers whose running statistics training updates, by name."""
         layers = ((n, m) for n, m in self.core().net.named_modules() if isinstance(m, _NormBase))
         return {n: m for n, m in layers if m.track_running_stats}
 
@@ -289,7 +289,7 @@ class BayesianNetwork(ProgramModule):
     # -------------------------------------------------------------------------- weights under their priors
 
     def list_weight_sites(self, priors: dict[str, Prior], centers: dict[str, Tensor]) -> list[Site]:
-        """The sites of weights and of what their priors need, in the order in which :meth:`sample_weights` has them."""
+        """The sites of weights and of the scales of their priors, in the order of :meth:`sample_weights`."""
         scales, weights = [], []
         for name, value in centers.items():
             prior = priors[name]
@@ -313,7 +313,7 @@ class BayesianNetwork(ProgramModule):
         """Samples the weights given their scales, all inside the members plate; ``{site: value}``.
 
         :param likes: ``{name: tensor with the shape of the weight}``.
-        :param centers: what ``loc=None`` means for some of them, where it is not 0.
+        :param centers: the location that ``loc=None`` stands for, by name, where it is not 0.
         """
         values: dict[str, Tensor] = {}
         given: dict[str, tuple[Prior, Tensor | None, Tensor | None]] = {}
@@ -334,7 +334,7 @@ class BayesianNetwork(ProgramModule):
         return values
 
     def sample_noise(self) -> dict[str, Tensor]:
-        """The latent noise scale of a :class:`~pyro_bnn.likelihoods.Gaussian` that learns it."""
+        """The latent noise scale of a :class:`~pyro_bnn.likelihoods.Gaussian` that learns it, else empty."""
         likelihood = self.likelihood
         if not isinstance(likelihood, Gaussian) or not likelihood.learns_noise:
             return {}
@@ -346,9 +346,9 @@ class BayesianNetwork(ProgramModule):
     def prior_of(
         self, name: str, prior: Prior, center: float | Tensor, like: Tensor, tau: Tensor | None, local: Tensor | None
     ) -> dist.TorchDistribution:
-        """The prior of the site of this name given its scales, built once where nothing can change it.
+        """The prior of the site of this name given its scales, built once if it is constant.
 
-        :param center: see :meth:`~pyro_bnn.priors.Prior.elements`; a tensor is that of frozen parameters.
+        :param center: see :meth:`~pyro_bnn.priors.Prior.elements`; a tensor holds the values of frozen parameters.
         """
         if not prior.is_constant:
             return site_distribution(prior, center, like, tau, local)
@@ -362,7 +362,7 @@ class BayesianNetwork(ProgramModule):
         return built
 
     def members_plate(self) -> pyro.plate:
-        """The members plate of the last call, to be entered around an own observation."""
+        """The members plate of the last call, to be entered around your own observation."""
         try:
             plate: pyro.plate = self.__dict__["_members"]
         except KeyError:
@@ -385,7 +385,7 @@ class BayesianNetwork(ProgramModule):
             del self.__dict__["_outputs"]
 
     def rows_plate(self) -> pyro.plate:
-        """The plate of latents that a guide may draw anew for every row of a batch."""
+        """The plate of latents that a guide may draw separately for every row of a batch."""
         return pyro.plate(self.site("rows"), 1, dim=-1, device=str(self.like().device))
 
     def forward(self, x: Inputs, y: Tensor | None = None) -> Tensor:
@@ -399,7 +399,7 @@ class BayesianNetwork(ProgramModule):
                 f"the batch has {size} samples, but num_data={self.num_data}: num_data is the size of the whole "
                 "training set"
             )
-        # Pyro warns of factors outside inference, where nobody would read this one
+        # outside inference nothing reads this factor, and Pyro would warn about it
         log_prior = self.log_prior() if poutine.runtime.am_i_wrapped() else None
         if log_prior is not None:
             pyro.factor(self.site("weight_prior"), log_prior)

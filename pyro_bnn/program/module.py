@@ -13,10 +13,10 @@ from torch import nn
 
 
 def register_parameters(owner: PyroModule, named: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """``pyro.param`` statements for parameters that a module owns, so that ``pyro.infer.SVI`` finds them.
+    """Makes ``pyro.param`` statements for parameters that a module owns, so that ``pyro.infer.SVI`` finds them.
 
-    The store is made to hold the module's own tensors, whatever it held under these names: an entry left by an earlier
-    model would otherwise be optimised in their place, silently.
+    They replace whatever the parameter store holds under these names: an entry left by an earlier model would otherwise
+    be optimised instead, silently.
     """
     if not poutine.runtime.am_i_wrapped():
         return
@@ -31,17 +31,17 @@ def register_parameters(owner: PyroModule, named: Iterable[tuple[str, nn.Paramet
 
 
 def picklable_state(module: nn.Module) -> dict[str, object]:
-    """The state of a module without what Pyro's parameter store leaves on parameters, the last plate, and caches."""
+    """The state of a module without what Pyro's parameter store adds to parameters, the last plate, and caches."""
     for parameter in module.parameters():
-        parameter.__dict__.pop("unconstrained", None)  # a weak reference, which the store makes anew
+        parameter.__dict__.pop("unconstrained", None)  # a weak reference, which the store recreates
     left_out = ("_members", "_given", "_outputs")
     return {k: v if k != "_constants" else {} for k, v in module.__dict__.items() if k not in left_out}
 
 
 class ProgramModule(PyroModule):
-    """A Pyro program of this package, a model or a guide: what is no network."""
+    """A Pyro program of this package: a model or a guide, not a network."""
 
-    #: what serves who gives such a program where a network is expected
+    #: advice for the error message when such a program is given where a network is expected
     in_place_of_network = ""
 
     def state_was_set(self) -> None:
@@ -52,9 +52,10 @@ class ProgramModule(PyroModule):
 
 
 def require_network(net: object) -> None:
-    """Refuses what is given in the place of a network.
+    """Refuses anything but a plain network.
 
-    :raises TypeError: for what is no module, and for a model, a guide or a network that has latent weights already.
+    :raises TypeError: for anything that is not a module, and for a model, a guide or a network that already has latent
+        weights.
     """
     if not isinstance(net, nn.Module):
         raise TypeError(f"net must be a torch.nn.Module, got {type(net).__name__}")

@@ -1,4 +1,4 @@
-"""Latent sites: what a guide must know of one, and how a model samples weights given the scales of their priors."""
+"""Latent sites: their description for guides, and how a model samples weights given the scales of their priors."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from torch import Tensor
 
 from pyro_bnn.priors import Prior
 
-#: A Pyro model or guide: what it is called with, and what it returns, is the user's.
+#: A Pyro model or guide, with any arguments and any return value.
 Program: TypeAlias = Callable[..., object]
 
 
 @dataclass(frozen=True)
 class Site:
-    """A latent site: what a guide must know of it.
+    """The description of a latent site that a guide needs.
 
     :param name: as in a trace.
     :param shape: event shape.
-    :param role: ``weight`` and ``factor`` are the random weights, ``bias`` what belongs to a member without being
-        random in a rank-1 guide, ``scale`` a positive hyper-parameter or the noise, ``share`` a probability.
-    :param center: value at which the network is as the user gave it (for ``scale`` and ``share``: a typical value).
+    :param role: ``weight`` and ``factor`` are the random weights, ``bias`` a parameter that each member has its own
+        value of and that is not random in a rank-1 guide, ``scale`` a positive hyper-parameter or the noise, ``share``
+        a probability.
+    :param center: value at which the network equals the one that the user gave (for ``scale`` and ``share``: a typical
+        value).
     """
 
     name: str
@@ -38,19 +40,19 @@ class Site:
 
 
 def sample_scales(prior: Prior, like: Tensor, name: str) -> Tensor | None:
-    """The layer's ``<name>_tau``."""
+    """Samples the layer's ``<name>_tau``; ``None`` if the prior has none."""
     return pyro.sample(f"{name}_tau", prior.tau(like)) if prior.has_tau else None
 
 
 def sample_local(prior: Prior, like: Tensor, name: str) -> Tensor | None:
-    """The element-wise ``<name>_lambda``, with the shape of the site."""
+    """Samples the element-wise ``<name>_lambda``, with the shape of the site; ``None`` if the prior has none."""
     if not prior.has_lambda:
         return None
     return pyro.sample(f"{name}_lambda", prior.local(like).expand(like.shape).to_event(like.dim()))
 
 
 def sample_share(prior: Prior, like: Tensor, name: str) -> tuple[Prior, Tensor | None]:
-    """The layer's ``<name>_inclusion``, and the prior given it."""
+    """Samples the layer's ``<name>_inclusion``; returns the prior given this value, and the value or ``None``."""
     if not prior.has_inclusion:
         return prior, None
     share = pyro.sample(f"{name}_inclusion", prior.share(like))
@@ -60,7 +62,7 @@ def sample_share(prior: Prior, like: Tensor, name: str) -> tuple[Prior, Tensor |
 def site_distribution(
     prior: Prior, center: float | Tensor, like: Tensor, tau: Tensor | None, local: Tensor | None
 ) -> dist.TorchDistribution:
-    """The prior of a site of the shape of ``like`` given its scales (which carry the plates on their left)."""
+    """The prior of a site with the shape of ``like``, given its scales (whose leading axes are the plates)."""
     scale = local
     if tau is not None:
         tau = tau.reshape(tau.shape + (1,) * like.dim())
@@ -72,10 +74,10 @@ def site_distribution(
 
 
 class ConstantPrior(dist.Independent):
-    """A distribution that never changes, and remembers how it was last expanded: plates do so at every call.
+    """A distribution that never changes and caches its last expansion, as plates expand it at every call.
 
-    Of Normals with one mean and standard deviation it adds up the squares before it does anything else, which takes
-    half the passes over memory that the sum of log densities takes.
+    For Normals with one mean and one standard deviation, ``log_prob`` sums the squares first, which takes half the
+    passes over memory that a sum of log densities takes.
     """
 
     _expanded: ConstantPrior | None = None

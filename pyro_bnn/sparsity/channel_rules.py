@@ -1,4 +1,4 @@
-"""What operations do to channels: from the layouts of their inputs to that of their result, or ``None``."""
+"""How operations act on channels: from the layouts of their inputs to that of their result, or ``None``."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _elementwise(walk: Walk, node: fx.Node, x: ChannelLayout, *others: ChannelLa
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: torch.zeros(1, dtype=torch.float64))
     function: Any = walk.layer(node) if node.op == "call_module" else node.target
     zero = getattr(args[0], function)(*args[1:], **kwargs) if node.op == "call_method" else function(*args, **kwargs)
-    if not zero.isfinite().all():  # not even a channel that nobody reads may become NaN
+    if not zero.isfinite().all():  # not even a channel that nothing reads may become NaN
         return None
     for other in others:
         for one, two in zip(x.spaces, other.spaces, strict=True):
@@ -71,7 +71,7 @@ def _elementwise(walk: Walk, node: fx.Node, x: ChannelLayout, *others: ChannelLa
 
 
 def _multiply(walk: Walk, node: fx.Node, x: ChannelLayout, *others: ChannelLayout) -> ChannelLayout | None:
-    """A product is silent where one factor is, and nobody needs the other there."""
+    """A product is zero where one factor is, and the other factor is not needed there."""
     if len(others) != 1 or not x.like(others[0]):
         return None
     if node.kwargs or walk.read_after(node, x):  # a trace does not tell ``x *= y``, which others may then read as x
@@ -90,7 +90,7 @@ def _either(space: Space, fate: str, factor: Space) -> Callable[[], Tensor]:
 
 
 def _carry(walk: Walk, node: fx.Node, x: ChannelLayout, spatial: Iterable[int] = range(-1, 4)) -> ChannelLayout | None:
-    """What leaves every channel to itself, and zeros at zero."""
+    """Operations that keep channels separate, and zeros at zero."""
     return x if x.spatial in spatial else None
 
 
@@ -158,7 +158,7 @@ def _keys(names: str, *places: object) -> list[Any]:
     return [getattr(place, name) for name in names.split() for place in places if hasattr(place, name)]
 
 
-# Functions go by the object, methods by their name, layers by their exact type: a subclass may do anything.
+# Functions go by the object, methods by their name, layers by their exact type: a subclass may behave differently.
 _PRODUCTS = "mul multiply"
 _FUNCTIONS = (
     "add add_ iadd sub sub_ isub mul_ imul div div_ truediv itruediv neg abs square maximum minimum clamp clamp_ "

@@ -1,4 +1,4 @@
-"""The channels that a network no longer needs once some weights are zero for good, and the network without them."""
+"""Finds the channels that a network does not need once some weights are fixed at zero, and removes them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pyro_bnn.sparsity.walk import Walk, all_true
 
 
 class Channels:
-    """What a network can do without when some of its weights are zero for good.
+    """The channels that a network does not need when some of its weights are fixed at zero.
 
     :param net: a module that ``torch.fx`` can trace, with every optional argument at its default; axis 0 of all inputs
         runs over the samples. It is never changed, and :meth:`masked` and :meth:`smaller` copy it as it is then.
@@ -82,7 +82,7 @@ class Channels:
         return tensor
 
     def masked(self) -> nn.Module:
-        """A copy of the network with zeros for the weights that are not kept."""
+        """A copy of the network in which weights that are not kept are zero."""
         net = copy.deepcopy(self.net)
         with torch.no_grad():
             for name, parameter in net.named_parameters():
@@ -91,7 +91,7 @@ class Channels:
         return net
 
     def smaller(self) -> nn.Module:
-        """A copy without the channels that go: in eval mode it predicts as :meth:`masked` does, up to rounding."""
+        """A copy without the removable channels: in eval mode it predicts as :meth:`masked` does, up to rounding."""
         net = self.masked()
         for name in (name for name, axes in self.index.items() if any(stays is not None for stays in axes)):
             prefix, _, own = name.rpartition(".")

@@ -1,4 +1,4 @@
-"""How probable it is, given the data, that a group of weights comes from the slab."""
+"""The posterior probability that a group of weights comes from the slab."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def has_inclusion(model: object) -> bool:
 
 
 def keep_highest(scores: Sequence[Tensor], densities: Sequence[SpikeAndSlabDistribution], share: float) -> list[Tensor]:
-    """False for the groups of the lowest scores, over all sites together, until a share of all weights is gone.
+    """Masks, false for the groups with the lowest scores over all sites, until a share of all weights is removed.
 
     :param scores: of every group, ``[*lead, *groups]`` for each site; each entry of ``lead`` is ranked on its own.
     """
@@ -35,7 +35,7 @@ def keep_highest(scores: Sequence[Tensor], densities: Sequence[SpikeAndSlabDistr
     counts = [(score.shape[-1], density.group_size) for score, density in zip(flat, densities, strict=True)]
     sizes = torch.cat([torch.full((n,), size, device=flat[0].device) for n, size in counts])
     order = torch.cat(flat, -1).argsort(-1)
-    # with a grain of room: 0.29 of 100 is a little less than 29 in floats
+    # with a tolerance, as 0.29 of 100 is slightly less than 29 in floating point
     gone = sizes[order].cumsum(-1) <= math.floor(share * sum(n * size for n, size in counts) + 1e-6)
     keep = torch.ones_like(gone).scatter_(-1, order, ~gone)
     parts = keep.split([n for n, _ in counts], -1)
@@ -49,7 +49,7 @@ def inclusion_log_odds(model: Program, groups: Iterable[Draws], args: tuple[obje
     Groups that were removed have minus infinity.
 
     :param groups: draws ``{site: [n, members, *event]}``, some at a time.
-    :param args: what a model that is not of this package is called with.
+    :param args: the arguments of a user's own Pyro model.
     :raises ValueError: when the model has no spike-and-slab site.
     """
     sums: dict[str, Tensor] = {}
@@ -65,7 +65,7 @@ def inclusion_log_odds(model: Program, groups: Iterable[Draws], args: tuple[obje
 
 
 def _of_every_draw(model: Program, groups: Iterable[Draws], args: tuple[object, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Log odds ``[several, *groups]`` of each site, until every draw has had its turn."""
+    """Log odds ``[several, *groups]`` of each site, until every draw was used."""
     for draws in groups:
         if isinstance(model, BayesianNetwork):
             prefix = f"{model.prefix}." if model.prefix else ""

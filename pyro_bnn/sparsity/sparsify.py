@@ -26,7 +26,7 @@ Masks = dict[str, Tensor]
 
 
 class Sparse(NamedTuple):
-    """A model without what was removed, draws for it, and how much that was."""
+    """A model without the removed weights, draws for it, and how much was removed."""
 
     model: BayesianNetwork
     draws: Draws
@@ -61,7 +61,7 @@ def sparsify(
     """The model and its draws without the groups that are probably spikes; see :meth:`pyro_bnn.Posterior.sparsify`.
 
     :param draws: ``{site: [n, members, *event]}``.
-    :param statistics: of normalisation layers, ``{buffer: [n, *shape]}``; empty where all draws share the network's.
+    :param statistics: of normalisation layers, ``{buffer: [n, *shape]}``; empty if all draws share the network's.
     :param odds: of the slab, as of :func:`~pyro_bnn.sparsity.inclusion.inclusion_log_odds`.
     """
     if sparsity is not None and not 0 <= checks.finite("sparsity", sparsity) < 1:
@@ -97,9 +97,9 @@ def network_of_draw(
 
 
 def _masks(model: BayesianNetwork, odds: dict[str, Tensor], sparsity: float | None) -> Masks:
-    """Which weights of spike-and-slab sites stay: those of the likelier groups. What was removed before never does."""
+    """Masks of the weights of spike-and-slab sites that stay: the likelier groups. Removed weights stay removed."""
     parameters = model.core().parameters_by_name()
-    # of the density only how it divides a weight into groups is used, so that any share will do
+    # only the division of a weight into groups is used, so any inclusion probability will do
     some = model.like().new_full((), 0.5)
     densities = {
         name: model.priors[name].with_share(some).elements(0.0, parameters[name].detach(), None) for name in odds
@@ -193,7 +193,7 @@ def _entries(block: Block, channels: Tensor) -> Tensor:
 
 
 def _takes_constants(model: BayesianNetwork, name: str, draws: Draws) -> bool:
-    """Whether a constant input of a layer is the same as another bias, and it has one in every draw."""
+    """Whether a layer can absorb a constant input in its bias, and has a bias in every draw."""
     layer: Any = model.core().net.get_submodule(name)
     if model.site(f"{name}.bias") not in draws:
         return False
@@ -206,7 +206,7 @@ def _takes_constants(model: BayesianNetwork, name: str, draws: Draws) -> bool:
 def _hold_needed(
     model: BayesianNetwork, found: list[Dead], inputs: dict[str, tuple[Tensor, Tensor]], draws: Draws, held: Masks
 ) -> bool:
-    """Adds the dead channels that cannot go to those that are held; False if there is none."""
+    """Marks the dead channels that cannot be removed as held; False if there is none."""
     network = model.core().net
     some = False
     for dead in found:
@@ -234,7 +234,7 @@ def _fold(
     draws: Draws,
     folded: Draws,
 ) -> None:
-    """Moves what dead channels pass to one layer into its bias."""
+    """Moves the constants that dead channels pass to one layer into its bias."""
     name = block.name.rpartition(".")[0]
     entries = _entries(block, channels).flatten()
     constant = inputs[name][0][..., entries.to(inputs[name][0].device)]
@@ -252,7 +252,7 @@ def _parameter(model: BayesianNetwork, site: str) -> str:
 
 
 def by_parameter(model: BayesianNetwork, draws: Draws) -> Draws:
-    """Draws of the network's own parameters, by their names, without those of rates and scales."""
+    """Draws of the network's own parameters, by their names, without draws of inclusion probabilities and scales."""
     own = model.core().parameters_by_name()
     named = {_parameter(model, name): value for name, value in draws.items()}
     return {name: value for name, value in named.items() if name in own}
