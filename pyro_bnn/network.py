@@ -338,7 +338,7 @@ def _without_vmap_in_buffers(net: nn.Module) -> Iterator[None]:
             if now is not buffer and now is not None and torch._C._functorch.is_functorch_wrapped_tensor(now):
                 buffers[name], changed = buffer, name
     if changed is not None:
-        raise RuntimeError(f"its buffer {changed!r} would be another for each")
+        raise RuntimeError(f"it writes a value of each member into the one buffer {changed!r}")
 
 
 def _shapes(x: Inputs, size: int) -> object:

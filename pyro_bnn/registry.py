@@ -61,7 +61,7 @@ def describe_value(value: object, what: str) -> dict[str, Any]:
     """
     problem = f"the {what} {type(value).__name__} cannot be written to JSON"
     if not is_dataclass(value) or isinstance(value, type):
-        raise TypeError(f"{problem}, as it is no dataclass. {_WANTED}")
+        raise TypeError(f"{problem}, because it is not a dataclass. {_WANTED}")
     try:
         held = json.loads(json.dumps(asdict(value)))
         again = type(value)(**{field.name: _frozen(held[field.name]) for field in fields(value)})
@@ -70,7 +70,7 @@ def describe_value(value: object, what: str) -> dict[str, Any]:
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{problem} ({error}). {_WANTED}") from error
     if changed:
-        raise TypeError(f"{problem}: from its fields it would come back with another {changed[0]!r}. {_WANTED}")
+        raise TypeError(f"{problem}: an object made from its fields has another {changed[0]!r}. {_WANTED}")
     return {"class": _name_of(type(value)), **held}
 
 

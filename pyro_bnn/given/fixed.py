@@ -57,8 +57,8 @@ def not_frozen(parameters: Mapping[str, Tensor], what: str) -> list[str]:
     if parameters and not found:
         raise ValueError(
             f"the network has no {what} to make random: all of them are frozen (requires_grad=False), as "
-            f"{next(iter(parameters))!r} is. Pick some with select=, which takes frozen ones too, or thaw the network "
-            "with net.requires_grad_()"
+            f"{next(iter(parameters))!r} is. Pick some with select=, which takes frozen ones too, or unfreeze all with "
+            "net.requires_grad_()"
         )
     return found
 
@@ -91,8 +91,8 @@ def require_random(net: nn.Module, names: Iterable[str]) -> None:
         random = own | {first[id(p)] for p in _originals(module)} & chosen
         if random and has_spectral_norm(module):
             raise ValueError(
-                f"{min(random)!r} is random, but spectral_norm divides by a norm that it keeps the vectors of from "
-                f"pass to pass: they would be those of another draw. Take it off {where or 'the network'!r} with "
+                f"{min(random)!r} is random, but spectral_norm divides by a norm that it estimates with vectors kept "
+                f"from earlier passes, which had other draws. Remove it from {where or 'the network'!r} with "
                 "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') (of the older one: "
                 "torch.nn.utils.remove_spectral_norm(layer)), or leave the layer out with `select=`"
             )

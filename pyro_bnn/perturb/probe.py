@@ -93,9 +93,9 @@ def find_layouts(
         missing = [use for use in base.inputs if use not in layouts]
         if missing and not ran:
             raise RuntimeError(
-                f"where the samples are inside the network cannot be found: it raised {type(failures[0]).__name__} "
-                f"({failures[0]}) whenever one sample of its input had other values, also those of another sample. "
-                f"Let forward() take them, or use a model that needs no look inside, such as pb.models.Dense"
+                f"the samples cannot be located inside the network: it raised {type(failures[0]).__name__} "
+                f"({failures[0]}) whenever one sample of its input was changed, even to the values of another sample. "
+                f"Let forward() accept them, or use a model that does not look inside, such as pb.models.Dense"
             ) from failures[0]
         if missing:
             layouts |= _constant(run, names, neutral, x, size, decisions, base.inputs, missing, failures)

@@ -142,7 +142,7 @@ class Pass:
                         f"the network calls {function.__qualname__}, an autograd function that keeps modules and may "
                         "run them again in the backward pass, where they no longer have the weights of this pass. Use "
                         "torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False) in its place, which "
-                        "is known here, or switch recomputation off"
+                        "pyro_bnn supports, or turn recomputation off"
                     )
             nodes.extend(parent for parent, _ in node.next_functions)
 
@@ -185,8 +185,8 @@ class Strays(TorchFunctionMode):
         stray = next((self.names[id(t)] for t in tensors((args, kwargs or {})) if id(t) in self.names), None)
         if stray is not None and getattr(func, "__name__", "") != "__get__":  # shape, dtype and device may be read
             raise RuntimeError(
-                f"the network uses its parameter {stray!r} past the module that holds it (from a list, a dict or a "
-                "closure of its own), where no other weight can take its place: read it from the module in forward(), "
+                f"the network uses its parameter {stray!r} without reading it from its module (from a list, a dict "
+                "or a closure), where no random weight can replace it: read it from the module in forward(), "
                 "or leave it out with `select=`"
             )
         return func(*args, **(kwargs or {}))

@@ -77,9 +77,10 @@ class CodebookPrior(Prior):
 
         p(w_i) = pi_0 N(w_i; 0, slab^2) + sum_k pi_k N(w_i; m_k, s_k^2),    1 / s_k^2 ~ Gamma(concentration, rate)
 
-    where pi are the shares of the weights that have each code. Then KL(q || p) is at most ``sum_i KL(r_i || pi)``, in
-    nats, where r_i are the probabilities of the codes for weight i: the length of an optimal code for the labels. The
-    prior of the precisions keeps codes from collapsing to points, which the code length alone would not penalise.
+    where pi_k is the share of the weights with code k, and pi_0 that of the weights without one. Then KL(q || p) is at
+    most ``sum_i KL(r_i || pi)``, in nats, where r_i are the probabilities of the codes for weight i: the length of an
+    optimal code for the labels. The prior of the precisions keeps codes from collapsing to points, which the code
+    length alone would not penalise.
 
     :param slab: standard deviation of the component for weights without a code.
     :param concentration, rate: parameters of the prior of the precisions. By default its mode

@@ -317,7 +317,7 @@ def test_a_checkpoint_of_the_networks_own_is_refused_by_name(
     gradients: Callable[[nn.Module], list[Tensor]], how: str
 ) -> None:
     """Proves the message for what may run modules again where nothing here would know of it."""
-    with pytest.raises(RuntimeError, match=r"OwnCheckpoint.*use_reentrant=False.*switch recomputation off"):
+    with pytest.raises(RuntimeError, match=r"OwnCheckpoint.*use_reentrant=False.*turn recomputation off"):
         gradients(Own(how))
 
 

@@ -181,7 +181,7 @@ def test_a_weight_that_is_used_past_its_module_is_refused_by_name(how: str, memb
     network, x = Network(Past(how)), randn(ROWS, 4)
     weights = {"a.weight": randn(members, 4, 4), "last.weight": randn(members, 2, 4)}
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="parameter 'a.weight' past the module that holds it.*`select=`"):
+        with pytest.raises(RuntimeError, match="parameter 'a.weight' without reading it from its module.*`select=`"):
             network.explicit(x, weights)
     del weights["a.weight"]
     assert network.explicit(x, weights).shape == (members, ROWS, 2)
