@@ -121,7 +121,7 @@ def test_a_schedule_that_makes_no_scheduler_is_refused() -> None:
 
 def test_sites_of_a_likelihood_are_not_asked_for_in_vain() -> None:
     """Proves that ``return_site=`` is refused where it would have no effect, and works for the function alone."""
-    with pytest.raises(ValueError, match="return_site='obs' is for models of your own"):
+    with pytest.raises(ValueError, match="return_site='obs' is for your own Pyro models"):
         doors.posterior().predict(X, return_site="obs")
     model = models.Dense(doors.net(), None)
     found = pb.Posterior(model, models.MeanFieldGuide(model)).predict(X, 3, return_site="0.weight").outputs

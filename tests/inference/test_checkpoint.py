@@ -16,6 +16,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 import pyro_bnn as pb
@@ -54,7 +55,7 @@ OTHERS: list[tuple[dict[str, Any], str]] = [
     ({"optim": "sgd"}, "optim was 'AdamW' and is 'SGD'"),
     ({"weight_decay": 0.1, "decay": "all"}, "weight_decay was"),
     ({"schedule": cosine()}, r"schedule was None and is cosine.build\(warmup=0.0\)"),
-    ({"schedule": lambda optimizer, steps, epochs: None}, "schedule was None and is .*<lambda>"),
+    ({"schedule": lambda optimizer, steps, epochs: LambdaLR(optimizer, float)}, "schedule was None and is .*<lambda>"),
     ({"seed": 1}, "seed was 0 and is 1"),
     ({"seed": None}, "seed was 0 and is None"),
     ({"batch_size": 6}, "batch_size was 4 and is 6"),

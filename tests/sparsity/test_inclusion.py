@@ -123,5 +123,5 @@ def test_arviz_has_chains_and_inclusion(tmp_path: Any) -> None:
 
 def test_draws_that_are_no_chains() -> None:
     model = pb.models.Dense(nn.Linear(2, 1, bias=False), None)
-    with pytest.raises(ValueError, match="3 chains of one length"):
+    with pytest.raises(ValueError, match="num_chains=3: expected draws .* chains of one length"):
         pb.Posterior.from_draws(model, {"weight": torch.randn(10, 1, 2)}, num_chains=3)

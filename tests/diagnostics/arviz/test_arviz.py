@@ -269,7 +269,7 @@ def test_a_million_weights_become_two_numbers() -> None:
     data = to_arviz(posterior, groups="posterior", num_samples=DRAWS)
     assert set(data["posterior"].data_vars) == {"weight_mean", "weight_sd"}
     with pytest.raises(
-        ValueError, match=r"max_values=10,000,000.*posterior/big\.weight with 30,000,000.*raise max_values"
+        ValueError, match=r"max_values=10,000,000.*posterior/big\.weight with 30,000,000.*or a larger max_values"
     ):
         to_arviz(posterior, groups="posterior", sites="big.weight", num_samples=DRAWS)
 

@@ -409,7 +409,7 @@ def silent(x: Tensor, y: Tensor | None = None) -> None:
 
 def test_what_cannot_be_calibrated() -> None:
     x = inputs()
-    with pytest.raises(ValueError, match="x has 3 rows, but num_data=8"):
+    with pytest.raises(ValueError, match="x has 3 rows, but the model has num_data=8"):
         sbc(linear(), solved(), x[:3])
     for options, message in (
         ({"simulations": 1}, "simulations=1: expected a whole number, at least 2"),
@@ -443,7 +443,7 @@ def test_what_an_inference_must_return() -> None:
         run(lambda model: lambda x, y: few)
     with pytest.raises(ValueError, match="'m' is missing, expected"):
         sbc(normal_mean, lambda model: lambda x, y: {"other": torch.zeros(3)}, inputs(), draws=3, progress=False)
-    with pytest.raises(ValueError, match=r"'m' has the shape \(2,\) there, expected \(\)"):
+    with pytest.raises(ValueError, match=r"'m' has the shape \(2,\), expected \(\)"):
         sbc(normal_mean, lambda model: lambda x, y: {"m": torch.zeros(3, 2)}, inputs(), draws=3, progress=False)
 
 
