@@ -161,8 +161,12 @@ def require_gradients_of_plain_autograd(
     error = off(single.plain, exact.plain, exact.largest)
     output = off([single.output], [single.plain_output], largest_output)
     gradient = off(single.own, single.plain, exact.largest)
-    assert output <= max(FLOAT32, ERRORS * own_error), f"outputs in float32, where float32 is off by {own_error}"
-    assert gradient <= max(FLOAT32, ERRORS * error), f"gradients in float32, where float32 is off by {error}"
+    assert output <= max(FLOAT32, ERRORS * own_error), (
+        f"outputs in float32 differ by {output:.2g}, where plain float32 is off by {own_error:.2g}"
+    )
+    assert gradient <= max(FLOAT32, ERRORS * error), (
+        f"gradients in float32 differ by {gradient:.2g}, where plain float32 is off by {error:.2g}"
+    )
     return next(rest for rest in labels)
 
 
