@@ -56,7 +56,7 @@ def listed(h: Tensor, seen: list[object]) -> Tensor:
 
 
 def written(h: Tensor, seen: list[object]) -> Tensor:
-    out = torch.zeros_like(h)
+    out = torch.zeros(h.shape, dtype=h.dtype)
     out[:, :2] = h[:, :2]
     seen.append(bool(out.mean() > 0))
     return out if seen[-1] else -2 * out
