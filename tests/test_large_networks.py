@@ -72,6 +72,23 @@ def tokens() -> dict[str, Tensor]:
 SMALL_ENCODER = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
 LLAMA = {**SMALL_ENCODER, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "pad_token_id": 0}
 
+wav2vec2 = transformer(
+    "Wav2Vec2",
+    "Wav2Vec2ForSequenceClassification",
+    **SMALL_ENCODER,
+    conv_dim=(16,) * 7,
+    num_conv_pos_embeddings=16,
+    num_conv_pos_embedding_groups=4,
+    classifier_proj_size=16,
+    apply_spec_augment=False,
+    num_labels=CLASSES,
+)
+
+
+def sound() -> dict[str, Tensor]:
+    return {"input_values": torch.randn(N, 2000)}
+
+
 NETWORKS: dict[str, Kind] = {
     "resnet50": Kind(vision("resnet50"), pictures()),
     "wrn-28-10": Kind(lambda: wide_resnet_28_10(CLASSES), pictures(16, seed=1)),
@@ -126,34 +143,10 @@ NETWORKS: dict[str, Kind] = {
         ),
         lambda: {"pixel_values": torch.randn(N, 3, 32, 32)},
     ),
-    "wav2vec2": Kind(
-        transformer(
-            "Wav2Vec2",
-            "Wav2Vec2ForSequenceClassification",
-            **SMALL_ENCODER,
-            conv_dim=(16,) * 7,
-            num_conv_pos_embeddings=16,
-            num_conv_pos_embedding_groups=4,
-            classifier_proj_size=16,
-            apply_spec_augment=False,
-            num_labels=CLASSES,
-        ),
-        lambda: {"input_values": torch.randn(N, 2000)},
-        refused={"Rank1": COMPUTED, "Bella": COMPUTED},
-    ),
+    "wav2vec2": Kind(wav2vec2, sound, refused={"Rank1": COMPUTED, "Bella": COMPUTED}),
     "wav2vec2, without its normalised layer": Kind(
-        transformer(
-            "Wav2Vec2",
-            "Wav2Vec2ForSequenceClassification",
-            **SMALL_ENCODER,
-            conv_dim=(16,) * 7,
-            num_conv_pos_embeddings=16,
-            num_conv_pos_embedding_groups=4,
-            classifier_proj_size=16,
-            apply_spec_augment=False,
-            num_labels=CLASSES,
-        ),
-        lambda: {"input_values": torch.randn(N, 2000)},
+        wav2vec2,
+        sound,
         select={model: without("pos_conv", "norm", "masked_spec_embed") for model in MODELS},
     ),
     "mamba, language model": Kind(

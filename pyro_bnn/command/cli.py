@@ -16,6 +16,7 @@ from pyro_bnn.command.options import NetworkName
 from pyro_bnn.command.recipes import find_device, score
 from pyro_bnn.command.terminal import (
     CategoryColumns,
+    DataOptions,
     DropColumns,
     Impute,
     SplitRows,
@@ -27,7 +28,6 @@ from pyro_bnn.command.terminal import (
     table_of_metrics,
     user_errors,
 )
-from pyro_bnn.data import load as load_data
 from pyro_bnn.data.run_folder import predict as predict_new
 from pyro_bnn.files import replacing
 
@@ -174,27 +174,13 @@ def compare(
         given = [runs.read(folder) for folder in runs_ or []]
         if data is None and given:
             data, target = given[0].options.data, target or given[0].options.target
-        task = load_data(
-            data or "digits",
-            target,
-            given[0].encoding if given else None,
-            task=task_,
-            drop=drop or (),
-            split=parse_split(split),
-            category=category or (),
-            impute=impute,
-        )
+        source = DataOptions(data or "digits", target, task_, drop, split, category, impute)
+        task = source.read(given[0].encoding if given else None)
         folder = out or Path("runs") / f"compare-{task.name}"
         require_folder(folder)
         require_free(folder / "comparison.json", f"{str(folder)!r} already holds a comparison", overwrite)
         asked: dict[str, Any] = {
-            "data": str(Path(data).resolve()) if data not in (None, "digits") else "digits",
-            "target": target,
-            "task": task_,
-            "drop": tuple(drop or ()) or None,
-            "split": parse_split(split),
-            "category": tuple(category or ()) or None,
-            "impute": impute or None,
+            **source.asked(),
             "network": None if network == "auto" else network,
             "epochs": epochs,
             "batch_size": batch_size,

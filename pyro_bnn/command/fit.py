@@ -24,19 +24,18 @@ from pyro_bnn.command.options import (
 from pyro_bnn.command.recipes import Trained, find_device, new_network, train_and_score
 from pyro_bnn.command.terminal import (
     CategoryColumns,
+    DataOptions,
     DropColumns,
     Impute,
     SplitRows,
     TargetColumn,
     TaskOption,
-    parse_split,
     require_folder,
     require_free,
     table_of_metrics,
     user_errors,
 )
 from pyro_bnn.data import IMAGE_SIZE, Task
-from pyro_bnn.data import load as load_data
 from pyro_bnn.models.architectures.pretrained import find_weights, image_size
 
 
@@ -120,14 +119,9 @@ def fit(
     """Trains a Bayesian network and, with the same budget, its deterministic twin, and compares both on test data."""
     console = Console(quiet=quiet)
     with user_errors(ValueError, OSError):
+        source = DataOptions(data, target, task_, drop, split, category, impute)
         asked: dict[str, Any] = {
-            "data": data if data == "digits" else str(Path(data).resolve()),
-            "target": target,
-            "task": task_,
-            "drop": tuple(drop or ()) or None,
-            "split": parse_split(split),
-            "category": tuple(category or ()) or None,
-            "impute": impute or None,
+            **source.asked(),
             "network": None if network == "auto" else network,
             "epochs": epochs,
             "components": components,
@@ -154,16 +148,7 @@ def fit(
         if weights is not None and network != "auto":
             raise ValueError(f"--pretrained {pretrained} has its own network: leave out --network")
         place = find_device(device)
-        task = load_data(
-            data,
-            target,
-            size=IMAGE_SIZE if weights is None else image_size(weights),
-            task=task_,
-            drop=drop or (),
-            split=parse_split(split),
-            category=category or (),
-            impute=impute,
-        )
+        task = source.read(size=IMAGE_SIZE if weights is None else image_size(weights))
         folder = out or Path("runs") / f"{method}-{task.name}"
         require_folder(folder)
         require_free(folder / "config.json", f"{str(folder)!r} already holds a run", overwrite)

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from pyro_bnn.command.options import Options
 from pyro_bnn.command.recipes import Metrics
+from pyro_bnn.data import IMAGE_SIZE, Encoding, Task
+from pyro_bnn.data import load as load_data
 from pyro_bnn.data.task import TaskKind
 from pyro_bnn.diagnostics.pages.glossary import formats_of
 
@@ -38,6 +41,45 @@ Impute = Annotated[
     bool,
     typer.Option("--impute", help="fill empty cells of a .csv with the median, and add an input that says where"),
 ]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The options of the commands that train, for reading files, as they were given."""
+
+    data: str
+    target: str | None
+    task: TaskKind | None
+    drop: list[str] | None
+    split: str | None
+    category: list[str] | None
+    impute: bool
+
+    def read(self, encoding: Encoding | None = None, size: int = IMAGE_SIZE) -> Task:
+        """Reads the data; for the parameters and errors see :func:`pyro_bnn.data.load`."""
+        return load_data(
+            self.data,
+            self.target,
+            encoding,
+            size,
+            task=self.task,
+            drop=self.drop or (),
+            split=parse_split(self.split),
+            category=self.category or (),
+            impute=self.impute,
+        )
+
+    def asked(self) -> dict[str, Any]:
+        """The same by their names in :class:`Options`: ``None`` if not given, and paths that hold in any folder."""
+        return {
+            "data": self.data if self.data == "digits" else str(Path(self.data).resolve()),
+            "target": self.target,
+            "task": self.task,
+            "drop": tuple(self.drop or ()) or None,
+            "split": parse_split(self.split),
+            "category": tuple(self.category or ()) or None,
+            "impute": self.impute or None,
+        }
 
 
 def table_of_metrics(metrics: Metrics, options: Options, name: str) -> Table:
