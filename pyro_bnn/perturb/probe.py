@@ -291,7 +291,7 @@ def _misfold(
             Perturb(neutral | {ids[n]: p for n, p in perturbations.items()}, names, layouts, 2, 2, padded),
         ):
             y = run(folded)
-    except (RuntimeError, IndexError, TypeError, AssertionError) as error:  # the shapes surprise the network
+    except (RuntimeError, IndexError, TypeError, AssertionError) as error:  # the network rejects the shapes
         return str(error) or type(error).__name__
     require_rows(y, 4)
     # a network may return more digits than its weights have
