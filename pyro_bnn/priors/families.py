@@ -139,7 +139,7 @@ class _LocationScale(Prior):
 class Normal(_LocationScale):
     """``N(loc, scale^2)``, independent elements.
 
-    :param loc: the mean; ``None`` for the centre that leaves the network unchanged: 1 for a factor, 0 for a weight.
+    :param loc: the mean; ``None`` for the centre that the model sets: 1 for a factor, 0 for a weight.
     :param scale: the standard deviation, in the units of the elements.
     :raises TypeError: for a parameter that is not a number.
     :raises ValueError: for a ``loc`` that is not finite, or a ``scale`` that is not positive.
@@ -153,7 +153,7 @@ class Normal(_LocationScale):
 class Cauchy(_LocationScale):
     """``Cauchy(loc, scale)``, independent elements (Dusenberry et al. 2020, section 3.2).
 
-    :param loc: the median; ``None`` for the centre that leaves the network unchanged: 1 for a factor, 0 for a weight.
+    :param loc: the median; ``None`` for the centre that the model sets: 1 for a factor, 0 for a weight.
     :param scale: half the interquartile range, in the units of the elements.
     :raises TypeError: for a parameter that is not a number.
     :raises ValueError: for a ``loc`` that is not finite, or a ``scale`` that is not positive.
@@ -166,7 +166,7 @@ class Cauchy(_LocationScale):
 class Laplace(_LocationScale):
     """``Laplace(loc, scale)``, independent elements: density ``exp(-|w - loc| / scale) / (2 scale)``.
 
-    :param loc: the mean; ``None`` for the centre that leaves the network unchanged: 1 for a factor, 0 for a weight.
+    :param loc: the mean; ``None`` for the centre that the model sets: 1 for a factor, 0 for a weight.
     :param scale: the mean absolute deviation, in the units of the elements.
     :raises TypeError: for a parameter that is not a number.
     :raises ValueError: for a ``loc`` that is not finite, or a ``scale`` that is not positive.
@@ -181,7 +181,7 @@ class StudentT(Prior):
     """``StudentT(df, loc, scale)`` with ``df`` degrees of freedom, independent elements.
 
     :param df: degrees of freedom; 1 is a Cauchy distribution, and a large number is close to a Normal one.
-    :param loc: the median; ``None`` for the centre that leaves the network unchanged: 1 for a factor, 0 for a weight.
+    :param loc: the median; ``None`` for the centre that the model sets: 1 for a factor, 0 for a weight.
     :param scale: factor on a standard Student-t variable, in the units of the elements.
     :raises TypeError: for a parameter that is not a number.
     :raises ValueError: for a ``loc`` that is not finite, or a ``df`` or ``scale`` that is not positive.
@@ -205,8 +205,7 @@ class HierarchicalCauchy(Prior):
     """tau ~ HalfCauchy(scale), one for a layer; element | tau ~ Cauchy(loc, tau).
 
     :param scale: the median of tau, in the units of the elements.
-    :param loc: the median of the elements; ``None`` for the centre that leaves the network unchanged: 1 for
-        a factor, 0 for a weight.
+    :param loc: the median of the elements; ``None`` for the centre that the model sets: 1 for a factor, 0 for a weight.
     :raises TypeError: for a parameter that is not a number.
     :raises ValueError: for a ``loc`` that is not finite, or a ``scale`` that is not positive.
     """
@@ -237,8 +236,7 @@ class HierarchicalNormal(Prior):
     ``sqrt(rate / concentration)``. The site holds the standard deviation tau.
 
     :param concentration, rate: parameters of the prior of tau^2; ``rate`` is in the squared units of the elements.
-    :param loc: the mean of the elements; ``None`` for the centre that leaves the network unchanged: 1 for a
-        factor, 0 for a weight.
+    :param loc: the median of the elements; ``None`` for the centre that the model sets: 1 for a factor, 0 for a weight.
     :raises TypeError: for a parameter that is not a number.
     :raises ValueError: for a ``loc`` that is not finite, or a ``concentration`` or ``rate`` that is not positive.
     """
@@ -270,8 +268,7 @@ class Horseshoe(Prior):
     Source: Carvalho, Polson and Scott (2010).
 
     :param scale: the median of tau, in the units of the elements.
-    :param loc: the mean of the elements; ``None`` for the centre that leaves the network unchanged: 1 for a
-        factor, 0 for a weight.
+    :param loc: the median of the elements; ``None`` for the centre that the model sets: 1 for a factor, 0 for a weight.
     :raises TypeError: for a parameter that is not a number.
     :raises ValueError: for a ``loc`` that is not finite, or a ``scale`` that is not positive.
     """

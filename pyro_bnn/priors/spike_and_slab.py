@@ -82,8 +82,7 @@ class SpikeAndSlab(Prior):
     :param variance_prior: ``pyro.distributions.InverseGamma(concentration, rate)`` over sigma^2 (kept as
         :class:`InverseGammaHyperprior`), a factor on both variances. It makes the square root ``<name>_tau`` a latent
         site. By default the factor is 1.
-    :param loc: the centre of spike and slab; ``None`` for the centre that leaves the network unchanged: 1 for a factor,
-        0 for a weight.
+    :param loc: the centre of spike and slab; ``None`` for the one that the model sets: 1 for a factor, 0 for a weight.
     :raises TypeError: for a parameter that is not a number.
     :raises ValueError: for numbers out of range, unknown names, a spike that is not narrower than the slab, or a
         hyperprior of another family or with more than one number for each parameter.
