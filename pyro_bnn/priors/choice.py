@@ -81,8 +81,8 @@ def resolve(prior: PriorLike, names: tuple[str, ...], like: Tensor) -> Prior:
             if any(pattern_matches(pattern, name) for name in names):
                 return resolve(one, names, like)
         raise ValueError(
-            f"no pattern of the prior matches {names[0]!r} (patterns: {', '.join(map(repr, prior))}); the whole name "
-            "of it or of a module that it is in must match. Add a last pattern '.*' for all others."
+            f"no pattern of the prior matches {names[0]!r} (patterns: {', '.join(map(repr, prior))}); a pattern "
+            "must match its whole name, or that of a module that it is in. Add a last pattern '.*' for all others."
         )
     if isinstance(prior, type):
         raise TypeError(f"prior={prior.__name__}: expected an object and not its class, as {prior.__name__}() is")
@@ -100,8 +100,8 @@ def resolve(prior: PriorLike, names: tuple[str, ...], like: Tensor) -> Prior:
         fixed = _Fixed(names[0], result)
     else:
         raise TypeError(
-            f"a prior is a class of pyro_bnn.priors, a Pyro distribution, a function (name, tensor) -> distribution "
-            f"or a mapping of patterns to these; got {type(prior).__name__}"
+            f"prior={prior!r}: expected an object of pyro_bnn.priors, such as Normal(), a Pyro distribution, a "
+            f"function (name, tensor) -> distribution or a mapping of patterns to these, not {type(prior).__name__}"
         )
     fixed.elements(0.0, like, None)  # a wrong shape is an error where the prior is given, not where it is used
     return fixed
