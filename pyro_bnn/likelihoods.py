@@ -28,6 +28,8 @@ class Likelihood:
     """Base class of likelihoods.
 
     :param temperature: T in ``p(y | f)^(1/T)``; 1 gives the Bayesian posterior.
+    :raises TypeError: for a temperature that is not a number.
+    :raises ValueError: for a temperature that is not positive.
     """
 
     temperature: float = field(default=1.0, kw_only=True)
@@ -53,10 +55,17 @@ class Likelihood:
         return self.distribution(f.squeeze(-1), noise)
 
     def require_dtype(self, y: Tensor) -> None:
-        """Raises TypeError when the dtype of y does not fit this likelihood."""
+        """Checks the dtype of y.
+
+        :raises TypeError: when it does not fit this likelihood.
+        """
 
     def require_outputs(self, f: Tensor, lead: int) -> None:
-        """Raises ValueError when the network's output has too few axes."""
+        """Checks the shape of the network's output.
+
+        :param lead: number of axes of f up to and including the axis of the samples.
+        :raises ValueError: when it has too few axes.
+        """
 
     def arranged(self, f: Tensor, y: Tensor | None, lead: int) -> Tensor:
         """The network's output with its axes in the order that :meth:`distribution` expects."""
@@ -87,9 +96,10 @@ class Likelihood:
         return d.to_event(events) if events else d
 
     def check(self, y: Tensor, f: Tensor) -> None:
-        """Raises ValueError when values of y are outside the support. It reads values, so call it outside loops.
+        """Checks that the values of y are in the support. It reads values, so call it outside loops.
 
         :param f: the network's output for these samples, ``[N, *output]``.
+        :raises ValueError: when some are not.
         """
 
     def describe(self) -> dict[str, Any]:
@@ -125,7 +135,9 @@ class Categorical(Likelihood):
 
     :param class_dim: the class axis of the network's output, counted from the axis of the samples (0) or from the end.
         ``None`` means the last axis; labels that would also fit axis 1 are then refused as ambiguous.
-    :raises ValueError: for axis 0.
+    :param temperature: see :class:`Likelihood`.
+    :raises TypeError: for a temperature that is not a number.
+    :raises ValueError: for axis 0 or a ``class_dim`` that is not a whole number, or a temperature that is not positive.
     """
 
     class_dim: int | None = field(default=None, kw_only=True)
@@ -193,7 +205,14 @@ class Categorical(Likelihood):
 
 @dataclass(frozen=True)
 class Bernoulli(Likelihood):
-    """``y ~ Bernoulli(sigmoid(f))``; f is ``[..., N]`` or ``[..., N, D]`` logits, y of the same shape, 0 or 1."""
+    """``y ~ Bernoulli(sigmoid(f))``; f is ``[..., N]`` or ``[..., N, D]`` logits, y of the same shape, 0 or 1.
+
+    y has a floating-point dtype.
+
+    :param temperature: see :class:`Likelihood`.
+    :raises TypeError: for a temperature that is not a number.
+    :raises ValueError: for a temperature that is not positive.
+    """
 
     kind = "classification"
 
@@ -214,6 +233,12 @@ class Gaussian(Likelihood):
     """``y ~ N(f, scale^2)``; f and y are ``[..., N]`` or ``[..., N, D]``, in the units of y.
 
     ``scale=None`` learns the noise: a latent site ``noise`` with the prior ``HalfCauchy(noise_prior_scale)``.
+
+    :param scale: standard deviation of the noise, in the units of y; ``None`` to learn one for all targets.
+    :param noise_prior_scale: median of the prior of the learned noise, in the units of y.
+    :param temperature: see :class:`Likelihood`.
+    :raises TypeError: for a parameter that is not a number.
+    :raises ValueError: for a parameter that is not positive.
     """
 
     scale: float | None = None
@@ -230,6 +255,7 @@ class Gaussian(Likelihood):
         return self.scale is None
 
     def noise_prior(self, like: Tensor) -> dist.TorchDistribution:
+        """The prior of the learned noise scale, on the device and with the dtype of ``like``."""
         return dist.HalfCauchy(like.new_full((), self.noise_prior_scale))
 
     def distribution(self, f: Tensor, noise: Tensor | None = None) -> dist.TorchDistribution:
@@ -249,7 +275,15 @@ class Gaussian(Likelihood):
 
 @dataclass(frozen=True)
 class HeteroscedasticGaussian(Likelihood):
-    """``y ~ N(m, softplus(v)^2)``, f = [m, v] along the last axis: ``[..., N, 2 D]``; y is ``[N, D]`` or ``[N]``."""
+    """``y ~ N(m, softplus(v)^2)``, f = [m, v] along the last axis: ``[..., N, 2 D]``; y is ``[N, D]`` or ``[N]``.
+
+    f holds the means m of all D targets first, in the units of y, then their v. 1e-6 is added to the standard deviation
+    softplus(v), so that the density stays bounded.
+
+    :param temperature: see :class:`Likelihood`.
+    :raises TypeError: for a temperature that is not a number.
+    :raises ValueError: for a temperature that is not positive.
+    """
 
     kind = "regression"
 
@@ -283,7 +317,12 @@ class HeteroscedasticGaussian(Likelihood):
 
 @dataclass(frozen=True)
 class Poisson(Likelihood):
-    """``y ~ Poisson(exp(f))``; f is ``[..., N]`` or ``[..., N, D]`` log rates, y counts of the same shape."""
+    """``y ~ Poisson(exp(f))``; f is ``[..., N]`` or ``[..., N, D]`` log rates, y counts of the same shape.
+
+    :param temperature: see :class:`Likelihood`.
+    :raises TypeError: for a temperature that is not a number.
+    :raises ValueError: for a temperature that is not positive.
+    """
 
     kind = "count"
 

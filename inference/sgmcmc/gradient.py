@@ -18,22 +18,23 @@ from pyro_bnn.inference.sgmcmc.graphs import record
 from pyro_bnn.perturb.vectoriser import Vectoriser
 from pyro_bnn.program.model import BayesianNetwork
 
-#: A step of a model with more latent numbers than this is arithmetic more than overhead.
+#: Above this number of latent values, arithmetic takes most of the time of a step, and a graph saves little.
 CAPTURE_SIZE = 2**17
-#: Batches come in a few forms; a model that sees more is computed step by step.
+#: Largest number of graphs, one for each form of batch; batches of further forms are computed without a graph.
 MAX_GRAPHS = 8
 #: ``(theta, *tensors of the batch) -> gradient, U``
 Graph = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Gradient:
-    """``grad U`` at ``theta``, a buffer that the caller moves, for minibatches that come and go.
+    """Computes ``grad U`` on a minibatch at ``theta``, a buffer that the caller updates in place.
 
-    One chain is differentiated leaf by leaf: every site is a view of ``theta``, and its gradient accumulates in a view
-    of one buffer, so that no tensor is copied. Several chains, ``theta [chains, dim]``, are vectorised.
+    With one chain, every site is a view of ``theta``, and its gradient accumulates in a view of one buffer, so that no
+    tensor is copied. Several chains, ``theta [chains, dim]``, are vectorised.
 
+    :param potential: U.
     :param kwargs: keyword arguments of the model that never change.
-    :param chains: number of chains; ``None`` for one without the axis.
+    :param chains: number of chains; ``None`` for one chain without a chain axis.
     :param own_batches: whether every chain has a minibatch of its own, on axis 0 of every tensor.
     :param capture: see :class:`~pyro_bnn.inference.SGHMC`.
     :raises ValueError: for several chains of a network whose normalisation layers gather statistics.
@@ -73,11 +74,11 @@ class Gradient:
 
     @property
     def num_graphs(self) -> int:
-        """How many forms of batches have been recorded."""
+        """Number of recorded graphs, one for each form of batch."""
         return len(self._graphs)
 
     def __call__(self, *batch: object) -> Tensor:
-        """The gradient, in a buffer that the next call overwrites; ``energy`` is U then, one for each chain."""
+        """The gradient, in a buffer that the next call overwrites. Sets ``energy`` to U, one value for each chain."""
         if self._capture:
             leaves, spec = pytree.tree_flatten(batch)
             graph = self._graph(leaves, spec)
@@ -88,7 +89,7 @@ class Gradient:
         return self._eager(*batch)
 
     def verify(self, *batch: object) -> None:
-        """Compares the graph for this batch with the model, which may have changed since; drops graphs that differ."""
+        """Compares the graph for this batch with the model, which may have changed; drops all graphs if they differ."""
         if not self._capture:
             return
         leaves, spec = pytree.tree_flatten(batch)
@@ -107,13 +108,13 @@ class Gradient:
             return self._buffer.copy_(gradient.detach())
         self._buffer.zero_()
         energy = self.potential(self._leaves, *batch, **self.kwargs)
-        if energy.requires_grad:  # not so when every density that moves was left out
+        if energy.requires_grad:  # it does not if every density that depends on theta was left out
             energy.backward(inputs=list(self._leaves.values()))
         self.energy = energy.detach()
         return self._buffer
 
     def _in_turn(self, *batch: object) -> tuple[Tensor, Tensor]:
-        """The gradient of one chain after the other."""
+        """The gradient, one chain after the other."""
         found = []
         for i, row in enumerate(self.theta.detach()):
             leaf = row.clone().requires_grad_()
@@ -135,7 +136,7 @@ class Gradient:
         return vmap(single, in_dims=(0, *axes), randomness="different")(theta, *batch)
 
     def _graph(self, leaves: list[object], spec: object) -> Graph | None:
-        """The graph for batches of this form, recorded on first sight; ``None`` for what cannot be recorded."""
+        """The graph for batches of this form, recorded at the first one; ``None`` if it cannot be recorded."""
         if not all(t is None or isinstance(t, (Tensor, bool, int, float, str)) for t in leaves):
             return None
         key = (str(spec), *((t.shape, t.dtype) if isinstance(t, Tensor) else (type(t), t) for t in leaves))
@@ -173,7 +174,7 @@ class Gradient:
         tensors = [t for t in leaves if isinstance(t, Tensor)]
         run = self._run(leaves, spec)
         with self._same_random_state():
-            run(self.theta, *tensors)  # what the model builds once must not be part of the graph
+            run(self.theta, *tensors)  # so that what the model builds once is not part of the graph
             graph = record(run, self.theta, *tensors)
         self._compare(graph, leaves, spec)
         return graph
@@ -184,7 +185,7 @@ class Gradient:
         for function in (graph, self._run(leaves, spec)):
             with self._same_random_state(), torch.no_grad():
                 results.append(function(self.theta, *tensors))
-        # an element that nearly vanishes is a sum of large terms, added up in another order
+        # an element near zero may be a sum of large terms that cancel, and the graph sums in another order
         for ours, true in zip(*results, strict=True):
             size = float(true.nan_to_num().abs().max())
             torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-5 * max(1.0, size), equal_nan=True)
@@ -194,7 +195,7 @@ class Gradient:
 
 
 def _moving_statistics(model: object) -> str | None:
-    """The name of a layer whose running statistics move in training."""
+    """The name of a layer whose running statistics move in training; ``None`` if there is none."""
     if isinstance(model, BayesianNetwork):
         return next(iter(model.moving_layers()), None)
     modules = model.named_modules() if isinstance(model, nn.Module) else ()

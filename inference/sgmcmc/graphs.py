@@ -1,8 +1,8 @@
-"""A function of tensors recorded once as a graph of tensor operations, and replayed without its Python code.
+"""Records a function of tensors once as a graph of tensor operations, and replays it without its Python code.
 
-Small networks spend most of a step in Python and Pyro, which decide the same things at every call. The graph of
-:func:`record` holds the decisions; :func:`fill_shapes` and :func:`fold_constants` compute beforehand what no input
-changes, :func:`drop_identities` leaves out what changes nothing, and :func:`script` replays the rest without Python's
+A small network spends most of a step in Python and Pyro, which make the same decisions at every call. :func:`record`
+makes them once; :func:`fill_shapes` and :func:`fold_constants` compute in advance what does not depend on the inputs,
+:func:`drop_identities` removes operations that change nothing, and :func:`script` replays the rest without Python's
 cost for each operation.
 """
 
@@ -18,25 +18,25 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import map_arg
 
-#: operations that look at the shape of what they are given, but not at its numbers
+#: operations that use the shape of their input but not its values
 SHAPE_ONLY = tuple(getattr(torch.ops.aten, n).default for n in ("ones_like", "zeros_like", "full_like", "new_full"))
 
 
 def record(function: Callable[..., Any], *inputs: Tensor) -> Callable[..., Any]:
-    """The operations that ``function`` does at these inputs, as a function of other inputs of the same shapes.
+    """The operations that ``function`` runs on these inputs, as a function of other inputs of the same shapes.
 
-    What the function reads elsewhere is a constant from now on. Results may share memory with inputs and constants: a
-    caller that writes into them makes a copy first.
+    Everything else that the function reads becomes a constant. Results may share memory with inputs and constants:
+    copy them before writing into them.
 
-    :raises Exception: whatever the function raises when it takes decisions on values.
+    :raises Exception: whatever the function raises while it is recorded, for example because it branches on values.
     """
     traced = make_fx(function)(*inputs)
-    if not writes_in_place(traced):  # what is written into is no constant
+    if not writes_in_place(traced):  # a tensor that is written into is not a constant
         fill_shapes(traced)
         fold_constants(traced)
         drop_identities(traced)
     traced.graph.eliminate_dead_code()
-    return script(GraphModule(traced, traced.graph), inputs)  # a new module leaves constants behind that are unused
+    return script(GraphModule(traced, traced.graph), inputs)  # a new module drops unused constants
 
 
 def writes_in_place(traced: GraphModule) -> bool:
@@ -45,7 +45,7 @@ def writes_in_place(traced: GraphModule) -> bool:
 
 
 def fill_shapes(traced: GraphModule) -> None:
-    """Makes constants of ``ones_like`` and others whose result is known from the shape of their input."""
+    """Replaces ``ones_like`` and the like by constants: their results depend on the shape of the input alone."""
     for node in traced.graph.nodes:
         if node.target in SHAPE_ONLY:
             source = node.args[0]
@@ -54,7 +54,7 @@ def fill_shapes(traced: GraphModule) -> None:
 
 
 def fold_constants(traced: GraphModule) -> None:
-    """Computes operations that see nothing but constants, and draw nothing at random, once and for all."""
+    """Replaces operations that have only constants as inputs, and draw no random numbers, by their results."""
     for node in traced.graph.nodes:
         sources = node.all_input_nodes
         if (
@@ -69,7 +69,7 @@ def fold_constants(traced: GraphModule) -> None:
 
 
 def drop_identities(traced: GraphModule) -> None:
-    """Takes out views to the shape that a tensor has already, views that another view follows, and first powers."""
+    """Removes views to the shape that a tensor already has, views that another view follows, and powers of 1."""
     aten = torch.ops.aten
     for node in traced.graph.nodes:
         if node.target in (aten.view.default, aten.expand.default):
@@ -85,10 +85,10 @@ def drop_identities(traced: GraphModule) -> None:
 def script(traced: GraphModule, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
     """The graph as TorchScript, which spends about 1 microsecond on an operation where Python spends 5.
 
-    PyTorch deprecates ``torch.jit.trace`` for ``torch.compile``, which needs a C++ compiler and half a minute for each
-    graph, and adds up in another order. What ``torch.jit.trace`` makes is kept by torch for the life of the process, 2
-    MB a graph; the two functions that it calls are used here instead, whose result goes when nobody holds it.
-    TorchScript has no gradient of a convolution: such graphs stay in Python.
+    PyTorch deprecates ``torch.jit.trace`` in favour of ``torch.compile``, which needs a C++ compiler and half a minute
+    for each graph, and sums in another order. PyTorch keeps the result of ``torch.jit.trace`` until the process ends,
+    2 MB for each graph; the two functions that it calls are used here directly, because their result is freed with the
+    last reference to it. TorchScript has no gradient of a convolution: such graphs stay in Python.
     """
     try:
         graph, *_ = torch._C._create_graph_by_tracing(traced, inputs, lambda value: "", True, False, None, [])
@@ -99,12 +99,12 @@ def script(traced: GraphModule, inputs: tuple[Tensor, ...]) -> Callable[..., Any
 
 
 def _value(node: Node) -> Any:
-    """What a node gave when it was recorded, as a tensor without numbers."""
+    """The result of a node when it was recorded, as a tensor without values."""
     return node.meta.get("val")
 
 
 def _replace(traced: GraphModule, node: Node, value: Tensor) -> None:
-    """Puts a constant in the place of a node."""
+    """Replaces a node by a constant."""
     name = f"constant_of_{node.name}"
     traced.register_buffer(name, value, persistent=False)
     with traced.graph.inserting_before(node):

@@ -1,4 +1,4 @@
-"""The spike-and-slab sites of a model as SGHMC within EM sees them: found, checked, and with their E- and M-step."""
+"""Finds and checks the spike-and-slab sites of a model for SGHMC within EM, and defines their E-step and M-step."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ Densities = dict[str, SpikeAndSlabDistribution]
 
 @dataclass
 class SpikeAndSlabState(SiteGroups):
-    """A spike-and-slab site as a chain goes on: its groups, with what is maximised over.
+    """The state of one spike-and-slab site in a running chain: its groups, and the parameters of the M-step.
 
-    :param name: of the site.
-    :param share: theta, ``[*lead]``.
-    :param scale: sigma, ``[*lead]``; ``None`` for 1.
-    :param share_prior, scale_prior: (a, b) and (c, r), where the model has such sites.
+    :param name: name of the site.
+    :param share: theta, the prior inclusion probability, ``[*lead]``.
+    :param scale: sigma, the factor on the scales of spike and slab, ``[*lead]``; ``None`` for 1.
+    :param share_prior: (a, b) of ``theta ~ Beta(a, b)``; ``None`` where theta is fixed.
+    :param scale_prior: (c, r) of ``sigma^2 ~ InverseGamma(c, r)``; ``None`` where sigma is fixed.
     """
 
     name: str
@@ -37,13 +38,16 @@ class SpikeAndSlabState(SiteGroups):
     scale_prior: tuple[float, float] | None
 
     def renew(self) -> None:
-        """Gives the density the present rate and scale."""
+        """Gives the density the current theta and sigma."""
         self.density = self.density.at(self.share, self.scale)
 
     def expect(self, rate: float, hard: bool, threshold: float | None) -> None:
-        """The E-step: ``p <- (1 - rate) p + rate P(slab | weights)``, in ``included``.
+        """The E-step, in place: ``included <- (1 - rate) included + rate P(slab | weights)``.
 
-        ``hard`` takes the likelier component, or the slab from a mean square of ``threshold`` on.
+        :param rate: omega, in (0, 1].
+        :param hard: whether to replace the probability by 1 where the slab is the likelier component and 0 elsewhere.
+        :param threshold: if given, the probability is replaced by 1 where the mean square of the group is at least
+            this number and 0 elsewhere.
         """
         if threshold is not None:
             found = self.density.mean_square(self.weights) >= threshold
@@ -56,13 +60,13 @@ class SpikeAndSlabState(SiteGroups):
             self.included.lerp_(found.to(self.included), rate)
 
     def maximise(self, rate: float) -> None:
-        """The M-step of :mod:`pyro_bnn.inference.sgmcmc.em`, by the share ``rate`` of the way."""
+        """The M-step of :mod:`pyro_bnn.inference.sgmcmc.em`: moves theta and sigma a part ``rate`` of the way."""
         over = tuple(range(-len(self.density.groups), 0))
         if self.share_prior is not None:
             a, b = self.share_prior
             count = self.density.groups.numel()
             best = (self.included.sum(over) + (a - 1)) / (count + a + b - 2)
-            least = torch.finfo(best.dtype).eps  # where a or b is 1 the mode may be 0 or 1, and would stay there
+            least = torch.finfo(best.dtype).eps  # with a or b = 1 the mode may be 0 or 1, which theta would never leave
             self.share.lerp_(best.clamp(least, 1 - least), rate)
         if self.scale_prior is not None and self.scale is not None:
             c, r = self.scale_prior
@@ -80,9 +84,11 @@ NO_SITE = "the model has no spike-and-slab site: give it a prior of pyro_bnn.pri
 def find_sites(
     potential: Potential, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[Densities, dict[str, Any], dict[str, Tensor]]:
-    """The spike-and-slab sites of a model; the priors of their rates and scales that are sites; values of these.
+    """Finds the spike-and-slab sites of a model, and the sites of their inclusion probabilities and scales.
 
-    :raises ValueError: when there is none, or one that an E-step cannot follow.
+    :return: the density of each spike-and-slab site; the prior of each site that is such a theta or sigma; and a value
+        of each of these, drawn from the prior.
+    :raises ValueError: when the model has no spike-and-slab site, or one to which the E- and M-step do not apply.
     """
     nodes: dict[str, Any] = potential.prior_trace().nodes
     found = {n: nodes[n]["fn"] for n in potential.shapes if isinstance(nodes[n]["fn"], SpikeAndSlabDistribution)}
@@ -93,12 +99,13 @@ def find_sites(
     for name, density in found.items():
         if density.batch_shape.numel() != 1:
             raise ValueError(
-                f"the spike-and-slab site {name!r} lies in plates of {tuple(density.batch_shape)}: this kernel takes "
-                "one weight a site. Give each its own name, or use SGHMC"
+                f"the spike-and-slab site {name!r} is in plates of shape {tuple(density.batch_shape)}: this kernel "
+                "expects one weight for each site. Give each weight a site of its own, or use SGHMC"
             )
         if nodes[name]["mask"] is not None or float(nodes[name]["scale"]) != 1:
             raise ValueError(
-                f"the prior of {name!r} is scaled or masked by a handler, which an E-step cannot follow: use SGHMC"
+                f"the prior of {name!r} is scaled or masked by a Pyro handler, which the E-step cannot take into "
+                "account: remove the handler, or use SGHMC"
             )
         for what, suffix in (("inclusion", "inclusion"), ("scale", "tau")):
             own, other = getattr(density, what), getattr(again[name]["fn"], what)
@@ -107,8 +114,8 @@ def find_sites(
                 held[site] = nodes[site]["value"]
             elif own is not None and not torch.equal(own, other):
                 raise ValueError(
-                    f"the {what} of {name!r} depends on another latent site, while this kernel maximises over a site "
-                    f"named {site!r} that is its value: name it so, or use SGHMC, which samples it"
+                    f"the {what} of {name!r} depends on another latent site: this kernel expects a latent site named "
+                    f"{site!r} that is the {what} itself. Rename the site, or use SGHMC, which samples it"
                 )
     _require_alone(potential, found, nodes, {site: again[site]["value"] for site in held}, args, kwargs)
     return found, {site: nodes[site]["fn"] for site in held}, held
@@ -122,11 +129,11 @@ def _require_alone(
     args: tuple[object, ...],
     kwargs: dict[str, object],
 ) -> None:
-    """Nothing but its own weight may depend on a rate or scale that is maximised over."""
+    """Raises ValueError when any site but its own weight depends on a theta or sigma that is maximised over."""
     densities = []
     for values in ({}, other):
         latents = {name: nodes[name]["value"] for name in potential.shapes} | values
-        with forked(device_of(potential.model)):  # dropout, the same twice
+        with forked(device_of(potential.model)):  # the same dropout both times
             densities.append(potential.log_densities(latents, *args, **kwargs))
     for name, value in densities[0].items():
         if name not in found and name not in other and not _alike(value, densities[1][name]):
@@ -139,10 +146,11 @@ def _require_alone(
 def spike_and_slab_state(
     name: str, density: SpikeAndSlabDistribution, hyper: dict[str, Any], weights: Tensor
 ) -> SpikeAndSlabState:
-    """The site as a chain begins: all groups in the slab, rate and scale at typical values of their priors.
+    """The state of a site at the start of a chain: all groups in the slab, theta and sigma at typical values.
 
-    :param hyper: priors of rates and scales, by site.
-    :param weights: ``[*lead, *event]``, a view of the state.
+    :param hyper: the priors of the sites that are a theta or sigma, by name of the site.
+    :param weights: ``[*lead, *event]``, a view of the state of the chain.
+    :raises ValueError: when one of these priors has no M-step in closed form.
     """
     lead = weights.shape[: weights.dim() - len(density.event_shape)]
     share_prior = scale_prior = None
@@ -151,14 +159,17 @@ def spike_and_slab_state(
     if (prior := hyper.get(f"{name}_inclusion")) is not None:
         share_prior = _numbers(prior, Beta, "concentration1", "concentration0", name=f"{name}_inclusion")
         if min(share_prior) < 1:
-            raise ValueError(f"the prior Beta{share_prior} of {name!r}_inclusion has no mode inside (0, 1)")
+            raise ValueError(
+                f"the prior of '{name}_inclusion' is Beta{share_prior}, which has no mode inside (0, 1): expected both "
+                "numbers to be at least 1. Change the prior, or use SGHMC"
+            )
         share.fill_(share_prior[0] / sum(share_prior))
     if (prior := hyper.get(f"{name}_tau")) is not None and scale is not None:
         transforms = getattr(_innermost(prior, TransformedDistribution), "transforms", [])
         if [type(t) for t in transforms] != [PowerTransform] or float(transforms[0].exponent) != 0.5:
             raise ValueError(
-                f"the prior of '{name}_tau' must be that of the root of an InverseGamma variance, as "
-                "SpikeAndSlab(variance_prior=InverseGamma(...)).tau() is"
+                f"the prior of '{name}_tau': expected that of the square root of an InverseGamma variance, as "
+                "SpikeAndSlab(variance_prior=InverseGamma(...)).tau() returns"
             )
         scale_prior = _numbers(prior, InverseGamma, "concentration", "rate", name=f"{name}_tau")
         scale.fill_(math.sqrt(scale_prior[1] / scale_prior[0]))
@@ -188,18 +199,19 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _innermost(prior: Any, family: Any) -> Any:
-    """The distribution of the family under whatever plates expanded it."""
+    """The distribution of the family inside the wrappers of plates and events; the innermost one if there is none."""
     while not isinstance(prior, family) and hasattr(prior, "base_dist"):
         prior = prior.base_dist
     return prior
 
 
 def _numbers(prior: Any, family: Any, *names: str, name: str) -> tuple[float, float]:
-    """The two parameters of a distribution that belongs to the family."""
+    """The parameters called ``names`` of a prior of the family; ValueError for a prior of another family."""
     base = _innermost(prior, family)
     if not isinstance(base, family):
         raise ValueError(
-            f"the prior of {name!r} is {type(base).__name__}: this kernel maximises under {family.__name__}"
+            f"the prior of {name!r} is {type(base).__name__}: expected {family.__name__}, for which the M-step has a "
+            "closed form. Change the prior, or use SGHMC"
         )
     first, second = (float(getattr(base, n).reshape(-1)[0]) for n in names)
     return first, second

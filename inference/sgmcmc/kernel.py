@@ -1,4 +1,4 @@
-"""What kernels that step on minibatches share: the contract of Pyro's runner, data, and the watch for divergence."""
+"""The base class of kernels that step on minibatches: Pyro's kernel interface, data, and checks for divergence."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from pyro_bnn.posterior.statistics import averaging
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.program.sites import Program
 
-#: minibatches over which the statistics of normalisation layers are averaged for a draw
+#: number of minibatches over which the statistics of normalisation layers are averaged for a draw
 STATISTICS_BATCHES = 16
 
 
 class MinibatchKernel(MCMCKernel):
-    """A kernel for ``pyro.infer.MCMC`` and :func:`pyro_bnn.inference.sample` whose steps are those of a subclass.
+    """Base class of kernels for ``pyro.infer.MCMC`` and :func:`pyro_bnn.inference.sample` that step on minibatches.
 
-    A subclass defines :meth:`update`, one step from a gradient, and sets its own options before it calls this
-    constructor: attributes that exist then are what a copy in another process is built from.
+    A subclass defines :meth:`update`, one step from a gradient. It sets its own options before it calls this
+    constructor: a copy in another process is built from the attributes that exist at that point.
 
-    A kernel that has been set up has ``theta``, the state as one buffer of unconstrained numbers, ``[dim]``, or
-    ``[chains, dim]`` for chains side by side; ``potential``, the energy U; ``gradient`` and ``streams``, which compute
-    its gradient and deal minibatches; ``num_data``, N; and the counts ``steps``, ``draws`` and ``warmup_draws``.
+    After :meth:`setup` a kernel has ``theta``, the state as one buffer of unconstrained numbers, ``[dim]``, or
+    ``[chains, dim]`` for vectorised chains; ``potential``, the energy U; ``gradient``, which computes its gradient;
+    ``streams``, which deals minibatches; ``num_data``, N; and the counts ``steps``, ``draws`` and ``warmup_draws``.
 
     :param model, data, batch_size, num_data, thinning, check_every, capture: see :class:`~pyro_bnn.inference.SGHMC`.
     """
@@ -63,12 +63,12 @@ class MinibatchKernel(MCMCKernel):
         self._options = tuple(vars(self))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What the kernel was built with: a process that it is sent to sets it up again."""
+        """The options that the kernel was built with: a process that receives it sets it up again."""
         return {
             name: value for name, value in vars(self).items() if name in (*self._options, "_options", "save_params")
         }
 
-    # ------------------------------------------------------------------------------------------ what a subclass has
+    # -------------------------------------------------------------------------------------- what a subclass defines
 
     def update(self, grad: Tensor, position: int) -> None:
         """Moves ``theta``, in place.
@@ -90,7 +90,7 @@ class MinibatchKernel(MCMCKernel):
         return self.potential.split(theta)
 
     def _completed(self, given: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Where a chain starts that the user wants to start at ``given``, and otherwise would start at ``own``."""
+        """Where a chain starts: ``given`` is what the user asked for, ``own`` is where it would start otherwise."""
         return given
 
     def _total_energy(self) -> Tensor:
@@ -98,15 +98,20 @@ class MinibatchKernel(MCMCKernel):
         return self.gradient.energy.mean()
 
     def _remember(self) -> None:
-        """Keeps what belongs to a good state beside theta."""
+        """Saves the parts of a good state other than theta."""
 
     def _recall(self) -> None:
-        """Takes back what a diverged state has left elsewhere, after theta has been put back."""
+        """Undoes what a diverged state changed other than theta, which has been restored before."""
 
     # ----------------------------------------------------------------------------------- the contract of a kernel
 
     def setup(self, warmup_steps: int, *args: object, **kwargs: object) -> None:
-        """Forgets everything of an earlier chain. ``warmup_steps`` counts draws."""
+        """Prepares a new chain, and forgets any earlier one.
+
+        :param warmup_steps: number of warm-up draws.
+        :param args, kwargs: arguments of the model, for a kernel without data.
+        :raises ValueError: for a model without latents or with a discrete one, or unknown N.
+        """
         modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
         self._modes = [(module, module.training) for module in modules]
         self.streams = Streams(self.model, self.data, batch_size=self.batch_size, arguments=args, chains=self.chains)
@@ -125,7 +130,7 @@ class MinibatchKernel(MCMCKernel):
         self._good = torch.stack(rows) if self.chains else rows[0]
 
     def _set_up_update(self) -> None:
-        """Makes the buffers of :meth:`update`."""
+        """Allocates the buffers that :meth:`update` uses."""
 
     def _find_num_data(self) -> int:
         if self._asked_num_data is not None:
@@ -140,7 +145,7 @@ class MinibatchKernel(MCMCKernel):
         return self.streams.num_data
 
     def cleanup(self) -> None:
-        """Puts modules back into the modes they were in, and forgets where the user wanted to start."""
+        """Restores the train or eval mode of every module, and forgets the start that the user asked for."""
         self._users_start = None
         if hasattr(self, "streams"):
             self.streams.close()
@@ -149,9 +154,9 @@ class MinibatchKernel(MCMCKernel):
 
     @property
     def initial_params(self) -> dict[str, Tensor]:
-        """Where the chain starts, unconstrained: a network at its own weights, other latents at draws of the prior.
+        """Where the chain starts, unconstrained: the network's own weights, and draws from the prior for other latents.
 
-        Of a chain that has moved, the last good state.
+        Once the chain has moved, its last good state.
         """
         own = self._state(self._good.clone())
         return own if self._users_start is None else self._completed(self._users_start, own)
@@ -161,17 +166,21 @@ class MinibatchKernel(MCMCKernel):
         self._users_start = params
 
     def begin_at(self, params: dict[str, Tensor]) -> None:
-        """Puts the chain at a state, with everything else as at its beginning. :meth:`sample` does it by itself.
+        """Starts the chain at a state, and resets everything else. :meth:`sample` calls this when needed.
 
         :param params: ``{site: unconstrained [*chains, *shape]}``.
         """
         with torch.no_grad():
             self.theta.copy_(self.potential.join(params))
             self._good.copy_(self.theta)
-        self.gradient.energy = self.theta.new_zeros(())  # not that of a chain that diverged
+        self.gradient.energy = self.theta.new_zeros(())  # otherwise that of a diverged chain would remain
 
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The next draw, unconstrained."""
+        """The next draw, unconstrained.
+
+        :param params: the previous draw; from any other state, the chain starts again.
+        :raises FloatingPointError: when the chain diverges.
+        """
         if params is not self._last:
             self.begin_at(params)
         for position in range(self.thinning):
@@ -206,7 +215,7 @@ class MinibatchKernel(MCMCKernel):
         self._energy += self._total_energy()
 
     def logging(self) -> OrderedDict[str, str]:
-        """U / N in nats at the last check for divergence: to show more would be to wait for the device."""
+        """U / N in nats at the last check for divergence; a more recent value would have to wait for the device."""
         return OrderedDict([("U/N", f"{self._shown:.4f}")])
 
     def diagnostics(self) -> dict[str, Any]:
@@ -221,7 +230,9 @@ class MinibatchKernel(MCMCKernel):
     # ------------------------------------------------------------------------------------------------- divergence
 
     def check(self) -> None:
-        """Stops a chain that has diverged: at every ``check_every`` steps and at the end. This waits for the device.
+        """Stops a chain that has diverged.
+
+        It waits for the device, and therefore runs only every ``check_every`` steps and at the end.
 
         :raises FloatingPointError: when the state or its energy is not finite.
         """
@@ -237,7 +248,7 @@ class MinibatchKernel(MCMCKernel):
         with torch.no_grad():
             self.theta.copy_(self._good)
             self._recall()
-        self._last = None  # the next sample() begins afresh, with a momentum of its own
+        self._last = None  # the next sample() starts the chain again, with a new momentum
         raise FloatingPointError(
             f"the chain diverged within the {self.check_every} steps before step {self.steps}, first seen at the site "
             f"{site!r}. The kernel is back at its last good state (kernel.last_good()). A smaller step_size or more "
@@ -251,15 +262,15 @@ class MinibatchKernel(MCMCKernel):
     # ------------------------------------------------------------------------------------------------ normalisation
 
     def moving_buffers(self) -> dict[str, Tensor]:
-        """The buffers that :meth:`statistics` are of, by name."""
+        """The buffers whose values :meth:`statistics` computes, by name."""
         layers = self.model.moving_layers() if isinstance(self.model, BayesianNetwork) else {}
         return {f"{n}.{name}": b for n, layer in layers.items() for name, b in layer.named_buffers()}
 
     def statistics(self) -> dict[str, Tensor]:
-        """Statistics of normalisation layers at the present weights, by name of the buffer; none for other networks.
+        """Statistics of normalisation layers at the current weights, by name of the buffer; empty without such layers.
 
-        Averages over ``STATISTICS_BATCHES`` minibatches, or all if there are fewer. What training has gathered lags
-        behind weights that move, and belongs to no draw.
+        They are averages over ``STATISTICS_BATCHES`` minibatches, or all if there are fewer. The running statistics
+        lag behind the moving weights, and therefore belong to no draw.
         """
         layers = self.model.moving_layers() if isinstance(self.model, BayesianNetwork) else {}
         if not layers:

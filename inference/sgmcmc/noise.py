@@ -1,6 +1,6 @@
-"""Standard normals added to a buffer, without a second buffer for them; on the CPU, by all of torch's threads.
+"""Adds standard normal noise to a buffer without a second buffer of that size; on the CPU with all of torch's threads.
 
-``Tensor.normal_`` draws on one thread, which takes longer than all the rest of an update of a large network.
+``Tensor.normal_`` draws on one thread, which takes longer than the rest of an update of a large network.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-#: numbers that one generator draws: the draws do not depend on how many threads there are
+#: number of values that one generator draws; fixed, so that the draws do not depend on the number of threads
 SHARE = 2**20
-#: numbers drawn at a time: on the CPU they stay in its cache, and are too few for torch to start threads of its own
+#: number of values drawn at a time; on the CPU they fit in its cache, and are too few for torch to start threads
 PIECE, DEVICE_PIECE = 2**15, 2**22
 
 
 class Noise:
-    """Draws for buffers of one size.
+    """Standard normal noise for buffers of one size.
 
-    :param like: a buffer. A large one on the CPU has generators of its own, seeded here from torch's.
+    :param like: a buffer of that size. For a large one on the CPU, generators are seeded here from torch's global one.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -35,7 +35,7 @@ class Noise:
             self._pool = ThreadPoolExecutor(torch.get_num_threads())
 
     def add_to(self, buffer: Tensor, scale: float, kept: Tensor | None = None) -> None:
-        """``buffer += scale * xi`` with xi ~ N(0, I) fresh, written to ``kept`` if that is given."""
+        """``buffer += scale * xi`` with new draws xi ~ N(0, I), which are also written to ``kept`` if that is given."""
         if len(self._generators) == 1 and buffer.numel() <= self._piece:
             buffer.add_(torch.randn_like(buffer) if kept is None else kept.normal_(), alpha=scale)
             return

@@ -1,13 +1,13 @@
-"""Preconditioners of SGHMC: tau, one number for each coordinate, which adapts in warm-up alone.
+"""Preconditioners of SGHMC: tau, one number for each coordinate, which adapts during warm-up only.
 
-Each keeps the root of tau, by which the step of :mod:`~pyro_bnn.inference.sgmcmc.sghmc` multiplies gradient and
+Each keeps the square root of tau, by which the step of :mod:`~pyro_bnn.inference.sgmcmc.sghmc` multiplies gradient and
 momentum. With g = grad U / N the mean-loss gradient::
 
     rmsprop     V <- 0.99 V + 0.01 g^2,    M = sqrt(V) + 0.1 mean sqrt(V),    tau = mean(M) / M
     adaptive    rho <- rho - 0.1 (h^1.5 sqrt(T / N) xi g - 1 / (N tau)),      tau = sigmoid(rho)
 
-the first after Li et al. (AAAI 2016), the second by mirror descent after Ke and Fan (2022, arXiv 2210.12957), with xi
-the noise of the step before.
+The first is that of Li et al. (AAAI 2016), the second the mirror descent of Ke and Fan (2022, arXiv 2210.12957), where
+xi is the noise of the previous step.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ ADAPTIVE_RATE = 0.1
 
 
 class Identity:
-    """tau = 1.
+    """tau = 1, and the base class of the others.
 
-    ``root`` is the square root of tau, ``[*chains, dim]``, or ``None`` for 1; ``noise`` the buffer in which a step
-    leaves its noise, for a rule that asks for it.
+    ``root`` is the square root of tau, ``[*chains, dim]``, or ``None`` for 1. ``noise`` is the buffer into which a step
+    writes its noise, or ``None`` for a preconditioner that does not need it.
     """
 
     root: Tensor | None = None
     noise: Tensor | None = None
 
     def adapt(self, grad: Tensor, *, step_size: float, temperature: float, num_data: int) -> None:
-        """Moves tau after a gradient of U, ``[*chains, dim]``."""
+        """Updates tau with a gradient of U, ``[*chains, dim]``."""
 
     def recover(self) -> None:
-        """Forgets what a diverged state has left behind."""
+        """Removes the NaN and infinite values that a diverged state has left."""
 
 
 class RMSProp(Identity):
@@ -99,7 +99,7 @@ class MirrorDescent(Identity):
 
 
 def preconditioner_for(name: Preconditioner, like: Tensor) -> Identity | RMSProp | MirrorDescent:
-    """The rule of that name, as a chain begins."""
+    """The preconditioner of that name, for the start of a chain."""
     if name == "rmsprop":
         return RMSProp(like)
     return MirrorDescent(like) if name == "adaptive" else Identity()

@@ -1,4 +1,4 @@
-"""Rules by which groups of weights are removed for good while a chain warms up."""
+"""Rules that decide which groups of weights are removed permanently while a chain warms up."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ __all__ = ["InclusionRule", "KeFanRule", "MagnitudeRule", "Rule", "SiteGroups"]
 class SiteGroups:
     """The groups of one spike-and-slab site in the state of a kernel; ``lead`` is ``(chains,)`` or ``()``.
 
+    :param density: the prior of the site, given its inclusion probability and scale.
     :param weights: ``[*lead, *event]``, a view of the state.
     :param included: probability of the slab for every group by the E-step, ``[*lead, *groups]``.
     :param kept: False for groups that were removed, ``[*lead, *groups]``.
@@ -35,7 +36,7 @@ class SiteGroups:
 
 
 class Rule:
-    """Says which groups are to stay. What a rule removes never comes back."""
+    """Base class of pruning rules: a rule says which groups stay. Removed groups never come back."""
 
     def __repr__(self) -> str:
         return display.call(self)
@@ -43,17 +44,22 @@ class Rule:
     def __call__(self, sites: Sequence[SiteGroups], progress: float) -> list[Tensor]:
         """True for groups that stay, ``[*lead, *groups]`` for each site.
 
-        :param progress: how much of the pruning phase has passed, in [0, 1].
+        :param sites: the state of every spike-and-slab site.
+        :param progress: the fraction of the pruning phase that has passed, in [0, 1].
         """
         raise NotImplementedError(f"{type(self).__name__} must define __call__()")
 
 
 @dataclass(frozen=True)
 class InclusionRule(Rule):
-    """At the end of warm-up those groups stay whose posterior inclusion probability is at least ``threshold``.
+    """Keeps, at the end of warm-up, the groups whose posterior inclusion probability is at least ``threshold``.
 
-    The probability is the mean over the pruning phase: that of a single draw would remove every group that visits the
-    spike once. A threshold of 1/2 is the median probability model (Barbieri and Berger 2004).
+    The probability is averaged over the pruning phase, because a single draw would remove every group that is in the
+    spike at that moment. A threshold of 1/2 gives the median probability model (Barbieri and Berger 2004).
+
+    :param threshold: a probability in (0, 1).
+    :raises TypeError: when it is not a number.
+    :raises ValueError: when it is not in (0, 1).
     """
 
     threshold: float = 0.5
@@ -67,10 +73,15 @@ class InclusionRule(Rule):
 
 @dataclass(frozen=True)
 class MagnitudeRule(Rule):
-    """Groups of the smallest mean square go, over all sites together, until a share s of all weights is gone.
+    """Removes the groups with the smallest mean square, over all sites together, until a fraction s of weights is gone.
 
     ``s = sparsity (1 - decay^(500 progress))``, and ``sparsity`` itself at the end (Deng et al. 2019, algorithm 1, with
-    their k / f counted so that the phase has 500 of it).
+    an exponent k / f that runs from 0 to 500 over the pruning phase).
+
+    :param sparsity: the final fraction of the weights of all spike-and-slab sites that are removed, in (0, 1).
+    :param decay: in (0, 1); the smaller, the earlier groups are removed.
+    :raises TypeError: when one of these is not a number.
+    :raises ValueError: when one of these is not in (0, 1).
     """
 
     sparsity: float = 0.9
@@ -81,7 +92,7 @@ class MagnitudeRule(Rule):
         checks.share("decay", self.decay)
 
     def share(self, progress: float) -> float:
-        """s, the share of all weights that is to be gone."""
+        """s, the fraction of all weights to remove."""
         return self.sparsity * (1.0 if progress >= 1 else 1 - self.decay ** (500 * progress))
 
     def __call__(self, sites: Sequence[SiteGroups], progress: float) -> list[Tensor]:
@@ -93,8 +104,12 @@ class MagnitudeRule(Rule):
 class KeFanRule(Rule):
     """The rule of Ke and Fan's released code: a group of a matrix stays if its mean square is at least the threshold.
 
-    Of a convolution, every input channel and every output channel stays whose weights have a range (largest minus
-    smallest) of at least the threshold.
+    In a convolution, a weight stays if the weights of its input channel and those of its output channel both have a
+    range (largest minus smallest) of at least the threshold; a group stays if one of its weights does.
+
+    :param hard_threshold: a positive number, in the units of squared weights, or of weights for convolutions.
+    :raises TypeError: when it is not a number.
+    :raises ValueError: when it is not positive.
     """
 
     hard_threshold: float = 1e-3
@@ -119,13 +134,13 @@ class KeFanRule(Rule):
         return stays.amax(within) if within else stays  # a group goes when all its weights do
 
 
-#: the rules under the names that ``prune=`` takes
+#: the rules, by the names that ``prune=`` accepts
 RULES = {"inclusion": InclusionRule, "magnitude_schedule": MagnitudeRule, "ke_fan": KeFanRule}
 RuleName = Literal["inclusion", "magnitude_schedule", "ke_fan"]
 
 
 def rule(prune: Rule | str | None) -> Rule | None:
-    """The rule that ``prune=`` names.
+    """The rule that ``prune=`` names or is; ``None`` for none.
 
     :raises ValueError: for an unknown name.
     """

@@ -1,4 +1,4 @@
-"""What kernels for spike-and-slab sites share: the state of each site, pruning, and what is reported of them."""
+"""The base class of kernels for spike-and-slab sites: the state of each site, pruning, and diagnostics."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pyro_bnn.priors import (
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.program.sites import Program
 
-#: priors that tell by their class that they are no spike and slab; one of your own, or a distribution, may be one
+#: priors that are known not to be a spike and slab; a class of your own or a distribution may be one
 _WITHOUT_SPIKE = {
     Cauchy,
     CodebookPrior,
@@ -45,23 +45,23 @@ _WITHOUT_SPIKE = {
 
 
 class SpikeAndSlabKernel(SGHMC):
-    """A kernel that replaces the indicators of spike-and-slab sites by what is expected of them.
+    """Base class of kernels that replace the indicators of spike-and-slab sites by their expectations.
 
-    A subclass says in :meth:`update_indicators` when the E-step, the M-step and pruning come, and moves the weights.
+    A subclass defines :meth:`update_indicators`, which runs the E-step, the M-step and pruning when they are due.
 
-    Every site whose prior is a :class:`~pyro_bnn.priors.SpikeAndSlab` takes part, in any Pyro model; the sites
-    ``<site>_inclusion`` and ``<site>_tau`` are maximised over, and constant in the draws. Removed groups are exactly at
-    the centre (0) in every draw, and do not count in the temperatures.
+    Every site whose prior is a :class:`~pyro_bnn.priors.SpikeAndSlab` takes part, in any Pyro model. The sites
+    ``<site>_inclusion`` and ``<site>_tau`` are optimised or fixed, and constant in the draws. Removed groups are
+    exactly at the centre (0) in every draw, and do not count in the temperatures.
 
-    A kernel that has been set up has ``sites``, the :class:`~pyro_bnn.inference.sgmcmc.indicators.SpikeAndSlabState`
+    After :meth:`setup` a kernel has ``sites``, the :class:`~pyro_bnn.inference.sgmcmc.indicators.SpikeAndSlabState`
     of each spike-and-slab site.
 
     :param model, data, step_size, friction, options: as for :class:`~pyro_bnn.inference.SGHMC`.
-    :param hard: whether the E-step takes the likelier component in place of probabilities.
-    :param soft_threshold: with a hard step, the mean square of a group from which on it is in the slab.
+    :param hard: whether the E-step takes the likelier component instead of probabilities.
+    :param soft_threshold: with a hard step, a group is in the slab if its mean square is at least this number.
     :param em_start, em_every, prune, prune_start, prune_every: see the subclasses.
-    :raises ValueError: for a model without such a site: here where the classes of its priors tell, else when sampling
-        starts.
+    :raises ValueError: for numbers out of range, and for a model without such a site: here if the classes of its priors
+        show it, otherwise when sampling starts.
     """
 
     sites: list[SpikeAndSlabState]
@@ -99,15 +99,15 @@ class SpikeAndSlabKernel(SGHMC):
         self.em_start, self.em_every, self.prune_start, self.prune_every = em_start, em_every, prune_start, prune_every
         super().__init__(model, data, step_size=step_size, friction=friction, **options)
 
-    # ------------------------------------------------------------------------------------------ what a subclass has
+    # -------------------------------------------------------------------------------------- what a subclass defines
 
     def update_indicators(self) -> None:
-        """What comes before a step of the weights: E-step, M-step and pruning, each when its time has come."""
+        """Runs before each step of the weights: the E-step, the M-step and pruning, each when it is due."""
         raise NotImplementedError(f"{type(self).__name__} must define update_indicators()")
 
     @property
     def is_adapting(self) -> bool:
-        """Whether inclusion probabilities are gathered for pruning, and groups may be removed."""
+        """Whether inclusion probabilities are averaged for pruning, and groups may be removed."""
         return True
 
     # ----------------------------------------------------------------------------------------------- setup
@@ -126,7 +126,7 @@ class SpikeAndSlabKernel(SGHMC):
         ]
         self._shown_kept = 1.0
         self._prior_energy: Any = 0.0
-        self._averaged = 0  # E-steps of the pruning phase
+        self._averaged = 0  # number of E-steps in the pruning phase so far
         self._warmup_steps = warmup_steps * self.thinning
         self._prune_every = self.prune_every or self.streams.steps
         self._prune_start = self._default_prune_start() if self.prune_start is None else self.prune_start
@@ -135,14 +135,14 @@ class SpikeAndSlabKernel(SGHMC):
         return self.em_start
 
     def views(self, flat: Tensor) -> list[Tensor]:
-        """What belongs to each spike-and-slab site in a buffer like theta, ``[*chains, *event]``, as views."""
+        """The part of each spike-and-slab site in a buffer like theta, as views ``[*chains, *event]``."""
         parts = self.potential.split(flat)
         return [parts[name].view(flat.shape[:-1] + d.event_shape) for name, d in self._densities.items()]
 
     # ----------------------------------------------------------------------------------------------- the state
 
     def _hyper_values(self) -> Iterator[tuple[str, Tensor]]:
-        """The sites that are maximised over, ``[*chains]``."""
+        """Names and values ``[*chains]`` of the latent sites that are a theta or sigma."""
         for site in self.sites:
             for suffix, value in (("inclusion", site.share), ("tau", site.scale)):
                 if value is not None and f"{site.name}_{suffix}" in self._hyper:
@@ -156,7 +156,7 @@ class SpikeAndSlabKernel(SGHMC):
         return state
 
     def _completed(self, given: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sites that are maximised over may be left out."""
+        """As in the base class, but the sites of theta and sigma may be left out."""
         return {name: own[name] for name in self._hyper} | given
 
     def begin_at(self, params: dict[str, Tensor]) -> None:
@@ -198,7 +198,7 @@ class SpikeAndSlabKernel(SGHMC):
         super().step(position)
 
     def expect(self, rate: float) -> None:
-        """The E-step of all sites, and the running mean of inclusion probabilities while pruning goes on.
+        """The E-step of all sites; in the pruning phase also updates the mean of the inclusion probabilities.
 
         :param rate: omega, in (0, 1].
         """
@@ -218,21 +218,21 @@ class SpikeAndSlabKernel(SGHMC):
     def remove(self) -> None:
         """Removes the groups that the rule ``prune`` does not keep."""
         assert self.prune is not None
-        self.check()  # numbers that are none would be below every threshold, and go for good
+        self.check()  # NaN would be below every threshold, and be removed permanently
         phase = self._warmup_steps - 1 - self._prune_start
         progress = min(1.0, (self.steps - self._prune_start) / phase) if phase > 0 else 1.0
         for site, stays in zip(self.sites, self.prune(self.sites, progress), strict=True):
             site.kept &= stays
             site.included.mul_(site.kept)
             if not bool(site.kept.any()):
-                warnings.warn(f"every group of {site.name!r} is removed: the network is cut there", stacklevel=6)
+                warnings.warn(f"every group of {site.name!r} has been removed: the network is cut there", stacklevel=6)
         self.mask = torch.ones_like(self.theta) if self.mask is None else self.mask
         self.write_mask()
         self._good.copy_(self.theta)
         self._remember()
 
     def write_mask(self) -> None:
-        """Puts what was removed to the centre and to rest."""
+        """Sets removed weights to the centre, and their momentum to 0."""
         if self.mask is None:
             return
         for site, mask in zip(self.sites, self.views(self.mask), strict=True):
@@ -243,7 +243,7 @@ class SpikeAndSlabKernel(SGHMC):
     # ------------------------------------------------------------------------------------------------- reports
 
     def update(self, grad: Tensor, position: int) -> None:
-        if self._ends_a_kept_draw(position):  # at the weights at which the gradient and the rest of U are
+        if self._ends_a_kept_draw(position):  # at the same weights as the gradient and the rest of U
             self._prior_energy = -sum(site.density.log_prob(site.weights).mean() for site in self.sites)
         super().update(grad, position)
 
@@ -258,9 +258,9 @@ class SpikeAndSlabKernel(SGHMC):
         self._shown_kept = 1.0 if self.mask is None else float(self.mask.mean())
 
     def diagnostics(self) -> dict[str, Any]:
-        """As of SGHMC, with the share of the slab, the scale, and the share of groups that are kept of every site.
+        """The diagnostics of SGHMC, and of every site the inclusion rate theta, the scale sigma and the fraction kept.
 
-        The energy leaves out the densities of what is maximised over.
+        ``mean energy`` leaves out the prior densities of theta and sigma.
         """
         found = super().diagnostics()
         for site in self.sites:

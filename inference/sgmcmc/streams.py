@@ -1,4 +1,4 @@
-"""What a kernel calls its model with at every step: minibatches of its data, or always the same arguments."""
+"""The arguments with which a kernel calls its model at each step: minibatches of its data, or always the same ones."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pyro_bnn.program.sites import Program
 
 
 class Streams:
-    """One stream of minibatches for each chain: batches dealt from one would not be independent between chains.
+    """One stream of minibatches for each chain: with a shared stream, the chains would not be independent.
 
-    :param model: what the batches are checked against, and whose device they come on.
-    :param data: a loader of (x, y), a dataset or the pair (x, y); ``None`` where ``arguments`` are all there is.
+    :param model: the batches are checked against it, and moved to its device.
+    :param data: a loader of (x, y), a dataset or the pair (x, y); ``None`` to call the model with ``arguments``.
     :param batch_size: for a dataset or a pair; a loader has its own.
     :param arguments: what the model is called with when there are no data.
-    :param chains: number of chains side by side; ``None`` for one without that axis.
+    :param chains: number of vectorised chains; ``None`` for one chain without a chain axis.
     :raises ValueError: for several chains and a loader with persistent workers.
     """
 
@@ -41,14 +41,14 @@ class Streams:
             require_rows_for_statistics(model, self._batches)
         if chains and isinstance(data, DataLoader) and data.persistent_workers:
             raise ValueError(
-                "every vectorised chain goes through the loader on its own, which persistent workers cannot serve: "
-                "persistent_workers=False, or one chain at a time"
+                "every vectorised chain iterates over the loader separately, which persistent workers do not support: "
+                "build the loader with persistent_workers=False, or run one chain at a time"
             )
         self._passes: list[Iterator[tuple[object, ...]]] = [iter(()) for _ in range(chains or 1)]
 
     @property
     def first(self) -> tuple[object, ...]:
-        """A batch, or the arguments."""
+        """One minibatch, or the arguments."""
         return self._arguments if self._batches is None else self._batches.first
 
     @property
@@ -58,7 +58,7 @@ class Streams:
 
     @property
     def num_data(self) -> int | None:
-        """Number N of samples; 1 without data, ``None`` when the data do not tell."""
+        """Number N of samples; 1 without data, ``None`` when the data have no length."""
         return 1 if self._batches is None else self._batches.size
 
     @property
@@ -67,9 +67,9 @@ class Streams:
         return self._batches is not None
 
     def next(self) -> tuple[object, ...]:
-        """The next minibatch; of several chains one for each, stacked on axis 0.
+        """The next minibatch; with several chains one for each, stacked on axis 0.
 
-        :raises ValueError: for several chains whose loader gives a shorter batch in an order that is not random.
+        :raises ValueError: with several chains, for a batch of another length from a loader that does not shuffle.
         """
         if self.chains is None or self._batches is None:
             return self.single()
@@ -85,7 +85,7 @@ class Streams:
         return self._arguments if self._batches is None else self._batches.take(*self._rows(self._batches, 0))
 
     def close(self) -> None:
-        """Ends the passes that have begun, and with them the workers of a loader."""
+        """Ends all passes over the data, and with them the workers of a loader."""
         self._passes = [iter(()) for _ in self._passes]
 
     def _rows(self, batches: Minibatches, chain: int) -> tuple[object, ...]:
@@ -95,7 +95,7 @@ class Streams:
             self._passes[chain] = batches.rows()
 
     def _full_rows(self, batches: Minibatches, chain: int) -> tuple[object, ...]:
-        """Chains side by side need batches of one length; the shorter rest of a random order can be left out."""
+        """Vectorised chains need batches of one length, so the shorter last batch of a shuffled pass is skipped."""
         while _length(batch := self._rows(batches, chain)) != _length(batches.first):
             if not batches.shuffled:
                 raise ValueError(

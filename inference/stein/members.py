@@ -1,4 +1,4 @@
-"""The particles of a network: the members of a guide of points, with the energy and gradient of each."""
+"""Particles that are the members of a guide of points, with the energy and gradient of each."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import RandomState
 
-#: ``outputs of the networks on a batch [n, d] -> force on them [n, d]``, which counts as a constant
+#: ``outputs of the networks on a batch [n, d] -> force on them [n, d]``, which is treated as a constant
 Force = Callable[[Tensor], Tensor]
 
 
 class MemberParticles:
-    """The blocks of a guide as coordinates theta of its members, and what they stand for.
+    """Base class: the members of a guide as particles, whose coordinates theta are the blocks of the guide.
 
     :param model: a network of this package, or a Pyro program around one.
-    :param guide: whose members the particles are, all of them points.
+    :param guide: a guide whose members are all points; its members are the particles.
     """
 
     def __init__(self, model: Program, guide: MixtureGuide) -> None:
@@ -49,10 +49,13 @@ class MemberParticles:
         self.shared = [p for p in own if p.requires_grad]
 
     def backward(self, args: tuple[object, ...], attraction: float = 1.0, force: Force | None = None) -> Tensor:
-        """Sets the gradient of every block to those of ``attraction * U - <force(f), f>``; U of each particle, ``[n]``.
+        """Sets the gradient of every block to that of ``attraction * U - <force(f), f>``.
 
         f are the outputs of the networks on this batch. Weights that all particles share get the gradient of
         ``mean_i U_i``.
+
+        :param args: the arguments of the model.
+        :return: U of each particle in nats, ``[n]``.
         """
         for parameter in (*self.blocks, *self.shared):
             parameter.grad = None
@@ -66,13 +69,13 @@ class MemberParticles:
         return energies.detach()
 
     def _differentiate(self, args: tuple[object, ...], attraction: float, force: Force | None) -> Tensor:
-        """Adds the gradients of ``attraction * sum_i U_i - <force(f), f>``; U of each particle, ``[n]``."""
+        """Adds the gradients of ``attraction * sum_i U_i - <force(f), f>``, and returns U of each particle, ``[n]``."""
         raise NotImplementedError(f"{type(self).__name__} must define _differentiate()")
 
     def _pull(
         self, objective: Tensor, outputs: list[Tensor], force: Tensor | None, leaves: Sequence[nn.Parameter | Tensor]
     ) -> None:
-        """Adds the gradients of ``objective - <force, f>``; no force acts on what all particles share."""
+        """Adds the gradients of ``objective - <force, f>``; the force does not act on shared weights."""
         if force is None:
             objective.backward()
             return
@@ -84,7 +87,7 @@ class MemberParticles:
             (-work).backward(inputs=leaves)
 
     def offending_site(self, particle: int, args: tuple[object, ...]) -> str:
-        """The first site that is not finite in this particle, or whose log density is not."""
+        """The name of the first site whose value or log density is not finite in this particle."""
         values = self.natural([block.detach()[particle : particle + 1] for block in self.blocks])
         for name, value in values.items():
             if not bool(torch.isfinite(value).all()):
@@ -99,7 +102,7 @@ class MemberParticles:
         return "unknown"
 
     def natural(self, rows: list[Tensor]) -> dict[str, Tensor]:
-        """``{site: [1, 1 ..., *shape]}`` in the model's units, from one row of every block."""
+        """The value of every site, ``[1, 1 ..., *shape]`` in the model's units, from one row of every block."""
         plates = (1,) * -self.guide.members_dim
         values = {}
         for segment in self.segments:
@@ -121,7 +124,7 @@ class MemberParticles:
 
     @contextlib.contextmanager
     def outputs(self) -> Iterator[list[Tensor]]:
-        """What the network returns inside, call by call; nothing of a program that is none."""
+        """Inside, collects what the network returns, one entry for each call; none for another Pyro program."""
         if isinstance(self.model, BayesianNetwork):
             with self.model.recording_outputs() as outputs:
                 yield outputs
@@ -130,7 +133,7 @@ class MemberParticles:
 
 
 class Together(MemberParticles):
-    """All members in one pass, in Pyro's members plate."""
+    """Runs all members in one pass, in Pyro's members plate."""
 
     def _differentiate(self, args: tuple[object, ...], attraction: float, force: Force | None) -> Tensor:
         draw = poutine.trace(self.guide).get_trace(*args)
@@ -143,14 +146,14 @@ class Together(MemberParticles):
 
 
 class OneByOne(MemberParticles):
-    """One member after the other, in the memory of one.
+    """Runs one member after the other, which takes the memory of one.
 
-    The force needs the outputs of all members, and so a pass before, without gradients and with the same noise.
+    The force needs the outputs of all members: an earlier pass computes them without gradients, with the same noise.
     """
 
     def _differentiate(self, args: tuple[object, ...], attraction: float, force: Force | None) -> Tensor:
         n = self.guide.num_members
-        # a program that is none of ours may draw a subsample, which is to be the same for all members
+        # another Pyro program may draw a subsample, which must be the same for all members
         same = None if isinstance(self.model, BayesianNetwork) else RandomState(self.guide.like())
         noise: Sequence[RandomState | None] = [same] * n
         forces: Sequence[Tensor | None] = [None] * n
@@ -173,7 +176,7 @@ class OneByOne(MemberParticles):
 
     def _outputs_of_all(self, args: tuple[object, ...], same: RandomState | None) -> tuple[Tensor, list[RandomState]]:
         """The outputs of all members, ``[n, d]``, and the random state before each."""
-        statistics = RunningStatistics(self._moving_layers())  # which these passes do not move
+        statistics = RunningStatistics(self._moving_layers())  # restored after each of these passes
         outputs, noise = [], []
         for i in range(self.guide.num_members):
             noise.append(same or RandomState(self.guide.like()))
@@ -184,7 +187,7 @@ class OneByOne(MemberParticles):
     def _energy(
         self, i: int, args: tuple[object, ...], noise: RandomState | None
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """U of particle i, a scalar, what the network returns, and the leaves that they depend on."""
+        """U of particle i (a scalar), the outputs of the network, and the leaf tensors that both depend on."""
         if noise is not None:
             noise.restore()
         rows = [block.detach()[i : i + 1].requires_grad_() for block in self.blocks]
@@ -201,7 +204,7 @@ class OneByOne(MemberParticles):
 class _MemberDensities(LogJoint):
     """Adds up the log densities of each member, ``[n]``.
 
-    Pyro's plate rule weighs n members by 1/n; here each counts in full, and so does what lies outside of the plate.
+    Pyro scales the log density of each of n members by 1/n. Here each counts in full, as do sites outside the plate.
     """
 
     def __init__(self, plate: str, known: Collection[str]) -> None:
@@ -212,8 +215,8 @@ class _MemberDensities(LogJoint):
         latent = not msg["is_observed"] and not poutine.util.site_is_subsample(msg)
         if latent and msg["name"] not in self._known:
             raise ValueError(
-                f"the guide has no particles of the latent site {msg['name']!r}: use AutoParticles, which has them of "
-                "all sites of a model"
+                f"the guide has no particles of the latent site {msg['name']!r}: use AutoParticles, which has "
+                "particles of all latent sites of a model"
             )
         super()._pyro_post_sample(msg)
 
@@ -225,14 +228,14 @@ class _MemberDensities(LogJoint):
 
 
 def _rows(outputs: list[Tensor], n: int) -> Tensor:
-    """What n networks return, ``[n, d]``."""
+    """The outputs of n networks, ``[n, d]``."""
     return torch.cat([f.reshape(n, -1) for f in outputs], 1)
 
 
 def prior_and_guide(
     model: Callable[..., Any], guide: MixtureGuide, args: tuple[Any, ...]
 ) -> tuple[poutine.Trace, poutine.Trace]:
-    """A trace of the model at the members of the guide, and that of the guide."""
+    """A trace of the model at the members of the guide, and the trace of the guide."""
     with torch.no_grad(), keeping_modes(model, guide), _inside_an_engine(train=False):
         draw = poutine.trace(guide).get_trace(*args)
         return poutine.trace(poutine.replay(model, trace=draw)).get_trace(*args), draw
@@ -240,7 +243,7 @@ def prior_and_guide(
 
 @contextlib.contextmanager
 def _inside_an_engine(train: bool) -> Iterator[None]:
-    """Where the model runs: unseen by outer handlers, and with Pyro's parameter store as the user will find it."""
+    """Inside, the model runs hidden from outer Pyro handlers; Pyro's parameter store is restored afterwards."""
     store = pyro.get_param_store()
     with one_at_a_time, store.scope(store.get_state()):
         with poutine.block(), pyro.validation_enabled(False), training_mode(train):

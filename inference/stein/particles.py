@@ -14,7 +14,7 @@ from pyro_bnn.randomness import RandomState
 
 
 class Segment(NamedTuple):
-    """Where a site lies: columns ``start`` to ``stop`` of one of the blocks ``[n, d]``."""
+    """The place of a site: columns ``start`` to ``stop`` of one of the blocks ``[n, d]``."""
 
     name: str
     block: int
@@ -24,7 +24,11 @@ class Segment(NamedTuple):
 
 
 class AnyParticles:
-    """The particles of an :class:`AutoParticles`: one gradient of its potential, vectorised over them."""
+    """The particles of an :class:`AutoParticles`, with one gradient of its potential that is vectorised over them.
+
+    :param sequential: whether to run the particles one after the other instead.
+    :param args: the arguments of the model.
+    """
 
     def __init__(self, guide: AutoParticles, sequential: bool, args: tuple[object, ...]) -> None:
         self.potential = guide.setup(*args)
@@ -39,7 +43,7 @@ class AnyParticles:
         self._vectoriser = Vectoriser("the model", "particles", ". sequential=True silences this")
 
     def backward(self, args: tuple[object, ...], attraction: float = 1.0) -> Tensor:
-        """Sets the gradient of the block to those of ``attraction * U``; U of each particle, ``[n]``."""
+        """Sets the gradient of the block to that of ``attraction * U``; returns U of each particle in nats, ``[n]``."""
         (theta,) = self.blocks
         random = RandomState(theta)
 
@@ -51,7 +55,7 @@ class AnyParticles:
         def in_turn() -> tuple[Tensor, Tensor]:
             rows = []
             for row in theta.detach():
-                random.restore()  # a plate that draws its subsample draws the same one for all
+                random.restore()  # so that a plate draws the same subsample for all particles
                 leaf = row.clone().requires_grad_()
                 energy = self._energy(leaf, args)
                 rows.append((torch.autograd.grad(energy, leaf)[0], energy.detach()))

@@ -1,4 +1,4 @@
-"""Where n particles are: the distances and inner products between them, and what pulls at each through a kernel."""
+"""The positions of n particles: their distances and inner products, and the gradients of a kernel between them."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from pyro_bnn.inference.stein.kernels import Kernel, KernelValues
 
-#: columns that are worked on at a time: what is made of them in between stays in a processor's cache
+#: number of columns processed at a time, so that intermediate results stay in a processor's cache
 COLUMNS = 2**13
-#: Squared distances below this part of the squared lengths are rounding: such particles coincide.
+#: Squared distances below this fraction of the squared lengths are rounding errors: such particles coincide.
 _ROUNDING = 64 * torch.finfo(torch.float64).eps
 
 
 class Positions:
-    """The positions of n particles, of which a part may be products ``scale * B A`` that are never formed.
+    """The positions of n particles. Some coordinates may be products ``scale * B A``, which are never formed.
 
-    :param flat: coordinates that count as they are, each ``[n, d]``.
+    :param flat: coordinates that are stored as they are, each ``[n, d]``.
     :param pairs: ``(A [n, r, in], B [n, out, r], scale)``.
     """
 
@@ -29,13 +29,13 @@ class Positions:
 
     @property
     def dim(self) -> int:
-        """Number of coordinates, of the products and not of their factors."""
+        """Number of coordinates; of products, not of their factors."""
         return sum(values.shape[1] for values in self.flat) + sum(pair.dim for pair in self.pairs)
 
     @cached_property
     def distances(self) -> Tensor:
-        """Squared distances ``[n, n]`` in float64; 0 where particles coincide but for rounding."""
-        # Lengths are taken from the first particle, for all that particles share is cancelled in a distance.
+        """Squared distances ``[n, n]`` in float64; 0 where particles coincide up to rounding."""
+        # Relative to the first particle: what all particles share cancels in a distance, and would only add rounding.
         grams = [_gram(values, values[:1]) for values in self.flat] + [pair.products for pair in self.pairs]
         gram = torch.stack(grams).sum(0)
         lengths = gram.diagonal()
@@ -59,18 +59,18 @@ class Positions:
         Gradients in A and B are those of the kernel between products: ``dD_ij / dA_j = 2 scale^2 B_j' (B_j A_j - B_i
         A_i)`` and ``dD_ij / dB_j = 2 scale^2 (B_j A_j - B_i A_i) A_j'``.
 
-        :param own: ``sum_j grad_{theta_i} k(theta_i, theta_j)``, at the particle itself, instead of
-            ``sum_j grad_{theta_j} k(theta_j, theta_i)``, at the others.
+        :param own: whether to differentiate at the particle itself, ``sum_j grad_{theta_i} k(theta_i, theta_j)``;
+            otherwise at the others, ``sum_j grad_{theta_j} k(theta_j, theta_i)``.
         :return: one tensor for each of ``flat``, and a pair for each of ``pairs``.
         """
-        # Particles that coincide exert no force: a derivative that a tiny bandwidth makes huge would multiply rounding.
+        # Particles that coincide exert no force: a tiny bandwidth has a huge derivative, which would amplify rounding.
         pull = 2 * values.by_distance.masked_fill(self.distances == 0, 0.0)
         flat = [_flat_gradient(v, pull, values.by_product, own) for v in self.flat]
         return flat, [pair.gradient(pull, values.by_product, own) for pair in self.pairs]
 
 
 def _gram(values: Tensor, origin: Tensor | None = None) -> Tensor:
-    """Inner products of rows, in float64, a few columns at a time."""
+    """Inner products of rows relative to ``origin``, in float64, a few columns at a time."""
     total = torch.zeros(len(values), len(values), dtype=torch.float64, device=values.device)
     origins = [None] * (1 + values.shape[1] // COLUMNS) if origin is None else origin.split(COLUMNS, 1)
     for piece, start in zip(values.split(COLUMNS, 1), origins, strict=False):
@@ -95,7 +95,7 @@ def _flat_gradient(values: Tensor, pull: Tensor, by_product: Tensor | None, own:
 
 
 class _Pair:
-    """Products ``scale * B_i A_i`` of n particles, by way of ``B_i' B_j`` and ``A_i A_j'``, ``[n, r, n, r]``."""
+    """Products ``scale * B_i A_i`` of n particles, computed from ``B_i' B_j`` and ``A_i A_j'``, ``[n, r, n, r]``."""
 
     def __init__(self, a: Tensor, b: Tensor, scale: float) -> None:
         self.n, self.rank, self.scale = a.shape[0], a.shape[1], scale

@@ -1,7 +1,7 @@
-"""The stages that make a codebook of many weights: outliers, codes, labels, and the weights that lie between codes.
+"""The stages that turn many weights into a codebook: outliers, codes, labels, and weights between codes.
 
-They are those of Lin et al. (AISTATS 2025, arXiv 2505.17856); each is a function of tensors, on their device. Weights
-are points (mu, sigma) of a plane, see :mod:`pyro_bnn.models.weight_sharing.plane`.
+They follow Lin et al. (AISTATS 2025, arXiv 2505.17856). Each is a function of tensors and runs on their device. Weights
+are points (mu, sigma) in a plane, see :mod:`pyro_bnn.models.weight_sharing.plane`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,19 @@ def find_outliers(
     snr: float | None = None,
     cap: float = 0.005,
 ) -> Tensor:
-    """Sorted indices of the weights that keep a Gaussian of their own, at most the share ``cap`` of all.
+    """Finds the weights that keep a Gaussian of their own: their sorted indices, at most a fraction ``cap`` of all.
 
     A weight is an outlier when ``|mu| > magnitude``, when its ``|gradient|`` is among the largest ``gradient_share``,
-    or when ``|mu| / sigma > snr`` (Lin et al., algorithm 1, has the first two). Without any rule, it is when its
-    ``|mu|`` is among the largest ``cap``. Where the rules find more than the cap allows, those stay that exceed their
-    thresholds by the largest factor.
+    or when ``|mu| / sigma > snr`` (Lin et al., algorithm 1, has the first two). Without any rule, the outliers are the
+    fraction ``cap`` of the weights with the largest ``|mu|``. If the rules find more than the cap allows, those that
+    exceed their thresholds by the largest factor are taken.
 
     :param loc, scale: mu and sigma, ``[n]``.
-    :param gradient: of the loss with respect to mu, ``[n]``.
-    :raises ValueError: for NaN, or a share or threshold out of range.
+    :param magnitude: a threshold in the units of the weights; ``None`` for no such rule.
+    :param gradient: of the loss with respect to mu, ``[n]``; ``None`` for no such rule.
+    :param gradient_share: a fraction of the weights.
+    :param snr: a threshold of the signal-to-noise ratio; ``None`` for no such rule.
+    :raises ValueError: for a fraction or threshold out of range, or a gradient that is not finite or has another shape.
     """
     checks.fraction("cap", cap)
     checks.fraction("gradient_share", gradient_share)
@@ -65,12 +68,13 @@ def find_outliers(
 
 
 def members_of_small_codes(labels: Tensor, codes: int, smallest: int, most: int, zero: bool) -> Tensor:
-    """Positions of the members of codes with at most ``smallest`` of them, the smallest codes first, at most ``most``.
+    """Positions of the weights whose code has at most ``smallest`` members.
 
     They become outliers (Lin et al.): a Gaussian that few weights share saves nothing.
 
     :param labels: the code of each weight, ``[n]``.
     :param codes: K.
+    :param most: the largest number of positions; the smallest codes are taken first, each as a whole.
     :param zero: whether code 0 stays whatever its size.
     """
     counts = torch.bincount(labels, minlength=codes)
@@ -85,9 +89,9 @@ def members_of_small_codes(labels: Tensor, codes: int, smallest: int, most: int,
 
 
 def covariance_floor(x: Tensor, codes: int) -> Tensor:
-    """``[2]``: the square of a hundredth of what K equal parts of the data's standard deviation are.
+    """What is added to the variances of a code along each axis, ``[2]``: ``(0.01 spread / K)^2``.
 
-    An axis along which all points agree has a thousandth of its distance from 0 in place of the standard deviation.
+    ``spread`` is the standard deviation of the points; where all points agree, a thousandth of their distance from 0.
     """
     spread = x.double().std(0, correction=0) if len(x) > 1 else torch.zeros(2, dtype=torch.float64, device=x.device)
     size = x.double().abs().amax(0)
@@ -97,9 +101,10 @@ def covariance_floor(x: Tensor, codes: int) -> Tensor:
 
 
 def start_mixture(x: Tensor, codes: int, *, seed: int) -> PlaneMixture:
-    """Centres by k-means++ (of scikit-learn) on a sample of the points, with the moments of their Voronoi cells.
+    """The start of EM: centres by k-means++ (of scikit-learn), with the moments of their Voronoi cells.
 
-    Axes are divided by their standard deviations first. The sample has 8 points for each code, at least 4096.
+    Both come from a sample of 8 points for each code, at least 4096. Axes are first divided by their standard
+    deviations.
 
     :raises ValueError: when there are fewer distinct points than codes.
     """
@@ -122,13 +127,13 @@ def start_mixture(x: Tensor, codes: int, *, seed: int) -> PlaneMixture:
     means = sample[torch.as_tensor(chosen, device=x.device, dtype=torch.long)]
     floor = covariance_floor(sample, codes)
     uniform = torch.full((codes,), 1 / codes, dtype=torch.float64, device=x.device)
-    # with equal and narrow codes the most probable is the nearest
+    # among equal codes the most probable is the nearest
     cells = PlaneMixture(uniform, means, torch.diag(spread.square()).expand(codes, 2, 2))
     return moments(sample, assign(sample, cells), cells, floor)
 
 
 def moments(x: Tensor, labels: Tensor, mixture: PlaneMixture, floor: Tensor) -> PlaneMixture:
-    """Shares, means and covariances of the points of each code; codes without points stay, with a weight near 0."""
+    """Shares, means and covariances of the points of each code; a code without points stays, with a weight near 0."""
     k, index = len(mixture), labels.long()
     d = x.double() - mixture.means.double()[index]
     features = torch.stack(
@@ -193,7 +198,7 @@ def fit_plane(
 
 
 def pin_first_code(mixture: PlaneMixture, zero: bool) -> PlaneMixture:
-    """The code nearest to mu = 0 comes first and lies there."""
+    """With ``zero``, moves the code nearest to mu = 0 to the front, and sets its mean to mu = 0."""
     if not zero:
         return mixture
     first = mixture.means[:, 0].abs().argmin()
@@ -204,7 +209,7 @@ def pin_first_code(mixture: PlaneMixture, zero: bool) -> PlaneMixture:
 
 def _first_at_zero(mixture: PlaneMixture) -> PlaneMixture:
     means, covariances = mixture.means.clone(), mixture.covariances.clone()
-    covariances[0, 0, 0] += means[0, 0].square()  # about 0
+    covariances[0, 0, 0] += means[0, 0].square()  # the variance about the new mean
     means[0, 0] = 0
     return PlaneMixture(mixture.weights, means, covariances)
 
@@ -218,21 +223,26 @@ def quantise(
     zero: bool = False,
     iterations: int = 3,
 ) -> tuple[PlaneMixture, Tensor]:
-    """Labels by the smallest cost, then the best codes for their members, by turns (Lloyd 1982)::
+    """Alternates between labels of the smallest cost and the best codes for their members (Lloyd 1982)::
 
         "wasserstein"   a_i = argmin_k ((mu_i - m_k)^2 + (sigma_i - s_k)^2) / (2 v) - rate log pi_k
                         m_k and s_k the means of mu_i and sigma_i; v half the mean square to the nearest code
         "divergence"    a_i = argmin_k KL(N(m_k, s_k^2) || N(mu_i, sigma_i^2)) - rate log pi_k
                         m_k the mean of mu_i with weights 1 / sigma_i^2, s_k^-2 that of sigma_i^-2
 
-    EM alone is no quantiser: it does not change with the units of an axis, and spends codes on deviations that hardly
-    differ. The divergence is what the ELBO loses where the mean field is the posterior: a mean moves far at no cost
-    where the data say little. With ``rate=1`` it and the code length are nats alike. It is computed for all codes and
-    all weights, the Wasserstein distance by an exact search that leaves most out.
+    EM alone does not quantise well: it does not depend on the units of an axis, and spends codes on standard deviations
+    that hardly differ. The divergence is what the ELBO loses if the mean field is the posterior: where the data say
+    little about a weight, its mean can move far at little cost. With ``rate=1`` the divergence and the code length are
+    both in nats. The divergence is computed for all codes and all weights, the Wasserstein distance by an exact search
+    that skips most codes.
 
-    :param rate: of entropy-constrained quantisation (Chou, Lookabaugh and Gray 1989), without a unit. The larger, the
-        more weights share few codes, and the fewer bits an entropy coder takes for a label.
-    :return: a mixture whose means are the codes (m_k, s_k), with shares and covariances of the members, and the label
+    :param x: points (mu, sigma), ``[n, 2]``.
+    :param mixture: the codes to start from.
+    :param rate: the weight of the code length in entropy-constrained quantisation (Chou, Lookabaugh and Gray 1989),
+        dimensionless. The larger it is, the more weights share few codes, and the fewer bits a label takes.
+    :param zero: whether code 0 has its mean fixed at mu = 0.
+    :param iterations: largest number of rounds.
+    :return: a mixture whose means are the codes (m_k, s_k), with shares and covariances of their members, and the label
         of every point, int32 ``[n]``.
     :raises ValueError: when the rate is negative, or for another distance.
     """
@@ -290,7 +300,7 @@ def least_divergence(x: Tensor, mixture: PlaneMixture, rate: float) -> Tensor:
 
 
 def _divergence_means(x: Tensor, labels: Tensor, mixture: PlaneMixture) -> Tensor:
-    """The codes (m_k, s_k) with the least ``sum_i KL(N(m_k, s_k^2) || q_i)`` over members; old ones without any."""
+    """The codes (m_k, s_k) with the least ``sum_i KL(N(m_k, s_k^2) || q_i)`` over members; one without any stays."""
     mu, sigma = x.double().unbind(1)
     features = torch.stack([torch.ones_like(mu), sigma**-2, mu * sigma**-2], 1)
     sums = features.new_zeros(len(mixture), 3).index_add_(0, labels.long(), features)
@@ -306,15 +316,16 @@ def _divergence_means(x: Tensor, labels: Tensor, mixture: PlaneMixture) -> Tenso
 def between_codes(
     x: Tensor, labels: Tensor, mixture: PlaneMixture, share: float = 0.01
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The points farthest from their code, which two codes hold together: the "ellipse points" of Lin et al.
+    """The points farthest from their code, which two codes share: the "ellipse points" of Lin et al.
 
-    Those whose squared Mahalanobis distance is above its empirical (1 - share) quantile. Of point i the two codes with
-    the largest ``log pi_k + log N(x_i; c_k, Sigma_k)`` share it as the softmax of these two, alpha and 1 - alpha.
+    They are the points whose squared Mahalanobis distance is above its empirical (1 - share) quantile. The two codes
+    with the largest ``log pi_k + log N(x_i; c_k, Sigma_k)`` share point i with the weights alpha and 1 - alpha, the
+    softmax of these two scores.
 
     :param labels: the code of each point, ``[n]``.
-    :param share: of the points; 0.05 is that of the paper.
+    :param share: a fraction of the points; the paper uses 0.05.
     :return: sorted indices ``[e]``, codes ``[e, 2]`` (int32, the likelier one first), and alpha ``[e]`` in [1/2, 1].
-    :raises ValueError: unless share is in [0, 1].
+    :raises ValueError: when ``share`` is not in [0, 1].
     """
     checks.fraction("share", share)
     count = int(share * len(x) + 1e-6) if len(mixture) > 1 else 0

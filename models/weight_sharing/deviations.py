@@ -1,6 +1,6 @@
-"""Standard deviations ``softplus(rho) + 1e-7`` of codes, the same to the last bit wherever in a tensor a number stands.
+"""Standard deviations ``softplus(rho) + 1e-7`` of codes, the same to the last bit at every position of a tensor.
 
-Processors round what is left over after whole vectors in another way; with padding there are only whole vectors.
+Processors round the elements after the last whole vector differently; with padding there are only whole vectors.
 """
 
 from __future__ import annotations
@@ -24,6 +24,6 @@ def rho_of(deviation: Tensor) -> Tensor:
 
 
 def padded(value: Tensor) -> Tensor:
-    """The same with zeros after it, up to a multiple of 64 rows."""
+    """``value`` with zeros appended, up to a multiple of 64 rows."""
     rest = -len(value) % 64
     return torch.cat([value, value.new_zeros((rest, *value.shape[1:]))]) if rest else value

@@ -1,4 +1,4 @@
-"""A codebook of given weights, each with a mean and a standard deviation: the stages of Lin et al. up to training."""
+"""Builds a codebook of weights with given means and standard deviations: the stages of Lin et al. up to training."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def codebook_from_weights(
     iterations: int = 20,
     seed: int | None = None,
 ) -> Codebook:
-    """All stages up to training: outliers, EM, labels, weights between codes.
+    """Builds a codebook by all stages up to training: outliers, EM, labels, weights between codes.
 
+    :param sites: name and shape of each site; the weights are those of all sites in this order.
     :param loc, scale: mean and standard deviation of every weight, ``[n]``.
     :param codes: K, at most.
-    :param outliers: largest share of the weights that become outliers, by all rules together. Half of it is for
-        those of :func:`~pyro_bnn.models.weight_sharing.clustering.find_outliers`, which has the rules ``magnitude``,
-        ``gradient`` and ``snr``; then members of codes with at most ``smallest`` weights follow, the smallest codes
-        first.
-    :param blend: share of the others that two codes hold together.
+    :param outliers: largest fraction of the weights that become outliers. Up to half of it is taken by
+        :func:`~pyro_bnn.models.weight_sharing.clustering.find_outliers`, with the rules ``magnitude``, ``gradient`` and
+        ``snr``; the rest is for members of codes with at most ``smallest`` weights, the smallest codes first.
+    :param blend: fraction of the other weights that two codes share.
     :param zero: whether one code has its mean fixed at 0.
-    :param rate, distance: of :func:`~pyro_bnn.models.weight_sharing.clustering.quantise`.
-    :param iterations, seed: of :func:`~pyro_bnn.models.weight_sharing.clustering.fit_plane`.
+    :param rate, distance: see :func:`~pyro_bnn.models.weight_sharing.clustering.quantise`.
+    :param iterations, seed: see :func:`~pyro_bnn.models.weight_sharing.clustering.fit_plane`.
     :raises ValueError: for NaN, numbers out of range, or more codes than distinct weights.
     """
-    if not bool((scale > 0).all()):  # NaN too
+    if not bool((scale > 0).all()):  # NaN fails this too
         raise ValueError("standard deviations of weights must be positive and finite numbers")
     codes = checks.count("codes", codes)
     if codes > loc.numel():

@@ -23,9 +23,9 @@ class SiteLabels:
     """The labels of one site.
 
     :param num_codes: K.
-    :param weights: where the weights of the site are among those of all sites.
-    :param outliers: where its outliers are among all outliers.
-    :param between: where its weights between codes are among all of these.
+    :param weights: the positions of its weights among those of all sites.
+    :param outliers: the positions of its outliers among all outliers.
+    :param between: the positions of its weights between codes among all of these.
     """
 
     num_codes: int
@@ -48,7 +48,7 @@ class SiteLabels:
 
 
 def is_code(labels: Tensor, num_codes: int) -> Tensor:
-    """Which labels are those of codes."""
+    """Whether each label is that of a code."""
     return labels < num_codes
 
 
@@ -63,7 +63,7 @@ def labels_by_site(shapes: Sequence[torch.Size], num_codes: int, outliers: Tenso
 
 
 def slices_between(positions: Tensor, starts: Sequence[int]) -> list[slice]:
-    """Which of the sorted positions lie in each site; ``starts`` ends with the end of the last site."""
+    """For each site the slice of the sorted positions that lie in it; ``starts`` ends with the end of the last site."""
     found = torch.searchsorted(positions, torch.tensor(starts, device=positions.device)).tolist()
     return [slice(start, stop) for start, stop in pairwise(found)]
 
@@ -71,7 +71,7 @@ def slices_between(positions: Tensor, starts: Sequence[int]) -> list[slice]:
 def label_weights(sites: Sequence[SiteLabels], codes: Tensor, outliers: Tensor, between: Tensor) -> Tensor:
     """The label of every weight, int32 ``[n]``.
 
-    :param codes: the code of every weight, ``[n]``; of outliers and weights between codes it does not matter.
+    :param codes: the code of every weight, ``[n]``; ignored for outliers and weights between codes.
     """
     labels = codes.to(torch.int32).clone()
     for site in sites:

@@ -1,4 +1,4 @@
-"""Codes that are close become one: the 2-Wasserstein distance of Gaussians in the plane, and greedy merging."""
+"""Merges codes that are close: the 2-Wasserstein distance of Gaussians in the plane, and greedy merging."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def root(matrix: Tensor) -> Tensor:
 
 
 def merge_pair(first: PlaneMixture, second: PlaneMixture, how: MergeRule = "moment") -> PlaneMixture:
-    """Pairs of codes as one each, ``[...]`` of both; the weights add up. With t = pi_2 / (pi_1 + pi_2):
+    """Merges each pair of codes, ``[...]`` of both, into one whose weight is their sum. With t = pi_2 / (pi_1 + pi_2):
 
     ``"moment"``   mean and covariance of the two as a mixture, ``sum_j t_j (S_j + (c_j - c)(c_j - c)^T)``;
     ``"average"``  the plain averages of means and of covariances, whatever the weights (Lin et al.);
@@ -83,7 +83,7 @@ def _rows(count: int) -> list[slice]:
 def merge_distances(
     mixture: PlaneMixture, rows: slice, alive: Tensor | None, distance: float, variance: float
 ) -> Tensor:
-    """Distances ``[rows, K]``, infinite for a code itself and where a test forbids the merger."""
+    """Squared 2-Wasserstein distances ``[rows, K]``; infinite for a code itself and where a test forbids the merger."""
     pick, every = mixture[rows, None], mixture[None]
     cost = wasserstein(pick.means, pick.covariances, every.means, every.covariances)
     index = torch.arange(len(mixture), device=cost.device)
@@ -105,17 +105,18 @@ def merge_closest(
     how: MergeRule = "moment",
     fixed: Tensor | None = None,
 ) -> tuple[PlaneMixture, Tensor]:
-    """Merges the closest pair of codes, time and again, until no pair passes the three tests of Lin et al.:
+    """Merges the closest pair of codes, again and again, until no pair passes the three tests of Lin et al.:
 
     ``W2^2 < distance``; for both codes ``sqrt(g^T Sigma g) < gradient_limit``, where g is the gradient of the loss with
-    respect to the code: what its own spread changes the loss by, in the units of the loss; and the trace of the
-    covariance of the two together ``< variance_limit``.
+    respect to the code (this is the change of the loss over the spread of the code, in the units of the loss); and the
+    trace of the covariance of the merged code ``< variance_limit``.
 
     :param mixture: K codes; a weight of 0 marks one that is no longer in use.
     :param gradient: g, ``[K, 2]``.
-    :param fixed: codes that neither move nor go, ``[K]`` of bool.
-    :return: the mixture of the same K, in which codes that went have weight 0; and for each code the one that it is
-        now part of, ``[K]``.
+    :param how: see :func:`merge_pair`.
+    :param fixed: codes that are never merged, ``[K]`` of bool.
+    :return: the mixture with the same K, in which codes that were merged into others have weight 0; and for each code
+        the one that it is now part of, ``[K]``.
     :raises ValueError: for an unknown ``how``.
     """
     if how not in get_args(MergeRule):
@@ -144,7 +145,7 @@ def merge_closest(
         alive[j] = False
         into[into == j] = i
         nearest[j] = math.inf
-        # codes whose partner changed look again; the merged one may have become the nearest of any
+        # search again for codes whose partner changed; the merged code may now be the nearest of any other
         changed = ((partner == i) | (partner == j)).nonzero().flatten().tolist()
         for c in [i] + [c for c in changed if c != i and alive[c]]:
             least = merge_distances(now, slice(c, c + 1), alive, distance, variance_limit)[0].min(0)

@@ -3,8 +3,8 @@
 A weight with q_i = N(mu_i, sigma_i^2) is the point x_i = (mu_i, sigma_i). Between such points the Euclidean distance is
 the 2-Wasserstein distance of the weights: ``W2^2(q_i, q_j) = (mu_i - mu_j)^2 + (sigma_i - sigma_j)^2``.
 
-The search for codes is exact without a table of all points and all codes: points are sorted into tiles of neighbours,
-and a bound leaves codes out for a tile where they cannot matter.
+The search for codes is exact, but does not compare every point with every code: points are sorted into tiles of
+neighbours, and a bound excludes the codes that cannot matter to any point of a tile.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class PlaneMixture:
         return len(self.weights)
 
     def __getitem__(self, index: Any) -> PlaneMixture:
-        """Some of the Gaussians: the index goes to each of the three tensors."""
+        """Some of the Gaussians: the index is applied to each of the three tensors."""
         return PlaneMixture(self.weights[index], self.means[index], self.covariances[index])
 
     def log_scores(self, rate: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -52,7 +52,7 @@ class PlaneMixture:
 
 
 def sort_into_tiles(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices ``[tiles, points]`` of neighbours in the plane, and which of them count (the others are repeated)."""
+    """Indices ``[tiles, points]`` of neighbours in the plane, and which of them count (the others are repetitions)."""
     n = len(x)
     strips = max(1, round(math.sqrt(n / TILE)))
     length = TILE * math.ceil(n / (strips * TILE))
@@ -71,7 +71,7 @@ def codes_near_tiles(points: Tensor, mixture: PlaneMixture, half: Tensor, bias: 
     """
     low, high = points.amin(1).double(), points.amax(1).double()
     centre, reach = (low + high) / 2, (high - low) / 2
-    # products in float32 would lose what tells narrow codes apart
+    # float32 would lose the differences between narrow codes
     distance = triangular_norm(half, centre[:, None] - mixture.means.double())
     radius = triangular_norm(half.abs(), reach[:, None].expand(-1, len(mixture), -1)) * (1 + 1e-5)
     most = bias - (distance - radius).clamp_min(0).square() / 2
@@ -91,8 +91,8 @@ def triangular_norm(half: Tensor, d: Tensor) -> Tensor:
 class ScoredTiles:
     """Some tiles with the codes that matter to them.
 
-    :param index, valid: ``[t, points]``, as of :func:`sort_into_tiles`.
-    :param codes: ``[t, C]``, filled up with code 0 where ``used`` is false.
+    :param index, valid: ``[t, points]``, see :func:`sort_into_tiles`.
+    :param codes: ``[t, C]``, filled up with other codes, whose scores are minus infinity.
     :param scores: ``[t, points, C]``.
     """
 
@@ -103,7 +103,7 @@ class ScoredTiles:
 
 
 def scored_tiles(x: Tensor, mixture: PlaneMixture, rate: float, margin: float) -> Iterator[ScoredTiles]:
-    """Scores of all points under all codes that come within ``margin`` of their best, in parts."""
+    """The scores of all points under all codes that come within ``margin`` of their best, some tiles at a time."""
     half, bias = mixture.log_scores(rate)
     table = torch.cat([mixture.means.double(), half.flatten(1)[:, [0, 2, 3]], bias[:, None]], 1)
     for start in range(0, len(x), CHUNK):
@@ -132,8 +132,13 @@ def scored_tiles(x: Tensor, mixture: PlaneMixture, rate: float, margin: float) -
 def score_tiles(
     chunk: Tensor, index: Tensor, valid: Tensor, start: int, codes: Tensor, used: Tensor, table: Tensor
 ) -> ScoredTiles:
+    """The scores of some tiles of a chunk that begins at point ``start``.
+
+    :param codes, used: ``[t, C]``, the codes of each tile, and which of them matter to it.
+    :param table: ``[K, 6]``: mean, lower triangle of A and b of each code, see :meth:`PlaneMixture.log_scores`.
+    """
     points = chunk[index - start]
-    middle = points[:, :1]  # differences to a point of the tile keep narrow codes apart in float32
+    middle = points[:, :1]  # relative to a point of the tile, float32 still separates narrow codes
     own = table[codes]
     m0, m1 = (own[..., a] - middle[..., a].double() for a in (0, 1))
     a00, a10, a11, bias = (own[..., a].to(points.dtype).unsqueeze(1) for a in (2, 3, 4, 5))

@@ -19,12 +19,12 @@ from pyro_bnn.priors.gaussian_mixture import CodeMixture
 
 @dataclass
 class Pairs:
-    """Weights of one site that two codes hold together.
+    """Weights of one site that two codes share.
 
     :param place: their positions in the site, ``[e]``.
-    :param codes: ``[e, 2]``, int64.
-    :param alpha: the part of the first, ``[e]``.
-    :param entries: theirs in the table, ``[e]``.
+    :param codes: their two codes, ``[e, 2]``, int64.
+    :param alpha: the probability of the first code, ``[e]``.
+    :param entries: their entries in the table, ``[e]``.
     """
 
     place: Tensor
@@ -41,12 +41,12 @@ class Table:
 
     :param loc, scale: ``[T]``.
     :param labels: entry of each weight, ``[n]``.
-    :param counts: how many weights have each entry, ``[T]``; with ``soft``, how many are expected to, and 0 for the
-        entries of pairs.
+    :param counts: number of weights with each entry, ``[T]``. With ``pairs`` the expected number, and 0 for the entries
+        of pairs.
     :param pairs: the weights between codes, where a draw takes one of their two codes at random; ``None`` where their
         entries are Gaussians.
     :param num_codes: K.
-    :param codebook: whose codes they are.
+    :param codebook: the codebook that the codes belong to.
     """
 
     loc: Tensor
@@ -78,21 +78,22 @@ class _Draw(torch.autograd.Function):
         weighed = grad * noise
         if ctx.shape[0] == 1 and len(grad) > 1:
             grad, weighed = grad.sum(0, keepdim=True), weighed.sum(0, keepdim=True)
-        wide = torch.promote_types(grad.dtype, torch.float32)  # a sum of thousands, which bfloat16 would lose
+        wide = torch.promote_types(grad.dtype, torch.float32)  # bfloat16 has too few digits for long sums
         zeros = grad.new_zeros(ctx.shape[1], dtype=wide)
-        sums = [  # row by row, as along one axis the sum is thirty times faster
+        sums = [  # row by row, because a sum along one axis is thirty times faster
             torch.stack([zeros.index_add(0, labels, row) for row in g.to(wide)]).to(grad.dtype) for g in (grad, weighed)
         ]
         return sums[0], sums[1], None, None
 
 
 class SharedNormal(dist.TorchDistribution):
-    """``w_i = m_a(i) + s_a(i) eps_i`` with independent eps: weights share means and deviations, not their noise.
+    """``w_i = m_a(i) + s_a(i) eps_i`` with independent eps: weights share means and standard deviations, but no noise.
 
-    With pairs, weight i is from the first of its codes with probability alpha_i and from the second otherwise.
+    A weight of ``table.pairs`` comes from the first of its codes with probability alpha_i, otherwise from the second.
 
-    :param table: see :class:`Table`.
+    :param table: the Gaussians, and which weight has which.
     :param shape: event shape, that of the site.
+    :param batch: batch shape.
     """
 
     has_rsample = True
@@ -117,7 +118,7 @@ class SharedNormal(dist.TorchDistribution):
         return drawn.view(batch + self.event_shape)
 
     def _chosen(self, pairs: Pairs, rows: int) -> tuple[Tensor, Tensor]:
-        """Tables ``[rows, T]`` in which each pair has one of its codes."""
+        """Means and standard deviations ``[rows, T]``, where each pair has one of its two codes, drawn at random."""
         first = torch.rand(rows, len(pairs.alpha), dtype=pairs.alpha.dtype, device=pairs.alpha.device) < pairs.alpha
         code = torch.where(first, pairs.codes[:, 0], pairs.codes[:, 1])
         one, two = (
@@ -128,7 +129,7 @@ class SharedNormal(dist.TorchDistribution):
 
     @cached_property
     def _elements(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of every weight, ``[n]``; of a pair those of its first code."""
+        """Mean and standard deviation of every weight, ``[n]``; for a pair those of its first code."""
         table = self.table
         loc, scale = (v.index_select(0, table.labels) for v in (table.loc, table.scale))
         if table.pairs is not None:
@@ -139,12 +140,12 @@ class SharedNormal(dist.TorchDistribution):
 
     @cached_property
     def normal(self) -> dist.TorchDistribution:
-        """The same as a Pyro distribution of the usual form.
+        """The same distribution as independent Normals of Pyro.
 
         :raises NotImplementedError: where weights are mixtures of two codes.
         """
         if self.table.pairs is not None:
-            raise NotImplementedError("weights of two codes are no Normals")
+            raise NotImplementedError("weights that come from one of two codes are mixtures, not Normals")
         shape = self.batch_shape + self.event_shape
         loc, scale = (v.view(self.event_shape).expand(shape) for v in self._elements)
         return dist.Normal(loc, scale, validate_args=False).to_event(len(self.event_shape))
@@ -228,8 +229,9 @@ def _scalar_prior(p: Distribution, events: int) -> Distribution | None:
 def code_length(table: Table, log_weights: Tensor, slab: float | Tensor) -> Tensor:
     """``sum_i KL(r_i || pi)``, which is at least KL(q || p) when p has q's own codes as components; in nats.
 
-    A code costs ``-log pi_k``; a weight that is from one of two codes ``alpha log(alpha / pi_1) + (1 - alpha) log((1 -
-    alpha) / pi_2)``; a Gaussian that is no code, of an outlier or between two, ``-log pi_0 + KL(q_i || N(0, slab^2))``.
+    A weight with code k costs ``-log pi_k``; one that comes from one of two codes ``alpha log(alpha / pi_1) +
+    (1 - alpha) log((1 - alpha) / pi_2)``; one with a Gaussian that is not a code (an outlier, or between two codes)
+    ``-log pi_0 + KL(q_i || N(0, slab^2))``.
 
     :param log_weights: log pi, ``[K + 1]``, the slab first.
     """
@@ -238,7 +240,7 @@ def code_length(table: Table, log_weights: Tensor, slab: float | Tensor) -> Tens
     wide = _kl_normal(table.loc[k:], table.scale[k:], 0.0, torch.as_tensor(slab, device=table.loc.device))
     bound = wide - log_weights[0]
     between = table.pairs
-    if between is not None:  # the counts of codes hold the cross entropy already
+    if between is not None:  # the counts of codes already contain the cross entropy
         total = total - (torch.special.entr(between.alpha) + torch.special.entr(1 - between.alpha)).sum()
     return total + (table.counts[k:] * bound.where(table.counts[k:] > 0, 0.0)).sum()
 
@@ -252,8 +254,8 @@ def _kl_normal(loc: Tensor, scale: Tensor, m: Tensor | float, s: Tensor) -> Tens
 def _kl_of_site(q: SharedNormal, p: Distribution) -> Tensor:
     """``sum_t n_t KL(N(m_t, s_t^2) || p)`` over the entries of the table.
 
-    From weights that are mixtures of two codes, and to mixtures, this is an upper bound by convexity: to a mixture
-    ``KL(N || sum_j pi_j p_j) <= -log sum_j pi_j exp(-KL(N || p_j))``.
+    For weights that are mixtures of two codes, and for priors that are mixtures, this is an upper bound by convexity.
+    For a mixture prior it is ``KL(N || sum_j pi_j p_j) <= -log sum_j pi_j exp(-KL(N || p_j))``.
     """
     table = q.table
     prior = _scalar_prior(p, len(q.event_shape))
@@ -265,8 +267,8 @@ def _kl_of_site(q: SharedNormal, p: Distribution) -> Tensor:
         return generic
     if isinstance(base, CodeMixture) and base.codebook is not table.codebook:
         raise ValueError(
-            "the CodebookPrior is the codebook of another guide: a model takes that of the last "
-            "CodebookGuide made for it, so make one model for each guide, and copy both together"
+            "the CodebookPrior is the codebook of another guide: a model uses that of the last CodebookGuide made for "
+            "it. Make one model for each guide, and copy both together"
         )
     if isinstance(base, CodeMixture):
         logits = prior.mixture_distribution.logits.reshape(-1)  # type: ignore[attr-defined]

@@ -63,7 +63,10 @@ class SharedWeights(BayesianNetwork):
         self.random = freeze_random(self, select)
         taken = next((name for name in ("codes", "outliers") if name in self.random), None)
         if taken is not None:
-            raise ValueError(f"the network has a parameter of its own named {taken!r}, as a site of shared weights is")
+            raise ValueError(
+                f"the network has a parameter of its own named {taken!r}, which is the name of a site of shared "
+                "weights: rename the parameter"
+            )
         self.shared = codebook.compact().to(self.like()).requires_grad_(False)  # checkpoints know it by this name
         self._coded = self.book.parameters_of(self, self.random)
         self.prior, self.chunk_size = prior, chunk_size
@@ -79,7 +82,7 @@ class SharedWeights(BayesianNetwork):
 
     @property
     def book(self) -> Codebook:
-        """The codebook without anything dead, read past Pyro's attribute hooks."""
+        """The codebook without unused entries, read without Pyro's attribute hooks."""
         book = self._modules["shared"]
         assert isinstance(book, Codebook)
         return book

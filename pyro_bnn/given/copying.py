@@ -16,7 +16,7 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
-_COMPILED = "_orig_mod"  # by this name of a part, as to import the class of torch.compile would load the compiler
+_COMPILED = "_orig_mod"  # known by this attribute: importing the class of torch.compile would load the compiler
 
 
 def unwrapped(net: nn.Module) -> nn.Module:
@@ -33,7 +33,7 @@ def unwrapped(net: nn.Module) -> nn.Module:
 
 
 def copy_of(net: nn.Module, share: bool = False) -> nn.Module:
-    """Copies a network, even after use: tensors that it keeps from earlier passes lose their graph.
+    """Copies a network, even after it was used: tensors that it keeps from earlier passes lose their graph.
 
     :param share: whether the parameters share the storage of the given ones and take no gradient. A table with
         ``max_norm`` is copied anyway, as every pass writes to it.
@@ -65,7 +65,7 @@ def copy_of(net: nn.Module, share: bool = False) -> nn.Module:
 
 
 class _WithoutGraphs(TorchFunctionMode):
-    """Inside, ``copy.deepcopy`` copies the values of tensors that were computed, where torch refuses them."""
+    """Inside, ``copy.deepcopy`` copies the values of tensors that are not leaves, which torch refuses to copy."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not Tensor.__deepcopy__ or args[0].is_leaf and not is_functorch_wrapped_tensor(args[0]):
@@ -73,7 +73,7 @@ class _WithoutGraphs(TorchFunctionMode):
         computed, known = args
         if id(computed) not in known:
             value = computed
-            while is_functorch_wrapped_tensor(value):  # of a vectorised pass: it has an axis for the members
+            while is_functorch_wrapped_tensor(value):  # from a vectorised pass: the value has an axis for the members
                 value = get_unwrapped(value)
             known[id(computed)] = value.detach().clone()
         return known[id(computed)]
@@ -101,7 +101,7 @@ def _require_plain(net: nn.Module) -> None:
             )
         if (inside := _wrapped_as(module)) is not None:
             raise TypeError(
-                f"{where} is wrapped in {type(module).__name__}: put what it wraps in its place, as in "
+                f"{where} is wrapped in {type(module).__name__}: replace it by what it wraps, as in "
                 f"net.{name} = net.{name}.{inside}"
             )
     lazy = next((name for name, p in net.named_parameters() if nn.parameter.is_lazy(p)), None)

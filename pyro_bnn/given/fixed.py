@@ -4,8 +4,8 @@
 ``padding_idx`` of a table              the row keeps its value: it has no gradient and is not random
 ``requires_grad=False``                 the parameter keeps its value, unless a selection picks it
 ``max_norm`` of a table                 cannot be random: every pass of the network writes into the table
-``spectral_norm``                       cannot be random: its vectors are those of one value of the weight
-another weight that is computed         takes no factors: what is multiplied is no parameter
+``spectral_norm``                       cannot be random: its vectors belong to one value of the weight
+another weight that is computed         cannot have factors: what is multiplied is not a parameter
 complex numbers, integers               cannot be random: priors are over real numbers
 ======================================  ================================================================================
 """
@@ -26,7 +26,7 @@ _PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear, *_TABLES)
 
 
 def padding_rows(net: nn.Module) -> dict[str, int]:
-    """``{table: its row for padding}``, where the parameter has no other use: a tied one is trained in the other."""
+    """The padding row of each table, by parameter name. Tables with another use are left out: it trains that row."""
     uses: dict[int, set[int | None]] = {}
     for module in net.modules():
         for name, p in module._parameters.items():
@@ -43,15 +43,16 @@ def padding_rows(net: nn.Module) -> dict[str, int]:
 
 
 def with_row_of(value: Tensor, fixed: Tensor, row: int) -> Tensor:
-    """``value`` ``[..., n, d]`` with the row of this number from ``fixed`` ``[n, d]``, without a gradient."""
+    """``value`` ``[..., n, d]`` with row number ``row`` from ``fixed`` ``[n, d]``, without a gradient."""
     is_row = torch.arange(fixed.shape[0], device=value.device) == row
     return torch.where(is_row.unsqueeze(-1), fixed.detach().to(value), value)
 
 
 def not_frozen(parameters: Mapping[str, Tensor], what: str) -> list[str]:
-    """The names of those that take a gradient.
+    """The names of the parameters that take a gradient.
 
-    :raises ValueError: when there are parameters, but none does.
+    :param what: what the parameters are, for the message.
+    :raises ValueError: when there are parameters, but none of them takes a gradient.
     """
     found = [name for name, p in parameters.items() if p.requires_grad]
     if parameters and not found:
@@ -64,8 +65,10 @@ def not_frozen(parameters: Mapping[str, Tensor], what: str) -> list[str]:
 
 
 def require_random(net: nn.Module, names: Iterable[str]) -> None:
-    """
-    :raises ValueError: when one of these parameters cannot be random; the message names it, and the remedy.
+    """Checks that parameters can be random.
+
+    :param names: names of the parameters.
+    :raises ValueError: when one of them cannot be random; the message names it, and the remedy.
     """
     chosen = set(names)
     first = {id(p): name for name, p in net.named_parameters()}
@@ -93,13 +96,14 @@ def require_random(net: nn.Module, names: Iterable[str]) -> None:
             raise ValueError(
                 f"{min(random)!r} is random, but spectral_norm divides by a norm that it estimates with vectors kept "
                 f"from earlier passes, which had other draws. Remove it from {where or 'the network'!r} with "
-                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') (of the older one: "
+                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight') (for the older form: "
                 "torch.nn.utils.remove_spectral_norm(layer)), or leave the layer out with `select=`"
             )
 
 
 def require_own_weights(net: nn.Module) -> None:
-    """
+    """Checks that every linear layer, convolution and table has its weight as a parameter.
+
     :raises ValueError: when a layer computes its weight from other parameters, as weight_norm does.
     """
     for name, module in net.named_modules():
@@ -107,21 +111,21 @@ def require_own_weights(net: nn.Module) -> None:
             continue
         raise ValueError(
             f"the {type(module).__name__} {name!r} computes its weight from other parameters (weight_norm, "
-            "spectral_norm, pruning or another parametrization): no parameter is what it multiplies, so that it cannot "
+            "spectral_norm, pruning or another parametrization): what it multiplies is not a parameter, so it cannot "
             "have factors. Make the weight a parameter again (torch.nn.utils.parametrize.remove_parametrizations("
-            "layer, 'weight'); of older ones torch.nn.utils.remove_weight_norm(layer), remove_spectral_norm(layer), "
+            "layer, 'weight'); for older forms torch.nn.utils.remove_weight_norm(layer), remove_spectral_norm(layer), "
             "torch.nn.utils.prune.remove(layer, 'weight')), or name the layers that are random with `select=`"
         )
 
 
 def _originals(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that a module computes others from."""
+    """The parameters from which a module computes its weights."""
     computed = getattr(module, "parametrizations", None)
     return list(computed.parameters()) if isinstance(computed, nn.ModuleDict) else []
 
 
 def has_spectral_norm(module: nn.Module) -> bool:
-    """Whether a layer divides its weight by a norm whose vectors it keeps, in the older way or the newer one."""
+    """Whether a layer has spectral norm, in the older form (a hook) or the newer one (a parametrization)."""
     hooks = module._forward_pre_hooks.values()
     if any(isinstance(hook, SpectralNorm) for hook in hooks):
         return True

@@ -45,7 +45,7 @@ class Decisions(TorchFunctionMode):
         #: whether a decision depends on the weights
         self.found = False
         self._made: list[_Decision] = []
-        #: kept alive, so that no other tensor is given an ``id`` that is in it
+        #: kept alive, so that no other tensor gets an ``id`` that is in it
         self._of_weights = {id(weight): weight for weight in weights}
 
     def __torch_function__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
@@ -61,7 +61,7 @@ class Decisions(TorchFunctionMode):
         return result
 
     def again(self) -> TorchFunctionMode:
-        """A mode in which a pass decides as the one before did, where weights had a part in it."""
+        """A mode in which a pass repeats the recorded decisions that depend on the weights."""
         return _Again(self._made)
 
 

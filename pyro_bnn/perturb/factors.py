@@ -38,7 +38,7 @@ class Rank1Factors(NamedTuple):
         repeats = s.numel() // shape[1]
         if repeats == 1:
             outer = torch.outer(r, s)
-        else:  # channels are numbered group by group, and so are the halves of dimension 0
+        else:  # channels are numbered group by group, and so are the parts of dimension 0
             outer = r[:, None] * s.view(repeats, shape[1]).repeat_interleave(shape[0] // repeats, 0)
         return weight * outer.reshape(shape[:2] + (1,) * (weight.dim() - 2)).to(weight.dtype)
 

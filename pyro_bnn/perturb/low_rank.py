@@ -1,10 +1,11 @@
 """Low-rank perturbations: W' = W + scale B A, a separate term added to the product with the shared W (Hu et al. 2022).
 
-Every weight is seen as a matrix, its dimension 0 against all others. Where dimension 0 is the output, A meets the input
-first: of a convolution it is one to ``rank`` channels, and B a 1 x 1 convolution. Where dimension 0 is the input
-(transposed convolutions, ``x @ W``, tables), B comes first.
+Every weight is seen as a matrix, its dimension 0 against all others. Where dimension 0 is the output, A is
+applied to the input first: for a convolution, A is a convolution to ``rank`` channels and B a 1 x 1 convolution. Where
+dimension 0 is the input (transposed convolutions, ``x @ W``, tables), B comes first.
 
-No product of B and A is ever formed, and W meets all members in one product.
+W is applied to all members in one product, except in :meth:`LowRankFactors.convolve`, which sums the weight of each
+member.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Options = tuple[list[int], list[int], list[int]]
 
 
 class LowRankFactors(NamedTuple):
-    """``A [members | 1, rank, *W.shape[1:]]`` and ``B [members | 1, W.shape[0], rank]``."""
+    """W' = W + scale B A, with ``A [members | 1, rank, *W.shape[1:]]`` and ``B [members | 1, W.shape[0], rank]``."""
 
     A: Tensor
     B: Tensor
@@ -62,7 +63,7 @@ class LowRankFactors(NamedTuple):
         return mix(fold, self._core(fold, op, x, layout, groups) * self.scale, b, dims[1], layout)
 
     def _core(self, fold: Fold, op: Op, x: Tensor, layout: Layout, groups: int) -> Tensor:
-        """The convolution with A: each group of channels separately, as if the groups were further samples."""
+        """The convolution with A; each group of channels is treated as a further sample."""
         if groups == 1:
             return _each_member(fold, lambda own, a: op(own, a, None), x, layout, self.A)
 
@@ -76,8 +77,8 @@ class LowRankFactors(NamedTuple):
                  options: Options) -> Tensor:  # fmt: skip
         """The convolution of a batch with ``W + scale B A``, a weight that is summed for each member.
 
-        The sum is recomputed in the backward pass, which only needs x, A and B. Beside the product with few
-        channels that A is, this spares a pass over the result in both directions.
+        The sum is recomputed in the backward pass, which needs only x, W, A and B. Compared with a separate convolution
+        with A, this saves a pass over the result in both directions.
         """
         inputs = [x, weight, self.A, self.B] + ([] if bias is None else [bias])
         if torch.is_autocast_enabled(x.device.type):
@@ -115,7 +116,7 @@ class Shift(NamedTuple):
         """``delta x``; see :meth:`LowRankFactors.term`."""
         delta = self.delta.mT if transposed else self.delta
         if dims[0] != dims[1] or delta.dim() != 3:
-            raise ValueError("a whole matrix for every member is for linear layers: give this weight low-rank factors")
+            raise ValueError("a whole matrix for every member works for linear layers only: use low-rank factors here")
         return mix(fold, x, delta, dims[0], layout)
 
 
@@ -138,7 +139,7 @@ def mix(fold: Fold, x: Tensor, factor: Tensor, dim: int, layout: Layout) -> Tens
         return x @ factor[0].mT if dim == -1 else _mix(x.unsqueeze(0), factor, dim).squeeze(0)
     assert layout.dim is not None
     axis = layout.dim
-    behind = axis - x.dim() > dim  # the rows lie behind the features, as in W @ x
+    behind = axis - x.dim() > dim  # the rows come after the features, as in W @ x
     y = _mix(_by_member(fold, x, layout), factor, dim - behind)
     return y.movedim(0, axis + 1).flatten(axis, axis + 2)
 
@@ -151,7 +152,7 @@ def _by_member(fold: Fold, x: Tensor, layout: Layout) -> Tensor:
 
 
 def _mix(x: Tensor, factor: Tensor, dim: int) -> Tensor:
-    """The same with the members on axis 0 of both."""
+    """As :func:`mix`, with the members on axis 0 of both."""
     if dim == -1:
         return torch.matmul(x.flatten(1, -2), factor.mT).unflatten(1, x.shape[1:-1])
     rest = x.shape[dim + 1 :]
@@ -180,7 +181,7 @@ def _each_member(fold: Fold, run: Callable[..., Tensor], x: Tensor, layout: Layo
 
 
 class _Convolution(torch.autograd.Function):
-    """``x * (W + B A) + b``. Gradients of A and B come from convolutions with few channels, and not through W's."""
+    """``x * (W + B A) + b``. Gradients of A and B come from convolutions with few channels, not through that of W."""
 
     generate_vmap_rule = True
 

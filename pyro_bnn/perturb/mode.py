@@ -87,7 +87,7 @@ class Perturb(TorchFunctionMode):
 
     @contextlib.contextmanager
     def resumed(self, uses: Mapping[str, int]) -> Iterator[None]:
-        """Inside, the calls that follow are those that followed when :meth:`uses` was ``uses``."""
+        """Inside, uses are counted from the point at which :meth:`uses` returned ``uses``."""
         reached, self._occurrences = self._occurrences, dict(uses)
         try:
             yield
@@ -99,7 +99,7 @@ class Perturb(TorchFunctionMode):
         return id(value) in self.perturbations or id(value) in self.reordered
 
     def recognise(self, now: Tensor, before: Tensor) -> None:
-        """Treats ``now`` from here on as ``before``, which this mode :meth:`knows`."""
+        """From here on treats ``now`` like ``before``, which this mode :meth:`knows`."""
         if now is before:
             return
         if id(before) in self.perturbations:
@@ -108,7 +108,7 @@ class Perturb(TorchFunctionMode):
             self.reordered[id(now)] = now, self.reordered[id(before)][1]
 
     def locate(self, x: Tensor, parameter: Tensor) -> Layout:
-        """The layout of ``x``, a tensor that is about to meet the perturbation of ``parameter``."""
+        """The layout of ``x``, a tensor to which the perturbation of ``parameter`` is applied next; counts this use."""
         name = self.names[id(parameter)]
         occurrence = self._occurrences.get(name, 0)
         self._occurrences[name] = occurrence + 1
@@ -150,11 +150,11 @@ class Perturb(TorchFunctionMode):
         dim, rows = dim % x.dim() - x.dim(), values.shape[0]
         if rows == 1:
             return op(x, values.view((n,) + (1,) * (-dim - 1)))
-        if layout.dim is None:  # the same for all samples so far: from here on it is not
+        if layout.dim is None:  # the same for all samples up to here
             x = x if x.dim() > -dim and x.shape[0] == 1 else x.unsqueeze(0)
             layout = Layout(0)
         assert layout.dim is not None
-        behind = layout.dim - x.dim() > dim  # the rows lie behind the features, as in W @ x
+        behind = layout.dim - x.dim() > dim  # the rows come after the features, as in W @ x
         if behind:
             values = values.t()
         if layout.outer == layout.inner == 1:
@@ -233,7 +233,7 @@ def tensors(values: Iterable[object]) -> Iterator[Tensor]:
 
 
 class Call:
-    """A call that consumes at least one perturbed parameter: its arguments by name, and the mode that met it."""
+    """A call that consumes at least one perturbed parameter: its arguments by name, and the mode that caught it."""
 
     def __init__(
         self, mode: Perturb, func: Any, args: Any, kwargs: dict[str, object], signature: tuple[str, ...]
@@ -286,6 +286,7 @@ def register(
     :param always: run the rule even when no argument is a perturbed parameter, for rules that only watch.
     :param consumes: whether the function consumes the weight; views and casts only pass it on.
     :param product: whether it is a product, a convolution or a table look-up, whose weights are random by default.
+    :return: a decorator for the rule, which takes a :class:`Call` and returns what the function returns.
     """
 
     def decorate(rule: Callable[[Call], Any]) -> Callable[[Call], Any]:

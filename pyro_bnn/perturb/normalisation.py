@@ -1,4 +1,4 @@
-"""The rules for normalisation layers: the given statistics, then separate gains and biases for every row.
+"""The rules for normalisation layers: one normalisation, then separate gains and biases for every row.
 
     y = normalise(x) * weight + bias
 
@@ -37,7 +37,7 @@ def _register(function: Callable[..., Tensor], *signature: str) -> None:
 def _affine(mode: Perturb, y: Tensor, parameters: list[Tensor | None], channel: int, own: Tensor) -> Tensor:
     """``y * weight + bias`` along the axis ``channel``.
 
-    :param own: that of the two by which the samples are found.
+    :param own: the gain or bias whose layout says where the samples are.
     """
     layout = mode.locate(y, own)
     operations: tuple[Callable[..., Tensor], ...] = (torch.mul, torch.add)
@@ -52,7 +52,7 @@ def _affine(mode: Perturb, y: Tensor, parameters: list[Tensor | None], channel: 
 
 
 def _values(mode: Perturb, parameter: Tensor) -> Tensor:
-    """``[members | 1, rows | 1, n]``: all elements of a gain or bias, as every row has them."""
+    """The elements of a gain or bias for every row, ``[members | 1, rows | 1, n]``."""
     perturbation = mode.perturbations.get(id(parameter))
     if perturbation is None:
         return parameter.reshape(1, 1, -1)

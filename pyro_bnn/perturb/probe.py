@@ -31,7 +31,7 @@ _SAMPLES = (
     3  # number of samples in the probe: the smallest for which both the period and the run length of a flatten show
 )
 
-#: functions that read shape, dtype or device of a tensor, not its values
+#: functions that read the shape, dtype or device of a tensor, but not its values
 _READ_NO_VALUES = {
     *(torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like, torch.rand_like, torch.randn_like),
     *(Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor),
@@ -64,7 +64,7 @@ def find_layouts(
             with decisions, base:
                 run(base_x)
         except Exception as error:
-            if takes(run, base_x) or not takes(run, x):  # what a rule says, or the network of any input
+            if takes(run, base_x) or not takes(run, x):  # from a rule, or from a network that fails on any input
                 raise
             raise rows_belong_together(error) from error
         base.require_consumption()
@@ -82,7 +82,7 @@ def find_layouts(
                     with decisions.again(), recorder:
                         run(marked_at(sample))
                     marked.append(recorder.inputs)
-            except Exception as error:  # this way of marking is not one that the network can run: the next may be
+            except Exception as error:  # the network cannot run with this mark, but perhaps with the next
                 failures.append(error)
                 continue
             ran = True
@@ -103,7 +103,7 @@ def find_layouts(
 
 
 class _Recorder(Perturb):
-    """Runs the rules with neutral perturbations, and keeps the tensors that they would act on."""
+    """Runs the rules with neutral perturbations, and keeps the tensors on which they would act."""
 
     def __init__(self, neutral: dict[int, Perturbation], names: dict[int, str]) -> None:
         super().__init__(neutral, names, {}, 1, _SAMPLES)
@@ -157,8 +157,8 @@ def rows_belong_together(error: Exception) -> RuntimeError:
     """The error for a network that accepts a whole input but not some of its rows; ``error`` is what it raised."""
     return RuntimeError(
         f"the network takes its whole input, but not some rows of it ({type(error).__name__}: {error}): the rows "
-        "belong together, as the nodes of a graph do, and are no samples of their own. Make the whole one sample: x of "
-        "shape [1, rows, ...] and y [1, rows], with what ties the rows together (edges) inside the network, in "
+        "belong together, as the nodes of a graph do, and are not separate samples. Make the whole input one sample: x "
+        "of shape [1, rows, ...] and y [1, rows], with what connects the rows (edges) inside the network, in "
         "pb.models.Dense"
     )
 
@@ -200,7 +200,7 @@ def find_consumed(run: Callable[..., Tensor], net: nn.Module, x: Inputs, size: i
     """The names of all parameters that the network gives to a product with a rule."""
     finder = _Finder({id(p): name for name, p in net.named_parameters()})
     with undisturbed(net), finder:
-        run(select_samples(x, size, [0, 0]))  # two, as .squeeze() without an axis would take one away
+        run(select_samples(x, size, [0, 0]))  # two, because .squeeze() without an axis would remove a single one
     return finder.found
 
 
@@ -219,8 +219,8 @@ def check_fold(
 ) -> None:
     """A folded batch of 2 members x 2 samples with random perturbations equals four runs with explicit weights.
 
-    :param decides: whether the network decides in Python on values that weights have a part in. The runs may then
-        decide differently: they are compared a second time with the decisions of the first run in all of them.
+    :param decides: whether the network branches in Python on values that depend on the weights. The runs may then take
+        different branches: they are compared a second time, with the decisions of the first run in all of them.
     :raises RuntimeError: when it does not; the message names the parameters at fault.
     :raises ValueError: when axis 0 of the network's output does not run over its rows.
     """
@@ -242,14 +242,15 @@ def check_fold(
 
 
 def require_rows(y: Tensor, rows: int) -> None:
-    """
-    :raises ValueError: when axis 0 of a network's output does not run over its rows.
+    """Checks the output of a network.
+
+    :raises ValueError: when axis 0 of it does not run over the rows of the input.
     """
     if y.shape[:1] != (rows,):
         raise ValueError(
             f"the network's output has shape {tuple(y.shape)}; its axis 0 must run over the {rows} rows of its input. "
             "Pick or transpose it with `output=`"
-            + (", and give .squeeze() an axis: without one it takes away that of a single row." if rows == 1 else ".")
+            + (", and give .squeeze() an axis: without one it removes that of a single row." if rows == 1 else ".")
         )
 
 
@@ -264,7 +265,7 @@ def _misfold(
     padded: frozenset[int],
     alike: bool,
 ) -> str | None:
-    """The mismatch of a folded batch in which ``parameters`` are perturbed and the others keep their values.
+    """How a folded batch with perturbed ``parameters`` differs from separate runs; ``None`` if it does not.
 
     :param alike: whether all runs make the decisions of the first.
     """
@@ -290,7 +291,7 @@ def _misfold(
             Perturb(neutral | {ids[n]: p for n, p in perturbations.items()}, names, layouts, 2, 2, padded),
         ):
             y = run(folded)
-    except (RuntimeError, IndexError, TypeError, AssertionError) as error:  # of a network that meets odd shapes
+    except (RuntimeError, IndexError, TypeError, AssertionError) as error:  # the network rejects the shapes
         return str(error) or type(error).__name__
     require_rows(y, 4)
     # a network may return more digits than its weights have
@@ -359,7 +360,7 @@ def _constant(
     uses: list[Use],
     failures: list[Exception],
 ) -> dict[Use, Layout]:
-    """Layouts of tensors that no mark reached: the same for every sample, with or without an axis for the batch."""
+    """Layouts of tensors that no mark reached: they are the same for every sample, with or without a batch axis."""
     smaller = _Recorder(neutral, names)
     with decisions.again(), smaller:
         run(select_samples(x, size, unlike_samples(x, size, 2)))

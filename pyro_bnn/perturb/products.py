@@ -49,7 +49,7 @@ def _register_convolution(function: Callable[..., Tensor], spatial: int, transpo
 
 
 def _merged_convolution(call: Call, factors: LowRankFactors, spatial: int, rest: dict[str, Any]) -> Tensor | None:
-    """The convolution in one, or ``None`` for padding by name and for one image without a batch axis."""
+    """The convolution with the summed weight; ``None`` for padding by name and for one image without a batch axis."""
     shared = factors.A.shape[0] == factors.B.shape[0] == 1
     if isinstance(rest.get("padding"), str) or (shared and call.input.dim() != spatial + 2):
         return None
@@ -95,7 +95,7 @@ def _bilinear(call: Call) -> Tensor:
 
 @register(torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__, signature=("left", "right"))
 def _matmul(call: Call) -> Tensor:
-    left, right = list(call.args) + list(call.kwargs.values())  # the second has three names: other, mat2, mat
+    left, right = list(call.args) + list(call.kwargs.values())  # the second is called other, mat2 or mat
     if call.perturbation(right) is not None:
         return call.mode.product(lambda x, w, b: torch.matmul(x, w), left, right, None, dims=(-1, -1), transposed=True)
     return call.mode.product(lambda x, w, b: torch.matmul(w, x), right, left, None, dims=(-2, -2))
@@ -121,7 +121,7 @@ def _embedding(call: Call) -> Tensor:
     if call.arguments.get("max_norm") is not None:
         raise ValueError(
             f"the embedding {mode.names[id(call.weight)]!r} has max_norm, which rescales rows of the table by their "
-            "length: that has no rank-1 form. Take max_norm away, or leave the embedding out with `select=`."
+            "length: that has no rank-1 form. Remove max_norm, or leave the embedding out with `select=`."
         )
     y = F.embedding(**call.arguments)
     layout = mode.locate(index, call.weight)
@@ -149,7 +149,7 @@ def _embedding(call: Call) -> Tensor:
 
 
 def _but_padding(call: Call, index: Tensor, y: Tensor) -> Tensor:
-    """The padding row of the table has no gradient, and no factors unless the table has another use."""
+    """``y`` where the padding row has no gradient, and no factors unless the table has another use."""
     padding = call.arguments.get("padding_idx")
     if padding is None:
         return y

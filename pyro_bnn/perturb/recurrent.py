@@ -162,7 +162,7 @@ def _aligned(mode: Perturb, layout: Layout, batch_dim: int) -> Callable[[Tensor]
 def _packed(mode: Perturb, batch_sizes: Tensor) -> Callable[[Tensor], Tensor]:
     """Values of every row, in the order in which ``pack_padded_sequence`` sorted the sequences.
 
-    The sizes stand for the order: they stay the same tensor when layers put other data into a ``PackedSequence``.
+    ``batch_sizes`` identifies the order: it stays the same tensor when layers put other data into a ``PackedSequence``.
     """
     order = mode.reordered[id(batch_sizes)][1] if id(batch_sizes) in mode.reordered else None
 

@@ -31,7 +31,7 @@ def unlike(x: Inputs, size: int) -> bool:
 
 
 def unlike_samples(x: Inputs, size: int, count: int) -> list[int]:
-    """The first samples, or some that are in no order by an integer of theirs: least, greatest, least."""
+    """Indices of the first samples; if a per-sample integer differs, of the least, the greatest and the least again."""
     for leaf in pytree.tree_leaves(x):
         if _per_sample(leaf, size) and (leaf != leaf[0]).any():
             low, high = int(leaf.long().argmin()), int(leaf.long().argmax())
@@ -40,7 +40,7 @@ def unlike_samples(x: Inputs, size: int, count: int) -> list[int]:
 
 
 def select_samples(x: Inputs, size: int, index: list[int]) -> object:
-    """Some samples of x, without NaN."""
+    """The samples of x at ``index``, with finite numbers in place of NaN and infinity."""
 
     def pick(leaf: object) -> object:
         if not batched(leaf, size):
@@ -52,11 +52,11 @@ def select_samples(x: Inputs, size: int, index: list[int]) -> object:
 
 
 def markings(x: Any, size: int, base: Any, count: int) -> list[Callable[[int], Any]]:
-    """Ways to change one sample of ``base`` alone, each ``sample -> input``; those first that no network refuses.
+    """Ways to change one sample of ``base`` alone, each ``sample -> input``; the one that networks accept most first.
 
-    A network may check what it is given: that numbers are finite and in a range, that every sequence has its end. So
-    a sample first gets the values of another one of x, or its own in another order, and only then such as no sample
-    has: NaN, which reaches furthest, and other integers; in all tensors, in those of floating point, in each alone.
+    A network may check its input: that numbers are finite and in a range, that every sequence has its end. So a sample
+    first gets the values of another sample of x; then NaN, which reaches furthest, and other integers: in all tensors,
+    in those of floating point, in each alone; and at last its own values in another order.
 
     :param x: an input with ``size`` samples.
     :param base: ``count`` samples of it.
@@ -75,7 +75,7 @@ def markings(x: Any, size: int, base: Any, count: int) -> list[Callable[[int], A
 
 
 def _as_another(base: Any, count: int, x: Any, size: int, sample: int) -> Any:
-    """With the values of the first sample of x that differs in every tensor, or in most."""
+    """``base`` where a sample has the values of another one of x: the first that differs in the most tensors."""
     rows = list(range(min(size, _DONORS)))
     own = [leaf[sample] for leaf in pytree.tree_leaves(base) if batched(leaf, count)]
     every = select_samples(x, size, rows)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-#: what all numbers are of operations that make tensors of them
+#: the value that random tensors of these operations are filled with
 _MADE = dict.fromkeys(("rand", "rand_like", "randn", "randn_like"), 0.5)
-#: operations that fill a tensor; of dropout, ``bernoulli_``, everything is kept, as zeros could not be told apart
+#: operations that fill a tensor; ``bernoulli_`` fills it with 1, because dropout to zeros would make samples alike
 _FILLED = ("normal_", "uniform_", "exponential_", "cauchy_", "log_normal_", "geometric_", "random_")
 
 
@@ -23,14 +23,14 @@ class Steady(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **(kwargs or {}))
-        torch.manual_seed(0)  # the state is put back by `undisturbed`, in which the runs are
+        torch.manual_seed(0)  # `undisturbed`, inside which this runs, restores the state
         result = func(*args, **(kwargs or {}))
         name = func._schema.name.partition("::")[2]
         if name in _MADE:
             return result.fill_(_MADE[name])
         if name == "bernoulli_":
             return result.fill_(1)
-        if name in _FILLED:  # by one number alone: the first of many depends on how many there are
+        if name in _FILLED:  # with a single draw: the first of many depends on how many there are
             torch.manual_seed(0)
             return result.fill_(func(result.new_empty(1), *args[1:], **(kwargs or {})).item())
         if name in ("randint", "randint_like"):

@@ -1,12 +1,12 @@
 """Replaces weights of a network during one pass, and again whenever a part of that pass is rerun.
 
-A weight lies in *slots*: entries of the modules that hold it, several of them when it is shared. :class:`Pass` puts
-other tensors into all slots of a weight and takes all of them out again, whatever happens in between.
+A weight is held in *slots*: entries of modules, several of them when it is shared. :class:`Pass` puts other tensors
+into all slots of a weight and restores all of them afterwards, also after an error.
 
-A part of a pass may be run again after its end: gradient checkpointing (Chen et al. 2016, arXiv 1604.06174) keeps the
+A part of a pass may run again after its end: gradient checkpointing (Chen et al. 2016, arXiv 1604.06174) keeps the
 inputs of a segment, and runs it again in the backward pass for its activations; hooks run in the backward pass too.
-At that time the network has its own weights again. A pass therefore watches for segments and hooks, and resumes around
-each.
+At that time the network has its own weights again. A pass therefore watches for segments and hooks, and resumes
+around each.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pyro_bnn.perturb.mode import Perturb, tensors
 
 #: a module, and the name under which it holds a parameter
 Slot = tuple[nn.Module, str]
-#: an entry of a dictionary, and what is to lie there
+#: a dictionary, a key, and the value to put there
 _Entry = tuple[dict[str, Any], str, object]
 
 
@@ -75,7 +75,7 @@ class Pass:
                 self._entries += [(held, own, value) for held in holders for own in held if held[own] is buffer]
             for module, own in slots.get(name, ()):
                 self._entries.append((module._parameters, own, value))
-                if isinstance(module, nn.RNNBase):  # it makes a list of its weights, which goes with them
+                if isinstance(module, nn.RNNBase):  # it keeps a list of its weights, which must be restored too
                     known = vars(module)
                     self._entries += [(known, key, known[key]) for key in known if key.startswith("_flat_weight")]
 
@@ -96,15 +96,15 @@ class Pass:
 
     @contextlib.contextmanager
     def resumed(self, uses: Mapping[str, int]) -> Iterator[None]:
-        """Inside, the pass runs from a point that it had reached before. Running statistics are not updated again.
+        """Inside, the pass continues from a point that it had reached before. Running statistics are not updated again.
 
-        :param uses: how often the mode had met each parameter there.
+        :param uses: how often each parameter had been used at that point.
         """
         moving = [m for m in self.net.modules() if isinstance(m, _NormBase) and m.training]
         buffers = [(m._buffers, name, b) for m in moving for name, b in m._buffers.items() if b is not None]
         copies = {id(b): b.clone() for _, _, b in buffers}
         with contextlib.ExitStack() as stack:
-            if _current.get() is not self:  # else a gradient is taken inside of the pass
+            if _current.get() is not self:  # otherwise the backward pass runs inside the pass
                 stack.enter_context(self.running())
             stack.enter_context(_replaced([(entries, name, copies[id(b)]) for entries, name, b in buffers]))
             stack.enter_context(_replaced(self._forward_hooks or []))
@@ -113,7 +113,7 @@ class Pass:
             yield
 
     def _backward_hooks(self) -> list[_Entry]:
-        """The hooks for the backward pass, each of which resumes this pass."""
+        """The hooks for the backward pass, wrapped so that each resumes this pass."""
         return [
             (entries, kind, OrderedDict((key, functools.partial(self._run_hook, hook)) for key, hook in own.items()))
             for entries, kind, own in _hooks(self.net, _BACKWARD)
@@ -124,9 +124,10 @@ class Pass:
             return hook(*args)
 
     def require_no_foreign_segments(self, y: Tensor) -> None:
-        """
+        """Checks that only :func:`torch.utils.checkpoint.checkpoint` runs parts of this pass again.
+
         :param y: what the pass returned.
-        :raises RuntimeError: when a function of the network's own may run modules again in the backward pass.
+        :raises RuntimeError: when an autograd function of the network may run modules again in the backward pass.
         """
         modules = set(self.net.modules())
         seen, nodes = set(), [y.grad_fn]
@@ -141,7 +142,7 @@ class Pass:
                     raise RuntimeError(
                         f"the network calls {function.__qualname__}, an autograd function that keeps modules and may "
                         "run them again in the backward pass, where they no longer have the weights of this pass. Use "
-                        "torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False) in its place, which "
+                        "torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False) instead, which "
                         "pyro_bnn supports, or turn recomputation off"
                     )
             nodes.extend(parent for parent, _ in node.next_functions)
@@ -159,7 +160,7 @@ _current: ContextVar[Pass | None] = ContextVar("pass", default=None)
 
 @contextlib.contextmanager
 def _replaced(entries: Iterable[_Entry]) -> Iterator[None]:
-    """Inside, other things lie in entries of dictionaries, which may be named twice; then what lay there before."""
+    """Inside, entries of dictionaries have other values. Afterwards they are restored; one may be listed twice."""
     entries = list(entries)
     before = [(dictionary, key, dictionary[key]) for dictionary, key, _ in entries]
     try:
@@ -193,9 +194,9 @@ class Strays(TorchFunctionMode):
 
 
 class _Segment:
-    """A function that is run within a pass, and perhaps again after its end.
+    """A function that runs within a pass, and perhaps again after its end.
 
-    :param args: what it is given. A weight among them is another tensor when they are handed over again.
+    :param args: its arguments. When it runs again, a weight among them may be another tensor.
     """
 
     def __init__(self, owner: Pass, function: Callable[..., Any], args: Any) -> None:
@@ -240,10 +241,10 @@ def _watching_segments() -> Iterator[None]:
 
 
 def _checkpoint(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], **options: Any) -> Any:
-    """What ``torch.utils.checkpoint.checkpoint`` does with a segment, by which the pass is taken up again for it.
+    """Stands in for what ``torch.utils.checkpoint.checkpoint`` calls, so that a segment that reruns resumes its pass.
 
-    Always without the reentrant variant, which returns the same gradients but runs a backward pass for each segment:
-    through the weights of a pass, which come from one draw, only the first could go.
+    The non-reentrant variant is always used. The reentrant one returns the same gradients, but runs one backward pass
+    for each segment, and only the first of these could go through the weights, which come from one draw.
 
     :raises RuntimeError: inside ``vmap``, which cannot keep what a segment needs for later.
     """
@@ -253,7 +254,7 @@ def _checkpoint(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
     transforms = torch._C._functorch.get_interpreter_stack() or []
     kinds = {transform.key() for transform in transforms}
     if not torch.is_grad_enabled() or kinds - {torch._C._functorch.TransformType.Vmap}:
-        return function(*args, **kwargs)  # transforms of gradients run nothing again
+        return function(*args, **kwargs)  # under gradient transforms no segment runs again
     if kinds:
         raise RuntimeError("gradient checkpointing runs a part of the network again after vmap has ended")
     segment = _Segment(owner, function, (args, kwargs))

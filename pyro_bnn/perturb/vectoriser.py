@@ -1,4 +1,4 @@
-"""Runs a function with ``torch.func.vmap`` if possible, and otherwise in turn."""
+"""Runs a function with ``torch.func.vmap`` if possible, and otherwise one by one."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _Result = TypeVar("_Result")
 
 
 class Vectoriser:
-    """Runs a function vectorised until that fails for the first time, and in turn from then on.
+    """Runs a function vectorised until that fails for the first time, and one by one from then on.
 
-    Nothing tells by its type whether an exception is of ``vmap``, which fails at in-place writes, decisions on values,
-    boolean masks and ``.item()`` with the messages of whatever they meet: the run one after the other tells. What it
-    raises is the function's own, and is raised. Only a lack of memory is never taken for a failure of ``vmap``.
+    ``vmap`` fails at in-place writes, branches on values, boolean masks and ``.item()``, with exceptions of many types.
+    So the type does not show whether the error is the function's own: if the run one by one fails too, it is, and that
+    exception is raised. Running out of memory is never taken for a failure of ``vmap``.
 
     :param what: the function, for the warning.
     :param over: what it is vectorised over, in the plural.
@@ -31,8 +31,10 @@ class Vectoriser:
         self.has_failed = False
 
     def __call__(self, at_once: Callable[[], _Result], in_turn: Callable[[], _Result], like: Tensor) -> _Result:
-        """What both return.
+        """The result, which both functions compute.
 
+        :param at_once: the function, vectorised.
+        :param in_turn: the function, one by one.
         :param like: a tensor on the device of the function.
         """
         if self.has_failed:
@@ -50,7 +52,7 @@ class Vectoriser:
         first_line = str(failure).strip().partition("\n")[0]
         warnings.warn(
             f"{self.what} could not be vectorised over {self.over} ({type(failure).__name__}: {first_line}); from now "
-            f"on they run one by one, which gives the same and takes longer{self.hint}",
+            f"on they run one by one, which gives the same results and takes longer{self.hint}",
             stacklevel=3,
         )
         return result

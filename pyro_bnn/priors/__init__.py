@@ -3,7 +3,8 @@
 A prior is an object of one of these classes, a Pyro distribution, a function ``(name, tensor) -> distribution``, or a
 mapping ``{pattern: prior}``. A pattern is the name of a parameter, the name of a module (for all parameters below it),
 or a regular expression that matches such a name completely; the first pattern that matches is used. ``loc=None`` means
-the centre that leaves the network unchanged: 1 for a factor that multiplies a weight (rank-1), 0 for a weight itself.
+the centre that the model sets: 1 for a factor that multiplies a weight (rank-1), 0 for a weight itself, and the given
+value for a gain or bias of a normalisation layer (``affine_prior`` of ``Bella``).
 
 Hierarchical priors add latent sites: ``<site>_tau`` (a scale for a whole layer), ``<site>_lambda`` (a scale for each
 element) and ``<site>_inclusion`` (the share of the slab).

@@ -52,7 +52,7 @@ def _moved(value: object, like: Tensor) -> Any:
     if isinstance(value, (torch.distributions.Distribution, torch.distributions.Transform)):
         moved = copy.copy(value)
         for name, part in value.__dict__.items():
-            moved.__dict__[name] = None if name == "_inv" else _moved(part, like)  # transforms make inverses anew
+            moved.__dict__[name] = None if name == "_inv" else _moved(part, like)  # transforms make new inverses
         return moved
     return value
 
@@ -68,20 +68,21 @@ PriorLike = (
 def resolve(prior: PriorLike, names: tuple[str, ...], like: Tensor) -> Prior:
     """The prior of one site.
 
+    :param prior: what the user gave as ``prior=``.
     :param names: the names that a pattern may match, the most specific first (``fc.weight.s``, ``fc.weight``); it may
         also match a module that they are in (``fc``), see :func:`~pyro_bnn.selection.pattern_matches`.
     :param like: a tensor with the shape of the site.
     :raises ValueError: when a mapping has no pattern for the site, or an invalid one, or a distribution does not have
         its shape.
-    :raises TypeError: when the prior is none of the kinds above.
+    :raises TypeError: when the prior is not of a type in ``PriorLike``, or a function returns something else.
     """
     if isinstance(prior, Mapping):
         for pattern, one in prior.items():
             if any(pattern_matches(pattern, name) for name in names):
                 return resolve(one, names, like)
         raise ValueError(
-            f"no pattern of the prior matches {names[0]!r} (patterns: {', '.join(map(repr, prior))}); the whole name "
-            "of it or of a module that it is in must match. Add a last pattern '.*' for all others."
+            f"no pattern of the prior matches {names[0]!r} (patterns: {', '.join(map(repr, prior))}); a pattern "
+            "must match its whole name, or that of a module that it is in. Add a last pattern '.*' for all others."
         )
     if isinstance(prior, type):
         raise TypeError(f"prior={prior.__name__}: expected an object and not its class, as {prior.__name__}() is")
@@ -99,8 +100,8 @@ def resolve(prior: PriorLike, names: tuple[str, ...], like: Tensor) -> Prior:
         fixed = _Fixed(names[0], result)
     else:
         raise TypeError(
-            f"a prior is a class of pyro_bnn.priors, a Pyro distribution, a function (name, tensor) -> distribution "
-            f"or a mapping of patterns to these; got {type(prior).__name__}"
+            f"prior={prior!r}: expected an object of pyro_bnn.priors, such as Normal(), a Pyro distribution, a "
+            f"function (name, tensor) -> distribution or a mapping of patterns to these, not {type(prior).__name__}"
         )
     fixed.elements(0.0, like, None)  # a wrong shape is an error where the prior is given, not where it is used
     return fixed
@@ -109,8 +110,8 @@ def resolve(prior: PriorLike, names: tuple[str, ...], like: Tensor) -> Prior:
 def describe(prior: PriorLike | None) -> Any:
     """The prior as JSON.
 
-    :raises TypeError: for a function or a Pyro distribution, which JSON cannot describe, and for an own class of prior
-        that is no dataclass of numbers.
+    :raises TypeError: for a function or a Pyro distribution, which JSON cannot describe, and for a class of your own
+        that is not a dataclass of numbers.
     """
     if prior is None:
         return None
@@ -125,7 +126,7 @@ def describe(prior: PriorLike | None) -> Any:
 def from_description(description: Any) -> PriorLike | None:
     """The inverse of :func:`describe`.
 
-    :raises ValueError: when the description names no prior that is defined.
+    :raises ValueError: when the description names an unknown class of prior, or one without these fields.
     """
     if description is None:
         return None

@@ -14,7 +14,13 @@ from pyro_bnn.entry import checks
 
 
 def require_numbers(owner: object, **positive: float) -> None:
-    """Checks the parameters of a prior and converts them to plain numbers, which can be saved."""
+    """Checks the parameters of a prior and converts them to plain numbers, which can be saved.
+
+    :param owner: the prior; its ``loc``, if it has one that is not ``None``, must be finite.
+    :param positive: the parameters that must be positive, by name.
+    :raises TypeError: for a parameter that is not a number.
+    :raises ValueError: for a number out of range.
+    """
     for name, value in positive.items():
         object.__setattr__(owner, name, checks.positive(f"{type(owner).__name__}.{name}", value))
     loc = getattr(owner, "loc", None)
@@ -35,7 +41,10 @@ def location(loc: float | None, center: float | Tensor, like: Tensor) -> Tensor:
 
 
 class Prior:
-    """Base class: the prior of one site. It holds plain numbers only, so it works on any device and with any dtype."""
+    """Base class of priors of one site. A prior holds plain numbers only, so it works on any device and with any dtype.
+
+    A subclass defines :meth:`elements`, and the other methods if it has a ``tau``, ``lambda`` or ``inclusion``.
+    """
 
     #: whether one ``tau`` is shared by the whole layer
     has_tau: ClassVar[bool] = False
@@ -52,36 +61,61 @@ class Prior:
         return display.call(self)
 
     def require_fit(self, name: str, like: Tensor) -> None:
-        """Raises ValueError when the prior does not fit a site of this shape."""
+        """Checks that the prior fits a site.
+
+        :param name: name of the site, for the message.
+        :param like: a tensor with the shape of the site.
+        :raises ValueError: when it does not fit.
+        """
 
     def tau(self, like: Tensor) -> dist.TorchDistribution:
-        """The distribution of the layer's scale, on the device and with the dtype of ``like``."""
+        """The distribution of the layer's scale, on the device and with the dtype of ``like``.
+
+        :raises TypeError: for a prior without ``tau``.
+        """
         raise TypeError(f"{type(self).__name__} has no tau")
 
     def typical_tau(self) -> float:
-        """A typical value of tau under its prior, at which a guide starts."""
+        """A typical value of tau under its prior, at which a guide starts.
+
+        :raises TypeError: for a prior without ``tau``.
+        """
         raise TypeError(f"{type(self).__name__} has no tau")
 
     def local(self, like: Tensor) -> dist.TorchDistribution:
-        """The distribution of the scale of one element."""
+        """The distribution of the scale of one element, on the device and with the dtype of ``like``.
+
+        :raises TypeError: for a prior without ``lambda``.
+        """
         raise TypeError(f"{type(self).__name__} has no lambda")
 
     def share(self, like: Tensor) -> dist.TorchDistribution:
-        """The distribution of the prior inclusion probability."""
+        """The distribution of the prior inclusion probability, on the device and with the dtype of ``like``.
+
+        :raises TypeError: for a prior without a random inclusion probability.
+        """
         raise TypeError(f"{type(self).__name__} has no inclusion")
 
     def typical_share(self) -> float:
-        """The mean of the prior inclusion probability."""
+        """The mean of the prior inclusion probability, at which a guide starts.
+
+        :raises TypeError: for a prior without a random inclusion probability.
+        """
         raise TypeError(f"{type(self).__name__} has no inclusion")
 
     def with_share(self, share: Tensor) -> Prior:
-        """The prior given the inclusion probability."""
+        """The prior given the inclusion probability.
+
+        :param share: the inclusion probability, ``[*batch]``.
+        :raises TypeError: for a prior without a random inclusion probability.
+        """
         raise TypeError(f"{type(self).__name__} has no inclusion")
 
     def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
         """The distribution of the elements, with a batch shape that broadcasts against the site.
 
         :param center: what ``loc=None`` means: a number, or a tensor of the shape of the site.
+        :param like: a tensor with the shape, device and dtype of the site.
         :param scale: product of the sampled ``tau`` and ``lambda``; ``None`` when the prior has neither.
         """
         raise NotImplementedError(f"{type(self).__name__} must define elements()")
@@ -103,7 +137,13 @@ class _LocationScale(Prior):
 
 @dataclass(frozen=True)
 class Normal(_LocationScale):
-    """``N(loc, scale^2)``, independent elements."""
+    """``N(loc, scale^2)``, independent elements.
+
+    :param loc: the mean; ``None`` for the centre that the model sets: 1 for a factor, 0 for a weight.
+    :param scale: the standard deviation, in the units of the elements.
+    :raises TypeError: for a parameter that is not a number.
+    :raises ValueError: for a ``loc`` that is not finite, or a ``scale`` that is not positive.
+    """
 
     family = dist.Normal
     has_heavy_tails: ClassVar[bool] = False
@@ -111,14 +151,26 @@ class Normal(_LocationScale):
 
 @dataclass(frozen=True)
 class Cauchy(_LocationScale):
-    """``Cauchy(loc, scale)``, independent elements (Dusenberry et al. 2020, section 3.2)."""
+    """``Cauchy(loc, scale)``, independent elements (Dusenberry et al. 2020, section 3.2).
+
+    :param loc: the median; ``None`` for the centre that the model sets: 1 for a factor, 0 for a weight.
+    :param scale: half the interquartile range, in the units of the elements.
+    :raises TypeError: for a parameter that is not a number.
+    :raises ValueError: for a ``loc`` that is not finite, or a ``scale`` that is not positive.
+    """
 
     family = dist.Cauchy
 
 
 @dataclass(frozen=True)
 class Laplace(_LocationScale):
-    """``Laplace(loc, scale)``, independent elements: density ``exp(-|w - loc| / scale) / (2 scale)``."""
+    """``Laplace(loc, scale)``, independent elements: density ``exp(-|w - loc| / scale) / (2 scale)``.
+
+    :param loc: the mean; ``None`` for the centre that the model sets: 1 for a factor, 0 for a weight.
+    :param scale: the mean absolute deviation, in the units of the elements.
+    :raises TypeError: for a parameter that is not a number.
+    :raises ValueError: for a ``loc`` that is not finite, or a ``scale`` that is not positive.
+    """
 
     family = dist.Laplace
     has_heavy_tails: ClassVar[bool] = False
@@ -126,7 +178,14 @@ class Laplace(_LocationScale):
 
 @dataclass(frozen=True)
 class StudentT(Prior):
-    """``StudentT(df, loc, scale)`` with ``df`` degrees of freedom, independent elements."""
+    """``StudentT(df, loc, scale)`` with ``df`` degrees of freedom, independent elements.
+
+    :param df: degrees of freedom; 1 is a Cauchy distribution, and a large number is close to a Normal one.
+    :param loc: the median; ``None`` for the centre that the model sets: 1 for a factor, 0 for a weight.
+    :param scale: factor on a standard Student-t variable, in the units of the elements.
+    :raises TypeError: for a parameter that is not a number.
+    :raises ValueError: for a ``loc`` that is not finite, or a ``df`` or ``scale`` that is not positive.
+    """
 
     df: float = 3.0
     loc: float | None = None
@@ -143,7 +202,13 @@ class StudentT(Prior):
 
 @dataclass(frozen=True)
 class HierarchicalCauchy(Prior):
-    """tau ~ HalfCauchy(scale), one for a layer; element | tau ~ Cauchy(loc, tau)."""
+    """tau ~ HalfCauchy(scale), one for a layer; element | tau ~ Cauchy(loc, tau).
+
+    :param scale: the median of tau, in the units of the elements.
+    :param loc: the median of the elements; ``None`` for the centre that the model sets: 1 for a factor, 0 for a weight.
+    :raises TypeError: for a parameter that is not a number.
+    :raises ValueError: for a ``loc`` that is not finite, or a ``scale`` that is not positive.
+    """
 
     scale: float = 0.1
     loc: float | None = None
@@ -169,6 +234,11 @@ class HierarchicalNormal(Prior):
 
     Each element is marginally Student-t with ``2 * concentration`` degrees of freedom and scale
     ``sqrt(rate / concentration)``. The site holds the standard deviation tau.
+
+    :param concentration, rate: parameters of the prior of tau^2; ``rate`` is in the squared units of the elements.
+    :param loc: the median of the elements; ``None`` for the centre that the model sets: 1 for a factor, 0 for a weight.
+    :raises TypeError: for a parameter that is not a number.
+    :raises ValueError: for a ``loc`` that is not finite, or a ``concentration`` or ``rate`` that is not positive.
     """
 
     concentration: float = 2.0
@@ -195,7 +265,12 @@ class HierarchicalNormal(Prior):
 class Horseshoe(Prior):
     """element_i ~ N(loc, (tau lambda_i)^2), lambda_i ~ HalfCauchy(1), and tau ~ HalfCauchy(scale) for a layer.
 
-    Carvalho, Polson and Scott (2010).
+    Source: Carvalho, Polson and Scott (2010).
+
+    :param scale: the median of tau, in the units of the elements.
+    :param loc: the median of the elements; ``None`` for the centre that the model sets: 1 for a factor, 0 for a weight.
+    :raises TypeError: for a parameter that is not a number.
+    :raises ValueError: for a ``loc`` that is not finite, or a ``scale`` that is not positive.
     """
 
     scale: float = 0.1

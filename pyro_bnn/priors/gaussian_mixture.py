@@ -36,7 +36,8 @@ class GaussianMixture(Prior):
     :param locs: m, J numbers.
     :param scales: s, J positive numbers.
     :param weights: pi, J positive numbers, which are normalised to sum to 1; equal by default.
-    :raises ValueError: for numbers out of range, or lists of different lengths.
+    :raises TypeError: for an element that is not a number.
+    :raises ValueError: for numbers out of range, or lists that are empty or of different lengths.
     """
 
     locs: Sequence[float]
@@ -80,12 +81,13 @@ class CodebookPrior(Prior):
     where pi_k is the share of the weights with code k, and pi_0 that of the weights without one. Then KL(q || p) is at
     most ``sum_i KL(r_i || pi)``, in nats, where r_i are the probabilities of the codes for weight i: the length of an
     optimal code for the labels. The prior of the precisions keeps codes from collapsing to points, which the code
-    length alone would not penalise.
+    length alone would not penalise. A model with this prior cannot run before the guide is built (RuntimeError).
 
     :param slab: standard deviation of the component for weights without a code.
     :param concentration, rate: parameters of the prior of the precisions. By default its mode
         ``(concentration - 1) / rate`` corresponds to a standard deviation of 0.01.
-    :raises ValueError: for numbers out of range.
+    :raises TypeError: for a parameter that is not a number.
+    :raises ValueError: for a parameter that is not positive.
     """
 
     slab: float = 1.0
@@ -106,7 +108,8 @@ class CodebookPrior(Prior):
         """The prior given the codes of a guide.
 
         :param log_weights: log pi, ``[K + 1]``, the slab first.
-        :param locs, scales: ``[K]``.
+        :param locs, scales: means and standard deviations of the codes, ``[K]``.
+        :param codebook: the codebook of these codes.
         """
         locs = torch.cat([locs.new_zeros(1), locs])
         scales = torch.cat([scales.new_full((1,), self.slab), scales])

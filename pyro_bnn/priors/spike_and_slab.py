@@ -32,7 +32,11 @@ Spike = Literal["normal", "laplace"]
 
 @dataclass(frozen=True)
 class BetaHyperprior:
-    """The parameters of ``Beta(a, b)`` over a probability; with ``a, b > 1`` the mode is strictly between 0 and 1."""
+    """The parameters of ``Beta(a, b)`` over a probability; with ``a, b > 1`` the mode is strictly between 0 and 1.
+
+    :raises TypeError: for a parameter that is not a number.
+    :raises ValueError: for a parameter that is not positive.
+    """
 
     a: float
     b: float
@@ -43,7 +47,11 @@ class BetaHyperprior:
 
 @dataclass(frozen=True)
 class InverseGammaHyperprior:
-    """The parameters of ``InverseGamma(concentration, rate)`` over a variance."""
+    """The parameters of ``InverseGamma(concentration, rate)`` over a variance.
+
+    :raises TypeError: for a parameter that is not a number.
+    :raises ValueError: for a parameter that is not positive.
+    """
 
     concentration: float
     rate: float
@@ -74,7 +82,10 @@ class SpikeAndSlab(Prior):
     :param variance_prior: ``pyro.distributions.InverseGamma(concentration, rate)`` over sigma^2 (kept as
         :class:`InverseGammaHyperprior`), a factor on both variances. It makes the square root ``<name>_tau`` a latent
         site. By default the factor is 1.
-    :raises ValueError: for numbers out of range, or unknown names.
+    :param loc: the centre of spike and slab; ``None`` for the one that the model sets: 1 for a factor, 0 for a weight.
+    :raises TypeError: for a parameter that is not a number.
+    :raises ValueError: for numbers out of range, unknown names, a spike that is not narrower than the slab, or a
+        hyperprior of another family or with more than one number for each parameter.
     """
 
     spike_scale: float = 0.01
@@ -186,8 +197,11 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
     :param loc: centre of spike and slab.
     :param inclusion: theta, ``[*batch]``.
     :param spike_scale, slab_scale: see :class:`SpikeAndSlab`.
-    :param shape: event shape.
+    :param shape: event shape, at least one axis.
+    :param group, spike: see :class:`SpikeAndSlab`.
     :param scale: sigma ``[*batch]``, which multiplies both scales; ``None`` for 1.
+    :param batch_shape: by default that to which ``inclusion`` and ``scale`` broadcast.
+    :raises ValueError: for an empty shape.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -208,7 +222,7 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
         validate_args: bool | None = None,
     ) -> None:
         if not shape:
-            raise ValueError("a spike-and-slab distribution is of a weight with at least one axis: give it a shape")
+            raise ValueError("shape=(): expected the shape of a weight with at least one axis")
         self.loc, self.inclusion, self.scale = loc, inclusion, scale
         self.spike_scale, self.slab_scale, self.group, self.spike = spike_scale, slab_scale, group, spike
         batch = torch.broadcast_shapes(inclusion.shape, () if scale is None else scale.shape)
@@ -232,7 +246,7 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
         parts = (self.spike_scale, self.slab_scale, self.event_shape, self.group, self.spike, self.scale)
         return SpikeAndSlabDistribution(self.loc, self.inclusion, *parts, batch_shape=torch.Size(batch_shape))
 
-    # Inside, numbers of a group keep the axes of the event, those within the group with length 1: they broadcast.
+    # Below, values of groups keep all axes of the event, with length 1 for those within a group: they broadcast.
 
     def _per_group(self, value: Tensor) -> Tensor:
         """``[*batch] -> [*batch, 1 ...]``."""
@@ -269,7 +283,7 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
 
     @cached_property
     def _odds(self) -> tuple[Tensor, Tensor]:
-        """Log odds of a group whose weights are all at the centre, and by how much each unit of squares raises them."""
+        """Log odds of a group with all weights at the centre, and their increase for each unit of squared distance."""
         s0, s1 = self._scales
         prior_odds = self._log_shares[0] - self._log_shares[1]
         if self.spike == "normal":
@@ -304,7 +318,7 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
         return squares.squeeze(self.axes) if self.axes else squares
 
     def within_groups(self, value: Tensor) -> Tensor:
-        """``[*batch, *groups]`` with the axes within a group at length 1, so that it broadcasts against weights."""
+        """``[*batch, *groups]`` with axes of length 1 for those within a group, so that it broadcasts to weights."""
         lead = value.shape[: value.dim() - len(self.groups)]
         event = self.event_shape
         return value.reshape(*lead, *(1 if a - len(event) in self.axes else n for a, n in enumerate(event)))
@@ -322,10 +336,11 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
             out.addcmul_(moved, p * slab).addcmul_(moved.sign(), (1 - p) * spike)
 
     def scale_statistics(self, value: Tensor, included: Tensor) -> tuple[Tensor, Tensor]:
-        """``(A, B)``: in sigma, the density is proportional to ``sigma^-n exp(-A / (2 sigma^2) - B / sigma)``.
+        """``(A, B)`` of the density as a function of sigma.
 
-        A is the sum of the squares, B that of the absolute values under a Laplace spike, each weighted by the
-        probability of its group (``included``, ``[*batch, *groups]``) and by its scale at sigma = 1; both ``[*batch]``.
+        For n weights it is ``sigma^-n exp(-A / (2 sigma^2) - B / sigma)`` times a constant. A is the sum of squares, B
+        that of the absolute values under a Laplace spike, each weighted by the probability of its group (``included``,
+        ``[*batch, *groups]``) and by its scale at sigma = 1. Both are ``[*batch]``.
         """
         p, moved = self.within_groups(included), self._moved(value)
         event = tuple(range(-len(self.event_shape), 0))

@@ -1,4 +1,4 @@
-"""How operations act on channels: from the layouts of their inputs to that of their result, or ``None``."""
+"""Rules for operations on channels: from the layouts of the inputs to that of the result, or ``None``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pyro_bnn.sparsity.walk import ChannelLayout, Rules, Space, Walk
 
 
 def _layer(walk: Walk, node: fx.Node, x: ChannelLayout) -> ChannelLayout | None:
-    """Linear layers and convolutions make new channels of those that they read."""
+    """Linear layers and convolutions make new channels from those that they read."""
     layer = walk.layer(node)
     spatial, groups = len(getattr(layer, "kernel_size", ())), getattr(layer, "groups", 1)
     if x.spaces and x.spatial != spatial:
@@ -28,7 +28,7 @@ def _layer(walk: Walk, node: fx.Node, x: ChannelLayout) -> ChannelLayout | None:
         y = walk.new([layer.weight.shape[out]], spatial)
         read: tuple[str, ...] = (f"in_{kind}",)
     elif x.spaces and groups == layer.in_channels == layer.out_channels:
-        # depthwise: a masked kernel leaves one channel unread and another, in the same place, dead
+        # depthwise: a masked kernel leaves its input channel unread and its output channel dead
         y = walk.new(x.sizes, spatial)
         walk.couples += zip(x.spaces, y.spaces, strict=True)
         out, into, read = 0, 0, ("in_channels", "groups")
@@ -43,7 +43,7 @@ def _layer(walk: Walk, node: fx.Node, x: ChannelLayout) -> ChannelLayout | None:
 
 
 def _norm(walk: Walk, node: fx.Node, x: ChannelLayout, spatial: tuple[int, ...]) -> ChannelLayout | None:
-    """A channel without scale and shift is zero whatever its statistics; one that never had them is not."""
+    """A channel whose scale and shift are masked is zero; in a layer without scale and shift no channel is."""
     layer = walk.layer(node)
     own = [name for name, t in [*layer._parameters.items(), *layer._buffers.items()] if t is not None and t.dim()]
     if x.spatial not in spatial or not own or not all(walk.tie(node, n, 0, x, None, "num_features") for n in own):
@@ -54,13 +54,13 @@ def _norm(walk: Walk, node: fx.Node, x: ChannelLayout, spatial: tuple[int, ...])
 
 
 def _elementwise(walk: Walk, node: fx.Node, x: ChannelLayout, *others: ChannelLayout) -> ChannelLayout | None:
-    """A function of the numbers in one place: no channel is silent any more where it does not take zeros to zero."""
+    """An elementwise function. If it does not map zeros to zero, no channel of the result is silent."""
     if not all(x.like(other) for other in (x, *others)):
         return None
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda _: torch.zeros(1, dtype=torch.float64))
     function: Any = walk.layer(node) if node.op == "call_module" else node.target
     zero = getattr(args[0], function)(*args[1:], **kwargs) if node.op == "call_method" else function(*args, **kwargs)
-    if not zero.isfinite().all():  # not even a channel that nothing reads may become NaN
+    if not zero.isfinite().all():  # not even an unread channel may become NaN
         return None
     for other in others:
         for one, two in zip(x.spaces, other.spaces, strict=True):
@@ -74,7 +74,7 @@ def _multiply(walk: Walk, node: fx.Node, x: ChannelLayout, *others: ChannelLayou
     """A product is zero where one factor is, and the other factor is not needed there."""
     if len(others) != 1 or not x.like(others[0]):
         return None
-    if node.kwargs or walk.read_after(node, x):  # a trace does not tell ``x *= y``, which others may then read as x
+    if node.kwargs or walk.read_after(node, x):  # a trace does not show ``x *= y``, after which x is the product
         return _elementwise(walk, node, x, *others)
     y = walk.new(x.sizes, x.spatial, x.flat)
     for one, two, product in zip(x.spaces, others[0].spaces, y.spaces, strict=True):
@@ -116,14 +116,14 @@ def _flatten(walk: Walk, node: fx.Node, x: ChannelLayout) -> ChannelLayout | Non
 
 
 def _view(walk: Walk, node: fx.Node, x: ChannelLayout, *sizes: ChannelLayout) -> ChannelLayout | None:
-    """``x.view(x.size(0), -1)`` and the like; the length of another tensor may be another number."""
+    """``x.view(x.size(0), -1)`` and the like; the length must be that of x, because another tensor may differ."""
     shape: Any = node.args[1] if len(node.args) == 2 else node.args[1:]
     flat = isinstance(shape, (tuple, list)) and len(shape) == 2 and shape[1] == -1
     return x.flattened() if flat and _length_of(shape[0]) is node.args[0] else None
 
 
 def _length_of(node: Any) -> Any:
-    """The tensor whose length along axis 0 this is, if it is one."""
+    """The tensor whose length along axis 0 this node is; ``None`` for other nodes."""
     if not isinstance(node, fx.Node):
         return None
     if node.target is operator.getitem and node.args[1] == 0 and isinstance(shape := node.args[0], fx.Node):
@@ -132,7 +132,7 @@ def _length_of(node: Any) -> Any:
 
 
 def _shape(walk: Walk, node: fx.Node, x: ChannelLayout) -> ChannelLayout | None:
-    """The number of samples may be read; that of channels may change."""
+    """Code may read the number of samples, but not that of channels, which may change."""
     readers = [node] if node.args[1:] == (0,) else node.users
     return ChannelLayout() if all(_length_of(reader) is node.args[0] for reader in readers) else None
 
@@ -144,7 +144,7 @@ def _cat(walk: Walk, node: fx.Node, *inputs: ChannelLayout) -> ChannelLayout | N
     if any(not x.spaces or x.flat or x.spatial != spatial for x in parts):
         return None
     if _argument(walk, node, 1, "dim", 0) not in ((1, -1 - spatial) if spatial else (-1,)):
-        return None  # axis 1 of a linear layer's output may be the time
+        return None  # axis 1 of a linear layer's output may be time
     return ChannelLayout(tuple(space for x in parts for space in x.spaces), spatial)
 
 
@@ -158,7 +158,7 @@ def _keys(names: str, *places: object) -> list[Any]:
     return [getattr(place, name) for name in names.split() for place in places if hasattr(place, name)]
 
 
-# Functions go by the object, methods by their name, layers by their exact type: a subclass may behave differently.
+# Functions are found by object, methods by name, layers by exact type: a subclass may behave differently.
 _PRODUCTS = "mul multiply"
 _FUNCTIONS = (
     "add add_ iadd sub sub_ isub mul_ imul div div_ truediv itruediv neg abs square maximum minimum clamp clamp_ "

@@ -29,8 +29,9 @@ class Channels:
     :ivar kept: such a mask for every parameter: a channel whose weights are all masked where it is made, or where it
         is read, also loses its other weights, its biases, and its scale and shift in batch normalisation.
     :ivar index: for every parameter and buffer, the entries of each axis that stay; None where all do.
-    :ivar dead: the channels that go because all that makes them is masked. What they pass on without weights (a bias,
-        a shift of batch normalisation) is taken to be nothing: :mod:`pyro_bnn.sparsity.sparsify` moves it elsewhere.
+    :ivar dead: the channels that are removed because everything that makes them is masked. What they pass on without
+        weights (a bias, a shift of batch normalisation) is taken as zero: :mod:`pyro_bnn.sparsity.sparsify` moves it
+        elsewhere.
     :raises TypeError: when ``net`` is not a module, or a mask is not a bool tensor.
     :raises ValueError: on an unknown name, a mask of another shape, or a network that cannot be traced.
 
@@ -66,6 +67,7 @@ class Channels:
     def mask(self, name: str, tensor: Tensor) -> Tensor:
         """A parameter's values ``[..., *shape]`` with zeros where they are not kept. Those of a buffer are all kept.
 
+        :param name: name of a parameter or buffer.
         :raises ValueError: when there is no such name, or the values do not have its shape.
         """
         self._check(name, tensor)
@@ -114,7 +116,13 @@ class Channels:
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters as stored and those that are not zero, bytes of parameters and buffers, multiply-adds of one pass."""
+    """The size of a network, see :func:`count`.
+
+    :param parameters: number of parameters as stored.
+    :param nonzero: number of parameters that are not zero.
+    :param bytes: bytes of parameters and buffers.
+    :param multiply_adds: number of multiply-adds of one pass; ``None`` without an input.
+    """
 
     parameters: int
     nonzero: int

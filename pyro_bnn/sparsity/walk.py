@@ -1,9 +1,9 @@
-"""Which entries of its parameters belong to which channels of a network, followed through the graph of its operations.
+"""Finds which entries of parameters belong to which channels of a network, by following the graph of its operations.
 
 The network is traced, and every tensor in it whose channels can be followed gets a layout: the spaces of channels over
-which one of its axes runs. Layers tie entries of their parameters to these spaces. A channel goes when all that makes
-it is masked (it is dead) or all that reads it is (it is unread). Everything else that belongs to it is then masked
-too, and that may be all that made or read another channel. Operations without a rule in ``channel_rules`` are
+which one of its axes runs. Layers tie entries of their parameters to these spaces. A channel is removed when everything
+that makes it is masked (it is dead), or everything that reads it (it is unread). Everything else that belongs to it is
+then masked too, which may leave another channel dead or unread. Operations without a rule in ``channel_rules`` are
 barriers: every channel of the tensors that they touch stays as it is.
 """
 
@@ -29,7 +29,7 @@ def all_true(shape: Any) -> Tensor:
 class Space:
     """Channels that several tensors share, and the entries of parameters and buffers that belong to them.
 
-    Each maker and each reader is a function that tells for which of the channels it does nothing any more.
+    Each maker and each reader is a function that returns for which of the channels it no longer does anything.
     """
 
     def __init__(self, size: int) -> None:
@@ -61,7 +61,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Block:
-    """The entries along one axis of a tensor that belong to a space: for each of its channels a run of them."""
+    """The entries along one axis of a tensor that belong to a space: ``run`` successive ones for each channel."""
 
     name: str
     axis: int
@@ -70,17 +70,17 @@ class Block:
     run: int
 
     def of(self, tensor: Tensor) -> Tensor:
-        """``[size, run, ...]``, its view of a tensor that has this axis first."""
+        """The block as a view ``[size, run, ...]`` of a tensor that has its axis first."""
         return tensor.narrow(0, self.start, self.size * self.run).unflatten(0, (self.size, self.run))
 
 
 @dataclass(frozen=True)
 class Dead:
-    """Channels of one space that no weight makes any more.
+    """The channels of one space that no weight makes any more.
 
-    :param channels: their numbers in the space.
-    :param makers, readers: the entries of weights that made and that read the channels of the space.
-    :param traced: whether nothing else reads them.
+    :param channels: their indices in the space.
+    :param makers, readers: the entries of weights that make and that read the channels of the space.
+    :param traced: whether nothing but these readers reads them.
     """
 
     channels: Tensor
@@ -91,10 +91,10 @@ class Dead:
 
 @dataclass(frozen=True)
 class ChannelLayout:
-    """The channels of a tensor: they run over the spaces in turn, along the axis with ``spatial`` more behind it.
+    """The channels of a tensor: those of each space in turn, along the axis that ``spatial`` more axes follow.
 
     In a ``flat`` tensor ``[N, features]`` each channel is a run of features, one for every position that it had. A
-    layout without spaces says nothing: such a tensor may be anything, and all its channels stay.
+    layout without spaces means that nothing is known about the tensor: all its channels stay.
     """
 
     spaces: tuple[Space, ...] = ()
@@ -115,15 +115,15 @@ class ChannelLayout:
 
 #: ``(walk, node, *layouts of the inputs) -> layout of the result``, or ``None`` where channels cannot be followed
 Rule = Callable[..., ChannelLayout | None]
-#: by function, name of a method, or type of a layer
+#: rules by function, name of a method, or type of a layer
 Rules = Mapping[Any, Rule]
 
 
 class Walk:
-    """One way through the graph of a network, on which its parameters are tied to spaces of channels.
+    """Follows the graph of a network, and ties its parameters to spaces of channels.
 
     :param net: a module that ``torch.fx`` can trace.
-    :param kept: masks of its parameters, which are written into.
+    :param kept: masks of its parameters, which are changed in place.
     :param held: by name of a layer's weight, the outputs that are never taken for dead.
     :param one, several: the rules of operations with one and with several inputs.
     """
@@ -134,7 +134,7 @@ class Walk:
         net = copy.deepcopy(net).eval()  # tracing leaves constants in the module
         self.kept, self.held = kept, held
         self.spaces: list[Space] = []
-        self.couples: list[tuple[Space, Space]] = []  # a channel is taken out of both or of neither
+        self.couples: list[tuple[Space, Space]] = []  # a channel is removed from both or from neither
         self.sizes: list[tuple[str, str, str, int]] = []  # module, attribute, and the tensor and axis of that size
         self.names = {id(tensor): name for name, tensor in [*net.named_parameters(), *net.named_buffers()]}
         self.modules = dict(net.named_modules(remove_duplicate=False))
@@ -172,7 +172,7 @@ class Walk:
         return x
 
     def read_after(self, node: fx.Node, x: ChannelLayout) -> bool:
-        """Whether a tensor that may be this one is used by an operation after a node."""
+        """Whether an operation after ``node`` uses ``x``, or a tensor that may be the same."""
         roots = {space.root for space in x.spaces}
         same = [other for other, y in self.layouts.items() if any(space.root in roots for space in y.spaces)]
         return any(user is not node and user not in self.layouts for other in same for user in other.users)
@@ -184,10 +184,10 @@ class Walk:
                 getattr(space.root, role).append((~all_true(space.size)).clone)
 
     def tie(self, node: fx.Node, own: str, axis: int, x: ChannelLayout, role: str | None, *attributes: str) -> bool:
-        """Ties one axis of a layer's tensor to the channels of a layout; False when it has not as many entries.
+        """Ties one axis of a layer's tensor to the channels of a layout; False when their numbers do not fit.
 
         :param role: whether the entries are ``"makers"`` or ``"readers"`` of the channels, or only belong to them.
-        :param attributes: of the layer, which are the size of that axis.
+        :param attributes: the attributes of the layer that hold the size of that axis.
         """
         tensor = getattr(self.layer(node), own)
         run, rest = divmod(tensor.shape[axis], sum(x.sizes))
@@ -211,7 +211,7 @@ class Walk:
         return ~block.of(kept.any(dim=[axis for axis in range(kept.dim()) if axis != block.axis])).any(1)
 
     def settle(self) -> None:
-        """Masks what belongs to dead and unread channels until no more of them turn up, then says which stay."""
+        """Masks what belongs to dead and unread channels until there are no new ones, then sets which channels stay."""
         roots = [space for space in self.spaces if space.root is space]
         changed = True
         while changed:
@@ -225,7 +225,7 @@ class Walk:
                     continue
                 changed, space.dead, space.unread, space.stays = True, dead, unread, ~(dead | unread)
                 for block in space.blocks:
-                    if block.name in self.kept:  # not the statistics of a normalisation
+                    if block.name in self.kept:  # statistics of normalisation layers have no mask
                         block.of(self.kept[block.name].movedim(block.axis, 0))[~space.stays] = False
         while any(not torch.equal(a.root.stays, b.root.stays) for a, b in self.couples):
             for a, b in self.couples:
@@ -247,6 +247,7 @@ class Walk:
         ]
 
     def index(self, shapes: dict[str, torch.Size]) -> dict[str, tuple[Tensor | None, ...]]:
+        """For each parameter and buffer the indices that stay along each axis; ``None`` where all do."""
         stays = {name: [all_true(size) for size in shape] for name, shape in shapes.items()}
         for space in {space.root for space in self.spaces}:
             for block in space.blocks:
@@ -263,7 +264,7 @@ def _trace(net: nn.Module) -> fx.Graph:
     defaults = {a.name: a.default for a in arguments if a.default is not inspect.Parameter.empty}
     try:
         if "forward" in vars(net):
-            raise NotImplementedError("it would take the forward of the class, not the one that was put in its place")
+            raise NotImplementedError("it would trace the forward of the class, not the one that was put in its place")
         return fx.Tracer().trace(net, defaults or None)
     except Exception as error:  # anything that a network does with the stand-ins for its tensors
         raise ValueError(

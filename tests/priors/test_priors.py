@@ -350,7 +350,7 @@ def test_functions_that_return_something_else() -> None:
         resolve(lambda name, tensor: 1.0, ("w",), vector())
     with pytest.raises(ValueError, match=r"the prior of 'w' has shape \(4,\), the site has \(5,\)"):
         resolve(lambda name, tensor: dist.Normal(torch.zeros(4), 1.0), ("w",), vector())
-    with pytest.raises(TypeError, match="or a mapping of patterns to these; got int"):
+    with pytest.raises(TypeError, match="or a mapping of patterns to these, not int"):
         resolve(3, ("w",), vector())  # type: ignore[arg-type]
 
 

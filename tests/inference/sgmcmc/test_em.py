@@ -637,7 +637,7 @@ def flat_rate() -> None:
     [
         (lambda: pyro.sample("z", dist.Normal(0.0, 1.0)), {}, "no spike-and-slab site"),
         (shared_rate, {}, "'w_inclusion'"),
-        (plated, {}, "one weight a site"),
+        (plated, {}, "one weight for each site"),
         (flat_rate, {}, "no mode"),
         (scaled, {}, "scaled or masked"),
         (rate_used_twice, {}, "'b' depends on 'w_inclusion'"),
