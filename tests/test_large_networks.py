@@ -114,7 +114,16 @@ NETWORKS: dict[str, Kind] = {
     ),
     "timm regnety_002": Kind(timm("regnety_002"), pictures()),
     "timm mixer_s32": Kind(timm("mixer_s32_224", img_size=64), pictures(64)),
-    "timm xcit_nano": Kind(timm("xcit_nano_12_p16_224", img_size=64), pictures(64)),
+    "timm xcit_nano": Kind(
+        timm("xcit_nano_12_p16_224", img_size=64),
+        pictures(64),
+        refused={"Rank1": "does not depend on the sample", "Bella": "does not depend on the sample"},
+    ),
+    "timm xcit_nano, without its positions": Kind(
+        timm("xcit_nano_12_p16_224", img_size=64),
+        pictures(64),
+        select={model: without("token_projection", "temperature", "cls_token") for model in MODELS},
+    ),
     "llama, language model": Kind(transformer("Llama", "LlamaForCausalLM", **LLAMA), tokens, class_dim=-1),
     "bert, checkpointing": Kind(
         transformer(
