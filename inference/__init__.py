@@ -7,10 +7,10 @@ from pyro_bnn.inference.baselines.swag import SWAG
 from pyro_bnn.inference.schedules import cosine, multistep
 from pyro_bnn.inference.sgmcmc import pruning
 from pyro_bnn.inference.sgmcmc.draw_files import load_stream
-from pyro_bnn.inference.sgmcmc.em import SGHMCEM
-from pyro_bnn.inference.sgmcmc.ke_fan import KeFanSGHMC
 from pyro_bnn.inference.sgmcmc.sampling import sample
 from pyro_bnn.inference.sgmcmc.sghmc import SGHMC, SGLD
+from pyro_bnn.inference.sgmcmc.spike_and_slab.em import SGHMCEM
+from pyro_bnn.inference.sgmcmc.spike_and_slab.ke_fan import KeFanSGHMC
 from pyro_bnn.inference.stein.autoparticles import AutoParticles
 from pyro_bnn.inference.stein.kernels import IMQ, RBF, KernelSum, LinearKernel, ScaledMedian
 from pyro_bnn.inference.stein.svgd import SVGD, cyclical_annealing

@@ -52,6 +52,7 @@ class Minibatches(NamedTuple):
     :param size: number N of samples in the data set; ``None`` when it does not tell.
     :param first: a batch.
     :param shuffled: whether every pass is known to be in random order.
+    :param in_memory: whether ``take`` finds any rows by their indices.
     """
 
     rows: Callable[[], Iterator[tuple[object, ...]]]
@@ -60,6 +61,7 @@ class Minibatches(NamedTuple):
     size: int | None
     first: tuple[object, ...]
     shuffled: bool
+    in_memory: bool = False
 
     def epoch(self) -> Iterator[tuple[Any, ...]]:
         """The batches of one pass."""
@@ -119,7 +121,7 @@ def _of_memory(model: Program, data: Data, batch_size: int) -> Minibatches:
     memory = _Memory(x, y, batch_size)
     first = memory.take(torch.arange(min(batch_size, size), device=y.device))
     _require_num_data(model, size)
-    return Minibatches(memory.rows, memory.take, -(-size // batch_size), size, first, shuffled=True)
+    return Minibatches(memory.rows, memory.take, -(-size // batch_size), size, first, shuffled=True, in_memory=True)
 
 
 # ------------------------------------------------------------------------------------------------------ loaders

@@ -129,6 +129,23 @@ class Potential:
 
         :param values: ``{site: unconstrained [*shape]}``.
         """
+        return self.energy(values, args, kwargs)
+
+    def energy(
+        self,
+        values: dict[str, Tensor],
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        power: Tensor | None = None,
+    ) -> Tensor:
+        """``-b log p(data | z) - log p(z) - log |dz / dtheta|`` in nats, a scalar: U for b = 1.
+
+        Data are the observed sites, factors among them, of any model.
+
+        :param values: ``{site: unconstrained [*shape]}``.
+        :param args, kwargs: arguments of the model.
+        :param power: b, a number in a tensor; ``None`` for 1.
+        """
         latents = dict(self.held)
         jacobian: Any = 0.0
         for name, value in values.items():
@@ -136,7 +153,7 @@ class Potential:
             latents[name] = transform(value)
             if not _is_identity(transform):
                 jacobian = jacobian + transform.log_abs_det_jacobian(value, latents[name]).sum()
-        with self._running(train=True), LogJoint(self._unscored) as joint:
+        with self._running(train=True), LogJoint(self._unscored, latents, power) as joint:
             poutine.condition(self.model, latents)(*args, **kwargs)
         energy: Tensor = -(joint.total + jacobian)
         if not isinstance(energy, Tensor):  # every density was left out
@@ -168,17 +185,26 @@ class LogJoint(Messenger):
 
     Those of the weights come before what the network does with them, and so their gradients after its own: a trace,
     which is scored at the end, would keep the gradients of all priors beside all activations.
+
+    :param unscored: sites that are left out.
+    :param latents: sites that are no data although their values are given.
+    :param power: by which the log densities of data are multiplied; ``None`` for 1.
     """
 
-    def __init__(self, unscored: Collection[str] = ()) -> None:
+    def __init__(
+        self, unscored: Collection[str] = (), latents: Collection[str] = (), power: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.total: Any = 0.0
-        self._unscored = unscored
+        self._unscored, self._latents, self._power = unscored, latents, power
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if not poutine.util.site_is_subsample(msg) and msg["name"] not in self._unscored:
             density = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
-            self.total = self.total + self._sum(scale_and_mask(density, msg["scale"], msg["mask"]), msg)
+            added = self._sum(scale_and_mask(density, msg["scale"], msg["mask"]), msg)
+            if self._power is not None and msg["is_observed"] and msg["name"] not in self._latents:
+                added = added * self._power
+            self.total = self.total + added
 
     def _sum(self, density: Tensor, msg: object) -> Tensor:
         """What a site adds to the total."""

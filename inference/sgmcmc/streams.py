@@ -84,6 +84,20 @@ class Streams:
         """The next minibatch of the first chain alone."""
         return self._arguments if self._batches is None else self._batches.take(*self._rows(self._batches, 0))
 
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether all rows can be had at once: data in memory, or the arguments where there are no data."""
+        return self._batches is None or self._batches.in_memory
+
+    def every_row(self, at_once: int) -> list[tuple[object, ...]]:
+        """All rows in parts of at most ``at_once``; without data the arguments, once."""
+        batches = self._batches
+        if batches is None:
+            return [self._arguments]
+        assert batches.in_memory and batches.size is not None
+        device = next(leaf.device for leaf in pytree.tree_leaves(batches.first) if isinstance(leaf, Tensor))
+        return [batches.take(rows) for rows in torch.arange(batches.size, device=device).split(at_once)]
+
     def close(self) -> None:
         """Ends all passes over the data, and with them the workers of a loader."""
         self._passes = [iter(()) for _ in self._passes]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Literal, get_args
 
+import numpy as np
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -241,6 +242,25 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
         """The same groups with another inclusion probability and scale."""
         parts = (self.spike_scale, self.slab_scale, self.event_shape, self.group, self.spike)
         return SpikeAndSlabDistribution(self.loc, inclusion, *parts, scale, validate_args=False)
+
+    def of_one_group(self) -> SpikeAndSlabDistribution:
+        """The density of ``w_g - loc`` for a single group, whose event has length 1 along the axes of the groups."""
+        event = self.event_shape
+        shape = torch.Size(n if axis - len(event) in self.axes else 1 for axis, n in enumerate(event))
+        parts = (self.spike_scale, self.slab_scale, shape, self.group, self.spike, self.scale)
+        return SpikeAndSlabDistribution(0.0, self.inclusion, *parts, validate_args=False)
+
+    def one_group(self, index: int) -> tuple[slice[int | None], ...]:
+        """Where the weights of a group are in an event, as a view; groups are counted along the flat ``groups``."""
+        kept = iter(np.unravel_index(index, self.groups))
+        where: list[slice[int | None]] = []
+        for axis in range(-len(self.event_shape), 0):
+            if axis in self.axes:
+                where.append(slice(None))
+            else:
+                first = int(next(kept))
+                where.append(slice(first, first + 1))
+        return tuple(where)
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> SpikeAndSlabDistribution:
         parts = (self.spike_scale, self.slab_scale, self.event_shape, self.group, self.spike, self.scale)

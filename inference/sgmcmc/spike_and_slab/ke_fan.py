@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_bnn.inference.sgmcmc.preconditioners import MirrorDescent
 from pyro_bnn.inference.sgmcmc.pruning import Rule, RuleName
-from pyro_bnn.inference.sgmcmc.spike_and_slab import SpikeAndSlabKernel
+from pyro_bnn.inference.sgmcmc.spike_and_slab.kernel import SpikeAndSlabKernel
 from pyro_bnn.inputs import Data
 from pyro_bnn.program.sites import Program
 
@@ -68,8 +68,8 @@ def ke_fan_step(
 class KeFanSGHMC(SpikeAndSlabKernel):
     """The update of Ke and Fan's released code for spike-and-slab sites.
 
-    The documentation of the module ``pyro_bnn.inference.sgmcmc.ke_fan`` has the equations. To sample the posterior
-    under the spike-and-slab prior itself, use :class:`~pyro_bnn.inference.SGHMCEM`.
+    The documentation of the module ``pyro_bnn.inference.sgmcmc.spike_and_slab.ke_fan`` has the equations. To sample the
+    posterior under the spike-and-slab prior itself, use :class:`~pyro_bnn.inference.SGHMCEM`.
 
     :param model, data: as for :class:`~pyro_bnn.inference.SGHMC`. Spikes must be Normal and centred at 0.
     :param step_size: C.

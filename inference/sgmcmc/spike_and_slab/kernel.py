@@ -12,9 +12,14 @@ from torch import Tensor
 
 from pyro_bnn.entry import checks
 from pyro_bnn.inference.potential import Potential
-from pyro_bnn.inference.sgmcmc.indicators import NO_SITE, SpikeAndSlabState, find_sites, spike_and_slab_state
 from pyro_bnn.inference.sgmcmc.pruning import Rule, RuleName, rule
 from pyro_bnn.inference.sgmcmc.sghmc import SGHMC
+from pyro_bnn.inference.sgmcmc.spike_and_slab.indicators import (
+    NO_SITE,
+    SpikeAndSlabState,
+    find_sites,
+    spike_and_slab_state,
+)
 from pyro_bnn.inputs import Data
 from pyro_bnn.priors import (
     Cauchy,
@@ -53,8 +58,8 @@ class SpikeAndSlabKernel(SGHMC):
     ``<site>_inclusion`` and ``<site>_tau`` are optimised or fixed, and constant in the draws. Removed groups are
     exactly at the centre (0) in every draw, and do not count in the temperatures.
 
-    After :meth:`setup` a kernel has ``sites``, the :class:`~pyro_bnn.inference.sgmcmc.indicators.SpikeAndSlabState`
-    of each spike-and-slab site.
+    After :meth:`setup` a kernel has ``sites``, the state of each spike-and-slab site
+    (:class:`~pyro_bnn.inference.sgmcmc.spike_and_slab.indicators.SpikeAndSlabState`).
 
     :param model, data, step_size, friction, options: as for :class:`~pyro_bnn.inference.SGHMC`.
     :param hard: whether the E-step takes the likelier component instead of probabilities.
@@ -128,8 +133,12 @@ class SpikeAndSlabKernel(SGHMC):
         self._prior_energy: Any = 0.0
         self._averaged = 0  # number of E-steps in the pruning phase so far
         self._warmup_steps = warmup_steps * self.thinning
+        self._set_up_moves()
         self._prune_every = self.prune_every or self.streams.steps
         self._prune_start = self._default_prune_start() if self.prune_start is None else self.prune_start
+
+    def _set_up_moves(self) -> None:
+        """What a subclass does beside its steps, once the sites and the length of warm-up are known."""
 
     def _default_prune_start(self) -> int:
         return self.em_start
