@@ -2,13 +2,15 @@
 
 :class:`Posterior` is the facade. Behind it, ``draw_source`` supplies draws (from a guide, or from ``stored_draws``),
 ``statistics`` gives each draw its normalisation statistics, ``network_outputs`` runs the network with each draw,
-``foreign`` does the same for a user's own Pyro model, ``prediction`` interprets the outputs, ``plain_networks`` turns
+``foreign`` does the same for a user's own Pyro model, ``prediction`` interprets the outputs, ``importance`` says what
+groups of weights are worth to them, ``plain_networks`` turns
 draws into networks without Pyro, ``storage`` and ``own_draws`` define what is saved of networks and of a user's own
 models, ``folder`` writes and reads the files, and ``loading`` rebuilds a posterior from them.
 """
 
+from pyro_bnn.posterior.importance import ChainInclusion, Importance
 from pyro_bnn.posterior.loading import load
 from pyro_bnn.posterior.posterior import Posterior, Sparsified
 from pyro_bnn.posterior.prediction import Prediction
 
-__all__ = ["Posterior", "Prediction", "Sparsified", "load"]
+__all__ = ["ChainInclusion", "Importance", "Posterior", "Prediction", "Sparsified", "load"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
+from pyro_bnn import display
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inputs import Inputs, inputs
@@ -106,6 +107,52 @@ class DrawSource:
                 yield self._held(draws), index
             else:
                 yield self._values(size, self._trace(size, own_seed, example)), None
+
+    def title(self) -> str:
+        """The first line of what a posterior shows of itself: the model, and its network."""
+        of = f" of {display.name_of(self.model.core().net)}" if isinstance(self.model, BayesianNetwork) else ""
+        return f"Posterior of {display.name_of(self.model)}{of}"
+
+    def fields(self, losses: Sequence[float], sampler: Mapping[str, float]) -> dict[str, object]:
+        """The fields below it, by name: of the model, the guide, the draws, and the run that made them."""
+        found: dict[str, object] = dict(self.model.repr_fields()) if isinstance(self.model, BayesianNetwork) else {}
+        members = display.plural(self.num_members, "member")
+        if self.stored is None:
+            draws = f"made by the guide, for {members}"
+        else:
+            chains = f" in {display.plural(self.stored.num_chains, 'chain')}" if self.stored.is_sampled else ""
+            draws = f"{len(self.stored):,} stored{chains}, for {members}"
+        is_own = isinstance(self.guide, (MixtureGuide, DrawsGuide))
+        found |= {"guide": repr(self.guide) if is_own else display.name_of(self.guide), "draws": draws}
+        if losses:
+            steps = display.plural(len(losses), "step")
+            found["training"] = f"{steps}, last loss {display.number(float(losses[-1]))} nats/datum"
+        said = (f"{name} {display.number(value)}" for name, value in sampler.items())
+        return found | {"sampler": ", ".join(said)}
+
+    def as_stored(self, n: int, seed: int | None = None, *, example: Inputs = None) -> DrawsGuide:
+        """n draws of each member, with the statistics of normalisation layers that were stored with them."""
+        n = checks.count("n", n)
+        groups = list(self.indexed_groups(n, seed, example=example))
+        draws = {name: torch.cat([group[name] for group, _ in groups]) for name in groups[0][0]}
+        if self.stored is None:
+            return DrawsGuide(draws, self.model, is_sampled=False)
+        index = torch.cat([index for _, index in groups if index is not None])
+        held = self.stored.statistics()
+        statistics = {name: value[index.to(value.device)] for name, value in held.items()}
+        num_chains = self.stored.num_chains if n == len(self.stored) else 1
+        return DrawsGuide(draws, self.model, num_chains, statistics, self.stored.is_sampled)
+
+    def by_chain(self) -> list[DrawSource]:
+        """The draws of each chain on their own; all draws, once, where a guide makes them."""
+        if self.stored is None:
+            return [self]
+        chains = self.stored.num_chains
+        parts = {name: value.unflatten(0, (chains, -1)) for name, value in self.stored.draws().items()}
+        return [
+            DrawSource(self.model, DrawsGuide({name: part[i] for name, part in parts.items()}, self.model))
+            for i in range(chains)
+        ]
 
     def traces(
         self, n: int, seed: int | None = None, *, example: Inputs = None

@@ -6,11 +6,35 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pyro_bnn.inputs import Inputs
+from pyro_bnn.inputs import Inputs, naming_shapes
+from pyro_bnn.modes import evaluating
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.perturb.samples import batched
 from pyro_bnn.posterior import draw_source
+from pyro_bnn.posterior.prediction import Prediction
+from pyro_bnn.posterior.statistics import Statistics
 from pyro_bnn.program.model import BayesianNetwork
+
+
+def predict_network(
+    source: draw_source.DrawSource,
+    statistics: Statistics,
+    x: Inputs,
+    count: int,
+    batch_size: int | None = None,
+    seed: int | None = None,
+) -> Prediction:
+    """The predictive distribution of a network of this package at x, from ``count`` draws of every member."""
+    model = source.model
+    assert isinstance(model, BayesianNetwork)
+    outputs, noise = [], []
+    with torch.no_grad(), evaluating(model), naming_shapes(x):
+        for group, index in source.indexed_groups(count, seed, example=x):
+            if model.site("noise") in group:
+                noise.append(group[model.site("noise")])
+            for part in statistics.parts(model, group, index):
+                outputs.append(network_outputs(model, part, x, source.num_members, batch_size))
+    return Prediction(torch.cat(outputs), model.likelihood, torch.cat(noise) if noise else None)
 
 
 def network_outputs(

@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from pyro_bnn import display
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
-from pyro_bnn.inputs import Inputs, inputs, naming_shapes, require_finite, targets
-from pyro_bnn.modes import evaluating
+from pyro_bnn.inputs import Inputs, inputs, require_finite, targets
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.posterior import foreign, own_draws, storage
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS, DrawSource, with_members
-from pyro_bnn.posterior.network_outputs import network_outputs
+from pyro_bnn.posterior.importance import ChainInclusion, Importance, chain_inclusion, excess_loss, importance
+from pyro_bnn.posterior.network_outputs import predict_network
 from pyro_bnn.posterior.plain_networks import plain_networks
 from pyro_bnn.posterior.prediction import Prediction
 from pyro_bnn.posterior.statistics import Gathered, OfNetwork, Statistics, Stored
 from pyro_bnn.posterior.stored_draws import DrawsGuide
-from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.program.model import BayesianNetwork, like_of
 from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import device_of, seeded
@@ -151,31 +150,10 @@ class Posterior:
         return self.draw_source.is_deterministic
 
     def __repr__(self) -> str:
-        return display.text(self._title(), self._fields())
+        return display.text(self.draw_source.title(), self.draw_source.fields(self.losses, self.sampler))
 
     def _repr_html_(self) -> str:
-        return display.html_text(self._title(), self._fields())
-
-    def _title(self) -> str:
-        model = self.model
-        of = f" of {display.name_of(model.core().net)}" if isinstance(model, BayesianNetwork) else ""
-        return f"Posterior of {display.name_of(model)}{of}"
-
-    def _fields(self) -> dict[str, object]:
-        fields: dict[str, object] = dict(self.model.repr_fields()) if isinstance(self.model, BayesianNetwork) else {}
-        members = display.plural(self.num_members, "member")
-        if self.num_stored is None:
-            draws = f"made by the guide, for {members}"
-        else:
-            chains = f" in {display.plural(self.num_chains, 'chain')}" if self.is_sampled else ""
-            draws = f"{self.num_stored:,} stored{chains}, for {members}"
-        guide = repr(self.guide) if isinstance(self.guide, (MixtureGuide, DrawsGuide)) else display.name_of(self.guide)
-        fields |= {"guide": guide, "draws": draws}
-        if self.losses:
-            steps = display.plural(len(self.losses), "step")
-            fields["training"] = f"{steps}, last loss {display.number(float(self.losses[-1]))} nats/datum"
-        sampler = (f"{name} {display.number(value)}" for name, value in self.sampler.items())
-        return fields | {"sampler": ", ".join(sampler)}
+        return display.html_text(self.draw_source.title(), self.draw_source.fields(self.losses, self.sampler))
 
     # ------------------------------------------------------------------------------------------------- draws
 
@@ -224,22 +202,11 @@ class Posterior:
 
         :param seed, example: see :meth:`draws`, also for the errors.
         """
-        guide, source = self._stored(n, seed, example), self.draw_source
+        source = self.draw_source
+        guide = source.as_stored(n, seed, example=example)
         return Posterior(
             self.model, guide, losses=self.losses, sampler=self.sampler, example=source.example, store=source.store
         )
-
-    def _stored(self, n: int, seed: int | None, example: Inputs = None) -> DrawsGuide:
-        n = checks.count("n", n)
-        groups = list(self.draw_source.indexed_groups(n, seed, example=example))
-        draws = {name: torch.cat([group[name] for group, _ in groups]) for name in groups[0][0]}
-        statistics = {}
-        if self.draw_source.stored is not None:
-            index = torch.cat([index for _, index in groups if index is not None])
-            held = self.draw_source.stored.statistics()
-            statistics = {name: value[index.to(value.device)] for name, value in held.items()}
-        num_chains = self.num_chains if n == self.num_stored else 1
-        return DrawsGuide(draws, self.model, num_chains, statistics, self.is_sampled)
 
     # -------------------------------------------------------------------------------------------- prediction
 
@@ -281,14 +248,7 @@ class Posterior:
         if not isinstance(model, BayesianNetwork) or model.likelihood is None and return_site is not None:
             return Prediction(foreign.predict_site(source, x, count, seed, return_site), None)
         require_finite(x)
-        outputs, noise = [], []
-        with torch.no_grad(), evaluating(model), naming_shapes(x):
-            for group, index in source.indexed_groups(count, seed, example=x):
-                if model.site("noise") in group:
-                    noise.append(group[model.site("noise")])
-                for part in self._statistics().parts(model, group, index):
-                    outputs.append(network_outputs(model, part, x, self.num_members, batch_size))
-        return Prediction(torch.cat(outputs), model.likelihood, torch.cat(noise) if noise else None)
+        return predict_network(source, self._statistics(), x, count, batch_size, seed)
 
     @one_at_a_time
     def log_likelihood(
@@ -350,12 +310,46 @@ class Posterior:
         groups that were removed have probability 0. Depending on the prior, a weight ``[out, in, k, k]`` has
         probabilities of shape ``[out, in, k, k]``, ``[out, in]`` (kernels), ``[in]`` or ``[out]``.
 
-        :param num_samples: number of draws of each member; by default all stored draws, or 100.
+        :param num_samples: draws of each member; by default all, or 100. Of chains, all warn as inclusion_by_chain().
         :param args: the arguments with which to call a model that is not from this package.
         :raises ValueError: when the model has no spike-and-slab site.
         """
+        if num_samples is None and self.num_chains > 1:
+            return {name: of.probability.mean(0) for name, of in self.inclusion_by_chain(args=args).items()}
         draws = self.draw_source.groups(self.draw_source.count_all(num_samples, POSTERIOR_DRAWS), seed)
         return {name: odds.sigmoid() for name, odds in inclusion_log_odds(self.model, draws, args).items()}
+
+    @one_at_a_time
+    def inclusion_by_chain(self, *, args: tuple[object, ...] = ()) -> dict[str, ChainInclusion]:
+        """``{parameter: ChainInclusion}``: the same by each chain alone, and the Monte Carlo error of their mean.
+
+        It warns when chains differ by more than 1/2 on a group: they have not found the same groups.
+        """
+        return chain_inclusion(self.draw_source, args)
+
+    @one_at_a_time
+    def importance(
+        self,
+        x: Inputs,
+        y: object,
+        *,
+        least: float = 0.0,
+        num_samples: int | None = None,
+        batch_size: int | None = None,
+        seed: int | None = None,
+    ) -> dict[str, Importance]:
+        """``{parameter: Importance}``: what each group of a spike-and-slab prior is worth, beside its inclusion.
+
+        The loss of a group is the fall of the log predictive density, in nats per row, when its weights are put to 0 in
+        all draws: a prediction for each group.
+
+        :param x, y: rows to predict, held-out ones unless the fit itself is asked about.
+        :param least: groups with a smaller inclusion probability are not visited, and have a loss of NaN.
+        :param num_samples, batch_size, seed: see :meth:`predict`; by default all stored draws, or 100.
+        :raises TypeError, ValueError: as :meth:`sparsify` and :meth:`log_likelihood`.
+        """
+        guide = self.draw_source.as_stored(self.draw_source.count_all(num_samples, POSTERIOR_DRAWS), seed)
+        return importance(DrawSource(with_weight_sites(self.model), guide), x, y, least, batch_size)
 
     @one_at_a_time
     def sparsify(
@@ -366,6 +360,7 @@ class Posterior:
         shrink: bool = True,
         num_samples: int | None = None,
         seed: int | None = None,
+        data: tuple[Inputs, object] | None = None,
     ) -> Sparsified:
         """The posterior without the groups of weights that are probably in the spike, on a smaller network.
 
@@ -379,18 +374,21 @@ class Posterior:
         :param shrink: whether to cut channels, for which ``torch.fx`` must be able to trace the network; ``False`` sets
             the removed weights to zero and keeps all shapes.
         :param num_samples: number of draws of each member; by default all stored draws, or 100.
+        :param data: training data (x, y); with them it warns when their NLL grows by more than 0.05 nats per row.
         :raises TypeError: when the weights of the network are not sites of the model.
         :raises ValueError: without a spike-and-slab site, for a sparsity out of range, for a network that cannot be
             traced, or without ``example`` when it is needed.
         """
         checks.truth("shrink", shrink)
         model = with_weight_sites(self.model)
-        guide = self._stored(self.draw_source.count_all(num_samples, POSTERIOR_DRAWS), seed)
-        odds = inclusion_log_odds(self.model, DrawSource(self.model, guide).groups(len(guide)))
+        guide = self.draw_source.as_stored(self.draw_source.count_all(num_samples, POSTERIOR_DRAWS), seed)
+        full = DrawSource(model, guide)
+        odds = inclusion_log_odds(model, full.groups(len(guide)))
         sparse = sparsify(model, guide.draws(), guide.statistics(), odds, sparsity, example=example, shrink=shrink)
         kept = DrawsGuide(sparse.draws, sparse.model, guide.num_chains, sparse.statistics, guide.is_sampled)
         posterior = Posterior(sparse.model, kept, losses=self.losses, sampler=self.sampler)
-        return Sparsified(posterior, sparse.masks, sparse.before, sparse.after)
+        excess = None if data is None else excess_loss(full, posterior.draw_source, data)
+        return Sparsified(posterior, sparse.masks, sparse.before, sparse.after, excess)
 
     # ------------------------------------------------------------------------------------------------ storage
 
@@ -426,12 +424,14 @@ class Sparsified:
     :param posterior: draws of the smaller network (or of the same network with zeros, if nothing was cut).
     :param masks: ``{parameter of the original network: mask}``, True where a weight is kept.
     :param before, after: sizes of the two networks; a parameter counts as nonzero if it is nonzero in any draw.
+    :param excess: by how much the NLL of ``data`` grew, in nats per row; ``None`` where none were given.
     """
 
     posterior: Posterior
     masks: dict[str, Tensor]
     before: Size
     after: Size
+    excess: float | None = None
 
     def network(self, draw: int | None = None) -> nn.Module:
         """A plain network in eval mode: the weights of this draw of the first member, or the mean over all draws."""

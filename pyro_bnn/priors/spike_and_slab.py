@@ -114,6 +114,29 @@ class SpikeAndSlab(Prior):
         object.__setattr__(self, "has_tau", self.variance_prior is not None)
         object.__setattr__(self, "has_inclusion", isinstance(self.inclusion, BetaHyperprior))
 
+    @classmethod
+    def for_inputs(cls, num_inputs: int, num_data: int, expected: float = 2.0) -> SpikeAndSlab:
+        """The prior of a first layer whose inputs are to be selected: columns, with scales that the data give::
+
+            slab 1,   spike 1 / (2 sqrt(num_data)),   theta = expected / num_inputs
+
+        A column of H weights in the spike changes y by about ``spike sqrt(H) s``, with s the standard deviation of the
+        weights of the next layer. Next to ``Normal(0, 1 / sqrt(H))`` there, that is half of ``1 / sqrt(num_data)``, the
+        smallest effect that the rows can show: a spike that is wider holds effects that are real, and what is included
+        then says little. Inputs and y are assumed to have mean 0 and standard deviation 1.
+
+        :param num_inputs: number of inputs of the layer.
+        :param num_data: number N of rows.
+        :param expected: how many inputs are expected to matter, above 0 and below ``num_inputs``.
+        :raises ValueError: for numbers out of range.
+        """
+        num_inputs, num_data = checks.count("num_inputs", num_inputs, 2), checks.count("num_data", num_data)
+        if not 0 < checks.finite("expected", expected) < num_inputs:
+            raise ValueError(
+                f"expected={expected!r}: expected a number of inputs above 0 and below num_inputs={num_inputs}"
+            )
+        return cls(0.5 / math.sqrt(num_data), 1.0, expected / num_inputs, "input")
+
     def require_fit(self, name: str, like: Tensor) -> None:
         if not like.dim():
             raise ValueError(f"SpikeAndSlab is for weights with at least one axis, {name!r} is a single number")

@@ -25,6 +25,17 @@ def has_inclusion(model: object) -> bool:
     return any(isinstance(prior, SpikeAndSlab) for prior in getattr(model, "priors", {}).values())
 
 
+def group_densities(model: BayesianNetwork, names: Iterable[str]) -> dict[str, SpikeAndSlabDistribution]:
+    """Of each parameter a density with its groups; its rate and scale stand for any."""
+    parameters, some = model.core().parameters_by_name(), model.like().new_full((), 0.5)
+    found = {}
+    for name in names:
+        density = model.priors[name].with_share(some).elements(0.0, parameters[name].detach(), None)
+        assert isinstance(density, SpikeAndSlabDistribution)
+        found[name] = density
+    return found
+
+
 def keep_highest(scores: Sequence[Tensor], densities: Sequence[SpikeAndSlabDistribution], share: float) -> list[Tensor]:
     """Masks, false for the groups with the lowest scores over all sites, until a share of all weights is removed.
 

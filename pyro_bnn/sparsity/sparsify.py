@@ -17,7 +17,7 @@ from pyro_bnn.network import batch_size
 from pyro_bnn.perturb.samples import select_samples
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.sparsity.channels import Channels, Size, count
-from pyro_bnn.sparsity.inclusion import keep_highest
+from pyro_bnn.sparsity.inclusion import group_densities, keep_highest
 from pyro_bnn.sparsity.walk import Block, Dead
 
 #: values by site or parameter, ``[draws, members, *shape]``
@@ -99,11 +99,7 @@ def network_of_draw(
 def _masks(model: BayesianNetwork, odds: dict[str, Tensor], sparsity: float | None) -> Masks:
     """Masks of the weights of spike-and-slab sites that stay: the likelier groups. Removed weights stay removed."""
     parameters = model.core().parameters_by_name()
-    # only the division of a weight into groups is used, so any inclusion probability will do
-    some = model.like().new_full((), 0.5)
-    densities = {
-        name: model.priors[name].with_share(some).elements(0.0, parameters[name].detach(), None) for name in odds
-    }
+    densities = group_densities(model, odds)
     for name, density in densities.items():
         if density.loc:
             raise ValueError(f"the prior of {name!r} is centred at {density.loc}: only weights around 0 can be removed")

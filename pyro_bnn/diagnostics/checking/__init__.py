@@ -5,6 +5,7 @@
 * ``training``: whether the loss has converged.
 * ``chains``: R-hat and effective sample size of independent runs.
 * ``importance``: Pareto k-hat and leave-one-out cross-validation.
+* ``inclusion_checks``: findings about which groups a spike-and-slab prior includes.
 * ``predictive_checks``: findings about accuracy, calibration and out-of-distribution inputs.
 * ``prior_checks``: the functions that a prior implies.
 * ``shrinkage``: how much narrower the posterior is than the prior.

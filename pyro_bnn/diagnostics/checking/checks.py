@@ -12,6 +12,7 @@ from pyro_bnn.diagnostics.arviz.densities import has_density
 from pyro_bnn.diagnostics.checking.chains import FEWEST, comparable, convergence, effective_size, rhat_limit
 from pyro_bnn.diagnostics.checking.findings import Finding, Findings, gravest_first
 from pyro_bnn.diagnostics.checking.importance import fixed_weights, pareto_k
+from pyro_bnn.diagnostics.checking.inclusion_checks import inclusion_findings
 from pyro_bnn.diagnostics.checking.predictive_checks import ERRORS, Predicted, out_of_domain
 from pyro_bnn.diagnostics.checking.training import loss_verdict
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
@@ -62,6 +63,9 @@ def check(
     sampler          divergences of NUTS; temperatures of SGHMC within 10 % of their expected values
     convergence      R-hat and effective sample size of the function at 20 rows, if there are several chains
     fit              Pareto k-hat of a guide with a density; needs the training data
+    inclusion        of a spike-and-slab prior: whether chains agree; whether the training data lose more than 0.05 nats
+                     per row without what is probably in the spike; whether each included input gains two standard
+                     errors on ``data``
     spread           whether the draws are different functions
     accuracy         whether predictions beat the most frequent class, or the mean of y, by three standard errors of
                      the difference
@@ -92,6 +96,7 @@ def check(
     count, seed = posterior.draw_source.count(num_samples), some_seed(seed)
     settings: dict[str, Any] = {"num_samples": count, "batch_size": batch_size, "seed": seed}
     findings = [*_training(posterior), *_sampler(posterior), *_fit(posterior, x_train, y_train, batch_size, seed)]
+    findings += inclusion_findings(posterior, data, x_train, y_train, count, batch_size, seed)
     if data is not None:
         predicted: Predicted | None = None
         for x, prediction, y in predict_batches(posterior, data, **settings):

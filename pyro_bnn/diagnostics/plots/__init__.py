@@ -3,7 +3,7 @@
 Every function returns a new ``matplotlib.figure.Figure``: ``plot_losses(losses).savefig("elbo.svg")``. Figures are
 white, 5 inches wide and do not use ``pyplot``. Everything that differs in colour also differs in style or marker.
 
-* ``posteriors``: forest plots of sites, inclusion probabilities, distances between members.
+* ``posteriors``: forest plots of sites, inclusion and importance of groups, distances between members.
 * ``predictions``: calibration, selective prediction, out-of-distribution scores, regression bands.
 * ``runs``: losses, R-hat, k-hat, ranks.
 * ``canvas``: helpers that all plots share.
@@ -11,7 +11,13 @@ white, 5 inches wide and do not use ``pyplot``. Everything that differs in colou
 
 from __future__ import annotations
 
-from pyro_bnn.diagnostics.plots.posteriors import member_distances, plot_forest, plot_inclusion, plot_particles
+from pyro_bnn.diagnostics.plots.posteriors import (
+    member_distances,
+    plot_forest,
+    plot_importance,
+    plot_inclusion,
+    plot_particles,
+)
 from pyro_bnn.diagnostics.plots.predictions import (
     plot_band,
     plot_calibration_curve,
@@ -26,6 +32,7 @@ __all__ = [
     "plot_band",
     "plot_calibration_curve",
     "plot_forest",
+    "plot_importance",
     "plot_inclusion",
     "plot_losses",
     "plot_ood",

@@ -17,7 +17,7 @@ from pyro_bnn.diagnostics.scoring.precision import wide
 from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities
 
 if TYPE_CHECKING:
-    from pyro_bnn.posterior import Prediction
+    from pyro_bnn.posterior import Importance, Prediction
 
 #: most rows in a panel of a forest plot, and most panels in an inclusion map, so that a page stays short
 _MOST_ROWS, _MOST_MAPS = 16, 6
@@ -168,6 +168,42 @@ def plot_inclusion(inclusion: Mapping[str, Tensor]) -> Figure:
         figure.colorbar(image, ax=list(grid), label="P(slab | data)", location="bottom", aspect=40, pad=gap)
     if left_out := len(inclusion) - len(shown):
         figure.supxlabel(f"{left_out} of {len(inclusion)} parameters left out", fontsize=SMALL)
+    return figure
+
+
+def plot_importance(importance: Mapping[str, Importance]) -> Figure:
+    """What each group is worth to predictions, beside its inclusion: the loss without it, with two standard errors.
+
+    Groups with an inclusion probability of at least 1/2 are filled; groups without a loss are not drawn. Up to 6
+    parameters are drawn, evenly spaced over the network; a note gives the number of parameters left out.
+
+    :param importance: what ``posterior.importance(x, y)`` returns.
+    :raises ValueError: when it is empty, or no group has a loss.
+    """
+    if not importance:
+        raise ValueError("importance is empty: it comes from a model with a spike-and-slab prior")
+    shown = spread(list(importance), _MOST_MAPS)
+    figure = new_figure(0.4 + 2.2 * len(shown))
+    grid = figure.subplots(len(shown), squeeze=False)[:, 0]
+    for axes, name in zip(grid, shown, strict=True):
+        of = importance[name]
+        there = ~of.loss.flatten().isnan().cpu().numpy()
+        if not there.any():
+            raise ValueError(f"importance of {name!r} has no loss: call posterior.importance with a smaller least=")
+        loss = numbers(name, of.loss, dims=None, finite=False)[there]
+        error = numbers(name, of.error, dims=None, finite=False)[there]
+        inside = probabilities(name, of.inclusion, dims=of.inclusion.dim()).ravel()[there] >= 0.5
+        groups = np.arange(len(there))[there]
+        axes.errorbar(groups, loss, 2 * error, fmt="none", ecolor="0.4", linewidth=1.2)
+        axes.plot(groups[inside], loss[inside], "o", color="C0", label="included")
+        axes.plot(groups[~inside], loss[~inside], "o", color="C0", markerfacecolor="white", label="left out")
+        axes.axhline(0, color="0.6", linewidth=0.8)
+        axes.set_title(_shortened(name), loc="left", fontsize=10)
+        axes.set(xlabel="group", ylabel="loss without it, nats per row")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    grid[0].legend(frameon=False, fontsize=SMALL)
+    if left_out := len(importance) - len(shown):
+        figure.supxlabel(f"{left_out} of {len(importance)} parameters left out", fontsize=SMALL)
     return figure
 
 

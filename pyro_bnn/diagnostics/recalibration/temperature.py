@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -67,6 +67,13 @@ class ScaledPosterior(Posterior):
         """See ``Posterior.sparsify``; with the same T."""
         sparse = self.posterior.sparsify(*args, **kwargs)
         return replace(sparse, posterior=ScaledPosterior(sparse.posterior, self.temperature))
+
+    def importance(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Not supported: what a group is worth is a property of the posterior, not of T.
+
+        :raises TypeError: always, with instructions.
+        """
+        raise TypeError("importance() is of the posterior itself, without T: call scaled.posterior.importance(x, y)")
 
     def save(self, path: str | os.PathLike[str], *, prior: bool = True) -> None:
         """Not supported: a saved posterior cannot hold T.
