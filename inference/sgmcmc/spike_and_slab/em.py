@@ -23,7 +23,9 @@ included. Two things carry it across. In warm-up the likelihood has the power
 
 so that groups are chosen while the data speak softly; and at some steps whole groups are rescaled and accepted by
 Metropolis (:mod:`~pyro_bnn.inference.sgmcmc.spike_and_slab.swaps`), which leaves the posterior invariant. theta and
-sigma stay where they are while b moves.
+sigma stay where they are while b moves, and the log odds of the slab are 2 nats above those of theta until b is 1: a
+group that holds no effect leaves the slab at any b, but one that holds an effect can enter it only while b is small,
+because rescaling the group rescales its effect. The rest of warm-up has the prior itself.
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ from pyro_bnn.program.sites import Program
 
 #: share of warm-up after which the likelihood has its full power
 ANNEALED = 0.8
+#: nats that are added to the log odds of the slab while the likelihood has less than its full power
+LIFT = 2.0
 #: power of the likelihood and steps between two sweeps of swaps by default, where swaps pay
 POWER, SWAP_EVERY = 1e-3, 10
 #: rounding, relative to an energy, within which two are the same
@@ -169,6 +173,9 @@ class SGHMCEM(SpikeAndSlabKernel):
             return
         self._anneal_steps, self._first_power = ANNEALED * self._warmup_steps, power
         self.gradient.power = self.theta.new_full((), power)
+        for site in self.sites:
+            site.lift = LIFT
+            site.renew()
         if self.swaps is not None:
             self.swaps.energy.power = self.gradient.power
 
@@ -238,6 +245,10 @@ class SGHMCEM(SpikeAndSlabKernel):
         if self.gradient.power is not None and self.steps <= math.ceil(self._anneal_steps):
             time = min(1.0, self.steps / self._anneal_steps)
             self.gradient.power.fill_(self._first_power ** (1 - time))
+            if time == 1:
+                for site in self.sites:
+                    site.lift = 0.0
+                    site.renew()
         if self.swaps is not None and self.steps >= self.em_start and self.steps % self._swap_every == 0:
             self.swaps.sweep()
         super().step(position)

@@ -29,6 +29,7 @@ class SpikeAndSlabState(SiteGroups):
     :param scale: sigma, the factor on the scales of spike and slab, ``[*lead]``; ``None`` for 1.
     :param share_prior: (a, b) of ``theta ~ Beta(a, b)``; ``None`` where theta is fixed.
     :param scale_prior: (c, r) of ``sigma^2 ~ InverseGamma(c, r)``; ``None`` where sigma is fixed.
+    :param lift: nats by which the log odds of the slab are raised, while a chain looks for its groups.
     """
 
     name: str
@@ -36,10 +37,12 @@ class SpikeAndSlabState(SiteGroups):
     scale: Tensor | None
     share_prior: tuple[float, float] | None
     scale_prior: tuple[float, float] | None
+    lift: float = 0.0
 
     def renew(self) -> None:
-        """Gives the density the current theta and sigma."""
-        self.density = self.density.at(self.share, self.scale)
+        """Gives the density the current theta, its log odds raised by ``lift``, and the current sigma."""
+        share = (self.share.logit() + self.lift).sigmoid() if self.lift else self.share
+        self.density = self.density.at(share, self.scale)
 
     def expect(self, rate: float, hard: bool, threshold: float | None) -> None:
         """The E-step, in place: ``included <- (1 - rate) included + rate P(slab | weights)``.
