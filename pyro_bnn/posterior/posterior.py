@@ -315,7 +315,7 @@ class Posterior:
         :raises ValueError: when the model has no spike-and-slab site.
         """
         if num_samples is None and self.num_chains > 1:
-            return {name: of.probability.mean(0) for name, of in self.inclusion_by_chain(args=args).items()}
+            return {name: of.probability.mean(0) for name, of in chain_inclusion(self.draw_source, args).items()}
         draws = self.draw_source.groups(self.draw_source.count_all(num_samples, POSTERIOR_DRAWS), seed)
         return {name: odds.sigmoid() for name, odds in inclusion_log_odds(self.model, draws, args).items()}
 

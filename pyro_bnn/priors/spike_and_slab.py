@@ -137,6 +137,24 @@ class SpikeAndSlab(Prior):
             )
         return cls(0.5 / math.sqrt(num_data), 1.0, expected / num_inputs, "input")
 
+    def threshold(self, group_size: int) -> float:
+        """The norm ``T = |w_g - loc|`` of a group above which the slab is the likelier component, with a Normal spike::
+
+            T^2 = 2 (G log(slab / spike) - log(theta / (1 - theta))) / (1 / spike^2 - 1 / slab^2)
+
+        An inclusion probability says how often the norm is above T, not whether the group matters. theta is
+        the mean of its prior where it is learned, sigma is 1, and T is 0 where the slab is the likelier at the centre.
+
+        :param group_size: G, the number of weights in a group: of an input the number of units in the layer.
+        :raises ValueError: for a Laplace spike, under which the threshold is no norm.
+        """
+        if self.spike != "normal":
+            raise ValueError("threshold() is for spike='normal': under a Laplace spike the threshold is no norm")
+        group_size = checks.count("group_size", group_size)
+        share = self.typical_share() if isinstance(self.inclusion, BetaHyperprior) else float(self._fixed_inclusion())
+        odds = math.log(share / (1 - share)) - group_size * math.log(self.slab_scale / self.spike_scale)
+        return math.sqrt(max(0.0, -2 * odds) / (self.spike_scale**-2 - self.slab_scale**-2))
+
     def require_fit(self, name: str, like: Tensor) -> None:
         if not like.dim():
             raise ValueError(f"SpikeAndSlab is for weights with at least one axis, {name!r} is a single number")

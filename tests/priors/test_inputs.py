@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import pyro.distributions as dist
 import pytest
+import torch
 
 from pyro_bnn.priors import SpikeAndSlab
 
@@ -23,3 +25,28 @@ def test_scales_come_from_the_rows_and_the_rate_from_the_inputs() -> None:
 def test_numbers_out_of_range_are_refused(inputs: Any, rows: Any, expected: Any) -> None:
     with pytest.raises(ValueError, match="expected"):
         SpikeAndSlab.for_inputs(inputs, rows, expected)
+
+
+@pytest.mark.parametrize("prior", [SpikeAndSlab.for_inputs(10, 220), SpikeAndSlab(0.1, 0.7, 0.5, "input", loc=0.3)])
+def test_the_threshold_is_the_norm_of_a_column_at_even_odds(prior: SpikeAndSlab) -> None:
+    """Proves that columns in any direction have log odds 0 at this norm, and are in the slab beyond it."""
+    torch.manual_seed(0)
+    direction = torch.randn(16, 4, dtype=torch.float64)
+    direction /= direction.norm(dim=0)
+    for factor, sign in ((1.0, 0), (0.99, -1), (1.01, 1)):
+        w = (prior.loc or 0.0) + factor * prior.threshold(16) * direction
+        odds = prior.elements(0.0, w, None).log_odds(w)
+        if sign == 0:
+            torch.testing.assert_close(odds, torch.zeros_like(odds), atol=1e-6, rtol=0)
+        assert sign == 0 or bool((sign * odds > 0).all())
+
+
+def test_thresholds_of_the_documentation() -> None:
+    """Proves the numbers of docs/spike_slab.md."""
+    rate = dist.Beta(2.0, 50.0)
+    found = [SpikeAndSlab(spike, 0.7, rate, "input").threshold(16) for spike in (0.1, 0.05, 0.02)]
+    assert found == pytest.approx([0.84, 0.48, 0.22], abs=0.005)
+    assert SpikeAndSlab.for_inputs(10, 220).threshold(16) == pytest.approx(0.36, abs=0.005)
+    assert SpikeAndSlab(0.5, 1.0, 0.99).threshold(1) == 0
+    with pytest.raises(ValueError, match="Laplace"):
+        SpikeAndSlab(0.1, 1.0, 0.5, spike="laplace").threshold(4)
