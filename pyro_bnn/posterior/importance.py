@@ -114,6 +114,7 @@ def importance(
 ) -> dict[str, Importance]:
     """See :meth:`pyro_bnn.Posterior.importance`."""
     checks.fraction("least", least)
+    batch_size = checks.optional(checks.count, "batch_size", batch_size)
     guide = source.stored
     assert guide is not None
     odds = inclusion_log_odds(source.model, source.groups(len(guide)))

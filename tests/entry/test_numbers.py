@@ -278,7 +278,7 @@ DOORS = [
     Door(
         inference.SGHMCEM,
         em,
-        SAMPLER | PRUNING | {"rate": UP_TO_1, "soft_threshold": POSITIVE},
+        SAMPLER | PRUNING | {"rate": UP_TO_1, "soft_threshold": POSITIVE, "anneal": SHARE, "swap_every": COUNT_OR_0},
     ),
     Door(
         inference.KeFanSGHMC,
@@ -348,6 +348,21 @@ DOORS = [
         pb.Posterior.sparsify,
         lambda **o: spiky().sparsify(**({"num_samples": 2} | o)),
         {"sparsity": FROM_0, "num_samples": COUNT, "seed": SEED},
+    ),
+    Door(
+        pb.Posterior.importance,
+        lambda **o: spiky().importance(X, Y, **({"num_samples": 2} | o)),
+        {"least": FRACTION, "num_samples": COUNT, "batch_size": COUNT, "seed": SEED},
+    ),
+    Door(
+        priors.SpikeAndSlab.for_inputs,
+        lambda **o: priors.SpikeAndSlab.for_inputs(**({"num_inputs": 5, "num_data": 9} | o)),
+        {"num_inputs": [*COUNT, 1], "num_data": COUNT, "expected": POSITIVE},
+    ),
+    Door(
+        priors.SpikeAndSlab.threshold,
+        lambda **o: priors.SpikeAndSlab().threshold(**({"group_size": 2} | o)),
+        {"group_size": COUNT},
     ),
     Door(pb.Prediction.interval, lambda **o: regression().interval(**o), {"level": SHARE}),
     Door(pb.Prediction.quantile, lambda **o: regression().quantile(**o), {"q": SHARE}),

@@ -120,7 +120,9 @@ class SGHMCEM(SpikeAndSlabKernel):
             checks.share_or_all_of_it("rate", rate)
         self.rate = rate
         self.anneal = anneal if anneal == "auto" else checks.optional(checks.share, "anneal", anneal)
-        self.swap_every = swap_every if swap_every == "auto" else checks.count("swap_every", swap_every or 0, 0)
+        self.swap_every: int | Literal["auto"] = 0
+        if swap_every is not None:
+            self.swap_every = "auto" if swap_every == "auto" else checks.count("swap_every", swap_every, 0)
         super().__init__(
             model,
             data,
