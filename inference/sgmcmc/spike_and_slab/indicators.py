@@ -63,7 +63,7 @@ class SpikeAndSlabState(SiteGroups):
             self.included.lerp_(found.to(self.included), rate)
 
     def maximise(self, rate: float) -> None:
-        """The M-step of :mod:`pyro_bnn.inference.sgmcmc.spike_and_slab.em`: moves theta and sigma a part ``rate`` of the way."""
+        """The M-step of :mod:`pyro_bnn.inference.sgmcmc.spike_and_slab.em`, by a part ``rate`` of the way."""
         over = tuple(range(-len(self.density.groups), 0))
         if self.share_prior is not None:
             a, b = self.share_prior
