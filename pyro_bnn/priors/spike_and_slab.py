@@ -294,14 +294,8 @@ class SpikeAndSlabDistribution(dist.TorchDistribution):
     def one_group(self, index: int) -> tuple[slice[int | None], ...]:
         """Where the weights of a group are in an event, as a view; groups are counted along the flat ``groups``."""
         kept = iter(np.unravel_index(index, self.groups))
-        where: list[slice[int | None]] = []
-        for axis in range(-len(self.event_shape), 0):
-            if axis in self.axes:
-                where.append(slice(None))
-            else:
-                first = int(next(kept))
-                where.append(slice(first, first + 1))
-        return tuple(where)
+        axes = range(-len(self.event_shape), 0)
+        return tuple(slice(None) if axis in self.axes else slice(at := int(next(kept)), at + 1) for axis in axes)
 
     def expand(self, batch_shape: Sequence[int], _instance: object = None) -> SpikeAndSlabDistribution:
         parts = (self.spike_scale, self.slab_scale, self.event_shape, self.group, self.spike, self.scale)
