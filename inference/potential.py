@@ -18,6 +18,7 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
 from pyro_bnn.entry.threads import one_at_a_time
+from pyro_bnn.given.fresh import fresh_copy
 from pyro_bnn.modes import training_mode
 from pyro_bnn.program.factorised import split
 from pyro_bnn.program.model import BayesianNetwork
@@ -92,10 +93,27 @@ class Potential:
         with one_at_a_time, poutine.block(), store, pyro.validation_enabled(False), training_mode(train):
             yield
 
-    def start(self) -> Tensor:
-        """The starting point of a chain, ``[dim]``: the weights of a network, and prior draws for all other latents."""
+    def start(self, *, fresh: bool = False) -> Tensor:
+        """The starting point of a chain, ``[dim]``: the weights of a network, and prior draws for all other latents.
+
+        :param fresh: whether random weights of a network start at new values, those of its modules' own initialisation.
+        :raises ValueError: when ``fresh``, and the modules cannot give a weight a new value.
+        """
         nodes: dict[str, Any] = self.prior_trace().nodes
-        return self.join({name: self.transforms[name].inv(nodes[name]["value"]) for name in self.shapes})
+        values = {name: nodes[name]["value"] for name in self.shapes}
+        if fresh and isinstance(self.model, BayesianNetwork):
+            values |= self._fresh_weights(self.model)
+        return self.join({name: self.transforms[name].inv(value) for name, value in values.items()})
+
+    def _fresh_weights(self, model: BayesianNetwork) -> dict[str, Tensor]:
+        """New values for the sites that are whole weights of the network."""
+        shapes = {site.name: site.shape for site in model.sites()}
+        parameters = dict(model.core().net.named_parameters())
+        weights = {name for name, p in parameters.items() if shapes.get(model.site(name)) == p.shape}
+        if not weights:
+            return {}
+        fresh = dict(fresh_copy(model.core().net, weights).named_parameters())
+        return {model.site(name): fresh[name].detach() for name in weights}
 
     @property
     def dim(self) -> int:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.given.copying import copy_of, unwrapped
+from pyro_bnn.given.fresh import fresh_copy
 from pyro_bnn.inference.baselines.point import Baseline
 from pyro_bnn.inputs import Data
 from pyro_bnn.posterior import Posterior
@@ -102,7 +103,13 @@ class DeepEnsemble(Baseline):
         device = device_of(self.net)
         with seeded(device, seed):
             if self.build is None:
-                return _reset(self.net)
+                try:
+                    return fresh_copy(self.net)
+                except ValueError as error:
+                    raise ValueError(
+                        f"{error}, and an ensemble needs different ones: give build=, a function that makes a new "
+                        "network"
+                    ) from None
             net = self.build()
         if not isinstance(net, nn.Module):
             raise TypeError(f"build= must return a torch.nn.Module, got {type(net).__name__}")
@@ -118,51 +125,6 @@ class DeepEnsemble(Baseline):
                 if not given.requires_grad:  # it stays as it is, in all networks
                     made[name].copy_(given).requires_grad_(False)
         return net.to(device)
-
-
-def _reset(net: nn.Module) -> nn.Module:
-    """A copy of a network whose modules have reset their parameters; those that take no gradient stay.
-
-    :raises ValueError: when a parameter still has its old value, and that may not be the value that it starts with.
-    """
-    net = copy_of(net)
-    before = {name: parameter.detach().clone() for name, parameter in net.named_parameters()}
-    stuck = _unchanged_by_reset(net, before)
-    if stuck:  # perhaps it was made from the very random state that it was reset from: that state has moved on now
-        stuck = _unchanged_by_reset(net, before)
-    for name, parameter in net.named_parameters():
-        if not parameter.requires_grad:
-            parameter.data.copy_(before[name])
-    if stuck:
-        raise ValueError(
-            f"the modules of the network cannot give {stuck[0]!r} a new starting value"
-            + (f" (nor {len(stuck) - 1} others: {', '.join(stuck[1:4])} ...)" if len(stuck) > 1 else "")
-            + ", and an ensemble needs different ones: give build=, a function that makes a new network"
-        )
-    return net
-
-
-def _unchanged_by_reset(net: nn.Module, before: dict[str, Tensor]) -> list[str]:
-    """Resets the modules. The names of parameters that still have the values before, unless they always start there."""
-    owned: set[int] = set()
-    for module in net.modules():
-        # attention and nn.Transformer have the underscore
-        reset = getattr(module, "reset_parameters", getattr(module, "_reset_parameters", None))
-        if callable(reset):
-            reset()
-            owned.update(id(p) for p in module.parameters(recurse=False))
-    return [
-        name
-        for name, parameter in net.named_parameters()
-        if parameter.requires_grad
-        and torch.equal(parameter, before[name])
-        and (id(parameter) not in owned or _varies(parameter))
-    ]
-
-
-def _varies(value: Tensor) -> bool:
-    """Whether the elements differ: a constant is what biases and gains start with."""
-    return value.numel() > 0 and bool((value != value.flatten()[0]).any())
 
 
 def _own_buffers(points: list[Posterior]) -> dict[str, Tensor]:

@@ -126,8 +126,12 @@ class MinibatchKernel(MCMCKernel):
         self._shown = math.nan
         self._last: dict[str, Tensor] | None = None
         self._set_up_update()
-        rows = [self.potential.start() for _ in range(self.chains or 1)]
+        rows = [self._starting_point(chain) for chain in range(self.chains or 1)]
         self._good = torch.stack(rows) if self.chains else rows[0]
+
+    def _starting_point(self, chain: int) -> Tensor:
+        """Where a chain starts, ``[dim]``."""
+        return self.potential.start()
 
     def _set_up_update(self) -> None:
         """Allocates the buffers that :meth:`update` uses."""
@@ -183,7 +187,7 @@ class MinibatchKernel(MCMCKernel):
         """
         if params is not self._last:
             self.begin_at(params)
-        for position in range(self.thinning):
+        for position in range(self.steps_per_draw):
             self.step(position)
         self.draws += 1
         if self.draws > self.warmup_draws:
@@ -194,13 +198,22 @@ class MinibatchKernel(MCMCKernel):
     def step(self, position: int = 0) -> None:
         """One step on the next minibatch. ``position`` is its number within the draw."""
         batch = self.streams.next()
-        grad = self.force(*batch)
-        with torch.no_grad():
-            self.update(grad, position)
+        self.advance(position, *batch)
         self.steps += 1
         if self.steps % self.check_every == 0:
             self.check()
             self.gradient.verify(*batch)
+
+    def advance(self, position: int, *batch: object) -> None:
+        """Moves the chain by one step on a minibatch."""
+        grad = self.force(*batch)
+        with torch.no_grad():
+            self.update(grad, position)
+
+    @property
+    def steps_per_draw(self) -> int:
+        """Number of steps of the draw that is being made."""
+        return self.thinning
 
     @property
     def is_warming_up(self) -> bool:
@@ -208,7 +221,7 @@ class MinibatchKernel(MCMCKernel):
         return self.draws < self.warmup_draws
 
     def _ends_a_kept_draw(self, position: int) -> bool:
-        return not self.is_warming_up and position == self.thinning - 1
+        return not self.is_warming_up and position == self.steps_per_draw - 1
 
     def _measure(self) -> None:
         """Adds a kept draw to the means that :meth:`diagnostics` reports."""

@@ -42,6 +42,23 @@ class Identity:
         """Removes the NaN and infinite values that a diverged state has left."""
 
 
+class Scales(Identity):
+    """tau = N scale^2, with a scale for each coordinate that :mod:`~pyro_bnn.inference.sgmcmc.tuned.tuner` finds.
+
+    :param like: a buffer of the shape of the state, ``[*chains, dim]``.
+    """
+
+    root: Tensor
+
+    def __init__(self, like: Tensor, num_data: int) -> None:
+        self._root_of_size = math.sqrt(num_data)
+        self.root = torch.full_like(like, self._root_of_size)
+
+    def set(self, scale: Tensor) -> None:
+        """:param scale: of every coordinate, ``[dim]``."""
+        self.root.copy_(scale * self._root_of_size)
+
+
 class RMSProp(Identity):
     """tau from the running second moment of the gradient.
 

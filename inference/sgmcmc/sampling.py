@@ -16,20 +16,25 @@ from torch import Tensor
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.progress import progress_bar
+from pyro_bnn.inference.sgmcmc.agreement import agreement
 from pyro_bnn.inference.sgmcmc.draw_files import DrawFiles
+from pyro_bnn.inference.sgmcmc.gradient import moving_statistics
 from pyro_bnn.inference.sgmcmc.sghmc import SGHMC
 from pyro_bnn.modes import settle
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import device_of, seeded
 
+#: chains by default, for a kernel that tunes itself
+NUM_CHAINS = 4
+
 
 @one_at_a_time
 def sample(
     kernel: MCMCKernel,
     num_samples: int,
-    warmup_steps: int = 0,
-    num_chains: int = 1,
+    warmup_steps: int | None = None,
+    num_chains: int | None = None,
     *,
     args: tuple[object, ...] = (),
     stream: str | os.PathLike[str] | None = None,
@@ -41,10 +46,16 @@ def sample(
     Chains of :class:`~pyro_bnn.inference.SGHMC` are vectorised: each step computes one batched gradient for all of
     them, and every chain has its own minibatches. Other kernels run in ``pyro.infer.MCMC``.
 
+    Of a kernel with ``step_size="auto"`` each chain but the first starts at new weights of the network, and
+    ``posterior.sampler`` says what warm-up has found, the largest R-hat and the smallest effective sample size, of the
+    network's outputs at some rows or, for other models, of the latents. A warning says when these are not good.
+
     :param kernel: an :class:`~pyro_bnn.inference.SGHMC`, or any kernel of Pyro.
     :param num_samples: number of draws of each chain that are kept.
-    :param warmup_steps: number of draws of each chain that are discarded, during which the kernel adapts.
-    :param num_chains: number of chains.
+    :param warmup_steps: number of draws of each chain that are discarded, during which the kernel adapts; by default as
+        many as ``num_samples`` for a kernel with ``step_size="auto"``, and none for others.
+    :param num_chains: number of chains; by default 4 for a kernel with ``step_size="auto"``, and 1 for others and for
+        networks whose normalisation layers gather statistics, which cannot be vectorised.
     :param args: the arguments of the model, for kernels without data.
     :param stream: a folder to which each draw is written during the run (one ``.npy`` file per site), and from which
         the posterior reads, so that memory holds only one draw. After a run was killed,
@@ -59,8 +70,11 @@ def sample(
     :raises FloatingPointError: when a chain diverges; streamed draws stay on disk.
     """
     num_samples = checks.count("num_samples", num_samples)
-    warmup_steps = checks.count("warmup_steps", warmup_steps, 0)
-    num_chains = checks.count("num_chains", num_chains)
+    is_tuned = isinstance(kernel, SGHMC) and kernel.is_tuned
+    default = num_samples if is_tuned else 0
+    warmup_steps = default if warmup_steps is None else checks.count("warmup_steps", warmup_steps, 0)
+    default = NUM_CHAINS if isinstance(kernel, SGHMC) and is_tuned and not moving_statistics(kernel.model) else 1
+    num_chains = default if num_chains is None else checks.count("num_chains", num_chains)
     checks.seed("seed", seed)
     checks.truth("progress", progress)
     if not isinstance(args, tuple):
@@ -74,6 +88,8 @@ def sample(
             settle(model)
             posterior = Posterior.from_draws(model, draws, num_chains, statistics)
             posterior.sampler = _temperatures(kernel)
+            if is_tuned:
+                posterior.sampler |= agreement(posterior, kernel.streams.first, num_chains)
             return posterior
         if stream is not None:
             raise ValueError(
@@ -134,9 +150,14 @@ def _run(
 
 
 def _temperatures(kernel: SGHMC) -> dict[str, float]:
-    """The temperatures that were measured, those that they should be, and T; nothing for a kernel that has none."""
-    measured = {name: value for name, value in kernel.diagnostics().items() if name.endswith(" temperature")}
+    """The temperatures that were measured, those that they should be, and T; nothing for a kernel that has none.
+
+    Of a kernel that tuned itself, what it has found too.
+    """
+    reported = ("step_size", "friction", "thinning", "acceptance")
+    found = kernel.diagnostics()
+    measured = {name: value for name, value in found.items() if name.endswith(" temperature") or name in reported}
     if not measured:
         return {}
-    expected = 2 * kernel.temperature / (2 - kernel.friction)
-    return measured | {"expected kinetic temperature": expected, "temperature": kernel.temperature}
+    expected = {"expected kinetic temperature": kernel.expected_kinetic_temperature, "temperature": kernel.temperature}
+    return measured | expected

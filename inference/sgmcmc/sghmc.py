@@ -15,7 +15,9 @@ first, then the position, which keeps the error of the stationary variance at O(
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
@@ -25,7 +27,9 @@ from pyro_bnn import display
 from pyro_bnn.entry import checks
 from pyro_bnn.inference.sgmcmc.kernel import MinibatchKernel
 from pyro_bnn.inference.sgmcmc.noise import Noise
-from pyro_bnn.inference.sgmcmc.preconditioners import Preconditioner, preconditioner_for
+from pyro_bnn.inference.sgmcmc.preconditioners import Preconditioner, Scales, preconditioner_for
+from pyro_bnn.inference.sgmcmc.tuned.steps import TunedSteps
+from pyro_bnn.inference.sgmcmc.tuned.tuner import Settings
 from pyro_bnn.inputs import Data
 from pyro_bnn.program.sites import Program
 
@@ -65,6 +69,10 @@ def sghmc_step(
         theta.addcmul_(momentum, root, value=scale)
 
 
+#: steps for each draw of warm-up, while thinning is tuned
+WARMUP_THINNING = 10
+
+
 class SGHMC(MinibatchKernel):
     """Stochastic-gradient Hamiltonian Monte Carlo, a kernel for ``pyro.infer.MCMC`` and ``pyro_bnn.inference.sample``.
 
@@ -82,16 +90,23 @@ class SGHMC(MinibatchKernel):
     :param model: a model of this package, or any Pyro model with continuous latents.
     :param data: a loader of (x, y), a dataset or the pair (x, y), with which ``model(x, y)`` is called; ``None`` for
         a model that takes the arguments of ``MCMC.run``, or that draws subsamples itself, in plates.
-    :param step_size: h. The learning rate on the mean loss is its square; halving it divides the bias by four.
-    :param friction: in (0, 1]; 1 minus the momentum decay. 1 is Langevin dynamics (SGLD).
+    :param step_size: h. The learning rate on the mean loss is its square; halving it divides the bias by four. By
+        default ``"auto"``: warm-up finds the step size and a scale for each coordinate, which are then frozen
+        (:mod:`pyro_bnn.inference.sgmcmc.tuned.tuner`); the step size is in units of these scales. Where every step has
+        the gradient of the whole data, the steps have a Metropolis test, which makes the chain exact
+        (:mod:`pyro_bnn.inference.sgmcmc.tuned.metropolis`).
+    :param friction: in (0, 1]; 1 minus the momentum decay. 1 is Langevin dynamics (SGLD). By default ``"auto"``, for
+        ``step_size="auto"`` alone.
     :param temperature: T; 1 samples the posterior, whatever N is, and 0 is optimisation.
     :param preconditioner: ``"identity"``, ``"rmsprop"`` or ``"adaptive"``, with the tau of
-        :mod:`pyro_bnn.inference.sgmcmc.preconditioners`. Preconditioners adapt only during warm-up.
+        :mod:`pyro_bnn.inference.sgmcmc.preconditioners`. Preconditioners adapt only during warm-up. With
+        ``step_size="auto"`` tau is N times the square of the scales that are tuned, and this must be left out.
     :param schedule: ``"constant"``, or ``"cyclical"`` (Zhang et al. 2020): the learning rate falls from h^2 to nearly 0
         along half a cosine in each cycle of ``thinning`` steps, and each cycle ends with one draw.
     :param batch_size: for a dataset or a pair; a loader has its own.
     :param num_data: N; by default that of the model, or the size of the data, or 1 without data.
-    :param thinning: number of steps for each draw.
+    :param thinning: number of steps for each draw; by default 1, and for ``step_size="auto"`` 10 in warm-up and then
+        as many as the momentum takes to forget itself.
     :param check_every: number of steps between checks for divergence, which are the only synchronisations with the
         device.
     :param capture: whether to record the gradient once as a graph of tensor operations and replay it, which saves small
@@ -109,20 +124,28 @@ class SGHMC(MinibatchKernel):
         model: Program,
         data: Data = None,
         *,
-        step_size: float,
-        friction: float,
+        step_size: float | Literal["auto"] = "auto",
+        friction: float | Literal["auto"] = "auto",
         temperature: float = 1.0,
         preconditioner: Preconditioner = "identity",
         schedule: Literal["constant", "cyclical"] = "constant",
         batch_size: int = 128,
         num_data: int | None = None,
-        thinning: int = 1,
+        thinning: int | Literal["auto"] = "auto",
         check_every: int = 100,
         capture: bool | Literal["auto"] = "auto",
     ) -> None:
-        checks.positive("step_size", step_size)
+        is_tuned = isinstance(step_size, str) and step_size == "auto"
+        if not is_tuned:
+            checks.positive("step_size", step_size)
         checks.not_negative("temperature", temperature)
-        if not 0 < checks.finite("friction", friction) <= 1:
+        if isinstance(friction, str) and friction == "auto":
+            if not is_tuned:
+                raise ValueError(
+                    f"step_size={step_size!r} needs a friction: a number in (0, 1], such as 0.1. Or leave out both: "
+                    "warm-up finds them"
+                )
+        elif not 0 < checks.finite("friction", friction) <= 1:
             raise ValueError(
                 f"friction={friction!r}: expected a number in (0, 1]. It is 1 minus the decay of the momentum: 0.1 for "
                 "a momentum of 0.9, 1 for Langevin dynamics"
@@ -131,8 +154,22 @@ class SGHMC(MinibatchKernel):
             raise ValueError(f"preconditioner={preconditioner!r}: expected 'identity', 'rmsprop' or 'adaptive'")
         if schedule not in ("constant", "cyclical"):
             raise ValueError(f"schedule={schedule!r}: expected 'constant' or 'cyclical'")
+        if is_tuned:
+            for name, given, only in (
+                ("preconditioner", preconditioner, "identity"),
+                ("schedule", schedule, "constant"),
+            ):
+                if given != only:
+                    raise ValueError(
+                        f"{name}={given!r} needs a step_size and a friction: warm-up tunes them without it"
+                    )
+            if temperature == 0:
+                raise ValueError("temperature=0 needs a step_size and a friction: without noise nothing tunes them")
+        self.is_tuned, self._tunes_thinning = is_tuned, is_tuned and thinning == "auto"
         self.step_size, self.friction, self.temperature = step_size, friction, temperature
         self.preconditioner, self.schedule = preconditioner, schedule
+        if isinstance(thinning, str) and thinning == "auto":
+            thinning = WARMUP_THINNING if is_tuned else 1
         super().__init__(
             model,
             data,
@@ -155,19 +192,58 @@ class SGHMC(MinibatchKernel):
         self.momentum = torch.zeros_like(self.theta)
         self.mask = None
         self.renew_noise()
-        self._rule = preconditioner_for(self.preconditioner, self.theta)
+        self._rule = (
+            Scales(self.theta, self.num_data) if self.is_tuned else preconditioner_for(self.preconditioner, self.theta)
+        )
+        self._tuned: TunedSteps | None = None
         self._kinetic = self.theta.new_zeros(())
         self._configurational = self.theta.new_zeros(())
         self._origin = torch.zeros_like(self.theta)
+
+    @property
+    def settings(self) -> Settings:
+        """What steps use now: the numbers that were given, or those that warm-up has found."""
+        if self._tuned is not None:
+            return self._tuned.settings
+        assert not isinstance(self.step_size, str) and not isinstance(self.friction, str)
+        return Settings(self.step_size, self.friction, self.thinning)
 
     def renew_noise(self) -> None:
         """Generators of noise for ``theta`` where it lies now, seeded from torch's own."""
         self._noise = Noise(self.theta)
 
+    def setup(self, warmup_steps: int, *args: object, **kwargs: object) -> None:
+        super().setup(warmup_steps, *args, **kwargs)
+        if self.is_tuned:
+            friction = None if isinstance(self.friction, str) else self.friction
+            steps = warmup_steps * self.thinning
+            self._tuned = TunedSteps(self, steps, friction, tunes_thinning=self._tunes_thinning)
+
+    def _starting_point(self, chain: int) -> Tensor:
+        """Every chain of a tuned kernel but the first starts at new weights, so that agreement means something."""
+        if not self.is_tuned or chain == 0:
+            return self.potential.start()
+        try:
+            return self.potential.start(fresh=True)
+        except ValueError as error:
+            if chain == 1:
+                warnings.warn(
+                    f"all chains start at the weights of the network ({error}): their agreement then says less. Set "
+                    "kernel.initial_params to let them start elsewhere",
+                    stacklevel=2,
+                )
+            return self.potential.start()
+
     def begin_at(self, params: dict[str, Tensor]) -> None:
         super().begin_at(params)
         with torch.no_grad():
             self.momentum.normal_().mul_(math.sqrt(self.temperature))
+        if self._tuned is not None:
+            self._tuned.forget()
+
+    @property
+    def steps_per_draw(self) -> int:
+        return self.settings.thinning
 
     @property
     def preconditioner_scale(self) -> Tensor:
@@ -177,21 +253,43 @@ class SGHMC(MinibatchKernel):
 
     # ------------------------------------------------------------------------------------------------- one step
 
+    def advance(self, position: int, *batch: object) -> None:
+        if self._tuned is None or not (self._tuned.is_exact or self.is_warming_up):
+            super().advance(position, *batch)
+            return
+        with torch.no_grad():
+            self._tuned.advance(position, *batch)
+
     def update(self, grad: Tensor, position: int) -> None:
-        if position == 0 and self.draws == self.warmup_draws // 2:
-            self._origin.copy_(self.theta)
+        if position == 0:
+            self.mark_origin()
         if self.is_warming_up:
             self._adapt(grad)
-        elif position == self.thinning - 1:
-            self._configurational += mean_product(self.theta - self._origin, grad, self.mask)
+        else:
+            self.measure_configuration(grad, position)
         rate = 1.0
         if self.schedule == "cyclical":
             rate = 0.5 * (1 + math.cos(math.pi * position / self.thinning))
-        self._move(grad, self.step_size * math.sqrt(rate))
+        self._move(grad, self.settings.step_size * math.sqrt(rate))
+
+    def mark_origin(self) -> None:
+        """Half way through warm-up, keeps the state from which the configurational temperature measures."""
+        if self.draws == self.warmup_draws // 2:
+            self._origin.copy_(self.theta)
+
+    def measure_configuration(self, grad: Tensor, position: int) -> None:
+        """Adds to the configurational temperature at the end of a kept draw, with grad U at theta."""
+        if self._ends_a_kept_draw(position):
+            self._configurational += mean_product(self.theta - self._origin, grad, self.mask)
+
+    def set_scale(self, scale: Tensor) -> None:
+        """:param scale: what warm-up has found for each coordinate, ``[dim]``."""
+        assert isinstance(self._rule, Scales)
+        self._rule.set(scale)
 
     def _adapt(self, grad: Tensor) -> None:
         """Moves the preconditioner; in warm-up alone, so that the chain has one stationary law afterwards."""
-        self._rule.adapt(grad, step_size=self.step_size, temperature=self.temperature, num_data=self.num_data)
+        self._rule.adapt(grad, step_size=self.settings.step_size, temperature=self.temperature, num_data=self.num_data)
 
     def _move(self, grad: Tensor, step_size: float) -> None:
         sghmc_step(
@@ -200,7 +298,7 @@ class SGHMC(MinibatchKernel):
             grad,
             self._add_noise,
             scale=step_size / math.sqrt(self.num_data),
-            friction=self.friction,
+            friction=self.settings.friction,
             temperature=self.temperature,
             root=self._rule.root,
             mask=self.mask,
@@ -212,6 +310,8 @@ class SGHMC(MinibatchKernel):
     def _recall(self) -> None:
         self.momentum.zero_()
         self._rule.recover()
+        if self._tuned is not None:
+            self._tuned.forget()
 
     # ------------------------------------------------------------------------------------------------- reports
 
@@ -228,10 +328,22 @@ class SGHMC(MinibatchKernel):
         way through warm-up: it is close to the draws, which keeps the variance of the mean small. ``mean energy``: the
         mean of U, in nats.
         """
-        return super().diagnostics() | {
+        found = super().diagnostics() | {
             "kinetic temperature": float(self._kinetic) / self._num_kept,
             "configurational temperature": float(self._configurational) / self._num_kept,
         }
+        if self.is_tuned:
+            found |= asdict(self.settings)
+        if self._tuned is not None and self._tuned.is_exact:
+            found["acceptance"] = self._tuned.acceptance
+        return found
+
+    @property
+    def expected_kinetic_temperature(self) -> float:
+        """The mean of u^2 of an exact chain: ``2 T / (2 - friction)``, and T for steps with a Metropolis test."""
+        if self._tuned is not None and self._tuned.is_exact:
+            return self.temperature
+        return 2 * self.temperature / (2 - self.settings.friction)
 
     def gradient_noise(self, num_batches: int = 20) -> dict[str, float]:
         """Estimates how much minibatch noise heats the chain at its current state.
@@ -255,7 +367,8 @@ class SGHMC(MinibatchKernel):
             square += delta * (grad - mean)
         variance = square / (num_batches - 1)
         tau = self.preconditioner_scale
-        heat = self.step_size**2 * tau * variance * self.num_data / (2 * self.friction * self.temperature)
+        heat = self.settings.step_size**2 * tau * variance * self.num_data
+        heat /= 2 * self.settings.friction * self.temperature
         return {"variance": float(variance.mean()), "heating": 1 + float(heat.mean())}
 
 
@@ -266,6 +379,7 @@ class SGLD(SGHMC):
     """
 
     def __init__(self, model: Program, data: Data = None, *, step_size: float, **options: Any) -> None:
+        checks.positive("step_size", step_size)
         if "friction" in options:
             raise ValueError("friction=: SGLD has friction 1 by definition; leave it out, or use SGHMC")
         super().__init__(model, data, step_size=step_size, friction=1.0, **options)

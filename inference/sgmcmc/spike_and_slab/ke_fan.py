@@ -171,7 +171,7 @@ class KeFanSGHMC(SpikeAndSlabKernel):
             self._rule,
             self._add_noise,
             step_size=step_size,
-            friction=self.friction,
+            friction=self.settings.friction,
             temperature=self.temperature,
             num_data=self.num_data,
             mask=self.mask,

@@ -87,6 +87,7 @@ class SpikeAndSlabKernel(SGHMC):
         prune_every: int | None = None,
         **options: Any,
     ) -> None:
+        checks.positive("step_size", step_size)
         if soft_threshold is not None and not (checks.positive("soft_threshold", soft_threshold) and hard):
             raise ValueError(f"soft_threshold={soft_threshold!r}: expected a positive number, with e_step='hard'")
         for name, count, least in (
