@@ -106,12 +106,13 @@ class SGHMC(MinibatchKernel):
     :param batch_size: for a dataset or a pair; a loader has its own.
     :param num_data: N; by default that of the model, or the size of the data, or 1 without data.
     :param thinning: number of steps for each draw; by default 1, and for ``step_size="auto"`` 10 in warm-up and then
-        as many as the momentum takes to forget itself.
+        four times as many as the momentum takes to forget itself.
     :param check_every: number of steps between checks for divergence, which are the only synchronisations with the
         device.
     :param capture: whether to record the gradient once as a graph of tensor operations and replay it, which saves small
         models most of their time; ``"auto"`` does so when the model is small and the recording is verified.
-    :raises ValueError: for numbers out of range, a model without latents or with a discrete one, or unknown N.
+    :raises ValueError: for numbers out of range, a model without latents or with a discrete one, unknown N, or fewer
+        than 200 steps of warm-up for ``step_size="auto"``.
     :raises FloatingPointError: when a chain diverges; the message names the site, and the kernel returns to its last
         good state.
     """
@@ -161,10 +162,13 @@ class SGHMC(MinibatchKernel):
             ):
                 if given != only:
                     raise ValueError(
-                        f"{name}={given!r} needs a step_size and a friction: warm-up tunes them without it"
+                        f"{name}={given!r} with step_size='auto': expected {only!r}, or give a step_size and a friction"
                     )
             if temperature == 0:
-                raise ValueError("temperature=0 needs a step_size and a friction: without noise nothing tunes them")
+                raise ValueError(
+                    "temperature=0 with step_size='auto': expected a positive temperature, or give a "
+                    "step_size and a friction, because energy errors are measured relative to it"
+                )
         self.is_tuned, self._tunes_thinning = is_tuned, is_tuned and thinning == "auto"
         self.step_size, self.friction, self.temperature = step_size, friction, temperature
         self.preconditioner, self.schedule = preconditioner, schedule

@@ -299,9 +299,15 @@ def test_weights_that_cannot_start_anew_are_told() -> None:
     ("make", "message"),
     [
         (lambda: SGHMC(gamma_poisson, step_size=0.1), "step_size=0.1 needs a friction"),
-        (lambda: SGHMC(gamma_poisson, preconditioner="rmsprop"), "preconditioner='rmsprop' needs a step_size"),
-        (lambda: SGHMC(gamma_poisson, schedule="cyclical"), "schedule='cyclical' needs a step_size"),
-        (lambda: SGHMC(gamma_poisson, temperature=0.0), "temperature=0 needs a step_size"),
+        (
+            lambda: SGHMC(gamma_poisson, preconditioner="rmsprop"),
+            "preconditioner='rmsprop' with step_size='auto': expected 'identity'",
+        ),
+        (
+            lambda: SGHMC(gamma_poisson, schedule="cyclical"),
+            "schedule='cyclical' with step_size='auto': expected 'constant'",
+        ),
+        (lambda: SGHMC(gamma_poisson, temperature=0.0), "temperature=0 with step_size='auto': expected a positive"),
         (lambda: sample(SGHMC(gamma_poisson), 100, 5, progress=False), "warm-up has 50 steps"),
         (lambda: SGLD(gamma_poisson, step_size="auto"), "step_size='auto'"),  # type: ignore[arg-type]
         (lambda: SGHMCEM(gamma_poisson, step_size="auto", friction=0.1), "step_size='auto'"),  # type: ignore[arg-type]
