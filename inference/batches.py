@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, NamedTuple
 
@@ -187,7 +188,15 @@ def _size_of(loader: DataLoader[object]) -> tuple[int | None, str]:
             taken = len({int(i) for i in rows.indices})
             return taken, f"its SubsetRandomSampler takes {taken} of the {total} samples of its data set"
         case WeightedRandomSampler():
-            taken = int((rows.weights > 0).sum())
+            positive = rows.weights[rows.weights > 0]
+            taken = len(positive)
+            if bool((positive != positive[:1]).any()):
+                warnings.warn(
+                    "the WeightedRandomSampler draws some samples more often than others: training counts the "
+                    "likelihood of each by its share of the draws, so that the posterior is that of the data weighted "
+                    "so. For the posterior of the data as they are, draw all samples alike (shuffle=True)",
+                    stacklevel=4,
+                )
             return taken, f"its WeightedRandomSampler gives {taken} of the {total} samples a weight above 0"
         case SequentialSampler():
             taken = total - total % last if sampler.drop_last and total >= last else total

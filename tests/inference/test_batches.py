@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -149,3 +150,13 @@ def test_counting_the_samples_of_a_sampler_draws_nothing() -> None:
         pb.inference.SGHMC(model(N), loader, step_size=0.01, friction=0.1).setup(0)
         found.append(torch.equal(before, torch.get_rng_state()))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("weights", "warns"), [([1.0, 2.0] * 20, True), ([3.0] * 20 + [0.0] * 20, False)])
+def test_samples_that_are_drawn_more_often_than_others_are_told(weights: list[float], warns: bool) -> None:
+    """Proves the warning where a sampler weighs the data, and none where it draws a subset evenly."""
+    loader = DataLoader(DATA, 4, sampler=WeightedRandomSampler(weights, 40))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        by_fit(sum(weight > 0 for weight in weights), loader)
+    assert any("draws some samples more often" in str(one.message) for one in caught) is warns
