@@ -43,11 +43,6 @@ class MetropolisSteps:
         """To be called when theta was moved from outside."""
         self._known = None
 
-    @property
-    def grad(self) -> Tensor:
-        """``grad U`` at theta, ``[chains, dim]``."""
-        return self.here()[0]
-
     def here(self) -> tuple[Tensor, Tensor]:
         """``grad U`` and U at theta."""
         if self._known is None:

@@ -164,8 +164,8 @@ class Tuner:
         """
         self._steps += 1
         self._rule.update(errors, diverged)
-        self._positions.update(theta.clone())
-        self._gradients.update(grad.clone())
+        self._positions.update(theta)
+        self._gradients.update(grad)
         ends = bool(self._ends) and self._steps == self._ends[0]
         if ends:
             self._ends.pop(0)

@@ -7,13 +7,13 @@ import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from references.exact_posteriors import CONJUGATE, SCHOOLS, Exact, gamma_poisson
 from references.nuts_13_50_1 import NOISE, NUM_DATA, PATH, PRIOR, agreement, problem
 from scipy import stats
 from torch import Tensor, nn
@@ -27,38 +27,12 @@ from pyro_bnn.inference.sgmcmc.tuned.tuner import Settings, Tuner, leapfrog_erro
 MEAN, WIDTH = 0.25, 0.15
 
 
-def beta_bernoulli() -> None:
-    p = pyro.sample("z", dist.Beta(1.0, 1.0))
-    with pyro.plate("data", 12):
-        pyro.sample("y", dist.Bernoulli(p), obs=torch.tensor([1.0] * 9 + [0.0] * 3))
-
-
-def dirichlet_categorical() -> None:
-    p = pyro.sample("z", dist.Dirichlet(torch.ones(4)))
-    with pyro.plate("data", 30):
-        pyro.sample("y", dist.Categorical(p), obs=torch.tensor([0] * 15 + [1] * 8 + [2] * 5 + [3] * 2))
-
-
-def gamma_poisson() -> None:
-    rate = pyro.sample("z", dist.Gamma(2.0, 1.0))
-    with pyro.plate("data", 5):
-        pyro.sample("y", dist.Poisson(rate), obs=torch.tensor([3.0, 5.0, 2.0, 4.0, 6.0]))
-
-
 def unlike_scales() -> None:
     pyro.sample("z", dist.Normal(torch.zeros(3), torch.tensor([1e-3, 1.0, 1e3])).to_event(1))
 
 
-def of_dirichlet(concentration: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    share = concentration / concentration.sum()
-    return share, np.sqrt(share * (1 - share) / (concentration.sum() + 1))
-
-
-CLOSED_FORMS: dict[str, tuple[Callable[[], None], Any]] = {
-    "Beta-Bernoulli": (beta_bernoulli, (10 / 14, math.sqrt(10 * 4 / 14**2 / 15))),
-    "Dirichlet-categorical": (dirichlet_categorical, of_dirichlet(np.array([16.0, 9.0, 6.0, 3.0]))),
-    "Gamma-Poisson": (gamma_poisson, (22 / 6, math.sqrt(22) / 6)),
-    "unlike scales": (unlike_scales, (np.zeros(3), np.array([1e-3, 1.0, 1e3]))),
+CLOSED_FORMS = CONJUGATE | {
+    "unlike scales": Exact(unlike_scales, ("z",), np.zeros(3), np.array([1e-3, 1.0, 1e3])),
 }
 
 
@@ -67,57 +41,26 @@ def test_a_conjugate_posterior_without_a_setting(name: str) -> None:
     """Proves means and standard deviations of the closed form: within 5 standard errors of the effective sample size
     that is reported, where that of a standard deviation is 1 / sqrt(2 n) of it for a Normal, and twice that is allowed
     for others; and that this is well inside of what the library promises."""
-    model, (mean, std) = CLOSED_FORMS[name]
-    posterior = sample(SGHMC(model), 300, seed=0, progress=False)
+    exact = CLOSED_FORMS[name]
+    posterior = sample(SGHMC(exact.model), 300, seed=0, progress=False)
     assert posterior.num_chains == 4 and posterior.num_stored == 1200
     z = posterior.draws(1200)["z"].reshape(1200, -1).double().numpy()
     effective = posterior.sampler["smallest effective sample size"]
     assert effective > 400 and posterior.sampler["largest R-hat"] < 1.02
     assert 5 / math.sqrt(effective) <= MEAN + 1e-9 and 10 / math.sqrt(2 * effective) <= 2.5 * WIDTH
-    assert (np.abs(z.mean(0) - mean) / std < 5 / math.sqrt(effective)).all()
-    assert (np.abs(z.std(0) / std - 1) < min(WIDTH, 10 / math.sqrt(2 * effective))).all()
-
-
-def schools() -> None:
-    """The centred eight schools (Rubin 1981)."""
-    observed = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-    errors = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-    mu, tau = pyro.sample("mu", dist.Normal(0.0, 5.0)), pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("schools", 8):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("y", dist.Normal(theta, errors), obs=observed)
-
-
-def of_schools() -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard deviations of mu, tau and the eight effects, by quadrature over mu and log tau."""
-    tau, mu = np.exp(np.linspace(-8, 6, 2001))[:, None], np.linspace(-25, 30, 801)[None, :]
-    observed = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-    errors = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-    log = np.log(tau) - np.log1p((tau / 5) ** 2) - (mu / 5) ** 2 / 2
-    for y, s in zip(observed, errors, strict=True):
-        log = log + stats.norm.logpdf(y, mu, np.sqrt(tau**2 + s**2))
-    weight = np.exp(log - log.max())
-    weight /= weight.sum()
-    means, squares = [], []
-    for value, spread in [(mu, 0.0), (tau, 0.0)] + [
-        ((y * tau**2 + mu * s**2) / (tau**2 + s**2), tau**2 * s**2 / (tau**2 + s**2))
-        for y, s in zip(observed, errors, strict=True)
-    ]:
-        means.append((weight * value).sum())
-        squares.append((weight * (value**2 + spread)).sum())
-    return np.array(means), np.sqrt(np.array(squares) - np.array(means) ** 2)
+    assert (np.abs(z.mean(0) - exact.mean) / exact.std < 5 / math.sqrt(effective)).all()
+    assert (np.abs(z.std(0) / exact.std - 1) < min(WIDTH, 10 / math.sqrt(2 * effective))).all()
 
 
 @pytest.mark.slow
 def test_the_centred_eight_schools_without_a_setting() -> None:
     """Proves means within .25 standard deviations and widths within 15 % of quadrature, on a posterior with a neck in
     which every fixed step without a test diverges."""
-    posterior = sample(SGHMC(schools), 1000, seed=0, progress=False)
+    posterior = sample(SGHMC(SCHOOLS.model), 1000, seed=0, progress=False)
     draws = posterior.draws(4000)
-    found = torch.cat([draws[n].reshape(4000, -1) for n in ("mu", "tau", "theta")], 1).double().numpy()
-    mean, std = of_schools()
-    assert (np.abs(found.mean(0) - mean) / std < MEAN).all()
-    assert (np.abs(found.std(0) / std - 1) < WIDTH).all()
+    found = torch.cat([draws[name].reshape(4000, -1) for name in SCHOOLS.latents], 1).double().numpy()
+    assert (np.abs(found.mean(0) - SCHOOLS.mean) / SCHOOLS.std < MEAN).all()
+    assert (np.abs(found.std(0) / SCHOOLS.std - 1) < WIDTH).all()
 
 
 def logistic(x: Tensor, y: Tensor) -> None:
