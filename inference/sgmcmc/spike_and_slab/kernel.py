@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_bnn import priors
 from pyro_bnn.entry import checks
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.inference.sgmcmc.pruning import Rule, RuleName, rule
@@ -21,31 +22,14 @@ from pyro_bnn.inference.sgmcmc.spike_and_slab.indicators import (
     spike_and_slab_state,
 )
 from pyro_bnn.inputs import Data
-from pyro_bnn.priors import (
-    Cauchy,
-    CodebookPrior,
-    GaussianMixture,
-    HierarchicalCauchy,
-    HierarchicalNormal,
-    Horseshoe,
-    Laplace,
-    Normal,
-    StudentT,
-)
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.program.sites import Program
 
 #: priors that are known not to be a spike and slab; a class of your own or a distribution may be one
 _WITHOUT_SPIKE = {
-    Cauchy,
-    CodebookPrior,
-    GaussianMixture,
-    HierarchicalCauchy,
-    HierarchicalNormal,
-    Horseshoe,
-    Laplace,
-    Normal,
-    StudentT,
+    value
+    for value in map(vars(priors).get, priors.__all__)
+    if isinstance(value, type) and issubclass(value, priors.Prior) and value not in (priors.Prior, priors.SpikeAndSlab)
 }
 
 
