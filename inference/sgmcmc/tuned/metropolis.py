@@ -30,13 +30,16 @@ DRIFT, JITTER = 0.03, 0.02
 class MetropolisSteps:
     """The state of steps beside theta and the momentum: gradient and energy at theta, and the variable of the tests.
 
+    ``threshold`` is that variable, ``[chains]``, uniform in (-1, 1) and independent of theta; a proposal is accepted
+    when its absolute value is below ``exp(-(H' - H) / T)``.
+
     :param evaluate: gives ``grad U [chains, dim]`` and ``U [chains]`` at theta, as tensors of their own.
     :param theta: the state, ``[chains, dim]``, which steps move in place.
     """
 
     def __init__(self, evaluate: Callable[[], tuple[Tensor, Tensor]], theta: Tensor) -> None:
         self._evaluate, self._theta = evaluate, theta
-        self._threshold = 2 * torch.rand_like(theta[:, 0]) - 1
+        self.threshold = 2 * torch.rand_like(theta[:, 0]) - 1
         self._known: tuple[Tensor, Tensor] | None = None
 
     def forget(self) -> None:
@@ -66,9 +69,9 @@ class MetropolisSteps:
         new_grad, new_energy = self._evaluate()
         error = leapfrog_error(new_energy - energy, half, kick * grad, kick * new_grad) / temperature
         error = error.nan_to_num(DIVERGED, DIVERGED, DIVERGED)
-        moved = (self._threshold + DRIFT + JITTER * torch.rand_like(self._threshold) + 1) % 2 - 1
+        moved = (self.threshold + DRIFT + JITTER * torch.rand_like(self.threshold) + 1) % 2 - 1
         accepted = moved.abs() < torch.exp(-error)
-        self._threshold = torch.where(accepted, (moved * torch.exp(error.clamp(max=50.0))).clamp(-1, 1), moved)
+        self.threshold = torch.where(accepted, (moved * torch.exp(error.clamp(max=50.0))).clamp(-1, 1), moved)
         chosen = accepted[:, None]
         self._theta.copy_(torch.where(chosen, self._theta, before))
         momentum.copy_(torch.where(chosen, half - kick * new_grad / 2, -momentum))

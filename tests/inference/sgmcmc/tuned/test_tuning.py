@@ -128,7 +128,8 @@ def test_a_network_has_the_posterior_of_nuts_without_a_setting(batch_size: int) 
 @pytest.mark.parametrize("temperature", [1.0, 0.25])
 def test_tested_steps_leave_a_quartic_law_invariant(temperature: float) -> None:
     """Proves invariance at a step so large that a third of the proposals is rejected: 20,000 exact draws of
-    exp(-x^4 / T), made by inverting the law of |x|, pass a Kolmogorov-Smirnov test after 60 steps."""
+    exp(-x^4 / T), made by inverting the law of |x|, pass a Kolmogorov-Smirnov test after 60 steps, and so do the momenta
+    and the variable of the tests, which is uncorrelated with the energy to 4.5 standard errors."""
     torch.manual_seed(0)
     law = stats.gengamma(0.25, 4, scale=temperature**0.25)  # of |x|
     size = torch.tensor(law.rvs(20_000, random_state=0))
@@ -143,6 +144,8 @@ def test_tested_steps_leave_a_quartic_law_invariant(temperature: float) -> None:
     assert 0.1 < rejected / 60 < 0.6
     assert abs(np.corrcoef(start[:, 0], theta[:, 0])[0, 1]) < 0.1, "the chains have moved"
     assert stats.kstest(theta[:, 0].abs().numpy(), law.cdf).pvalue > 1e-3
+    assert stats.kstest(steps.threshold.abs().numpy(), "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(steps.threshold.abs(), theta[:, 0] ** 4)[0, 1]) < 4.5 / math.sqrt(20_000)
     assert stats.kstest((momentum[:, 0] / math.sqrt(temperature)).numpy(), "norm").pvalue > 1e-3
 
 
