@@ -92,7 +92,7 @@ class TunedSteps:
 
         :param position: number of the step within the draw.
         """
-        if self._tested is not None:
+        if self._tested is not None and not self.tuner.is_settling:
             self._tested_step(self._tested, position)
         else:
             self._watched_step(position, *batch)
@@ -120,8 +120,9 @@ class TunedSteps:
         kernel.update(grad.view_as(kernel.theta), position)
         kick = self.settings.step_size * self.tuner.scale
         new_grad, new_energy = self._at(*batch)
-        error = leapfrog_error(new_energy - energy, self._momentum, kick * grad, kick * new_grad) / kernel.temperature
-        diverged = ~(error.abs() < DIVERGED)
+        change = new_energy - energy
+        error = leapfrog_error(change, self._momentum, kick * grad, kick * new_grad) / kernel.temperature
+        diverged = ~(error.abs() < torch.clamp(change.abs() / kernel.temperature, min=DIVERGED))
         if bool(diverged.any()):  # these chains stay where they were, with a new momentum
             gone = diverged[:, None]
             fresh = torch.randn_like(self._momentum) * math.sqrt(kernel.temperature)
@@ -129,11 +130,11 @@ class TunedSteps:
             self._momentum.copy_(torch.where(gone, fresh, self._momentum))
             new_grad = torch.where(gone, grad, new_grad)
             kernel.gradient.energy = torch.where(diverged, energy, new_energy).view(kernel.theta.shape[:-1])
-        self._tune(new_grad, error, diverged)
+        self._tune(new_grad, error, diverged, change / kernel.temperature)
         self._previous = new_grad
 
-    def _tune(self, grad: Tensor, error: Tensor, diverged: Tensor) -> None:
-        if self.tuner.update(self._theta, grad, error, diverged):
+    def _tune(self, grad: Tensor, error: Tensor, diverged: Tensor, change: Tensor | None = None) -> None:
+        if self.tuner.update(self._theta, grad, error, diverged, change):
             self._kernel.set_scale(self.tuner.scale)
 
     def _next(self) -> tuple[Tensor, Tensor]:

@@ -14,12 +14,17 @@ their energy error has the variance h^6 / 16 for each coordinate. So the bias b 
 
     E[error^2] = 4 b^3 dim
 
-which is measured on the minibatch of each step. Where the gradient is exact, a Metropolis test makes the chain exact,
-and h is set so that a given share of its proposals is accepted, by dual averaging.
+which is measured on the minibatch of each step. Far from the posterior a step changes U by much more than the
+``h sqrt(dim)`` that it does there, and its error is larger by the same factor; the bias is then held by
+``E[error^2] = b^2 E[change of U^2]``, which is the same where the chain is stationary. Where the gradient is exact, a
+Metropolis test makes the chain exact, and h is set so that a given share of its proposals is accepted, by dual
+averaging.
 
 Friction makes the momentum forget itself along a path of ``PATH`` standard deviations, ``1 - exp(-h / PATH)``, or
 sooner where minibatches would heat the chain: the heating, ``h^2 scale_i^2 Var(noise of g_i) / (2 friction T)`` on
-average over coordinates, is held below ``HEATING``. A draw is ``PATHS_PER_DRAW`` such paths.
+average over coordinates, is held below ``HEATING``. In the first phase, which finds the posterior, steps are not
+tested, their heating is not limited, and the friction is at least ``SETTLING``. A draw is ``PATHS_PER_DRAW`` such
+paths.
 
 Sources: the scales, Seyboldt, Carlson and Carpenter (2026, arXiv 2603.18845) for the ratio of variances; windows, Stan;
 the energy error, Robnik and Seljak (2024, arXiv 2212.08549); dual averaging, Hoffman and Gelman (JMLR 2014).
@@ -41,6 +46,8 @@ BIAS, HEATING = 0.03, 0.05
 ACCEPTANCE = 0.97
 #: standard deviations along which the momentum forgets itself
 PATH = 1.5
+#: least friction of the first phase, a momentum of .9: it takes away the energy that is set free on the way
+SETTLING = 0.1
 #: such paths for each draw
 PATHS_PER_DRAW = 4
 #: most steps for a draw: where the step size is so small, more of them would not help
@@ -74,20 +81,25 @@ class Settings:
 class ByEnergyError:
     """h at which the mean square of the energy error is ``target``, as its mean square grows with h^6.
 
+    The target is larger for a step that changes U by more than three times what is usual of that bias; see above.
     Errors are averaged with weights that fall with their distance from the target in orders of magnitude, so that a few
     steps out of proportion do not decide alone.
     """
 
-    def __init__(self, step_size: float, target: float) -> None:
-        self.step_size, self._target = step_size, target
+    def __init__(self, step_size: float, dim: int) -> None:
+        self.step_size, self._target = step_size, 4 * BIAS**3 * dim
         self._errors = self._weights = 0.0
         self._largest = LARGEST
 
-    def update(self, errors: Tensor, diverged: Tensor) -> None:
-        """:param errors, diverged: of every chain, ``[chains]``."""
+    def update(self, errors: Tensor, diverged: Tensor, changes: Tensor | None) -> None:
+        """:param errors, diverged, changes: see :meth:`Tuner.update`."""
         if bool(diverged.any()):
             self._largest = 0.8 * self.step_size
-        ratio = (errors.double().nan_to_num(DIVERGED, DIVERGED, -DIVERGED).square() / self._target).clamp(1e-8, 1e12)
+        target = torch.full_like(errors, self._target, dtype=torch.float64)
+        if changes is not None:
+            target = torch.maximum(target, (BIAS / 3 * changes.double().nan_to_num(0.0, 0.0, 0.0)).square())
+        ratio = errors.double().nan_to_num(DIVERGED, DIVERGED, -DIVERGED).square() / target
+        ratio = torch.where(diverged, 1e12, ratio).clamp(1e-8, 1e12)
         weights = torch.exp(-0.5 * (ratio.log() / 9) ** 2)
         decay = 1 - 1 / MEMORY
         self._errors = decay * self._errors + float((weights * ratio).mean()) / self.step_size**6
@@ -106,8 +118,8 @@ class ByAcceptance:
         self.step_size = step_size
         self._averaging = DualAveraging(prox_center=math.log(10 * step_size))
 
-    def update(self, errors: Tensor, diverged: Tensor) -> None:
-        """:param errors, diverged: of every chain, ``[chains]``."""
+    def update(self, errors: Tensor, diverged: Tensor, changes: Tensor | None) -> None:
+        """:param errors, diverged, changes: see :meth:`Tuner.update`."""
         accepted = torch.exp(-errors.clamp(min=0)).nan_to_num(0.0)
         self._averaging.step(ACCEPTANCE - float(accepted.double().mean()))
         self.step_size = self._limited(self._averaging.get_state()[0])
@@ -145,25 +157,30 @@ class Tuner:
         tunes_thinning: bool,
     ) -> None:
         self.is_exact, self.settings = is_exact, settings
+        #: whether this is the first phase
+        self.is_settling = True
         self.scale = torch.ones_like(theta[0])
         settings.step_size = FIRST_STEP
-        settings.friction = friction or -math.expm1(-FIRST_STEP / PATH)
+        settings.friction = friction or SETTLING
         self._num_steps, self._steps, self._temperature = num_steps, 0, temperature
         self._friction, self._tunes_thinning = friction, tunes_thinning
         self._dim = theta.shape[-1]
         self._ends = _ends_of_windows(num_steps)
         self._positions, self._gradients = WelfordCovariance(), WelfordCovariance()
         self._noise: Tensor | None = None
-        self._rule = self._new_rule(self.settings.step_size)
+        self._rule: ByEnergyError | ByAcceptance = ByEnergyError(FIRST_STEP, self._dim)
 
-    def update(self, theta: Tensor, grad: Tensor, errors: Tensor, diverged: Tensor) -> bool:
+    def update(
+        self, theta: Tensor, grad: Tensor, errors: Tensor, diverged: Tensor, changes: Tensor | None = None
+    ) -> bool:
         """After a step of warm-up. Returns whether the scales have changed.
 
         :param theta, grad: state and ``grad U``, ``[chains, dim]``.
         :param errors, diverged: energy error of the step in units of T, and whether it was none, ``[chains]``.
+        :param changes: by how much the step changed U, in units of T, ``[chains]``; ``None`` for a tested step.
         """
         self._steps += 1
-        self._rule.update(errors, diverged)
+        self._rule.update(errors, diverged, changes)
         self._positions.update(theta)
         self._gradients.update(grad)
         ends = bool(self._ends) and self._steps == self._ends[0]
@@ -184,8 +201,8 @@ class Tuner:
         self._noise = square if self._noise is None else self._noise.lerp(square, 1 / NOISE_MEMORY)
 
     def _set(self, step_size: float) -> None:
-        least = 0.0
-        if self._noise is not None:
+        least = SETTLING if self.is_settling else 0.0
+        if self._noise is not None and not self.is_settling:
             heat = float((self.scale.square() * self._noise).mean()) / (2 * self._temperature * HEATING)
             most = math.sqrt((self._friction or 1.0) / heat) if heat > 0 else math.inf
             step_size = min(step_size, most)
@@ -200,13 +217,11 @@ class Tuner:
         usable = (variances[0] > tiny) & (variances[1] > tiny)
         found = torch.where(usable, (variances[0] / variances[1]) ** 0.25, self.scale)
         change = float((found / self.scale).log().mean())
-        self.scale = found
-        self._rule = self._new_rule(min(self._rule.step_size * math.exp(-change), 1.0))
+        self.scale, self.is_settling = found, False
+        step_size = min(self._rule.step_size * math.exp(-change), 1.0)
+        self._rule = ByAcceptance(step_size) if self.is_exact else ByEnergyError(step_size, self._dim)
         self._positions.reset()
         self._gradients.reset()
-
-    def _new_rule(self, step_size: float) -> ByEnergyError | ByAcceptance:
-        return ByAcceptance(step_size) if self.is_exact else ByEnergyError(step_size, 4 * BIAS**3 * self._dim)
 
 
 def _ends_of_windows(num_steps: int) -> list[int]:
