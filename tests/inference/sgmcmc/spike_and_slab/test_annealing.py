@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pyro
@@ -139,3 +140,21 @@ def test_there_is_no_annealing_without_warm_up() -> None:
     kernel = SGHMCEM(model, data, step_size=0.1, friction=0.1, anneal=0.1)
     with pytest.raises(ValueError, match="no warm-up"):
         kernel.setup(0)
+
+
+def test_the_slab_is_two_nats_likelier_until_the_likelihood_has_its_full_power() -> None:
+    """Proves, against the log odds that are written by hand, that they are raised by 2 while the power is below 1, and
+    not after."""
+    model, data = network(inclusion=0.3)
+    kernel = SGHMCEM(model, data, step_size=0.05, friction=0.2, thinning=5)
+    torch.manual_seed(1)
+    kernel.setup(20)
+    params = kernel.initial_params
+    for draw in range(24):
+        params = kernel.sample(params)
+        (site,) = kernel.sites
+        squares = site.weights.square().sum(0)
+        by_hand = torch.tensor(0.3, dtype=torch.float64).logit() - 4 * math.log(10) + 49.5 * squares
+        raised = 2.0 if draw < 16 else 0.0  # 80 of the 100 steps of warm-up
+        torch.testing.assert_close(site.density.log_odds(site.weights), by_hand + raised, rtol=1e-9, atol=1e-9)
+    kernel.cleanup()

@@ -42,7 +42,9 @@ def test_a_conjugate_posterior_without_a_setting(name: str) -> None:
     that is reported, where that of a standard deviation is 1 / sqrt(2 n) of it for a Normal, and twice that is allowed
     for others; and that this is well inside of what the library promises."""
     exact = CLOSED_FORMS[name]
-    posterior = sample(SGHMC(exact.model), 300, seed=0, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # chains that agree are not warned of
+        posterior = sample(SGHMC(exact.model), 300, seed=0, progress=False)
     assert posterior.num_chains == 4 and posterior.num_stored == 1200
     z = posterior.draws(1200)["z"].reshape(1200, -1).double().numpy()
     effective = posterior.sampler["smallest effective sample size"]
@@ -93,6 +95,10 @@ def test_a_logistic_regression_without_a_setting(batch_size: int) -> None:
 
     posterior = sample(SGHMC(logistic, (x, y), batch_size=batch_size), 150, seed=0, progress=False)
     assert ("acceptance" in posterior.sampler) is (batch_size == 300)
+    friction = posterior.sampler["friction"]
+    expected = 1.0 if batch_size == 300 else 2 / (2 - friction)  # tested steps end with a full momentum
+    assert posterior.sampler["expected kinetic temperature"] == pytest.approx(expected)
+    assert posterior.sampler["kinetic temperature"] == pytest.approx(expected, rel=4 * math.sqrt(2 / 2400))
     w = posterior.draws(600)["w"].reshape(600, 4).double()
     assert ((w.mean(0) - mean).abs() / std < MEAN).all()
     assert ((w.std(0) / std - 1).abs() < WIDTH).all()
