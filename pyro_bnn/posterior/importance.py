@@ -7,10 +7,12 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Inputs, inputs, require_finite, targets
+from pyro_bnn.modes import evaluating
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS, DrawSource
 from pyro_bnn.posterior.network_outputs import predict_network
@@ -83,12 +85,19 @@ def chain_inclusion(source: DrawSource, args: tuple[object, ...] = ()) -> dict[s
 
 
 def row_losses(
-    source: DrawSource, x: Inputs, y: object, chosen: dict[str, Tensor], batch_size: int | None = None
+    source: DrawSource,
+    x: Inputs,
+    y: object,
+    chosen: dict[str, Tensor],
+    batch_size: int | None = None,
+    order: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Fall of the log predictive density of every row without one group, ``{parameter: [chosen groups, rows]}``.
 
     :param source: stored draws of a network whose weights are sites.
     :param chosen: the groups that are left out one by one, True in ``[*groups]``.
+    :param order: a permutation of the rows. Groups of a layer that reads x itself then keep their weights, and their
+        input is shuffled among the rows, which leaves its values as they are: 0 may be a value that never occurs.
     """
     model, guide = source.model, source.stored
     assert isinstance(model, BayesianNetwork) and guide is not None
@@ -99,13 +108,46 @@ def row_losses(
     whole = log_predictive(source, x, y, batch_size)
     for name, density in group_densities(model, list(chosen)).items():
         site, losses = model.site(name), []
+        read = None if order is None else input_as_read(model, name, x)
         for index in chosen[name].flatten().nonzero().flatten().tolist():
-            value = draws[site].clone()
-            value[(slice(None), slice(None), *density.one_group(index))] = float(density.loc)
-            left = DrawsGuide(draws | {site: value}, model, 1, guide.statistics())
-            losses.append(whole - log_predictive(DrawSource(model, left), x, y, batch_size))
+            if read is not None and order is not None and isinstance(x, Tensor):
+                values, axis = read
+                shuffled = values.clone()
+                shuffled.select(axis, index).copy_(values.select(axis, index)[order.to(y.device)])
+                density_without = log_predictive(source, shuffled.reshape(x.shape), y, batch_size)
+            else:
+                value = draws[site].clone()
+                value[(slice(None), slice(None), *density.one_group(index))] = float(density.loc)
+                left = DrawsGuide(draws | {site: value}, model, 1, guide.statistics())
+                density_without = log_predictive(DrawSource(model, left), x, y, batch_size)
+            losses.append(whole - density_without)
         found[name] = torch.stack(losses) if losses else whole.new_empty((0, len(whole)))
     return found
+
+
+def input_as_read(model: BayesianNetwork, name: str, x: Inputs) -> tuple[Tensor, int] | None:
+    """x as the layer of a weight reads it, a view, and the axis along which the columns of the weight multiply it.
+
+    ``None`` where the layer reads something else than x, or is called more than once.
+    """
+    net = model.core().net
+    weight, owner = net.get_parameter(name), net.get_submodule(name.rpartition(".")[0])
+    if not isinstance(x, Tensor) or not isinstance(owner, (nn.Linear, _ConvNd)):
+        return None
+    some, seen = x[:8], list[Tensor]()
+    hook = owner.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        with torch.no_grad(), evaluating(model):
+            net(some)
+    finally:
+        hook.remove()
+    axis = -1 if isinstance(owner, nn.Linear) else 1
+    if len(seen) != 1 or seen[0].shape[axis] != weight.shape[1]:
+        return None
+    if len(seen[0]) != len(some) or seen[0].numel() != some.numel():
+        return None
+    as_read = x.reshape(len(x), *seen[0].shape[1:])
+    return (as_read, axis) if torch.equal(as_read[: len(some)], seen[0]) else None
 
 
 def importance(

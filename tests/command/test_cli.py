@@ -475,7 +475,7 @@ def test_a_run_without_metrics_says_how_to_make_them(digits_run: tuple[Path, str
     assert run("report", folder, "--out", tmp_path, "--overwrite", expect=2).stderr.count("is a folder: give the") == 1
 
 
-@pytest.mark.parametrize("module", ["pyro_bnn", "pyro_bnn.command.cli"])
+@pytest.mark.parametrize("module", ["pyro_bnn", pytest.param("pyro_bnn.command.cli", marks=pytest.mark.slow)])
 def test_the_command_line_is_a_module_too(module: str) -> None:
     result = subprocess.run([sys.executable, "-m", module, "report", "nowhere"], capture_output=True, text=True)
     assert result.returncode == 2 and "'nowhere' is not the folder of a run" in result.stderr

@@ -23,6 +23,7 @@ from perturb.whole_networks import (
     ARCHITECTURES,
     DIFFERENT,
     MEMBERS,
+    NAMES,
     ROWS,
     SENSITIVE,
     SEQUENCES,
@@ -46,7 +47,7 @@ from pyro_bnn.network import Network
 from pyro_bnn.perturb import Layout, Perturbation, Rank1Factors, Replacement, Use
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=NAMES)
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     torch.manual_seed(0)
     make, pixels = ARCHITECTURES[request.param]

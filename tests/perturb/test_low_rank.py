@@ -18,6 +18,7 @@ from explicit import (
 from perturb.layer_cases import CASES, MEMBERS, ROWS, SKIPPED, randn
 from perturb.whole_networks import (
     ARCHITECTURES,
+    NAMES,
     SEQUENCES,
     Subject,
     calibrate,
@@ -94,7 +95,7 @@ def test_sequence_network(name: str, mode: str) -> None:
     assert_exact(net, x, perturbations=perturb_low_rank(net, weights, 2), effects=mode == "eval")
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", NAMES)
 def test_architecture(name: str) -> None:
     """Proves a torchvision architecture in eval mode, depthwise convolutions included; every factor has an effect."""
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -13,6 +14,8 @@ from explicit import (
     row_weights,
 )
 from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.resnet import Bottleneck
 
 from pyro_bnn.perturb import Perturbation
 
@@ -30,15 +33,30 @@ _vision = torchvision.models
 
 ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "resnet18": (lambda: _vision.resnet18(num_classes=10), 64),
-    "resnet50": (lambda: _vision.resnet50(num_classes=10), 48),
-    "densenet121": (lambda: _vision.densenet121(num_classes=10), 48),
+    "resnet_of_bottlenecks": (lambda: _vision.ResNet(Bottleneck, [1, 1, 1, 1], num_classes=10), 48),
+    "densenet": (lambda: _vision.DenseNet(8, (2, 2), 16, num_classes=10), 48),
     "mobilenet_v3_small": (lambda: _vision.mobilenet_v3_small(num_classes=10), 64),
     "efficientnet_b0": (lambda: _vision.efficientnet_b0(num_classes=10), 64),
-    "convnext_tiny": (lambda: _vision.convnext_tiny(num_classes=10), 32),
+    "convnext": (lambda: ConvNeXt([CNBlockConfig(24, 48, 1), CNBlockConfig(48, None, 1)], num_classes=10), 32),
     "regnet_y_400mf": (lambda: _vision.regnet_y_400mf(num_classes=10), 64),
+    "vit": (lambda: _vision.VisionTransformer(32, 16, 2, 4, 32, 64, num_classes=10), 32),
+    "swin": (lambda: _vision.SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=10), 64),
+    "resnet50": (lambda: _vision.resnet50(num_classes=10), 48),
+    "densenet121": (lambda: _vision.densenet121(num_classes=10), 48),
+    "convnext_tiny": (lambda: _vision.convnext_tiny(num_classes=10), 32),
     "vit_b_16": (lambda: _vision.vit_b_16(image_size=32, num_classes=10), 32),
     "swin_t": (lambda: _vision.swin_t(num_classes=10), 64),
 }
+
+
+#: their names as parameters of a test: those of full size are slow, and have small relatives of the same blocks
+NAMES = [
+    pytest.param(
+        name,
+        marks=[pytest.mark.slow] if name in ("resnet50", "densenet121", "convnext_tiny", "vit_b_16", "swin_t") else [],
+    )
+    for name in ARCHITECTURES
+]
 
 
 def without_noise(net: nn.Module) -> nn.Module:

@@ -275,7 +275,7 @@ def test_every_parameter_is_random() -> None:
 def test_nuts_and_mean_field_take_the_prior() -> None:
     model, (x, y) = small(), data()
     pyro.set_rng_seed(0)
-    mcmc = MCMC(NUTS(model), num_samples=20, warmup_steps=20, disable_progbar=True)
+    mcmc = MCMC(NUTS(model, max_tree_depth=4), num_samples=20, warmup_steps=20, disable_progbar=True)
     mcmc.run(x, y)
     share = mcmc.get_samples()["0.weight_inclusion"]
     assert bool(((share > 0) & (share < 1)).all())

@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_bnn.diagnostics.checking.findings import Finding
 from pyro_bnn.diagnostics.scoring.stream import input_batches
 from pyro_bnn.inputs import Data, Inputs
+from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.posterior.draw_source import DrawSource
 from pyro_bnn.posterior.importance import APART, EXCESS, row_losses
@@ -60,7 +61,7 @@ def inclusion_findings(
         }
         if 0 < sum(int(chosen.sum()) for chosen in included.values()) <= MOST:
             source = DrawSource(model, posterior.draw_source.as_stored(count, seed))
-            yield _gains(source, data, included, batch_size)
+            yield _gains(source, data, included, batch_size, seed)
 
 
 def _log_mean(density: Tensor) -> float:
@@ -104,11 +105,18 @@ def _excess(full: float, pruned: float) -> Finding:
     )
 
 
-def _gains(source: DrawSource, data: Data, included: dict[str, Tensor], batch_size: int | None) -> Finding:
-    """Whether each input that is included is worth something on held-out rows."""
+def _gains(source: DrawSource, data: Data, included: dict[str, Tensor], batch_size: int | None, seed: int) -> Finding:
+    """Whether each input that is included is worth something on held-out rows.
+
+    An input of the network is shuffled among the rows of a batch; an input of a later layer, or of the only row of a
+    batch, is put to 0.
+    """
     parts: dict[str, list[Tensor]] = {name: [] for name in included}
+    generator = torch.Generator().manual_seed(seed)
     for x, y in input_batches(data, batch_size):
-        for name, losses in row_losses(source, x, y, included, batch_size).items():
+        rows = count_samples(x)
+        order = torch.randperm(rows, generator=generator) if rows > 1 else None
+        for name, losses in row_losses(source, x, y, included, batch_size, order).items():
             parts[name].append(losses.cpu())
     idle, count, least = [], 0, math.inf
     for name, found in parts.items():

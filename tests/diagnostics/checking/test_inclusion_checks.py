@@ -67,6 +67,63 @@ def test_an_input_that_is_included_for_nothing_is_a_warning() -> None:
         assert "1 of 3 included inputs" in message and "weight[2]" in message
 
 
+def with_a_binary_input(between: nn.Module | None = None) -> pb.Posterior:
+    """``y = x_0 + .8 (|c x_1 + b| - 1)`` in draws with c = +-1, of x_1 = +-1: worth nothing as long as x_1 is +-1."""
+    net = nn.Sequential(*([] if between is None else [between]), nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    first, last = ("0", "2") if between is None else ("1", "3")
+    prior = {rf"{first}\.weight": SpikeAndSlab(0.1, 1.0, 0.5, "input"), ".*": pb.priors.Normal()}
+    model = pb.models.SpikeSlab(net, pb.likelihoods.Gaussian(NOISE), 200, prior=prior)
+    sign = torch.tensor([1.0, -1.0]).repeat(10)
+    weight = torch.zeros(20, 3, 2)
+    weight[:, 0, 0], weight[:, 1, 1], weight[:, 2, 1] = 1.0, sign, -sign
+    draws = {f"{first}.weight": weight, f"{first}.bias": torch.tensor([5.0, 0.0, 0.0]).expand(20, 3)}
+    draws |= {
+        f"{last}.weight": torch.tensor([[1.0, 0.8, 0.8]]).expand(20, 1, 3),
+        f"{last}.bias": torch.full((20, 1), -5.8),
+    }
+    return pb.Posterior.from_draws(model, {name: value.unsqueeze(1) for name, value in draws.items()})
+
+
+@pytest.mark.parametrize("between", [None, nn.Flatten()], ids=["direct", "flattened"])
+def test_a_binary_input_that_is_included_for_nothing_is_a_warning(between: nn.Module | None) -> None:
+    """Proves that an input is judged among its own values: put to 0, which it never is, this one seems to matter."""
+    torch.manual_seed(5)
+    x = torch.cat([torch.randn(300, 1), torch.randint(2, (300, 1)) * 2.0 - 1], 1)
+    y = x[:, :1] + NOISE * torch.randn(300, 1)
+    whole = with_a_binary_input(between)
+    name = next(iter(whole.inclusion_probabilities()))
+    found = whole.importance(x, y)[name]
+    assert float(found.loss[1]) > 5 * float(found.error[1]), "at 0 it seems to matter"
+    rows = x if between is None else x.unsqueeze(1)
+    for data in ((rows, y), DataLoader(TensorDataset(rows, y), batch_size=50)):
+        (message,) = [m for m, severity in of_inclusion(check(whole, data)).items() if severity == "warning"]
+        assert "1 of 2 included inputs" in message and f"{name}[1]" in message
+
+
+def test_rows_one_by_one_are_judged_at_zero() -> None:
+    """Proves that a loader of single rows, which cannot be shuffled, does not make every input look idle."""
+    x, y = rows()
+    found = of_inclusion(check(posterior(draws(0.6)), DataLoader(TensorDataset(x[:60], y[:60]), batch_size=1)))
+    assert list(found.values()) == ["good"]
+
+
+def test_a_later_layer_is_put_to_zero() -> None:
+    """Proves that the columns of a layer that reads something else than x are judged without shuffling x."""
+    prior = {r"2\.weight": SpikeAndSlab(0.1, 1.0, 0.5, "input"), ".*": pb.priors.Normal()}
+    net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh(), nn.Linear(2, 1, bias=False))
+    model = pb.models.SpikeSlab(net, pb.likelihoods.Gaussian(NOISE), 200, prior=prior)
+    crossed = {
+        "0.weight": torch.eye(2).flip(0).expand(10, 1, 2, 2),
+        "2.weight": torch.tensor([[2.0, 1.0]]).expand(10, 1, 1, 2),
+    }
+    torch.manual_seed(6)
+    x = torch.randn(300, 2)
+    y = 2 * x[:, 1:].tanh() + NOISE * torch.randn(300, 1)  # the column 0 of the second layer, fed by x_1
+    found = of_inclusion(check(pb.Posterior.from_draws(model, crossed), (x, y)))
+    (message,) = [m for m, severity in found.items() if severity == "warning"]
+    assert "2.weight[1]" in message and "2.weight[0]" not in message
+
+
 def test_chains_that_do_not_agree_are_a_warning() -> None:
     weights = draws(0.6)
     weights[20:, 2] = 1.0

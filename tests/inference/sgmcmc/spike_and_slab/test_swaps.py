@@ -138,7 +138,7 @@ GROUPS, SIZE, ROWS = 400, 4, 3
 MANY = SpikeAndSlab(0.2, 1.0, inclusion=0.4, group="input")
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("temperature", [0.5, pytest.param(1.0, marks=pytest.mark.slow)])
 def test_geweke(temperature: float) -> None:
     """Data given weights, weights given data by one sweep and a few steps, in turn: 400 independent groups keep their
     prior. Swaps that believe in another temperature leave it, and are told apart by the same statistic."""
