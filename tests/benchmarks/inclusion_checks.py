@@ -1,9 +1,10 @@
 """Whether ``check`` tells wrong inclusion from right: ``python -m tests.benchmarks.inclusion_checks``.
 
-The 24 simulated tables of :mod:`tests.benchmarks.inclusion`, each fitted twice in ways that often go wrong: by one chain
-with 400 draws of warm-up of the recipe in docs/spike_slab.md, and by a spike that is too wide, without annealing and
-swaps. A fit is wrong when it includes other inputs than the two that matter, and flagged when ``check``, given 1000 rows
-that were not trained on and the training rows, has a problem or warning about inclusion. Six minutes on one core.
+The 24 simulated tables of :mod:`tests.benchmarks.inclusion`, each fitted twice in ways that often go wrong: by one
+chain with 400 draws of warm-up of the recipe in docs/spike_slab.md, and by a spike that is too wide, without annealing
+and swaps. A fit is wrong when it includes other inputs than the two that matter, and flagged when ``check``, given
+1000 rows that were not trained on and the training rows, has a problem or warning about inclusion. Six minutes on one
+core.
 """
 
 from __future__ import annotations
