@@ -320,7 +320,7 @@ DOORS = [
         {"epochs": COUNT_OR_0, "batch_size": COUNT, "seed": SEED},
     ),
     Door(pruning.InclusionRule, pruning.InclusionRule, {"threshold": SHARE}),
-    Door(pruning.MagnitudeRule, pruning.MagnitudeRule, {"sparsity": SHARE, "decay": SHARE}),
+    Door(pruning.MagnitudeRule, pruning.MagnitudeRule, {"sparsity": SHARE, "decay": SHARE, "start": [*FRACTION, 1]}),
     Door(pruning.KeFanRule, pruning.KeFanRule, {"hard_threshold": POSITIVE}),
     # posteriors
     draws_of(pb.Posterior.predict, X),

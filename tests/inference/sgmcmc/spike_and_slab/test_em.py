@@ -360,6 +360,41 @@ def test_the_magnitude_rule_counts_weights_over_all_sites() -> None:
         assert torch.equal(with_chains, alone.expand(2, *alone.shape))
 
 
+def test_the_magnitude_rule_goes_on_from_a_start() -> None:
+    """Proves that the share runs from the start to the end: .9 + .09 (1 - .99^(500 p))."""
+    rule = MagnitudeRule(0.99, start=0.9)
+    assert rule.share(0) == 0.9 and rule.share(1) == 0.99
+    assert rule.share(0.3) == pytest.approx(0.9 + 0.09 * (1 - 0.99**150))
+
+
+def test_layer_adaptive_scores_are_shares_of_what_is_no_smaller_in_the_layer() -> None:
+    """Proves the scores by hand: squares 1, 4, 9 have 1/14, 4/13, 1, a hundredth of them too, and columns likewise.
+
+    By magnitude all of the narrow layer would go first; by these scores both layers keep their largest.
+    """
+    wide = groups(torch.tensor([[3.0, 1.0, 2.0]]), torch.ones(1, 3))
+    narrow = groups(torch.tensor([[0.2, 0.3, 0.1]]), torch.ones(1, 3))
+    assert [s.tolist() for s in MagnitudeRule(0.5)([wide, narrow], 1.0)] == [[[True] * 3], [[False] * 3]]
+    rule = MagnitudeRule(4 / 6, layer_adaptive=True)
+    assert [s.tolist() for s in rule([wide, narrow], 1.0)] == [[[True, False, False]], [[False, True, False]]]
+    columns = groups(torch.tensor([[1.0, 3.0], [1.0, 1.0]]), torch.ones(2), "input")  # sums of squares 2 and 10: 1/6, 1
+    stays = MagnitudeRule(0.5, layer_adaptive=True)([columns, wide], 1.0)
+    assert stays[0].tolist() == [True, True] and stays[1].tolist() == [[True, False, True]]  # 1/14 goes, 1/6 is two
+    chains = [
+        SiteGroups(
+            s.density,
+            torch.stack([s.weights, s.weights.flip(-1)]),
+            s.included.expand(2, *s.included.shape),
+            s.kept.expand(2, *s.kept.shape),
+            s.included,
+        )
+        for s in (wide, narrow)
+    ]
+    assert [s[1].flip(-1).tolist() for s in rule(chains, 1.0)] == [s.tolist() for s in rule([wide, narrow], 1.0)]
+    empty = groups(torch.zeros(1, 3), torch.ones(1, 3))
+    assert [s.tolist() for s in rule([wide, empty], 1.0)] == [[[True, False, True]], [[False] * 3]]
+
+
 def test_the_rule_of_ke_and_fan() -> None:
     """Columns by mean square; of convolutions whole channels by their range, also of one constant value."""
     matrix = groups(torch.tensor([[0.01, 0.2], [0.01, 0.0]]), torch.ones(2), "input")
@@ -381,6 +416,7 @@ def test_the_rule_of_ke_and_fan() -> None:
     [
         (lambda: InclusionRule(0.0), r"expected a number in \(0, 1\)"),
         (lambda: MagnitudeRule(1.0), r"expected a number in \(0, 1\)"),
+        (lambda: MagnitudeRule(0.5, start=0.5), r"below sparsity=0\.5"),
         (lambda: KeFanRule(-1.0), "positive"),
         (lambda: pb.inference.pruning.rule("random"), "'inclusion'"),
     ],
