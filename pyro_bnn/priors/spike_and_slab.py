@@ -137,6 +137,37 @@ class SpikeAndSlab(Prior):
             )
         return cls(0.5 / math.sqrt(num_data), 1.0, expected / num_inputs, "input")
 
+    @classmethod
+    def from_weight_decay(
+        cls,
+        num_data: int,
+        spike: float,
+        slab: float,
+        inclusion: Inclusion = 0.5,
+        group: Group = "weight",
+    ) -> SpikeAndSlab:
+        """The prior whose components pull a weight as hard as the weight decays with which a network trains well::
+
+            spike_scale = 1 / sqrt(num_data spike),    slab_scale = 1 / sqrt(num_data slab)
+
+        Minus the log density of N(0, s^2), over N, is ``w^2 / (2 N s^2)``: the weight decay ``1 / (N s^2)`` of the mean
+        loss. A scale that looks wide may pull hard: with 50,000 rows a spike of .01 is a weight decay of .2, under
+        which no network keeps its accuracy, and a weight decay of 5e-4 is a scale of .2.
+
+        :param num_data: number N of rows.
+        :param spike, slab: weight decays of the mean loss per row, that of the spike the larger; 1e-3 and 1e-4, say.
+        :param inclusion, group: see :class:`SpikeAndSlab`.
+        :raises ValueError: for numbers out of range.
+        """
+        num_data = checks.count("num_data", num_data)
+        spike, slab = checks.positive("spike", spike), checks.positive("slab", slab)
+        if spike <= slab:
+            raise ValueError(
+                f"spike={spike}, slab={slab}: expected the weight decay of the spike to be the larger, because its "
+                "scale is the smaller"
+            )
+        return cls(1 / math.sqrt(num_data * spike), 1 / math.sqrt(num_data * slab), inclusion, group)
+
     def threshold(self, group_size: int) -> float:
         """The norm ``T = |w_g - loc|`` of a group above which the slab is the likelier component, with a Normal spike::
 

@@ -355,6 +355,11 @@ DOORS = [
         {"least": FRACTION, "num_samples": COUNT, "batch_size": COUNT, "seed": SEED},
     ),
     Door(
+        priors.SpikeAndSlab.from_weight_decay,
+        lambda **o: priors.SpikeAndSlab.from_weight_decay(**({"num_data": 9, "spike": 1e-3, "slab": 1e-4} | o)),
+        {"num_data": COUNT, "spike": POSITIVE, "slab": POSITIVE},
+    ),
+    Door(
         priors.SpikeAndSlab.for_inputs,
         lambda **o: priors.SpikeAndSlab.for_inputs(**({"num_inputs": 5, "num_data": 9} | o)),
         {"num_inputs": [*COUNT, 1], "num_data": COUNT, "expected": POSITIVE},

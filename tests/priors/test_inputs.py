@@ -27,6 +27,19 @@ def test_numbers_out_of_range_are_refused(inputs: Any, rows: Any, expected: Any)
         SpikeAndSlab.for_inputs(inputs, rows, expected)
 
 
+def test_scales_from_weight_decays_pull_as_hard_as_these() -> None:
+    """Proves by autograd that the prior of a weight far out, and at 0, has the gradient of N times its weight decay."""
+    n = 5000
+    prior = SpikeAndSlab.from_weight_decay(n, 1e-2, 1e-4)
+    density = prior.elements(0.0, torch.zeros(1, dtype=torch.float64), None)
+    for size, decay in ((5.0, 1e-4), (1e-6, (1e-2 * 10 + 1e-4) / 11)):  # at 0 the spike is ten times as dense
+        w = torch.tensor([size], dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(-density.log_prob(w) / n, w)
+        assert float(gradient) == pytest.approx(decay * size, rel=1e-4)
+    with pytest.raises(ValueError, match="the larger"):
+        SpikeAndSlab.from_weight_decay(n, 1e-4, 1e-4)
+
+
 @pytest.mark.parametrize("prior", [SpikeAndSlab.for_inputs(10, 220), SpikeAndSlab(0.1, 0.7, 0.5, "input", loc=0.3)])
 def test_the_threshold_is_the_norm_of_a_column_at_even_odds(prior: SpikeAndSlab) -> None:
     """Proves that columns in any direction have log odds 0 at this norm, and are in the slab beyond it."""
