@@ -102,7 +102,9 @@ class SGHMC(MinibatchKernel):
         :mod:`pyro_bnn.inference.sgmcmc.preconditioners`. Preconditioners adapt only during warm-up. With
         ``step_size="auto"`` tau is N times the square of the scales that are tuned, and this must be left out.
     :param schedule: ``"constant"``, or ``"cyclical"`` (Zhang et al. 2020): the learning rate falls from h^2 to nearly 0
-        along half a cosine in each cycle of ``thinning`` steps, and each cycle ends with one draw.
+        along half a cosine in each cycle of ``draws_per_cycle`` draws.
+    :param draws_per_cycle: number of draws, of ``thinning`` steps each, in a cycle; by default 1, at its end, where the
+        step is smallest. More draws in a longer cycle cost no gradient and average more.
     :param batch_size: for a dataset or a pair; a loader has its own.
     :param num_data: N; by default that of the model, or the size of the data, or 1 without data.
     :param thinning: number of steps for each draw; by default 1, and for ``step_size="auto"`` 10 in warm-up and then
@@ -130,6 +132,7 @@ class SGHMC(MinibatchKernel):
         temperature: float = 1.0,
         preconditioner: Preconditioner = "identity",
         schedule: Literal["constant", "cyclical"] = "constant",
+        draws_per_cycle: int = 1,
         batch_size: int = 128,
         num_data: int | None = None,
         thinning: int | Literal["auto"] = "auto",
@@ -155,6 +158,8 @@ class SGHMC(MinibatchKernel):
             raise ValueError(f"preconditioner={preconditioner!r}: expected 'identity', 'rmsprop' or 'adaptive'")
         if schedule not in ("constant", "cyclical"):
             raise ValueError(f"schedule={schedule!r}: expected 'constant' or 'cyclical'")
+        if checks.count("draws_per_cycle", draws_per_cycle) > 1 and schedule == "constant":
+            raise ValueError(f"draws_per_cycle={draws_per_cycle} is for schedule='cyclical': leave it out")
         if is_tuned:
             for name, given, only in (
                 ("preconditioner", preconditioner, "identity"),
@@ -171,7 +176,7 @@ class SGHMC(MinibatchKernel):
                 )
         self.is_tuned, self._tunes_thinning = is_tuned, is_tuned and thinning == "auto"
         self.step_size, self.friction, self.temperature = step_size, friction, temperature
-        self.preconditioner, self.schedule = preconditioner, schedule
+        self.preconditioner, self.schedule, self.draws_per_cycle = preconditioner, schedule, draws_per_cycle
         if isinstance(thinning, str) and thinning == "auto":
             thinning = WARMUP_THINNING if is_tuned else 1
         super().__init__(
@@ -189,8 +194,9 @@ class SGHMC(MinibatchKernel):
 
     def repr_arguments(self) -> dict[str, object]:
         """What the text of the kernel says beside its model, by name."""
-        names = ("step_size", "friction", "temperature", "preconditioner", "schedule", "batch_size", "thinning")
-        return {name: getattr(self, name) for name in names}
+        names = ["step_size", "friction", "temperature", "preconditioner", "schedule"]
+        names += ["draws_per_cycle"] if self.draws_per_cycle > 1 else []
+        return {name: getattr(self, name) for name in (*names, "batch_size", "thinning")}
 
     def _set_up_update(self) -> None:
         self.momentum = torch.zeros_like(self.theta)
@@ -273,7 +279,8 @@ class SGHMC(MinibatchKernel):
             self.measure_configuration(grad, position)
         rate = 1.0
         if self.schedule == "cyclical":
-            rate = 0.5 * (1 + math.cos(math.pi * position / self.thinning))
+            part = (self.draws % self.draws_per_cycle + position / self.thinning) / self.draws_per_cycle
+            rate = 0.5 * (1 + math.cos(math.pi * part))
         self._move(grad, self.settings.step_size * math.sqrt(rate))
 
     def mark_origin(self) -> None:

@@ -105,7 +105,7 @@ class Settings:
 
 def build(network: str) -> nn.Module:
     torch.manual_seed(0)
-    return SmallResNet() if network == "resnet" else lenet(network)
+    return SmallResNet() if network == "resnet" else lenet(network, 0)
 
 
 class Study:

@@ -167,7 +167,7 @@ TRAINING = {
     "clip_norm": POSITIVE,
 }
 STEPS = {"batch_size": COUNT, "num_data": COUNT, "thinning": COUNT, "check_every": COUNT}
-SAMPLER = STEPS | {"step_size": POSITIVE, "friction": UP_TO_1, "temperature": NOT_NEGATIVE}
+SAMPLER = STEPS | {"step_size": POSITIVE, "friction": UP_TO_1, "temperature": NOT_NEGATIVE, "draws_per_cycle": COUNT}
 PRUNING = {"em_start": COUNT_OR_0, "em_every": COUNT, "prune_start": COUNT_OR_0, "prune_every": COUNT}
 
 DOORS = [

@@ -82,8 +82,8 @@ class KeFanSGHMC(SpikeAndSlabKernel):
         :mod:`pyro_bnn.inference.sgmcmc.pruning`.
     :param prune_start: number of steps before the first pruning; by default ``em_start``.
     :param prune_every: number of steps between prunings; by default one pass over the data.
-    :param options: ``temperature`` T, ``schedule``, ``batch_size``, ``num_data``, ``thinning``, ``check_every`` and
-        ``capture``, as for :class:`~pyro_bnn.inference.SGHMC`.
+    :param options: ``temperature`` T, ``schedule``, ``draws_per_cycle``, ``batch_size``, ``num_data``, ``thinning``,
+        ``check_every`` and ``capture``, as for :class:`~pyro_bnn.inference.SGHMC`.
     :raises ValueError: for a preconditioner, pruning from the first step on, a spike that is not Normal around 0, and
         in the cases of :class:`~pyro_bnn.inference.SGHMCEM`.
     """

@@ -315,6 +315,23 @@ def test_cycles_end_at_the_smallest_step(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(params["z"], z)
 
 
+def test_a_cycle_of_several_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that the cosine runs over all draws of a cycle, in warm-up and after, and starts anew with the next."""
+    options: dict[str, Any] = {"step_size": 0.5, "friction": 1.0, "temperature": 0.0, "schedule": "cyclical"}
+    kernel = SGHMC(gaussian(1), thinning=2, draws_per_cycle=3, **options)
+    kernel.setup(1)  # a draw of warm-up is the first of its cycle
+    z = torch.ones(1, 3, dtype=torch.float64)
+    params = kernel.sample({"z": z})
+    for draw in range(4):
+        for r in (2 * draw, 2 * draw + 1):
+            z = z * (1 - 0.25 * 0.5 * (1 + math.cos(math.pi * (r % 6) / 6)) * CURVATURES)
+        torch.testing.assert_close(params["z"], z)
+        params = kernel.sample(params)
+    assert "draws_per_cycle=3" in repr(kernel)
+    with pytest.raises(ValueError, match="draws_per_cycle=2 is for schedule='cyclical'"):
+        SGHMC(gaussian(1), step_size=0.5, friction=1.0, draws_per_cycle=2)
+
+
 def test_a_step_by_hand() -> None:
     """Proves the two lines of the update with preconditioner, noise and mask, in NumPy."""
     theta, momentum, grad, xi = (np.random.default_rng(i).standard_normal(5) for i in range(4))
