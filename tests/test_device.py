@@ -15,6 +15,7 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
+from torchvision.models.resnet import BasicBlock, ResNet
 
 import pyro_bnn as pb
 from pyro_bnn.diagnostics import disagreement, ood_scores
@@ -42,6 +43,7 @@ from pyro_bnn.posterior.network_outputs import network_outputs
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "mlp": lambda: (nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)), torch.randn(4, 5)),
+    "resnet": lambda: (ResNet(BasicBlock, [1, 1, 1, 1], num_classes=3), pictures()),
     "resnet18": lambda: (resnet18(3), torch.randn(4, 3, 16, 16)),
     "vit": lambda: (torchvision.models.VisionTransformer(32, 16, 2, 4, 32, 64, num_classes=3), pictures()),
     "vit_b_16": lambda: (torchvision.models.vit_b_16(image_size=32, num_classes=3), pictures()),
@@ -89,7 +91,7 @@ def codebook_for(model: WeightSharing) -> Codebook:
         pytest.param(network, method, marks=[pytest.mark.slow] if is_slow else [])
         for method in ("rank1", "dense", "bella", "codebook", "mixture", "shared")
         for network in NETWORKS
-        for is_slow in [network == "vit_b_16"]
+        for is_slow in [network in ("resnet18", "vit_b_16")]
     ],
 )
 def test_every_tensor_of_guide_model_and_prediction_is_on_the_networks_device(network: str, method: str) -> None:
@@ -105,7 +107,7 @@ def test_every_tensor_of_guide_model_and_prediction_is_on_the_networks_device(ne
             model(x)  # layouts are read off values, once; the shapes are then known
         weights = model.weights
     elif method == "bella":
-        head = {"mlp": "2", "resnet18": "fc", "vit": "heads.head", "vit_b_16": "heads.head"}[network]
+        head = {"mlp": "2", "resnet": "fc", "resnet18": "fc", "vit": "heads.head", "vit_b_16": "heads.head"}[network]
         affine = network != "mlp"
         model = Bella(net, likelihood, 100, prior=pb.priors.HierarchicalNormal(), head=head, affine=affine)
         guide = ParticleGuide(model, 2)

@@ -71,7 +71,7 @@ def logistic(x: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Bernoulli(logits=x @ w), obs=y)
 
 
-@pytest.mark.parametrize("batch_size", [300, 60])
+@pytest.mark.parametrize("batch_size", [300, pytest.param(60, marks=pytest.mark.slow)])
 def test_a_logistic_regression_without_a_setting(batch_size: int) -> None:
     """Proves means and widths of importance sampling from a Laplace approximation with 200,000 draws, whose errors are
     below 1 %, with the whole data and with minibatches; only the former is tested by Metropolis."""
