@@ -16,6 +16,7 @@ from pyro_bnn.inference.stein.kernels import IMQ, RBF, KernelSum, LinearKernel, 
 from pyro_bnn.inference.stein.svgd import SVGD, cyclical_annealing
 from pyro_bnn.inference.svi.elbo import MixtureELBO, ScaleLatents
 from pyro_bnn.inference.svi.fitting import fit
+from pyro_bnn.inference.svi.objective import Objective
 from pyro_bnn.inference.training import FitState
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "LinearKernel",
     "MCDropout",
     "MixtureELBO",
+    "Objective",
     "ScaleLatents",
     "ScaledMedian",
     "cosine",

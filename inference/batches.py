@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, NamedTuple
 
 import pyro
@@ -244,10 +244,20 @@ def _loaded(model: Program, batch: object) -> tuple[object, ...]:
     parts = batch if pair is None else pair
     if not isinstance(parts, (tuple, list)) or (pair is None and isinstance(model, BayesianNetwork)):
         raise TypeError(f"the loader must give pairs (x, y) or dicts with {LABELS!r}, got {describe(batch)}")
+    return as_tensors(model, parts)
+
+
+def as_tensors(model: Program, parts: Sequence[object], *, check: bool = True) -> tuple[object, ...]:
+    """What a model is called with, as tensors; those of a network of this package on its device, in its dtype.
+
+    :param parts: of a network of this package x and y.
+    :param check: whether to look for what would train silently on nonsense.
+    """
     if not isinstance(model, BayesianNetwork):
         return tuple(inputs(part, None, f"part {i} of a batch") for i, part in enumerate(parts))
     x, y = inputs(parts[0], model.like()), targets(parts[1], model.like())
-    _check(model, x, y)
+    if check:
+        _check(model, x, y)
     return x, y
 
 

@@ -145,9 +145,9 @@ def _back(run: TrainingRun, error: FloatingPointError) -> FloatingPointError:
     return FloatingPointError(f"{error}. Model and guide are back at the end of epoch {run.remembered_epoch}")
 
 
-def first_row(batches: Minibatches) -> object:
+def first_row(batch: tuple[object, ...]) -> object:
     """One row of x, as the example input of a posterior."""
-    return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() else t, batches.first[0])
+    return pytree.tree_map(lambda t: t[:1] if isinstance(t, Tensor) and t.dim() else t, batch[0])
 
 
 def require_rows_for_statistics(model: Program, batches: Minibatches) -> None:
@@ -167,7 +167,7 @@ def require_rows_for_statistics(model: Program, batches: Minibatches) -> None:
     try:
         with undisturbed(net):
             net.train()
-            model.core()(first_row(batches))
+            model.core()(first_row(batches.first))
     except ValueError as error:
         if _ONE_VALUE not in str(error):
             raise

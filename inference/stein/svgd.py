@@ -338,7 +338,7 @@ class SVGD:
             posterior = Posterior.from_draws(self.model, self.guide.particles(), is_sampled=False)
             posterior.losses = list(run.losses)
             return posterior
-        return Posterior(self.model, self.guide, losses=run.losses, example=first_row(batches))
+        return Posterior(self.model, self.guide, losses=run.losses, example=first_row(batches.first))
 
     def _settings(
         self, data: Any, optimizer: Optimizer, batch_size: int, schedule: Schedule | None, seed: int | None

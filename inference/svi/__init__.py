@@ -2,5 +2,6 @@
 
 from pyro_bnn.inference.svi.elbo import MixtureELBO, ScaleLatents
 from pyro_bnn.inference.svi.fitting import fit
+from pyro_bnn.inference.svi.objective import Objective
 
-__all__ = ["MixtureELBO", "ScaleLatents", "fit"]
+__all__ = ["MixtureELBO", "Objective", "ScaleLatents", "fit"]

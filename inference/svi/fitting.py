@@ -12,7 +12,6 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
-from pyro.infer.autoguide import AutoLaplaceApproximation
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -23,20 +22,17 @@ from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.schedules import Schedule, scheduler_of
 from pyro_bnn.inference.settings import settings_of
-from pyro_bnn.inference.svi.elbo import MixtureELBO, ScaleLatents
+from pyro_bnn.inference.svi.objective import Objective, require_trainable
 from pyro_bnn.inference.training import (
     Callback,
     Optim,
     Step,
     build_optimizer,
-    first_row,
     require_epochs,
-    require_programs,
-    require_supports,
     train,
 )
 from pyro_bnn.inputs import Data
-from pyro_bnn.modes import keeping_modes, settle, training_mode
+from pyro_bnn.modes import keeping_modes
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.program.model import BayesianNetwork
@@ -110,31 +106,33 @@ def fit(
     checks.not_negative("kl_annealing", kl_annealing)
     checks.optional(checks.positive, "clip_norm", clip_norm)
     checks.seed("seed", seed)
-    if elbo is not None and not isinstance(elbo, ELBO):
-        raise TypeError(f"elbo={elbo!r}: expected pyro_bnn.inference.MixtureELBO() or an ELBO of pyro.infer")
-    require_programs(model, guide)
-    if isinstance(guide, AutoLaplaceApproximation):
-        raise TypeError(
-            "guide=AutoLaplaceApproximation: training finds only its mode, so its posterior would have no spread. "
-            "Train an AutoMultivariateNormal here; or train it with pyro.infer.SVI and use "
-            "pyro_bnn.Posterior(model, guide.laplace_approximation(x, y))"
-        )
+    require_trainable(model, guide, elbo)
     batches = minibatches(model, data, batch_size)
     with contextlib.ExitStack() as stack:
         stack.enter_context(keeping_modes(model, guide))
         stack.enter_context(seeded(device_of(model), seed))
-        store = stack.enter_context(pyro.get_param_store().scope())
-        parameters = _initialise(model, guide, batches.first)
+        knows = isinstance(model, BayesianNetwork) and model.num_data is not None
+        size = None if knows else batches.size or 1
+        annealing = kl_annealing * batches.steps
+        objective = Objective(
+            model, guide, elbo=elbo, kl_annealing=annealing, num_data=size, example=batches.first
+        ).train()
+        stack.enter_context(objective.store())
+        parameters = objective.trained()
         optimizer = _optimizer(optim, parameters, model, guide, lr, weight_decay, decay)
-        objective = MixtureELBO() if elbo is None else elbo
         settings: dict[str, str] = {}
         if checkpoint is not None:
-            options = {"schedule": schedule, "kl_annealing": kl_annealing, "elbo": objective, "clip_norm": clip_norm}
-            size = {} if isinstance(data, DataLoader) else {"batch_size": batch_size}
-            settings = settings_of(model, guide, optimizer, data, **options, **size, method="SVI", seed=seed)
+            options: dict[str, Any] = {
+                "schedule": schedule,
+                "kl_annealing": kl_annealing,
+                "elbo": objective.elbo,
+                "clip_norm": clip_norm,
+            }
+            options |= {} if isinstance(data, DataLoader) else {"batch_size": batch_size}
+            settings = settings_of(model, guide, optimizer, data, **options, method="SVI", seed=seed)
         scheduler = scheduler_of(schedule, optimizer, batches.steps, epochs)
         run = TrainingRun(model, guide, parameters, optimizer, scheduler, settings=settings)
-        step = _elbo_step(objective, batches.size, kl_annealing * batches.steps, clip_norm)
+        step = _step(objective, clip_norm)
         train(
             run,
             batches,
@@ -146,26 +144,18 @@ def fit(
             progress=progress,
             checkpoint=checkpoint,
         )
-    settle(model, guide)
-    modules = isinstance(model, nn.Module) and isinstance(guide, nn.Module)
-    return Posterior(model, guide, losses=run.losses, example=first_row(batches), store=None if modules else store)
+    return objective.posterior(losses=run.losses)
 
 
-def _elbo_step(objective: ELBO, size: int | None, annealing: float, clip_norm: float | None) -> Step:
-    """One update along the gradient of the negative ELBO per datum.
-
-    :param size: number N of samples in the data set.
-    :param annealing: steps over which the weight of the KL divergence grows to 1.
-    """
+def _step(objective: Objective, clip_norm: float | None) -> Step:
+    """One update along the gradient of the objective."""
 
     def step(batch: tuple[object, ...], run: TrainingRun) -> float:
         model, guide = run.model, run.guide
-        beta = min(1.0, (run.step + 1) / annealing) if annealing > 0 else 1.0
+        objective.step = run.step
         cause = None
         try:
-            # distributions validate their arguments on the first step; later ones have the same shapes
-            with pyro.validation_enabled(run.step == 0), training_mode(True), ScaleLatents(beta):
-                loss = objective.differentiable_loss(model, guide, *batch) / (size or 1)  # type: ignore[attr-defined]
+            loss = objective.loss(*batch)
             value = float(loss.detach())
         except ValueError as error:  # validation stops at NaN, but not only there
             if _offending_site(model, guide, batch) is None:
@@ -185,29 +175,6 @@ def _elbo_step(objective: ELBO, size: int | None, annealing: float, clip_norm: f
         return value
 
     return step
-
-
-# ------------------------------------------------------------------------------------------------ parameters
-
-
-def _initialise(model: Program, guide: Program, first: tuple[object, ...]) -> list[Tensor]:
-    """All trainable parameters: those of modules, and those that functions declare with ``pyro.param``."""
-    modules = [program for program in (model, guide) if isinstance(program, nn.Module)]
-    for module in modules:
-        module.eval()  # this first call, which sets up an AutoGuide, must not move statistics
-    quiet = pyro.validation_enabled(False)  # the first step validates, and reports
-    with torch.no_grad(), training_mode(False), quiet, poutine.trace(param_only=True) as capture:
-        draw = poutine.trace(guide).get_trace(*first)
-        replayed = poutine.replay(model, trace=draw)  # an improper prior has no draws of its own
-        prior = poutine.trace(replayed).get_trace(*first)
-    require_supports(prior, draw)
-    sites: list[Any] = list(capture.trace.nodes.values())
-    declared = [site["value"].unconstrained() for site in sites]
-    owned = [p for module in modules for p in module.parameters()]
-    unique = {id(p): p for p in (*owned, *declared) if p.requires_grad and p.numel()}
-    if not unique:
-        raise ValueError("neither model nor guide has parameters to train")
-    return list(unique.values())
 
 
 def _optimizer(
