@@ -78,8 +78,8 @@ class Objective(nn.Module):
         example: tuple[object, ...] | None = None,
     ) -> None:
         super().__init__()
-        checks.not_negative("kl_annealing", kl_annealing)
-        checks.optional(checks.count, "num_data", num_data)
+        kl_annealing = checks.not_negative("kl_annealing", kl_annealing)
+        num_data = checks.optional(checks.count, "num_data", num_data)
         require_trainable(model, guide, elbo)
         self.model, self.guide = model, guide
         self.elbo, self.kl_annealing, self.step = MixtureELBO() if elbo is None else elbo, kl_annealing, 0

@@ -341,9 +341,7 @@ class Posterior:
         """``{parameter: Importance}``: what each group of a spike-and-slab prior is worth, beside its inclusion.
 
         The loss of a group is the fall of the log predictive density, in nats per row, when its weights are put to 0 in
-        all draws: a prediction for each group. 0 may be a value that an input never has (one of two categories, say),
-        and its loss then that of a network where it knows nothing; :func:`pyro_bnn.diagnostics.check` therefore
-        shuffles inputs among the rows.
+        all draws: a prediction for each group. An input that is never 0 may then seem to matter; ``check`` shuffles.
 
         :param x, y: rows to predict, held-out ones unless the fit itself is asked about.
         :param least: groups with a smaller inclusion probability are not visited, and have a loss of NaN.

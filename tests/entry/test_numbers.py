@@ -245,6 +245,11 @@ DOORS = [
     ),
     # engines
     Door(inference.fit, fit, TRAINING | {"epochs": COUNT}),
+    Door(
+        inference.Objective,
+        lambda **o: inference.Objective(*(lambda m: (m, models.MeanFieldGuide(m)))(dense()), **o),
+        {"kl_annealing": NOT_NEGATIVE, "num_data": COUNT},
+    ),
     Door(inference.MixtureELBO, inference.MixtureELBO, {"num_particles": COUNT}),
     Door(inference.ScaleLatents, inference.ScaleLatents, {"scale": NOT_NEGATIVE}),
     Door(inference.cosine, inference.cosine, {"warmup": NOT_NEGATIVE}),
