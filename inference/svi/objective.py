@@ -138,7 +138,7 @@ class Objective(nn.Module):
         with one_at_a_time, self.store(), pyro.validation_enabled(first), training_mode(self.training):
             with ScaleLatents(self.beta):
                 loss: Tensor = self.elbo.differentiable_loss(self.model, self.guide, *batch)  # type: ignore[attr-defined]
-        if not self._has_begun and torch.is_grad_enabled() and torch.distributed.is_initialized():
+        if not self._has_begun and torch.is_grad_enabled() and _is_one_of_several():
             trained = self.trained()
             found = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
             self._idle = [p for p, gradient in zip(trained, found, strict=True) if gradient is None]
@@ -219,6 +219,10 @@ class Objective(nn.Module):
         modules = isinstance(self.model, nn.Module) and isinstance(self.guide, nn.Module)
         store = None if modules else self._store
         return Posterior(self.model, self.guide, losses=losses or [], example=example, store=store)
+
+
+def _is_one_of_several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def require_trainable(model: object, guide: object, elbo: object) -> None:
