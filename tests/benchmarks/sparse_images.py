@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -63,6 +64,7 @@ class Settings:
     :param step_size: h.
     :param temperature: of SGHMC, with the weight decays that the spike and the slab of its prior stand for, and the
         first level at which it ranks weights by shares of a layer.
+    :param inclusion: the share of the slab; ``None`` for one that is learned, under Beta(2, 2).
     :param weight_decay: of magnitude pruning by SGD.
     """
 
@@ -78,6 +80,7 @@ class Settings:
     spike: float = 1e-3
     slab: float = 5e-4
     layer_adaptive_from: float = 0.97
+    inclusion: float | None = 0.5
     weight_decay: float = 1e-3
 
 
@@ -150,7 +153,8 @@ def pretrain(net: nn.Module, pair: Pair, settings: Settings, seed: int) -> State
 
 
 def sghmcem(net: nn.Module, pair: Pair, level: float, start: float, settings: Settings, seed: int) -> Posterior:
-    prior = SpikeAndSlab.from_weight_decay(len(pair[1]), settings.spike, settings.slab)
+    share = dist.Beta(2.0, 2.0) if settings.inclusion is None else settings.inclusion
+    prior = SpikeAndSlab.from_weight_decay(len(pair[1]), settings.spike, settings.slab, share)
     model = SpikeSlab(net, LIKELIHOOD, len(pair[1]), prior=prior)
     rule = MagnitudeRule(level, start=start, layer_adaptive=level >= settings.layer_adaptive_from) if level else None
     kernel = SGHMCEM(
@@ -216,6 +220,8 @@ CHANGES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "temperature 0.1": ({"temperature": 0.1}, (0.0, 0.95)),
     "temperature 1": ({"temperature": 1.0}, (0.0, 0.95)),
     "spike .01, slab .3": ({"spike": 0.2, "slab": 2.2e-4}, (0.0, 0.95)),
+    "spike .01, slab .3, learned share": ({"spike": 0.2, "slab": 2.2e-4, "inclusion": None}, (0.0, 0.95)),
+    "spike .01, slab .3, at 99 %": ({"spike": 0.2, "slab": 2.2e-4}, (0.99,)),
     "spike .03, slab .3": ({"spike": 0.022, "slab": 2.2e-4}, (0.0, 0.95)),
     "one network a cycle": ({"thinning": 300, "draws": 1}, (0.0, 0.95)),
     "ranks by shares of a layer": ({"layer_adaptive_from": 0.0}, (0.95,)),
@@ -223,13 +229,14 @@ CHANGES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
 }
 
 
-def explain(data: str, network: str) -> list[dict[str, Any]]:
+def explain(data: str, network: str, changes: list[str]) -> list[dict[str, Any]]:
     """Accuracy, NLL and ECE on validation images with one setting changed, of seed 0."""
     x, y, *_ = images(data)
     train, held = (x[:-HELD_OUT], y[:-HELD_OUT]), (x[-HELD_OUT:], y[-HELD_OUT:])
     net, rows = build(network, 0), []
     trained = pretrain(net, train, SETTINGS[network], 0)
-    for change, (options, levels) in CHANGES.items():
+    for change in changes:
+        options, levels = CHANGES[change]
         settings = replace(SETTINGS[network], **options)
         count = settings.cycles * settings.draws
         for level in levels:
@@ -359,12 +366,15 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, action="append", help="by default both")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--validate", action="store_true", help="on held-out training images; nothing is written")
-    parser.add_argument("--why", action="store_true", help="one setting changed at a time, on validation images")
+    parser.add_argument("--why", nargs="*", choices=CHANGES, help="settings to change on validation images [all]")
     options = parser.parse_args()
-    if options.why:
+    if options.why is not None:
         others = {name: value for name, value in read_results("sparse_images").items() if name in KEPT}
-        rows = [row for network in options.network or ["lenet300100"] for row in explain(options.data, network)]
-        write_results("sparse_images", others | {"why": rows}, seeds=[0], part="why", keep=True)
+        changes = options.why or list(CHANGES)
+        rows = explain(options.data, "lenet300100", changes)
+        rows += [row for row in others.get("why", []) if row["method"] not in changes]
+        part = ", ".join(["why", *(options.why or [])])
+        write_results("sparse_images", others | {"why": rows}, seeds=[0], part=part, keep=True)
         return
     for network in options.network or NETWORKS:
         settings = SETTINGS[network]
