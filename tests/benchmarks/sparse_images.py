@@ -108,8 +108,8 @@ CHOSEN = (
     "(0.1, 0.3), (0.1, 0.6), (0.14, 0.2), (0.2, 0.6); h 0.1 and 0.2; 700 and 1,400 steps a level; SGD: h 0.1 and "
     "0.2. "
     "After the test results had been seen, (0.01, 0.3) with a learned share was tried for levels above 0 of "
-    "LeNet-300-100, since the jump to 95 % prefers it on validation images (--why): the first two levels of seed 0 were "
-    "worse on test images (NLL 0.316 at 95 %), and the settings stayed as they were."
+    "LeNet-300-100, since the jump to 95 % prefers it on validation images (--why): the first two levels of seed 0 "
+    "were worse on test images (NLL 0.316 at 95 %), and the settings stayed as they were."
 )
 
 
