@@ -81,6 +81,9 @@ MAKE: dict[str, Callable[[], Any]] = {
     "SGHMC": lambda: pb.inference.SGHMC(dense(), data(), step_size=0.1, friction=0.2),
     "SGHMCEM": lambda: pb.inference.SGHMCEM(spike(), data(), step_size=0.1, friction=0.2, prune="inclusion"),
     "SGLD": lambda: pb.inference.SGLD(dense(), data(), step_size=0.1),
+    "Objective": lambda: pb.inference.Objective(
+        *(lambda m: (m, pb.models.MeanFieldGuide(m)))(Dense(network(), Gaussian(), 50))
+    ),
     "SVGD": lambda: pb.inference.SVGD(*particles(), annealing=lambda step: 1.0),
     "SWAG": lambda: pb.inference.SWAG(network(), Categorical(), N),
     "AutoParticles": lambda: pb.inference.AutoParticles(dense()),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ import torch
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoLaplaceApproximation, AutoNormal
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import pyro_bnn as pb
@@ -122,7 +123,7 @@ def test_parameters_of_functions_belong_to_the_objective() -> None:
         optimizer.step()
     mode = float((x * y).sum() / NOISE**2 / ((x * x).sum() / NOISE**2 + 1 / 4))
     assert float(parameter.detach()) == pytest.approx(mode, abs=1e-6)
-    assert list(pyro.get_param_store()) == ["w.value"] and float(pyro.param("w.value")) == 9
+    assert list(pyro.get_param_store()) == ["w.value"] and float(pyro.param("w.value").detach()) == 9
     found = objective.posterior().draws(2)["w"]
     assert found.reshape(-1).tolist() == pytest.approx([mode] * 2)
     pyro.clear_param_store()
@@ -271,7 +272,15 @@ def one_process(rank: int, folder: str) -> None:
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
     """Proves that DistributedDataParallel around the objective, which finds its idle parameters by itself, takes the
     steps of one process on the whole batch."""
-    spawn(one_process, (str(tmp_path),), nprocs=2)
+    command = [sys.executable, __file__, str(tmp_path)]
+    ranks = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    try:
+        for process in ranks:
+            _, said = process.communicate(timeout=200)
+            assert process.returncode == 0, said
+    finally:
+        for process in ranks:
+            process.kill()
     x, y = classes()
     x = x.double()
     expected = steps(without_noise((x, y)), [(x, y)] * 4)
@@ -281,3 +290,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-12)
     assert math.isfinite(float(sum(value.sum() for value in expected.values())))
+
+
+if __name__ == "__main__":
+    one_process(int(sys.argv[2]), sys.argv[1])
