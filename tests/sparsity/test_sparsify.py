@@ -52,7 +52,11 @@ CASES: dict[str, tuple[Any, tuple[int, ...], str, float, bool]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+#: one large network by default, with groups that are channels
+SLOW = ("ResNet-18, columns", "ResNet-18, kernels")
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in SLOW else []) for c in CASES])
 def test_predictions_stay(case: str) -> None:
     """To rounding, with biases, shifts and statistics that differ in every draw; and the network is smaller."""
     make, shape, group, removed, cuts = CASES[case]

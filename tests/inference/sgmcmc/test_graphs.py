@@ -122,6 +122,7 @@ def test_constants_that_are_not_used_are_not_kept() -> None:
     assert sum(value.numel() for value in constants if isinstance(value, Tensor)) <= 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of the process as Linux tells it")
 def test_a_recording_that_nobody_holds_takes_no_memory() -> None:
     """Proves that memory is flat over recordings, each of which once stayed for the life of the process (2 MB here)."""

@@ -110,7 +110,7 @@ def narrow(x: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Normal(x @ w, 0.01), obs=y)
 
 
-@pytest.mark.parametrize("batch_size", [100, 300])
+@pytest.mark.parametrize("batch_size", [pytest.param(100, marks=pytest.mark.slow), 300])
 def test_a_posterior_far_narrower_than_the_first_step_is_found(batch_size: int) -> None:
     """Proves that steps which diverge are taken back, and that chains come from afar: the closed form of a linear
     regression with standard deviations of 6e-4, where the first step of .01 is 17 of them and the start is some 1000
@@ -347,7 +347,7 @@ def test_what_cannot_be_tuned_is_refused(make: Callable[[], object], message: st
         make()
 
 
-@pytest.mark.parametrize("capture", [True, False])
+@pytest.mark.parametrize("capture", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_one_chain_is_tuned_like_several(capture: bool) -> None:
     """Proves that a single chain, recorded or differentiated by autograd, has the closed form too."""
     posterior = sample(SGHMC(gamma_poisson, capture=capture), 250, num_chains=1, seed=0, progress=False)
