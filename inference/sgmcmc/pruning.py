@@ -79,9 +79,8 @@ class MagnitudeRule(Rule):
 
     (Deng et al. 2019, algorithm 1, with an exponent k / f that runs from 0 to 500 over the pruning phase). The score of
     a group is its mean square; with ``layer_adaptive`` its sum of squares, divided by that of all groups of the same
-    site whose mean square is no smaller (Lee et al. 2021, arXiv 2010.07611). It bounds what removal changes in the
-    output of the site, leaves every site its largest group until the end, and ranks alike what differs in scale from
-    layer to layer; at 98 % and more it keeps the better network (docs/spike_slab.md).
+    site whose mean square is no smaller (LAMP: Lee et al. 2021, arXiv 2010.07611). Every site then keeps its largest
+    group, and the scale of a layer does not count; docs/spike_slab.md says when that pays.
 
     :param sparsity: the final fraction of the weights of all spike-and-slab sites that are removed, in (0, 1).
     :param decay: in (0, 1); the smaller, the earlier groups are removed.

@@ -20,7 +20,7 @@ from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.batches import as_tensors
 from pyro_bnn.inference.svi.elbo import MixtureELBO, ScaleLatents
 from pyro_bnn.inference.training import first_row, require_programs, require_supports
-from pyro_bnn.inputs import Inputs
+from pyro_bnn.inputs import Inputs, inputs
 from pyro_bnn.modes import keeping_modes, settle, training_mode
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.program.model import BayesianNetwork
@@ -215,6 +215,8 @@ class Objective(nn.Module):
         :param example: one row of x, see :class:`~pyro_bnn.Posterior`; by default that of ``example`` of the objective.
         """
         example = self._example if example is None else example
+        if isinstance(self.model, BayesianNetwork) and example is not None:
+            example = inputs(example, self.model.like())  # the model may have moved since
         settle(self.model, self.guide)
         modules = isinstance(self.model, nn.Module) and isinstance(self.guide, nn.Module)
         store = None if modules else self._store

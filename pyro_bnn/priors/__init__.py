@@ -22,8 +22,8 @@ from pyro_bnn.priors.families import (
     StudentT,
 )
 from pyro_bnn.priors.gaussian_mixture import CodebookPrior, GaussianMixture
-from pyro_bnn.priors.group_mixture import SpikeAndSlabDistribution
 from pyro_bnn.priors.spike_and_slab import SpikeAndSlab
+from pyro_bnn.priors.spike_and_slab_density import SpikeAndSlabDistribution
 
 __all__ = [
     "Cauchy",

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pyro_bnn.entry import checks
 from pyro_bnn.priors.families import Prior, require_numbers, root_of_inverse_gamma
-from pyro_bnn.priors.group_mixture import Group, Spike, SpikeAndSlabDistribution
+from pyro_bnn.priors.spike_and_slab_density import Group, Spike, SpikeAndSlabDistribution
 
 
 @dataclass(frozen=True)

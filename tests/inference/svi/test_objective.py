@@ -186,6 +186,16 @@ class LateModule(nn.Module):
         pyro.sample("w", dist.Delta(self.scale * pyro.param("later", torch.ones((), dtype=torch.float64))))
 
 
+def test_the_example_follows_the_model() -> None:
+    """Proves that a posterior of a model that was converted after it had its example predicts, and can be saved."""
+    x, y = classes()
+    objective = Objective(*network(), example=(x, y)).double()
+    objective(x, y).backward()  # single precision is converted, as in fit
+    posterior = objective.posterior()
+    assert posterior.predict(x, 2, seed=0).probs.dtype == torch.float64
+    assert posterior.draw_source.example.dtype == torch.float64  # type: ignore[union-attr]
+
+
 def test_what_is_refused() -> None:
     x, y = data()
     model, guide = network()

@@ -381,6 +381,10 @@ def test_layer_adaptive_scores_are_shares_of_what_is_no_smaller_in_the_layer() -
     stays = MagnitudeRule(0.5, layer_adaptive=True)([columns, wide], 1.0)
     assert stays[0].tolist() == [False, True]  # three of seven go: the single weight of 1/14, the column of 1/6
     assert stays[1].tolist() == [[True, False, True]]
+    # 1, .47, .32 and 1, .375, .006; shares of the whole site would be .36, .32, .32 and .62, .37, .006
+    even, steep = (groups(torch.tensor([v]).sqrt(), torch.ones(1, 3)) for v in ([9.0, 8.1, 8.0], [100.0, 60.0, 1.0]))
+    stays = MagnitudeRule(0.5, layer_adaptive=True)([even, steep], 1.0)
+    assert [s.tolist() for s in stays] == [[[True, True, False]], [[True, False, False]]]
     chains = [
         SiteGroups(
             s.density,
