@@ -41,13 +41,12 @@ def measure(name: str, split: int, engine: str, draws: int) -> dict[str, Any]:
         warnings.simplefilter("always")
         posterior = infer(engine, table, draws, split)
     seconds = time.perf_counter() - start
-    count = posterior.num_stored or 200
-    prediction = posterior.predict(table.x_test, count, seed=0)
-    density = prediction.log_prob(table.y_test).flatten(0, 1).double()
-    log_mean = density.logsumexp(0) - math.log(len(density)) - math.log(table.scale)
-    error = (prediction.mean.reshape(-1) - table.y_test[:, 0]).double().square().mean().sqrt() * table.scale
-    row = {"table": name, "split": split, "engine": engine, "rmse": float(error), "nll": -float(log_mean.mean())}
-    row |= {"seconds": seconds, "told": any("chains" in str(one.message) for one in told)}
+    found = pb.diagnostics.evaluate(
+        posterior, (table.x_test, table.y_test), num_samples=posterior.num_stored or 200, seed=0
+    )
+    row = {"table": name, "split": split, "engine": engine, "seconds": seconds}
+    row |= {"rmse": found["rmse"] * table.scale, "nll": found["nll"] + math.log(table.scale)}
+    row |= {"told": any("chains" in str(one.message) for one in told)}
     return row | {f"found {key}": value for key, value in (posterior.sampler or {}).items()}
 
 

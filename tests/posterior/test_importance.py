@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import pyro_bnn as pb
 from pyro_bnn.diagnostics import ScaledPosterior, plots
+from pyro_bnn.posterior.draw_source import DrawSource
+from pyro_bnn.posterior.importance import row_losses
 from pyro_bnn.priors import SpikeAndSlab
 
 NOISE = 0.5
@@ -85,6 +87,66 @@ def test_members_and_kernels() -> None:
     left = pb.Posterior.from_draws(network, values | {"0.weight": without})
     means = [p.log_likelihood(x, y, 3).flatten(0, 1).double().logsumexp(0).mean() for p in (whole, left)]
     assert float(found.loss[1, 0]) == pytest.approx(float(means[0] - means[1]), abs=1e-6)
+
+
+class Twice(nn.Module):
+    """Its layer reads x in two calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x) + self.layer(x)
+        return out
+
+
+#: a network, the shape of a row, the weight that is asked about, and the axis of x that its columns multiply, if any
+READS: dict[str, tuple[nn.Module, tuple[int, ...], str, int | None]] = {
+    "rows": (nn.Sequential(nn.Linear(3, 1)), (3,), "0.weight", 1),
+    "sequences": (nn.Sequential(nn.Linear(3, 1), nn.Flatten(), nn.Linear(3, 1)), (3, 3), "0.weight", 2),
+    "channels": (nn.Sequential(nn.Conv2d(3, 2, 2), nn.Flatten(), nn.Linear(8, 1)), (3, 3, 3), "0.weight", 1),
+    "groups of channels": (
+        nn.Sequential(nn.Conv2d(4, 2, 3, groups=2), nn.Flatten(), nn.Linear(2, 1)),
+        (4, 3, 3),
+        "0.weight",
+        None,
+    ),
+    "a later layer": (nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)), (3,), "2.weight", None),
+    "two calls": (Twice(), (3,), "layer.weight", None),
+}
+
+
+@pytest.mark.parametrize("kind", READS)
+def test_an_input_is_shuffled_along_the_axis_that_the_layer_reads(kind: str) -> None:
+    """Proves that the loss is that of x with one of its features in another order, and where no feature of x is what
+    the columns multiply, that of columns at 0."""
+    net, shape, name, axis = READS[kind]
+    torch.manual_seed(4)
+    prior = {name.replace(".", r"\."): SpikeAndSlab(0.05, 1.0, 0.5, "input"), ".*": pb.priors.Normal()}
+    network = pb.models.SpikeSlab(net, pb.likelihoods.Gaussian(NOISE), 10, prior=prior)
+    values = {site.name: torch.randn(3, 1, *site.shape) for site in network.sites()}
+    x, order = torch.randn(10, *shape), torch.randperm(10)
+    y = torch.randn_like(net(x))
+    whole = pb.Posterior.from_draws(network, values)
+    chosen = torch.ones(net.get_parameter(name).shape[1], dtype=torch.bool)
+    (losses,) = row_losses(
+        DrawSource(network, whole.draw_source.as_stored(3)), x, y, {name: chosen}, order=order
+    ).values()
+
+    def density(posterior: pb.Posterior, rows: Tensor) -> Tensor:
+        return posterior.log_likelihood(rows, y, 3).flatten(0, 1).double().logsumexp(0)
+
+    for j in range(len(chosen)):
+        if axis is None:
+            without = values[name].clone()
+            without[:, :, :, j] = 0
+            other = density(pb.Posterior.from_draws(network, values | {name: without}), x)
+        else:
+            moved = x.clone()
+            moved.select(axis, j).copy_(x.select(axis, j)[order])
+            other = density(whole, moved)
+        torch.testing.assert_close(losses[j], density(whole, x) - other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_scaled_posterior_names_the_one_that_has_importance() -> None:
