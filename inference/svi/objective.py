@@ -89,6 +89,8 @@ class Objective(nn.Module):
         self._idle: list[Tensor] = []  # those that no loss depends on
         self._example: object = None
         if example is not None:
+            if not isinstance(example, (tuple, list)):
+                raise TypeError(f"example must be a batch, the tuple (x, y), got {type(example).__name__}")
             batch = self._tensors(example, check=False)
             self._example = first_row(batch)
             self._declare(batch, may_add=True)
@@ -150,7 +152,7 @@ class Objective(nn.Module):
 
     def _tensors(self, batch: tuple[object, ...], *, check: bool) -> tuple[object, ...]:
         if isinstance(self.model, BayesianNetwork) and len(batch) != 2:
-            raise TypeError(f"objective(x, y) takes inputs and targets, got {len(batch)} arguments")
+            raise TypeError(f"objective(x, y) takes inputs and targets, not {len(batch)} arguments: objective(*batch)")
         return as_tensors(self.model, batch, check=check)
 
     def get_extra_state(self) -> dict[str, int]:

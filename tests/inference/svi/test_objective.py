@@ -213,7 +213,8 @@ def test_what_is_refused() -> None:
         (lambda: Objective(model, guide, elbo="mean"), TypeError, "expected pyro_bnn.inference.MixtureELBO"),
         (lambda: Objective(linear, AutoLaplaceApproximation(linear), num_data=N), TypeError, "no spread"),
         (lambda: Objective(model, guide, kl_annealing=-1.0), ValueError, "kl_annealing=-1.0"),
-        (lambda: Objective(model, guide)(features), TypeError, "takes inputs and targets, got 1"),
+        (lambda: Objective(model, guide)(features), TypeError, r"not 1 arguments: objective\(\*batch\)"),
+        (lambda: Objective(linear, point, num_data=N, example=x), TypeError, r"the tuple \(x, y\), got Tensor"),
         (lambda: Objective(model, guide)(features, labels + 2), ValueError, "label"),
         (lambda: Objective(model, guide)(features / 0, labels), ValueError, "NaN|finite|infinite"),
     ):
