@@ -2,7 +2,7 @@
 
 Networks of 50 ReLU units with the default prior and a noise that is learned, on the first published splits of tables of
 UCI: RMSE and NLL of the test rows in the units of y. SGHMC has four chains and nothing set; mean field has 1,000 epochs
-of Adam. What warm-up found, R-hat and effective draws are in the rows. About two minutes a split on one core.
+of Adam. What warm-up found, R-hat and effective draws are in the rows. About three minutes a split on one core.
 """
 
 from __future__ import annotations
