@@ -4,6 +4,7 @@ from pyro_bnn.inference.baselines.dropout import MCDropout
 from pyro_bnn.inference.baselines.ensemble import DeepEnsemble
 from pyro_bnn.inference.baselines.laplace import LastLayerLaplace
 from pyro_bnn.inference.baselines.swag import SWAG
+from pyro_bnn.inference.checkpoint import Checkpoint
 from pyro_bnn.inference.schedules import cosine, multistep
 from pyro_bnn.inference.sgmcmc import pruning
 from pyro_bnn.inference.sgmcmc.draw_files import load_stream
@@ -17,7 +18,9 @@ from pyro_bnn.inference.stein.svgd import SVGD, cyclical_annealing
 from pyro_bnn.inference.svi.elbo import MixtureELBO, ScaleLatents
 from pyro_bnn.inference.svi.fitting import fit
 from pyro_bnn.inference.svi.objective import Objective
-from pyro_bnn.inference.training import FitState
+from pyro_bnn.inference.training.callbacks import Callback, FitState
+from pyro_bnn.inference.training.logs import CSVLog
+from pyro_bnn.inference.training.options import Training
 
 __all__ = [
     "IMQ",
@@ -28,6 +31,9 @@ __all__ = [
     "SVGD",
     "SWAG",
     "AutoParticles",
+    "CSVLog",
+    "Callback",
+    "Checkpoint",
     "DeepEnsemble",
     "FitState",
     "KeFanSGHMC",
@@ -39,6 +45,7 @@ __all__ = [
     "Objective",
     "ScaleLatents",
     "ScaledMedian",
+    "Training",
     "cosine",
     "cyclical_annealing",
     "fit",

@@ -1,213 +1,120 @@
-"""The state of a training run: in memory, to recover from divergence, and on disk, to resume after an interruption."""
+"""Checkpoints: files from which a run resumes, written completely or not at all, and found damaged when they are."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import re
+import shutil
+import time
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
+from pyro_bnn.entry import checks
 from pyro_bnn.files import replacing
-from pyro_bnn.inference.settings import differences
-from pyro_bnn.program.factorised import split
-from pyro_bnn.program.guide import MixtureGuide
-from pyro_bnn.program.module import ProgramModule
-from pyro_bnn.program.sites import Program
 
-VERSION = 2
+VERSION = 3
 #: what stands behind the content: a digest of all before it, which readers of the content do not see
 _TRAILER, _LENGTH = b"\nsha256 ", 73
 
 
-class TrainingRun:
-    """Everything that changes during training.
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a run keeps its state, and how often: ``fit(..., checkpoint=Checkpoint("run.pt", minutes=10, keep=3))``.
 
-    :param parameters: all parameters that the optimiser updates.
-    :param step: number of steps before this run.
-    :param settings: the settings of the run, see :func:`~pyro_bnn.inference.settings.settings_of`. A checkpoint with
-        other settings is refused.
+    A path alone stands for ``Checkpoint(path)``: after every epoch, or for chains after every draw of warm-up and every
+    draw that is kept. A run also writes at its end, and when Ctrl-C or SIGTERM stops it.
+
+    :param path: of the file; a run whose file exists resumes from it.
+    :param epochs: write after so many epochs; for chains, draws.
+    :param steps: write after so many steps, also within an epoch.
+    :param minutes: write when so many minutes have passed since the last time, also within an epoch.
+    :param keep: how many files to keep: the newest has the name ``path``, and the others before it have the number of
+        their step, ``run-step-00001200.pt``.
+    :raises ValueError: for numbers that are not positive.
+    :raises TypeError: for a ``path`` that is none.
     """
 
-    def __init__(
-        self,
-        model: Program,
-        guide: Program,
-        parameters: Sequence[Tensor],
-        optimizer: Optimizer,
-        scheduler: LRScheduler | None = None,
-        step: int = 0,
-        settings: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        self.model, self.guide = model, guide
-        self.parameters, self.optimizer, self.scheduler = list(parameters), optimizer, scheduler
-        self.buffers = [b for program in (model, guide) if isinstance(program, nn.Module) for b in program.buffers()]
-        self._names = self._find_names()  # now: a buffer that is replaced while codes merge is another tensor then
-        self.epoch, self.step = 0, step
-        self.settings = dict(settings)
-        self.losses: list[float] = []
-        # A buffer may hold what is infinite by design, as a causal mask does: judged are the numbers that were finite.
-        self._judged = [torch.isfinite(b) for b in self.buffers]
-        self._good: list[Tensor] = []
-        self.remembered_epoch, self.remembered_step = 0, step
+    path: str | os.PathLike[str]
+    epochs: int | None = None
+    steps: int | None = None
+    minutes: float | None = None
+    keep: int = 1
 
-    def remember(self) -> None:
-        """Keeps this state as the last good one."""
-        self._good = [v.detach().clone() for v in (*self.parameters, *self.buffers)]
-        self.remembered_epoch, self.remembered_step = self.epoch, self.step
+    def __post_init__(self) -> None:
+        checks.path("checkpoint", self.path)
+        checks.optional(checks.count, "epochs", self.epochs)
+        checks.optional(checks.count, "steps", self.steps)
+        checks.optional(checks.positive, "minutes", self.minutes)
+        checks.count("keep", self.keep)
 
-    def not_finite(self, values: Sequence[Tensor] | None = None) -> str | None:
-        """What holds NaN or infinite numbers that it did not start with, by name; ``None`` when nothing does.
+    @classmethod
+    def of(cls, given: str | os.PathLike[str] | Checkpoint | None) -> Checkpoint | None:
+        """What a user gave as ``checkpoint=``."""
+        return given if given is None or isinstance(given, Checkpoint) else cls(given)
 
-        :param values: of parameters and buffers, in the place of those of now.
+    @property
+    def every_epochs(self) -> int | None:
+        """Epochs from one file to the next: 1 where nothing else says when to write."""
+        return 1 if (self.epochs, self.steps, self.minutes) == (None, None, None) else self.epochs
+
+
+class CheckpointFile:
+    """The file of a run, written when it is due.
+
+    :param checkpoint: where, and how often.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.path = checkpoint, Path(checkpoint.path)
+        self._written_at = time.monotonic()
+        self._step: int | None = None  # of the file that is there
+
+    def read(self) -> dict[str, Any] | None:
+        """The state that is there; ``None`` without one. See :func:`read`."""
+        state = read(self.path)
+        self._step = None if state is None else int(state["step"])
+        return state
+
+    def is_due_after_step(self, step: int) -> bool:
+        """Whether to write within an epoch, after so many steps."""
+        own = self.checkpoint
+        late = own.minutes is not None and time.monotonic() - self._written_at >= 60 * own.minutes
+        return late or own.steps is not None and step % own.steps == 0
+
+    def is_due_after_epoch(self, epoch: int) -> bool:
+        every = self.checkpoint.every_epochs
+        return every is not None and epoch % every == 0
+
+    def write(self, state: dict[str, Any]) -> None:
+        """Writes a state with its ``step``, after the file that is there got the name of its own step.
+
+        :raises OSError: when the disk refuses it; what was there then stays.
         """
-        held = [*self.parameters, *self.buffers]
-        judged: list[Tensor | None] = [*[None] * len(self.parameters), *self._judged]
-        for own, value, mask in zip(held, held if values is None else values, judged, strict=True):
-            finite = torch.isfinite(value)
-            if not bool((finite if mask is None else finite | ~mask.to(finite.device)).all()):
-                return self._name(own, value)
-        return None
+        if self.checkpoint.keep > 1 and self._step not in (None, state["step"]) and self.path.exists():
+            before = self._numbered(self._step)
+            before.unlink(missing_ok=True)
+            try:
+                os.link(self.path, before)
+            except OSError:  # a file system without links
+                shutil.copy2(self.path, before)
+        write(self.path, state)
+        self._step, self._written_at = int(state["step"]), time.monotonic()
+        for old in self.older()[self.checkpoint.keep - 1 :]:
+            old.unlink(missing_ok=True)
 
-    def _name(self, own: Tensor, value: Tensor) -> str:
-        """What a parameter or buffer is called: by a site, where it is the block of a guide that holds several."""
-        if isinstance(self.guide, MixtureGuide):
-            for block in self.guide.blocks():
-                if block.parameter is own:
-                    parts = split(value, [site.shape for site in block.sites])
-                    wrong = (
-                        s.name for s, p in zip(block.sites, parts, strict=True) if not bool(torch.isfinite(p).all())
-                    )
-                    return f"the site {next(wrong)!r}"
-        for program, what in ((self.guide, "guide"), (self.model, "model")):
-            if isinstance(program, nn.Module):
-                for name, held in [*program.named_parameters(), *program.named_buffers()]:
-                    if held is own:
-                        return f"{name!r} of the {what}"
-        return "a parameter of Pyro's store"
+    def older(self) -> list[Path]:
+        """The files beside the newest, the latest first."""
+        path = self.path
+        pattern = re.compile(re.escape(f"{path.stem}-step-") + r"\d{8,}" + re.escape(path.suffix))
+        found = [file for file in path.parent.glob("*") if pattern.fullmatch(file.name)] if path.parent.is_dir() else []
+        return sorted(found, key=lambda file: int(file.stem.rpartition("-")[2]), reverse=True)
 
-    def restore(self) -> None:
-        """Restores parameters and buffers to the last good state. The state of the optimiser is cleared."""
-        with torch.no_grad():
-            for value, good in zip([*self.parameters, *self.buffers], self._good, strict=True):
-                value.copy_(good)
-        self._follow()
-        self.optimizer.state.clear()
-
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes the state to a file, completely or not at all.
-
-        :raises OSError: when the file cannot be written; an existing file then stays unchanged.
-        """
-        try:
-            write(
-                path,
-                {
-                    "epoch": self.epoch,
-                    "step": self.step,
-                    "losses": self.losses,
-                    "values": [v.detach() for v in (*self.parameters, *self.buffers)],
-                    "names": self._names,
-                    "settings": self.settings,
-                    "optimizer": self.optimizer.state_dict(),
-                    "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-                    "random": torch.get_rng_state(),
-                    "cuda_random": [torch.cuda.get_rng_state(device) for device in self._cuda_devices()],
-                },
-            )
-        except OSError as error:
-            error.add_note(
-                f"Model and guide hold what training found in {self.epoch} epochs, and the checkpoint is the last one "
-                "that could be written: make room, or choose another path, and train on"
-            )
-            raise
-
-    def resume(self, path: str | os.PathLike[str], epochs: int | None = None) -> None:
-        """Takes the state from a file, where there is one.
-
-        :param epochs: that the run is to have in all; at least those that the checkpoint has.
-        :raises ValueError: when the file is no checkpoint of this run, or is damaged; see :func:`read`. The message
-            names what differs.
-        :raises FloatingPointError: when it holds NaN or infinite numbers; nothing has changed then.
-        """
-        state = read(path)
-        if state is None:
-            return
-        try:
-            self._require_same(state, path, epochs)
-            self._take(state)
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"{path} is a damaged checkpoint ({type(error).__name__}: {error}); remove it to start afresh"
-            ) from error
-
-    def _require_same(self, state: Mapping[str, Any], path: str | os.PathLike[str], epochs: int | None) -> None:
-        values, saved = [*self.parameters, *self.buffers], state["values"]
-        own = [(name, v.dtype, v.shape) for name, v in zip(self._names, values, strict=True)]
-        names = state.get("names", self._names)
-        if own != [(name, v.dtype, v.shape) for name, v in zip(names, saved, strict=False)] or len(own) != len(saved):
-            raise ValueError(
-                f"{path} is the checkpoint of another model or guide (its tensors have other names, shapes or dtypes); "
-                "remove it to start afresh"
-            )
-        if differ := differences(state.get("settings", self.settings), self.settings):
-            raise ValueError(
-                f"{path} is the checkpoint of a run with other settings: {'; '.join(differ)}. Use the same settings to "
-                "resume it, or remove it to start afresh"
-            )
-        groups = zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=False)
-        if unknown := [name for before, now in groups for name in before if name not in now and name != "initial_lr"]:
-            raise ValueError(
-                f"{path} is the checkpoint of a run with another optimiser, which had {unknown[0]!r}. Use the same to "
-                "resume it, or remove it to start afresh"
-            )
-        if epochs is not None and "settings" in state and epochs < state["epoch"]:
-            raise ValueError(
-                f"{path} is the checkpoint of a run that has {state['epoch']} epochs, and epochs={epochs} is fewer: "
-                "give as many or more, or remove it to start afresh"
-            )
-        wrong = self.not_finite(saved)
-        if wrong is not None:
-            raise FloatingPointError(
-                f"{path} is the checkpoint of a run that diverged: {wrong} is not finite in it. Remove it, and start "
-                "afresh with a smaller lr or clip_norm="
-            )
-
-    def _take(self, state: Mapping[str, Any]) -> None:
-        with torch.no_grad():
-            for value, saved in zip([*self.parameters, *self.buffers], state["values"], strict=True):
-                value.copy_(saved)
-        self._follow()
-        self.epoch, self.step, self.losses = state["epoch"], state["step"], list(state["losses"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None and state["scheduler"] is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["random"])
-        for device, saved in zip(self._cuda_devices(), state["cuda_random"], strict=True):
-            torch.cuda.set_rng_state(saved, device)
-
-    def _follow(self) -> None:
-        for program in (self.model, self.guide):
-            if isinstance(program, ProgramModule):
-                program.state_was_set()
-
-    def _find_names(self) -> list[str]:
-        """Of parameters and buffers; those that only Pyro's store knows have none."""
-        known: dict[int, str] = {}
-        for program, of in ((self.model, "model"), (self.guide, "guide")):
-            if isinstance(program, nn.Module):
-                for name, value in [*program.named_parameters(), *program.named_buffers()]:
-                    known.setdefault(id(value), f"{of}.{name}")
-        return [known.get(id(value), "") for value in (*self.parameters, *self.buffers)]
-
-    def _cuda_devices(self) -> list[torch.device]:
-        return sorted({p.device for p in self.parameters if p.is_cuda}, key=str)
+    def _numbered(self, step: int | None) -> Path:
+        return self.path.with_name(f"{self.path.stem}-step-{step or 0:08d}{self.path.suffix}")
 
 
 def write(path: str | os.PathLike[str], state: dict[str, Any]) -> None:

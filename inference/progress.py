@@ -26,6 +26,10 @@ class Bar:
         else:
             self._progress.update(self._task, advance=1, text=text)
 
+    def move(self, completed: float, text: str) -> None:
+        """So many are done, with the part of the one that is being done; ``text`` stands beside the bar."""
+        self._progress.update(self._task, completed=completed, text=text)
+
     @property
     def line(self) -> str:
         """What the bar says, without the bar: ``"SVI 3/10 ELBO -1.2345 nats/datum 0:00:07"``."""

@@ -10,18 +10,28 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from pyro_bnn.entry import checks
 
-#: ``(optimizer, steps in an epoch, epochs) -> scheduler``, stepped after every optimiser step
-Schedule = Callable[[Optimizer, int, int], LRScheduler]
+#: ``(optimizer, steps in an epoch, epochs) -> scheduler``, or a scheduler of the optimiser given as ``optim=``. It is
+#: stepped after every step of the optimiser, ``ReduceLROnPlateau`` after every epoch with the NLL on ``validation=``,
+#: or the loss without these data.
+Schedule = Callable[[Optimizer, int, int], LRScheduler] | LRScheduler
 
 
 def scheduler_of(schedule: Schedule | None, optimizer: Optimizer, steps: int, epochs: int) -> LRScheduler | None:
     """The scheduler for a training with ``steps`` steps per epoch; ``None`` without a schedule.
 
     :raises TypeError: when ``schedule`` is not a function, or does not return a scheduler.
+    :raises ValueError: for a scheduler of another optimiser.
     """
     if schedule is None:
         return None
     expected = "expected pyro_bnn.inference.cosine(), multistep(...) or a function (optimizer, steps, epochs)"
+    if isinstance(schedule, LRScheduler):
+        if schedule.optimizer is not optimizer:
+            raise ValueError(
+                f"schedule= is a {type(schedule).__name__} of another optimiser than the one that trains: give its "
+                "optimiser as optim=, or a function (optimizer, steps, epochs) that makes the scheduler"
+            )
+        return schedule
     if not callable(schedule) or isinstance(schedule, type):
         raise TypeError(f"schedule={schedule!r}: {expected}")
     scheduler = schedule(optimizer, steps, epochs)

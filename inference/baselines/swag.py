@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -16,7 +15,8 @@ from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.baselines.point import Baseline
 from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.svi.fitting import fit
-from pyro_bnn.inference.training import Callback, FitState
+from pyro_bnn.inference.training.callbacks import Callback, Callbacks, FitState
+from pyro_bnn.inference.training.options import Training
 from pyro_bnn.inputs import Data
 from pyro_bnn.models.dense import Dense, PointGuide
 from pyro_bnn.modes import evaluating
@@ -53,6 +53,14 @@ class Moments:
         self._squares = self._squares + before * deviation
         self._deviations = [*self._deviations, deviation][-self.rank :]
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "mean": self.mean, "squares": self._squares, "deviations": self._deviations}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        like = self.mean
+        self.count, self._deviations = state["count"], [one.to(like.device) for one in state["deviations"]]
+        self.mean, self._squares = state["mean"].to(like.device), state["squares"].to(like.device)
+
     @property
     def variance(self) -> Tensor:
         return self._squares / self.count
@@ -81,6 +89,23 @@ class Moments:
         """
         spread = z2 @ self.deviations.mT / math.sqrt(2 * (self.columns - 1))
         return self.mean + (self.variance / 2).sqrt() * z1 + spread
+
+
+class _Collect(Callback):
+    """Adds an iterate to the moments at the end of every epoch after the warm-up."""
+
+    def __init__(self, moments: Moments, guide: PointGuide, warmup_epochs: int) -> None:
+        self._moments, self._guide, self._warmup_epochs = moments, guide, warmup_epochs
+
+    def after_epoch(self, state: FitState) -> None:
+        if state.epoch > self._warmup_epochs:
+            self._moments.update(torch.cat([value.flatten() for value in self._guide.coordinates().values()]))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._moments.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._moments.load_state_dict(state)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -128,10 +153,8 @@ class SWAG(Baseline):
         momentum: float = 0.9,
         num_samples: int = 30,
         batch_size: int = 128,
-        clip_norm: float | None = None,
-        callbacks: Sequence[Callback] = (),
-        progress: bool = True,
         seed: int | None = None,
+        **training: Unpack[Training],
     ) -> Posterior:
         """Runs SGD and draws from the Gaussian of its iterates, which stays available as the attribute ``moments``.
 
@@ -142,23 +165,28 @@ class SWAG(Baseline):
         :param momentum: Nesterov momentum; 0 for plain SGD.
         :param num_samples: number of stored draws.
         :param batch_size: for a dataset or a pair.
-        :param clip_norm, callbacks, progress: see :func:`~pyro_bnn.inference.fit`.
         :param seed: makes the run and the draws reproducible and leaves the global random state unchanged.
+        :param training: options of the loop, see :class:`~pyro_bnn.inference.Training`; the moments are part of its
+            checkpoints. ``validation`` is not one of them: the iterates of one epoch alone are no result.
         :return: a posterior of ``num_samples`` stored draws.
-        :raises ValueError: for counts out of range, or when callbacks end the run before its second iterate.
+        :raises ValueError: for counts out of range, ``validation``, or when the run ends before its second iterate.
         :raises FloatingPointError: when SGD diverges.
         """
         epochs = checks.count("epochs", epochs, 2)
         warmup_epochs = checks.count("warmup_epochs", warmup_epochs, 0)
         num_samples = checks.count("num_samples", num_samples)
         lr, momentum = checks.positive("lr", lr), checks.share_or_none_of_it("momentum", momentum)
+        if training.get("validation") is not None:
+            raise ValueError(
+                "validation= restores the best epoch, and SWAG is the Gaussian of all of them: leave it out, and "
+                "choose lr and epochs by evaluating the posterior"
+            )
         model = self._model()
         guide = PointGuide(model)
         moments = self.moments = Moments(self.rank)
-
-        def collect(state: FitState) -> None:
-            if state.epoch > warmup_epochs:
-                moments.update(torch.cat([value.flatten() for value in guide.coordinates().values()]))
+        collect = _Collect(moments, guide, warmup_epochs)
+        callbacks = Callbacks(training.get("callbacks", ())).given
+        options: Training = {**training, "callbacks": [*callbacks, collect]}
 
         def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
             return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=momentum > 0)
@@ -171,13 +199,11 @@ class SWAG(Baseline):
             epochs=warmup_epochs + epochs,
             batch_size=batch_size,
             optim=sgd,
-            clip_norm=clip_norm,
-            callbacks=[*checks.functions("callbacks", callbacks), collect],
-            progress=progress,
             seed=training_seed,
+            **options,
         )
         if moments.count < 2:
-            raise ValueError(f"the callbacks ended the run after {moments.count} iterates that count: two are needed")
+            raise ValueError(f"the run ended after {moments.count} iterates that count: two are needed")
         posterior = self._draw(model, guide, data, batch_size, num_samples, drawing_seed)
         posterior.losses = run.losses
         return posterior

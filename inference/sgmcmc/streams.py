@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from pyro_bnn.inference.batches import Minibatches, minibatches
-from pyro_bnn.inference.training import require_rows_for_statistics
+from pyro_bnn.inference.training.requirements import require_rows_for_statistics
 from pyro_bnn.inputs import Data
 from pyro_bnn.program.sites import Program
 

@@ -48,11 +48,17 @@ class MemberParticles:
         #: weights that all particles share, point estimates
         self.shared = [p for p in own if p.requires_grad]
 
-    def backward(self, args: tuple[object, ...], attraction: float = 1.0, force: Force | None = None) -> Tensor:
-        """Sets the gradient of every block to that of ``attraction * U - <force(f), f>``.
+    def backward(
+        self,
+        args: tuple[object, ...],
+        attraction: float = 1.0,
+        force: Force | None = None,
+        weight: Tensor | float = 1.0,
+    ) -> Tensor:
+        """Sets the gradient of every block to that of ``attraction * U - <force(f), f>``, times ``weight``.
 
         f are the outputs of the networks on this batch. Weights that all particles share get the gradient of
-        ``mean_i U_i``.
+        ``mean_i U_i``, times ``weight``.
 
         :param args: the arguments of the model.
         :return: U of each particle in nats, ``[n]``.
@@ -60,7 +66,7 @@ class MemberParticles:
         for parameter in (*self.blocks, *self.shared):
             parameter.grad = None
         with _inside_an_engine(train=True):
-            energies = self._differentiate(args, attraction, force)
+            energies = self._differentiate(args, attraction, force, weight)
         for parameter in self.shared:
             if parameter.grad is not None:
                 parameter.grad /= self.guide.num_members * attraction
@@ -68,8 +74,10 @@ class MemberParticles:
             block.grad = torch.zeros_like(block) if block.grad is None else block.grad
         return energies.detach()
 
-    def _differentiate(self, args: tuple[object, ...], attraction: float, force: Force | None) -> Tensor:
-        """Adds the gradients of ``attraction * sum_i U_i - <force(f), f>``, and returns U of each particle, ``[n]``."""
+    def _differentiate(
+        self, args: tuple[object, ...], attraction: float, force: Force | None, weight: Tensor | float
+    ) -> Tensor:
+        """Adds the gradients of ``weight (attraction sum_i U_i - <force(f), f>)``; returns U of each, ``[n]``."""
         raise NotImplementedError(f"{type(self).__name__} must define _differentiate()")
 
     def _pull(
@@ -135,13 +143,15 @@ class MemberParticles:
 class Together(MemberParticles):
     """Runs all members in one pass, in Pyro's members plate."""
 
-    def _differentiate(self, args: tuple[object, ...], attraction: float, force: Force | None) -> Tensor:
+    def _differentiate(
+        self, args: tuple[object, ...], attraction: float, force: Force | None, weight: Tensor | float
+    ) -> Tensor:
         draw = poutine.trace(self.guide).get_trace(*args)
         with self.outputs() as outputs, _MemberDensities(self.plate, draw.nodes) as joint:
             poutine.replay(self.model, trace=draw)(*args)
         energies: Tensor = -(joint.total + self.log_jacobian(self.blocks))
-        pull = None if force is None else force(_rows(outputs, self.guide.num_members).detach())
-        self._pull(attraction * energies.sum(), outputs, pull, self.blocks)
+        pull = None if force is None else weight * force(_rows(outputs, self.guide.num_members).detach())
+        self._pull(weight * attraction * energies.sum(), outputs, pull, self.blocks)
         return energies
 
 
@@ -151,7 +161,9 @@ class OneByOne(MemberParticles):
     The force needs the outputs of all members: an earlier pass computes them without gradients, with the same noise.
     """
 
-    def _differentiate(self, args: tuple[object, ...], attraction: float, force: Force | None) -> Tensor:
+    def _differentiate(
+        self, args: tuple[object, ...], attraction: float, force: Force | None, weight: Tensor | float
+    ) -> Tensor:
         n = self.guide.num_members
         # another Pyro program may draw a subsample, which must be the same for all members
         same = None if isinstance(self.model, BayesianNetwork) else RandomState(self.guide.like())
@@ -159,13 +171,13 @@ class OneByOne(MemberParticles):
         forces: Sequence[Tensor | None] = [None] * n
         if force is not None:
             f, noise = self._outputs_of_all(args, same)
-            forces = [*force(f)]
+            forces = [*(weight * force(f))]
         statistics = RunningStatistics(self._moving_layers())
         found = []
         for i in range(n):
             with statistics.one_pass():
                 energy, outputs, rows = self._energy(i, args, noise[i])
-                self._pull(attraction * energy, outputs, forces[i], rows)
+                self._pull(weight * attraction * energy, outputs, forces[i], rows)
             for block, row in zip(self.blocks, rows, strict=True):
                 block.grad = torch.zeros_like(block) if block.grad is None else block.grad
                 if row.grad is not None:

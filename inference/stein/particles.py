@@ -42,8 +42,8 @@ class AnyParticles:
         self._in_turn = sequential
         self._vectoriser = Vectoriser("the model", "particles", ". sequential=True silences this")
 
-    def backward(self, args: tuple[object, ...], attraction: float = 1.0) -> Tensor:
-        """Sets the gradient of the block to that of ``attraction * U``; returns U of each particle in nats, ``[n]``."""
+    def backward(self, args: tuple[object, ...], attraction: float = 1.0, weight: Tensor | float = 1.0) -> Tensor:
+        """Sets the gradient of the block to that of ``weight attraction U``; returns U of each in nats, ``[n]``."""
         (theta,) = self.blocks
         random = RandomState(theta)
 
@@ -63,7 +63,7 @@ class AnyParticles:
             return gradients, energies
 
         gradient, energies = in_turn() if self._in_turn else self._vectoriser(at_once, in_turn, theta)
-        theta.grad = gradient.detach() * attraction
+        theta.grad = gradient.detach() * (attraction * weight)
         return energies.detach()
 
     def _energy(self, row: Tensor, args: tuple[object, ...]) -> Tensor:

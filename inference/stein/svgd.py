@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -16,25 +15,19 @@ from pyro_bnn import display
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.batches import minibatches
-from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.schedules import Schedule, scheduler_of
 from pyro_bnn.inference.settings import settings_of
 from pyro_bnn.inference.stein.autoparticles import AutoParticles
 from pyro_bnn.inference.stein.groups import Group, divide
+from pyro_bnn.inference.stein.interaction import force_in_outputs, interact
 from pyro_bnn.inference.stein.kernels import RBF, Kernel
-from pyro_bnn.inference.stein.members import Force, MemberParticles, OneByOne, Together, prior_and_guide
-from pyro_bnn.inference.stein.particles import AnyParticles, Segment
-from pyro_bnn.inference.stein.positions import Positions
-from pyro_bnn.inference.training import (
-    Callback,
-    Optim,
-    build_optimizer,
-    first_row,
-    require_epochs,
-    require_programs,
-    require_supports,
-    train,
-)
+from pyro_bnn.inference.stein.members import MemberParticles, OneByOne, Together, prior_and_guide
+from pyro_bnn.inference.stein.particles import AnyParticles
+from pyro_bnn.inference.training.loop import train
+from pyro_bnn.inference.training.optimizers import Optim, build_optimizer
+from pyro_bnn.inference.training.options import Training, checked, settings_of_loop
+from pyro_bnn.inference.training.requirements import first_row, require_epochs, require_programs, require_supports
+from pyro_bnn.inference.training.run import TrainingRun
 from pyro_bnn.inputs import Data
 from pyro_bnn.modes import keeping_modes, settle
 from pyro_bnn.network import batch_size
@@ -106,8 +99,8 @@ class SVGD:
     :param model: a model of this package, or any Pyro model with continuous latents.
     :param guide: a :class:`~pyro_bnn.program.guide.MixtureGuide` of points, or :class:`AutoParticles`; its particles
         are updated in place.
-    :param optim: ``"adam"`` by default; see :func:`~pyro_bnn.inference.training.build_optimizer` for other values.
-        Particles are the rows of one tensor, so the optimiser must not mix rows.
+    :param optim: ``"adam"`` by default; see :func:`~pyro_bnn.inference.training.optimizers.build_optimizer` for other
+        values. Particles are the rows of one tensor, so the optimiser must not mix rows.
     :param kernel: see :mod:`pyro_bnn.inference.stein.kernels`; by default ``RBF("median")``.
     :param space: the space of distances: ``"factor"`` for the coordinates theta; ``"product"`` for the low-rank
         products of the guide's ``pairs() -> [(site of A, site of B, scale)]`` and the coordinates outside pairs;
@@ -203,9 +196,13 @@ class SVGD:
 
         :raises RuntimeError: before the first step; see :meth:`setup`.
         """
+        return self._parts_there.optimizer
+
+    @property
+    def _parts_there(self) -> _Parts:
         if self._parts is None:
             raise RuntimeError("there is no optimiser before the particles are set up: call setup(x, y), step or fit")
-        return self._parts.optimizer
+        return self._parts
 
     @property
     def num_kernels(self) -> int:
@@ -224,17 +221,28 @@ class SVGD:
         :param args: the arguments of the model, such as a minibatch.
         :raises FloatingPointError: when U or its gradient is not finite; no particle has moved then.
         """
-        particles, optimizer, groups = self._set_up(args)
+        _, optimizer, _ = self._set_up(args)
+        optimizer.zero_grad(set_to_none=True)
+        energy = self._add_gradient(args, 1.0)
+        self._interact_all()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        return energy
+
+    def _add_gradient(self, args: tuple[object, ...], weight: Tensor | float) -> float:
+        """Adds ``weight gamma grad U / N`` to the gradient of each particle; returns the mean of U / N."""
+        particles, optimizer, _ = self._set_up(args)
         gamma = 1.0 if self.annealing is None else self.annealing(self.steps)
         if not 0 < gamma <= 1:
             raise ValueError(f"annealing gave {gamma!r} at step {self.steps}: expected a number in (0, 1]")
-        strength = self.repulsion(self.steps) if callable(self.repulsion) else self.repulsion
-        _check_repulsion(strength)
+        size, parameters = self._size or 1, [*particles.blocks, *particles.shared]
+        before = [parameter.grad for parameter in parameters]
         if isinstance(particles, MemberParticles):
-            in_outputs = self.space == "function" and self.method == "wgd"
-            energies = particles.backward(args, gamma, _function_force(self.kernel, strength) if in_outputs else None)
+            force = force_in_outputs(self.kernel, self._strength()) if self._is_in_outputs else None
+            energies = particles.backward(args, gamma, force, weight)
         else:
-            energies = particles.backward(args, gamma)
+            energies = particles.backward(args, gamma, weight)
         wrong = (~torch.isfinite(energies)).nonzero()
         if len(wrong):
             i = int(wrong[0])
@@ -243,25 +251,42 @@ class SVGD:
                 f"the energy of particle {i} became {float(energies[i])} at step {self.steps + 1}, the first site that "
                 f"is not finite: {particles.offending_site(i, args)!r}. A smaller lr usually helps"
             )
-        size = self._size or 1
-        with torch.no_grad(), torch.autocast(energies.device.type, enabled=False):
-            if self.space != "function" and self.method != "ensemble":
+        for parameter, gradient in zip(parameters, before, strict=True):
+            if parameter.grad is not None:
+                parameter.grad /= size
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
+        return float(energies.mean()) / size
+
+    def _interact_all(self) -> None:
+        """Turns the gradients of all particles into ``-phi / N``.
+
+        :raises FloatingPointError: when one is not finite; no particle has moved then.
+        """
+        particles, optimizer, groups = self._parts_there
+        if self.space != "function" and self.method != "ensemble":
+            strength, size = self._strength(), self._size or 1
+            with torch.no_grad(), torch.autocast(particles.blocks[0].device.type, enabled=False):
                 for group in groups:
-                    self._interact(particles.blocks, group, strength)
-            for parameter in (*particles.blocks, *particles.shared):
-                if parameter.grad is not None:
-                    parameter.grad /= size
-            finite = [torch.isfinite(p.grad).all() for p in particles.blocks if p.grad is not None]
+                    interact(self.kernel, particles.blocks, group, strength / size, self.method)
+        finite = [torch.isfinite(p.grad).all() for p in particles.blocks if p.grad is not None]
         if not bool(torch.stack(finite).all()):
             optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(
                 f"the gradient of the energies is not finite at step {self.steps + 1}, although the energies are; "
                 "no particle has moved. A function of the model has no derivative at a particle, such as sqrt at 0"
             )
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        self.steps += 1
-        return float(energies.mean()) / size
+
+    def _strength(self) -> float:
+        """lambda of this step."""
+        strength = self.repulsion(self.steps) if callable(self.repulsion) else self.repulsion
+        _check_repulsion(strength)
+        return strength
+
+    @property
+    def _is_in_outputs(self) -> bool:
+        """Whether particles repel each other by the outputs of the network."""
+        return self.space == "function" and self.method == "wgd"
 
     @one_at_a_time
     def fit(
@@ -271,10 +296,8 @@ class SVGD:
         *,
         batch_size: int = 128,
         schedule: Schedule | None = None,
-        callbacks: Sequence[Callback] = (),
-        progress: bool = True,
-        checkpoint: str | os.PathLike[str] | None = None,
         seed: int | None = None,
+        **training: Unpack[Training],
     ) -> Posterior:
         """Trains the particles from their current positions for ``epochs`` passes and returns the posterior.
 
@@ -285,66 +308,65 @@ class SVGD:
         :param epochs: number of passes over the data.
         :param batch_size: for a dataset or a pair; a loader has its own.
         :param schedule: of the learning rate, see :mod:`pyro_bnn.inference.schedules`; constant by default.
-        :param callbacks: called with a :class:`~pyro_bnn.inference.FitState` after each epoch; one that returns True
-            ends the training.
-        :param progress: whether to show a progress bar.
-        :param checkpoint: a file that is written after each epoch; if it exists, training resumes from it.
         :param seed: makes the run reproducible and leaves the global random state unchanged.
-        :raises ValueError: for empty or inconsistent data, or a checkpoint that is damaged or belongs to another run.
+        :param training: options of the loop, see :class:`~pyro_bnn.inference.Training`.
+        :raises ValueError: for empty or inconsistent data, ``accumulate`` with repulsion in function space, whose
+            kernel is one of a whole batch, or a checkpoint that is damaged or belongs to another run.
         :raises OSError: when the checkpoint cannot be written.
         :raises FloatingPointError: when an energy is not finite; the particles return to their state at the end of the
             last good epoch.
         """
         require_epochs(epochs)
         checks.seed("seed", seed)
+        options = checked(training, "SVGD.fit")
+        if options["accumulate"] > 1 and self._is_in_outputs:
+            raise ValueError(
+                f"accumulate={options['accumulate']} with space='function': expected 1, because particles repel each "
+                "other by their outputs on a whole batch; give a larger batch_size"
+            )
         batches = minibatches(self.model, data, batch_size)
         self._size = self.num_data or batches.size
-
-        def step(batch: tuple[object, ...], run: TrainingRun) -> float:
-            self.steps = run.step
-            return self.step(*batch)
-
         with contextlib.ExitStack() as stack:
             stack.enter_context(keeping_modes(self.model, self.guide))
             stack.enter_context(seeded(device_of(self.model), seed))
             particles, optimizer, _ = self._set_up(batches.first)
             settings: dict[str, str] = {}
-            if checkpoint is not None:
-                settings = self._settings(data, optimizer, batch_size, schedule, seed)
-            scheduler = scheduler_of(schedule, optimizer, batches.steps, epochs)
+            if options["checkpoint"] is not None:
+                settings = self._settings(data, optimizer, batch_size, schedule, seed, options)
+            rates = [group["lr"] for group in optimizer.param_groups]
+            scheduler = scheduler_of(schedule, optimizer, -(-batches.steps // options["accumulate"]), epochs)
             if scheduler is not None:
-                stack.callback(_restart_rates, optimizer)
+                stack.callback(_restart_rates, optimizer, rates)
             parameters = [*particles.blocks, *particles.shared]
             run = TrainingRun(self.model, self.guide, parameters, optimizer, scheduler, self.steps, settings)
             try:
-                train(
-                    run,
-                    batches,
-                    step,
-                    epochs=epochs,
-                    label=self.method.upper(),
-                    describe=lambda energy: f"U {energy:.4f} nats/datum",
-                    callbacks=callbacks,
-                    progress=progress,
-                    checkpoint=checkpoint,
-                )
+                train(run, batches, _Stein(self, first_row(batches.first)), options, epochs=epochs)
             except FloatingPointError:
                 self._parts = None  # the rates may be those of the steps that went wrong
                 self.steps = run.remembered_step
                 raise
             self.steps = run.step
         settle(self.model, self.guide)
+        return self._posterior(run.losses, first_row(batches.first))
+
+    def _posterior(self, losses: list[float], example: object) -> Posterior:
         if isinstance(self.guide, AutoParticles):
             posterior = Posterior.from_draws(self.model, self.guide.particles(), is_sampled=False)
-            posterior.losses = list(run.losses)
+            posterior.losses = list(losses)
             return posterior
-        return Posterior(self.model, self.guide, losses=run.losses, example=first_row(batches.first))
+        return Posterior(self.model, self.guide, losses=losses, example=example)
 
     def _settings(
-        self, data: Any, optimizer: Optimizer, batch_size: int, schedule: Schedule | None, seed: int | None
+        self,
+        data: Any,
+        optimizer: Optimizer,
+        batch_size: int,
+        schedule: Schedule | None,
+        seed: int | None,
+        loop: Training,
     ) -> dict[str, str]:
         own = ("kernel", "space", "scope", "method", "repulsion", "annealing", "num_data")
-        options: dict[str, object] = {name: getattr(self, name) for name in own}
+        options: dict[str, object] = {name: getattr(self, name) for name in own} | settings_of_loop(loop)
         size = {} if isinstance(data, DataLoader) else {"batch_size": batch_size}
         return settings_of(self.model, self.guide, optimizer, data, **options, **size, schedule=schedule, seed=seed)
 
@@ -377,55 +399,33 @@ class SVGD:
         largest = model.core().activation_elements(args[0], size) * size * self.guide.num_members
         return largest * model.like().element_size() > FRESH_PAGES
 
-    def _interact(self, blocks: list[nn.Parameter], group: Group, strength: float) -> None:
-        """Turns ``gamma grad U`` into ``-phi`` in the coordinates of one kernel."""
-        flat = [blocks[b][:, start:stop] for b, start, stop in group.columns]
-        gradients = [_gradient(blocks[b])[:, start:stop] for b, start, stop in group.columns]
-        factors = []
-        for a, b, scale in group.pairs:
-            for segment in (a, b):
-                gradients.append(_gradient(blocks[segment.block])[:, segment.start : segment.stop])
-            factors.append((_factor(blocks, a).flatten(2), _factor(blocks, b).flatten(2), scale))
-        points = Positions(flat, factors)
-        values = points.evaluate(self.kernel)
-        own, pulled = points.gradients(values, own=self.method == "wgd")
-        forces = [*own, *(half.flatten(1) for pair in pulled for half in pair)]
-        n = len(values.value)
-        for gradient, force in zip(gradients, forces, strict=True):
-            if self.method == "wgd":
-                gradient += force * (strength / values.value.sum(1, keepdim=True)).to(force)
-            else:
-                gradient.copy_(torch.addmm(force, values.value.to(gradient), gradient, beta=-strength / n, alpha=1 / n))
-
 
 def _check_repulsion(value: object) -> None:
     checks.not_negative("repulsion", value)
 
 
-def _restart_rates(optimizer: Optimizer) -> None:
+def _restart_rates(optimizer: Optimizer, rates: list[float]) -> None:
     """A schedule ends with its training: later steps have the rates from which it started."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = group.get("initial_lr", rate)
 
 
-def _gradient(block: nn.Parameter) -> Tensor:
-    assert block.grad is not None
-    return block.grad
+class _Stein:
+    """Steps of the particles, for the loop that trains them."""
 
+    def __init__(self, engine: SVGD, example: object) -> None:
+        self._engine, self._example = engine, example
+        self.label = engine.method.upper()
 
-def _factor(blocks: list[nn.Parameter], segment: Segment) -> Tensor:
-    block = blocks[segment.block]
-    return block[:, segment.start : segment.stop].reshape(-1, *segment.shape)
+    def add_gradient(self, batch: tuple[object, ...], run: TrainingRun, weight: Tensor | float) -> float:
+        self._engine.steps = run.step
+        return self._engine._add_gradient(batch, weight)
 
+    def direct(self, run: TrainingRun) -> None:
+        self._engine._interact_all()
 
-def _function_force(kernel: Kernel, strength: float) -> Force:
-    """Repulsion in the space of function values, ``-lambda (sum_j grad_{f_i} k_ij) / (sum_j k_ij)``."""
+    def describe(self, loss: float) -> str:
+        return f"U {loss:.4f} nats/datum"
 
-    def force(f: Tensor) -> Tensor:
-        with torch.autocast(f.device.type, enabled=False):
-            points = Positions([f])
-            values = points.evaluate(kernel)
-            (gradient,), _ = points.gradients(values, own=True)
-            return -gradient * (strength / values.value.sum(1, keepdim=True)).to(gradient)
-
-    return force
+    def posterior(self) -> Posterior:
+        return self._engine._posterior([], self._example)

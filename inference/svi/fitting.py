@@ -4,33 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable
+from typing import Any, Literal, Unpack
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.batches import minibatches
-from pyro_bnn.inference.checkpoint import TrainingRun
 from pyro_bnn.inference.schedules import Schedule, scheduler_of
 from pyro_bnn.inference.settings import settings_of
 from pyro_bnn.inference.svi.objective import Objective, require_trainable
-from pyro_bnn.inference.training import (
-    Callback,
-    Optim,
-    Step,
-    build_optimizer,
-    require_epochs,
-    train,
-)
+from pyro_bnn.inference.training.loop import train
+from pyro_bnn.inference.training.optimizers import Optim, build_optimizer
+from pyro_bnn.inference.training.options import Training, checked, settings_of_loop
+from pyro_bnn.inference.training.requirements import require_epochs
+from pyro_bnn.inference.training.run import TrainingRun
 from pyro_bnn.inputs import Data
 from pyro_bnn.modes import keeping_modes
 from pyro_bnn.posterior import Posterior
@@ -55,11 +50,8 @@ def fit(
     schedule: Schedule | None = None,
     kl_annealing: float = 0.0,
     elbo: ELBO | None = None,
-    clip_norm: float | None = None,
-    callbacks: Sequence[Callback] = (),
-    progress: bool = True,
-    checkpoint: str | os.PathLike[str] | None = None,
     seed: int | None = None,
+    **training: Unpack[Training],
 ) -> Posterior:
     """Maximises the evidence lower bound (ELBO) over minibatches and returns the posterior.
 
@@ -76,7 +68,7 @@ def fit(
     :param epochs: passes over the data.
     :param batch_size: for a dataset or a pair; a loader has its own.
     :param optim: ``"adamw"`` (default), ``"adam"``, ``"sgd"``, a class of ``torch.optim``, a function from parameter
-        groups to an optimiser, or an optimiser; see :func:`~pyro_bnn.inference.training.build_optimizer`.
+        groups to an optimiser, or an optimiser; see :func:`~pyro_bnn.inference.training.optimizers.build_optimizer`.
     :param lr: learning rate, when ``optim`` is a name or a class; by default 1e-3, and 0.1 for "sgd".
     :param weight_decay: weight decay, unless ``optim`` is an optimiser. 0 by default, because models have priors over
         their weights.
@@ -85,13 +77,10 @@ def fit(
     :param schedule: see :mod:`pyro_bnn.inference.schedules`; constant by default.
     :param kl_annealing: epochs over which the weight of the KL divergence grows linearly, step by step, to 1.
     :param elbo: the objective, :class:`~pyro_bnn.inference.MixtureELBO` by default, or any ELBO of Pyro.
-    :param clip_norm: largest norm of the gradient over all parameters; larger gradients are scaled down to it.
-    :param callbacks: called with a :class:`~pyro_bnn.inference.FitState` after each epoch; one that returns True ends
-        the training.
-    :param progress: whether to show a progress bar.
-    :param checkpoint: a file that is written after each epoch; if it exists, training resumes from it. A run must have
-        the same settings as its checkpoint, except that it may have more epochs.
     :param seed: makes the run reproducible and leaves the global random state unchanged.
+    :param training: options of the loop, which all engines share: ``validation``, ``patience``, ``precision``,
+        ``accumulate``, ``clip_norm``, ``callbacks``, ``log``, ``log_every``, ``max_steps``, ``max_time``, ``progress``
+        and ``checkpoint``; see :class:`~pyro_bnn.inference.Training`.
     :raises TypeError: for a model or guide that is not a program, labels of the wrong type, or an ``optim`` or ``elbo``
         of the wrong type.
     :raises ValueError: for empty or inconsistent data, labels outside the likelihood's range, NaN in the data, options
@@ -104,8 +93,8 @@ def fit(
     checks.optional(checks.positive, "lr", lr)
     checks.not_negative("weight_decay", weight_decay)
     checks.not_negative("kl_annealing", kl_annealing)
-    checks.optional(checks.positive, "clip_norm", clip_norm)
     checks.seed("seed", seed)
+    options = checked(training, "fit")
     require_trainable(model, guide, elbo)
     batches = minibatches(model, data, batch_size)
     with contextlib.ExitStack() as stack:
@@ -113,7 +102,8 @@ def fit(
         stack.enter_context(seeded(device_of(model), seed))
         knows = isinstance(model, BayesianNetwork) and model.num_data is not None
         size = None if knows else batches.size or 1
-        annealing = kl_annealing * batches.steps
+        steps = -(-batches.steps // options["accumulate"])
+        annealing = kl_annealing * steps
         objective = Objective(
             model, guide, elbo=elbo, kl_annealing=annealing, num_data=size, example=batches.first
         ).train()
@@ -121,37 +111,27 @@ def fit(
         parameters = objective.trained()
         optimizer = _optimizer(optim, parameters, model, guide, lr, weight_decay, decay)
         settings: dict[str, str] = {}
-        if checkpoint is not None:
-            options: dict[str, Any] = {
-                "schedule": schedule,
-                "kl_annealing": kl_annealing,
-                "elbo": objective.elbo,
-                "clip_norm": clip_norm,
-            }
-            options |= {} if isinstance(data, DataLoader) else {"batch_size": batch_size}
-            settings = settings_of(model, guide, optimizer, data, **options, method="SVI", seed=seed)
-        scheduler = scheduler_of(schedule, optimizer, batches.steps, epochs)
+        if options["checkpoint"] is not None:
+            own: dict[str, Any] = {"schedule": schedule, "kl_annealing": kl_annealing, "elbo": objective.elbo}
+            own |= {} if isinstance(data, DataLoader) else {"batch_size": batch_size}
+            own |= settings_of_loop(options)
+            settings = settings_of(model, guide, optimizer, data, **own, method="SVI", seed=seed)
+        scheduler = scheduler_of(schedule, optimizer, steps, epochs)
         run = TrainingRun(model, guide, parameters, optimizer, scheduler, settings=settings)
-        step = _step(objective, clip_norm)
-        train(
-            run,
-            batches,
-            step,
-            epochs=epochs,
-            label="SVI",
-            describe=lambda loss: f"ELBO {-loss:.4f} nats/datum",
-            callbacks=callbacks,
-            progress=progress,
-            checkpoint=checkpoint,
-        )
+        train(run, batches, _SVI(objective), options, epochs=epochs)
     return objective.posterior(losses=run.losses)
 
 
-def _step(objective: Objective, clip_norm: float | None) -> Step:
-    """One update along the gradient of the objective."""
+class _SVI:
+    """Steps along the gradient of the objective."""
 
-    def step(batch: tuple[object, ...], run: TrainingRun) -> float:
-        model, guide = run.model, run.guide
+    label = "SVI"
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def add_gradient(self, batch: tuple[object, ...], run: TrainingRun, weight: Tensor | float) -> float:
+        model, guide, objective = run.model, run.guide, self.objective
         objective.step = run.step
         cause = None
         try:
@@ -167,14 +147,17 @@ def _step(objective: Objective, clip_norm: float | None) -> Step:
                 f"the loss became {value} at step {run.step + 1} (epoch {run.epoch + 1}), {site}. A smaller lr, "
                 "clip_norm= or a longer kl_annealing usually helps"
             ) from cause
-        run.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if clip_norm is not None:
-            nn.utils.clip_grad_norm_(run.parameters, clip_norm)
-        run.optimizer.step()
+        (weight * loss).backward()
         return value
 
-    return step
+    def direct(self, run: TrainingRun) -> None:
+        """The optimiser gets the gradient itself."""
+
+    def describe(self, loss: float) -> str:
+        return f"ELBO {-loss:.4f} nats/datum"
+
+    def posterior(self) -> Posterior:
+        return self.objective.posterior()
 
 
 def _optimizer(

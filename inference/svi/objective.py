@@ -19,7 +19,7 @@ from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.batches import as_tensors
 from pyro_bnn.inference.svi.elbo import MixtureELBO, ScaleLatents
-from pyro_bnn.inference.training import first_row, require_programs, require_supports
+from pyro_bnn.inference.training.requirements import first_row, require_programs, require_supports
 from pyro_bnn.inputs import Inputs, inputs
 from pyro_bnn.modes import keeping_modes, settle, training_mode
 from pyro_bnn.posterior import Posterior

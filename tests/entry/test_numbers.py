@@ -164,8 +164,9 @@ TRAINING = {
     "lr": POSITIVE,
     "weight_decay": NOT_NEGATIVE,
     "kl_annealing": NOT_NEGATIVE,
-    "clip_norm": POSITIVE,
 }
+LOOP = {"clip_norm": POSITIVE, "accumulate": COUNT, "log_every": COUNT, "max_steps": COUNT, "max_time": POSITIVE}
+CHECKPOINT = {"epochs": COUNT, "steps": COUNT, "minutes": POSITIVE, "keep": COUNT}
 STEPS = {"batch_size": COUNT, "num_data": COUNT, "thinning": COUNT, "check_every": COUNT}
 SAMPLER = STEPS | {"step_size": POSITIVE, "friction": UP_TO_1, "temperature": NOT_NEGATIVE, "draws_per_cycle": COUNT}
 PRUNING = {"em_start": COUNT_OR_0, "em_every": COUNT, "prune_start": COUNT_OR_0, "prune_every": COUNT}
@@ -244,7 +245,8 @@ DOORS = [
         {"scale": POSITIVE, "noise_prior_scale": POSITIVE, "temperature": POSITIVE},
     ),
     # engines
-    Door(inference.fit, fit, TRAINING | {"epochs": COUNT}),
+    Door(inference.fit, fit, TRAINING | LOOP | {"epochs": COUNT}),
+    Door(inference.Checkpoint, lambda **o: inference.Checkpoint("run.pt", **o), CHECKPOINT),
     Door(
         inference.Objective,
         lambda **o: inference.Objective(*(lambda m: (m, models.MeanFieldGuide(m)))(dense()), **o),
@@ -267,7 +269,7 @@ DOORS = [
     Door(
         inference.SVGD.fit,
         lambda **o: svgd().fit((X, Y), **({"epochs": 1, "progress": False} | o)),
-        {"epochs": COUNT, "batch_size": COUNT, "seed": SEED},
+        {"epochs": COUNT, "batch_size": COUNT, "seed": SEED} | LOOP,
     ),
     Door(inference.AutoParticles, lambda **o: inference.AutoParticles(line, **o), {"num_particles": COUNT}),
     Door(inference.RBF, inference.RBF, {"bandwidth": POSITIVE}),
@@ -296,7 +298,7 @@ DOORS = [
         {"num_samples": COUNT, "warmup_steps": COUNT_OR_0, "num_chains": COUNT, "seed": SEED},
     ),
     baseline_door(inference.DeepEnsemble, num_networks=COUNT),
-    Door(inference.DeepEnsemble.fit, ensemble_fit, TRAINING | {"epochs": COUNT}),
+    Door(inference.DeepEnsemble.fit, ensemble_fit, TRAINING | LOOP | {"epochs": COUNT}),
     baseline_door(inference.SWAG, rank=[*COUNT, 1]),
     Door(
         inference.SWAG.fit,
@@ -308,9 +310,9 @@ DOORS = [
             "momentum": FROM_0,
             "num_samples": COUNT,
             "batch_size": COUNT,
-            "clip_norm": POSITIVE,
             "seed": SEED,
-        },
+        }
+        | LOOP,
     ),
     baseline_door(inference.LastLayerLaplace),
     Door(
@@ -476,7 +478,7 @@ def public_callables() -> Iterator[tuple[str, Callable[..., Any]]]:
             if inspect.isclass(thing) and thing.__module__.startswith("pyro_bnn"):
                 yield name, thing
                 for own, method in inspect.getmembers(thing, inspect.isroutine):
-                    if not own.startswith("_") and getattr(method, "__module__", "").startswith("pyro_bnn"):
+                    if not own.startswith("_") and (getattr(method, "__module__", "") or "").startswith("pyro_bnn"):
                         yield f"{name}.{own}", method
             elif inspect.isfunction(thing):
                 yield name, thing

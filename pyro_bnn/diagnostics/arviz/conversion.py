@@ -16,13 +16,13 @@ from pyro_bnn.diagnostics.arviz.densities import log_densities
 from pyro_bnn.diagnostics.arviz.own_models import groups_of_own_model, is_of_own_model
 from pyro_bnn.diagnostics.arviz.sites import posterior_group
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
-from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, predict_inputs, require_posterior
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inputs import Inputs, labels, tensors
 from pyro_bnn.likelihoods import Categorical
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS
+from pyro_bnn.predicting import log_density, predict_batches, predict_inputs, require_posterior
 from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.randomness import some_seed

@@ -14,11 +14,11 @@ import xarray as xr
 from torch import Tensor
 
 from pyro_bnn.diagnostics.arviz.arrays import at_least_float32, outputs, plain, safe
-from pyro_bnn.diagnostics.scoring.stream import require_posterior
 from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Categorical
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS
+from pyro_bnn.predicting import require_posterior
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:

@@ -17,17 +17,17 @@ from pyro_bnn.diagnostics.checking.predictive_checks import ERRORS, Predicted, o
 from pyro_bnn.diagnostics.checking.training import loss_verdict
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.diagnostics.scoring.metrics import evaluate
-from pyro_bnn.diagnostics.scoring.stream import (
+from pyro_bnn.inputs import Data, Inputs
+from pyro_bnn.network import batch_size as count_rows
+from pyro_bnn.posterior import Posterior
+from pyro_bnn.posterior.stored_draws import DrawsGuide
+from pyro_bnn.predicting import (
     first_rows,
     input_batches,
     predict_batches,
     require_posterior,
     require_repeatable,
 )
-from pyro_bnn.inputs import Data, Inputs
-from pyro_bnn.network import batch_size as count_rows
-from pyro_bnn.posterior import Posterior
-from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.randomness import some_seed
 
 #: number of rows at which the functions of chains are compared

@@ -19,11 +19,11 @@ from pyro_bnn.diagnostics.arviz.densities import has_density, log_densities
 from pyro_bnn.diagnostics.arviz.own_models import importance_densities, is_of_own_model, require_separate_data
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.diagnostics.scoring.precision import wide
-from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, require_posterior
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inputs import Inputs, labels, tensors
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior.draw_source import TAIL_DRAWS
+from pyro_bnn.predicting import log_density, predict_batches, require_posterior
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.randomness import some_seed
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.diagnostics.checking.findings import Finding
-from pyro_bnn.diagnostics.scoring.stream import input_batches
 from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.posterior.draw_source import DrawSource
 from pyro_bnn.posterior.importance import APART, EXCESS, row_losses
+from pyro_bnn.predicting import input_batches
 from pyro_bnn.priors import SpikeAndSlab
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.sparsity import has_inclusion

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from pyro_bnn.diagnostics.checking.prior_checks import central_width, prior_draws, prior_predictive
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
-from pyro_bnn.diagnostics.scoring.stream import require_posterior
 from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.posterior.draw_source import TAIL_DRAWS
+from pyro_bnn.predicting import require_posterior
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.randomness import some_seed
 

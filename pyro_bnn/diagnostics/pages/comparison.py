@@ -14,8 +14,8 @@ from pyro_bnn.diagnostics.pages import gallery, page
 from pyro_bnn.diagnostics.pages.glossary import MetricFormat, formats_of
 from pyro_bnn.diagnostics.pages.page import Cell, Head, Picture, Table
 from pyro_bnn.diagnostics.scoring.scored import Scored, score
-from pyro_bnn.diagnostics.scoring.stream import require_repeatable
 from pyro_bnn.inputs import Data
+from pyro_bnn.predicting import require_repeatable
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:

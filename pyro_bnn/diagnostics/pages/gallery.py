@@ -20,8 +20,8 @@ from pyro_bnn.diagnostics.scoring.calibration import reliability
 from pyro_bnn.diagnostics.scoring.ood import auroc
 from pyro_bnn.diagnostics.scoring.scored import Scored
 from pyro_bnn.diagnostics.scoring.selective import aurc
-from pyro_bnn.diagnostics.scoring.stream import first_rows
 from pyro_bnn.inputs import Inputs
+from pyro_bnn.predicting import first_rows
 from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.sparsity.inclusion import has_inclusion
 

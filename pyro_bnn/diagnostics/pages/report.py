@@ -13,8 +13,8 @@ from pyro_bnn.diagnostics.pages.glossary import formats_of
 from pyro_bnn.diagnostics.pages.page import Cell, Head, Table
 from pyro_bnn.diagnostics.scoring.metrics import evaluate
 from pyro_bnn.diagnostics.scoring.scored import score
-from pyro_bnn.diagnostics.scoring.stream import predict_batches, require_posterior, require_repeatable
 from pyro_bnn.inputs import Data
+from pyro_bnn.predicting import predict_batches, require_posterior, require_repeatable
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, predict_inputs, require_posterior
 from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.likelihoods import Bernoulli
+from pyro_bnn.predicting import log_density, predict_batches, predict_inputs, require_posterior
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 from scipy.optimize import minimize_scalar
 
-from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches
 from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.posterior import Posterior, Prediction
+from pyro_bnn.predicting import log_density, predict_batches
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:

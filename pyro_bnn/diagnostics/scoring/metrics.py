@@ -18,8 +18,8 @@ from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities
 from pyro_bnn.diagnostics.scoring.scores import crps, interval_coverage, interval_width
 from pyro_bnn.diagnostics.scoring.selective import augrc, aurc, risk_at_coverage
 from pyro_bnn.diagnostics.scoring.similarity import disagreement
-from pyro_bnn.diagnostics.scoring.stream import log_density, predict_batches, predict_inputs
 from pyro_bnn.inputs import Data, Inputs
+from pyro_bnn.predicting import log_density, predict_batches, predict_inputs
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:

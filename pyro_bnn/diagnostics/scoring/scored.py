@@ -12,8 +12,8 @@ from pyro_bnn.diagnostics.scoring.metrics import log_predictive_density
 from pyro_bnn.diagnostics.scoring.ood import ood_scores
 from pyro_bnn.diagnostics.scoring.precision import wide
 from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities
-from pyro_bnn.diagnostics.scoring.stream import predict_batches, predict_inputs
 from pyro_bnn.inputs import Data, Inputs
+from pyro_bnn.predicting import predict_batches, predict_inputs
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior, Prediction

@@ -12,9 +12,9 @@ from torchmetrics import Metric
 
 from pyro_bnn.diagnostics.scoring.precision import running_mean, wide
 from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities, member_probabilities, require_probabilities
-from pyro_bnn.diagnostics.scoring.stream import input_batches, predict_batch, require_posterior
 from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Data
+from pyro_bnn.predicting import input_batches, predict_batch, require_posterior
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:

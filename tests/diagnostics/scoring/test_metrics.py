@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from pyro_bnn import Posterior, likelihoods
 from pyro_bnn.diagnostics import evaluate
 from pyro_bnn.diagnostics.scoring import metrics
-from pyro_bnn.diagnostics.scoring.stream import require_repeatable
 from pyro_bnn.models import Dense, PointGuide
+from pyro_bnn.predicting import require_repeatable
 
 CLASSIFICATION = {
     *("accuracy", "nll", "brier", "ece", "ece_adaptive", "ece_classwise"),

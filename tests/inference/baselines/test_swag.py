@@ -187,7 +187,7 @@ def test_bad_input() -> None:
         ({"num_samples": 0}, "num_samples=0: expected a whole number"),
         ({"lr": 0.0}, "lr=0.0"),
         ({"momentum": 1.0}, r"momentum=1.0: expected a number in \[0, 1\)"),
-        ({"callbacks": [lambda state: state.epoch == 3]}, "ended the run after 1 iterates that count"),
+        ({"callbacks": [lambda state: state.epoch == 3]}, "the run ended after 1 iterates that count"),
     ):
         with pytest.raises(ValueError, match=message):
             fitted(**options)

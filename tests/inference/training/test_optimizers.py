@@ -1,10 +1,8 @@
-"""The training loop that engines share, the optimisers that they build, and schedules."""
+"""What `optim=`, `lr=` and `schedule=` mean, in every engine."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +11,8 @@ from by_hand import chain
 from torch import Tensor, nn
 
 import pyro_bnn as pb
-from pyro_bnn.inference import SVGD, AutoParticles, FitState, fit, multistep
-from pyro_bnn.inference.batches import minibatches
-from pyro_bnn.inference.checkpoint import TrainingRun
-from pyro_bnn.inference.training import build_optimizer, train
+from pyro_bnn.inference import SVGD, AutoParticles, fit, multistep
+from pyro_bnn.inference.training.optimizers import build_optimizer
 from pyro_bnn.likelihoods import Gaussian
 from pyro_bnn.models import Dense, MeanFieldGuide
 from pyro_bnn.program.guide import MixtureGuide
@@ -32,105 +28,6 @@ def data() -> tuple[Tensor, Tensor]:
 
 def dense() -> Dense:
     return Dense(chain(2, 3, 1), Gaussian(0.5), N)
-
-
-# ------------------------------------------------------------------------------------------------------ the loop
-
-
-class Line(nn.Module):
-    """One number, and a normalisation layer that counts batches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = nn.Parameter(torch.tensor(4.0, dtype=torch.float64))
-        self.norm = nn.BatchNorm1d(1, dtype=torch.float64)
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        return self.a * self.norm(x[:, :1])
-
-
-def descend(batch: tuple[Any, ...], run: TrainingRun) -> float:
-    """A step of an engine of one's own: least squares."""
-    loss = (run.model(*batch) - batch[1]).square().mean()
-    run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    run.optimizer.step()
-    return float(loss.detach())
-
-
-def run_of(model: Line) -> TrainingRun:
-    return TrainingRun(model, model, [model.a], torch.optim.SGD([model.a], lr=0.05, momentum=0.9))
-
-
-def trained(run: TrainingRun, step: Any = descend, epochs: int = 4, **options: Any) -> TrainingRun:
-    torch.manual_seed(7)
-    batches = minibatches(run.model, data(), 4)
-    train(run, batches, step, epochs=epochs, label="own", describe=str, progress=False, **options)
-    return run
-
-
-def test_the_loop_counts_epochs_and_steps_and_keeps_the_losses() -> None:
-    seen: list[FitState] = []
-    run = trained(run_of(Line()), callbacks=[lambda state: seen.append(state)])
-    assert (run.epoch, run.step, len(run.losses)) == (4, 12, 12)
-    assert [(s.epoch, s.step) for s in seen] == [(1, 3), (2, 6), (3, 9), (4, 12)]
-    assert [s.loss for s in seen] == [pytest.approx(sum(run.losses[3 * i : 3 * i + 3]) / 3) for i in range(4)]
-    assert run.losses[-1] < run.losses[0]
-    assert int(run.model.norm.num_batches_tracked) == 12  # type: ignore[attr-defined]
-
-
-def test_a_run_of_ones_own_is_resumed_to_the_same_end(tmp_path: Path) -> None:
-    whole = trained(run_of(Line()))
-    trained(run_of(Line()), epochs=2, checkpoint=tmp_path / "run.pt")
-    again = run_of(Line())
-    with torch.no_grad():
-        again.parameters[0].fill_(100.0)
-    trained(again, checkpoint=tmp_path / "run.pt")
-    assert torch.equal(again.parameters[0], whole.parameters[0])
-    assert again.losses == whole.losses and again.step == whole.step
-    assert all(torch.equal(a, b) for a, b in zip(again.buffers, whole.buffers, strict=True))
-
-
-def test_a_step_that_fails_puts_everything_back_to_the_last_good_epoch() -> None:
-    """Parameters, statistics and the optimiser's memory; the cause of the error stays its cause."""
-    good: list[tuple[Tensor, Tensor]] = []
-
-    def note(state: FitState) -> None:
-        good.append((state.model.a.detach().clone(), state.model.norm.running_mean.clone()))  # type: ignore[attr-defined]
-
-    def fails(batch: tuple[Any, ...], run: TrainingRun) -> float:
-        loss = descend(batch, run)
-        if run.step == 7:
-            with torch.no_grad():
-                run.parameters[0].fill_(math.nan)
-            raise FloatingPointError("the loss became nan") from ValueError("a root of -1")
-        return loss
-
-    run = run_of(Line())
-    message = "^the loss became nan. Model and guide are back at the end of epoch 2$"
-    with pytest.raises(FloatingPointError, match=message) as caught:
-        trained(run, fails, callbacks=[note])
-    assert isinstance(caught.value.__cause__, ValueError)
-    assert torch.equal(run.parameters[0], good[-1][0]) and torch.equal(run.buffers[0], good[-1][1])
-    assert not run.optimizer.state and run.remembered_step == 6
-
-
-def test_an_optimiser_that_was_given_can_be_used_again_after_a_divergence() -> None:
-    """Its momentum is that of steps that went wrong, and is forgotten along with them."""
-    model, (x, y) = dense(), data()
-    guide = MixtureGuide(model, 2, family="point")
-    optimizer = torch.optim.SGD(guide.parameters(), lr=1e-2, momentum=0.9)
-    engine = SVGD(model, guide, optimizer)
-
-    def explode(state: FitState) -> None:
-        state.optimizer.param_groups[0]["lr"] = 1e200
-
-    with pytest.raises(FloatingPointError, match="back at the end of epoch 1"):
-        engine.fit((x, y), 5, batch_size=4, callbacks=[explode], progress=False, seed=0)
-    assert not optimizer.state and engine.steps == 3
-    optimizer.param_groups[0]["lr"] = 1e-2
-    losses = engine.fit((x, y), 5, batch_size=4, progress=False, seed=0).losses
-    assert all(map(math.isfinite, losses)) and engine.optimizer is optimizer
 
 
 # ------------------------------------------------------------------------------------------------- the optimiser

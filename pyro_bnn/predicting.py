@@ -38,7 +38,7 @@ ROWS = 256
 
 def predict_batches(
     posterior: Posterior, data: Data, *, num_samples: int | None, batch_size: int | None, seed: int
-) -> Iterator[tuple[object, Prediction, Tensor]]:
+) -> Iterator[tuple[Inputs, Prediction, Tensor]]:
     """Yields ``(x, prediction, y)`` for every batch, as tensors on the device of the model.
 
     Every batch is predicted with the same seed, so the draws, and with them the functions, are the same in all batches.
@@ -48,15 +48,25 @@ def predict_batches(
     :raises TypeError: when data is none of these, or ``posterior`` is not a posterior.
     :raises ValueError: when x and y differ in length, a prediction holds NaN, or batch_size is below 1.
     """
-    like = _like(posterior)
+    require_posterior(posterior)
+    for x, y in pair_batches(data, getattr(posterior, "model", None), batch_size):
+        prediction = predict_batch(posterior, x, num_samples, batch_size, seed)
+        yield x, prediction, y.to(prediction.per_member.device)
+
+
+def pair_batches(data: Data, model: object, batch_size: int | None = None) -> Iterator[tuple[Inputs, Tensor]]:
+    """Yields ``(x, y)`` for every batch, as tensors on the device of the model.
+
+    :param data, batch_size: see :func:`predict_batches`, also for the errors.
+    """
+    like = like_of(model)
     for batch in _pairs(data, _rows(batch_size)):
         pair = _pair(batch)
         if pair is None:
             raise TypeError(_no_pair(batch))
         x, y = inputs(pair[0], like), targets(pair[1], like)
         count_rows(x, y)
-        prediction = predict_batch(posterior, x, num_samples, batch_size, seed)
-        yield x, prediction, y.to(prediction.per_member.device)
+        yield x, y
 
 
 def predict_inputs(
@@ -154,11 +164,6 @@ def log_density(prediction: Prediction, y: Tensor) -> Tensor:
     if log_prob.isnan().any():
         raise ValueError("the log-density of y under the posterior is NaN: check for infinite outputs of the network")
     return log_prob
-
-
-def _like(posterior: object) -> Tensor | None:
-    require_posterior(posterior)
-    return like_of(getattr(posterior, "model", None))
 
 
 def _pairs(data: Data, rows: int) -> Iterable[object]:

@@ -1,0 +1,51 @@
+"""The quality of predictions on data that training does not see, after every epoch."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from pyro_bnn.inputs import Data
+from pyro_bnn.modes import keeping_modes
+from pyro_bnn.posterior import Posterior
+from pyro_bnn.predicting import pair_batches, require_repeatable
+from pyro_bnn.randomness import device_of, seeded
+
+#: of the draws with which all epochs are compared
+SEED = 0
+
+
+class Validation:
+    """The negative log density of the predictions for held-out data, averaged over draws and members::
+
+        NLL = -(1/N) sum_n log (1/SK) sum_sk p(y_n | x_n, W_sk),   in nats per datum
+
+    S is 16 for a guide and 1 for points and particles; all epochs have the same seed. Training does not notice: modes
+    and random states are as they were afterwards.
+
+    :param data: in any form that :func:`~pyro_bnn.diagnostics.evaluate` takes.
+    :raises TypeError: for data that can be read only once.
+    """
+
+    def __init__(self, data: Data) -> None:
+        require_repeatable(data, "validation")
+        self._data = data
+
+    def nll(self, posterior: Posterior) -> float:
+        """In nats per datum.
+
+        :raises ValueError: when the data are empty or do not fit the model, or a density is NaN.
+        """
+        model, guide = posterior.model, posterior.draw_source.guide
+        total, rows = 0.0, 0
+        with torch.no_grad(), keeping_modes(model, guide), seeded(device_of(model), SEED):
+            for x, y in pair_batches(self._data, model):
+                density = posterior.log_likelihood(x, y, seed=SEED).flatten(0, 1).double()
+                total -= float((density.logsumexp(0) - math.log(len(density))).sum())
+                rows += density.shape[-1]
+        if not rows:
+            raise ValueError("validation= is empty: give at least one row, or leave it out")
+        if math.isnan(total):
+            raise ValueError("the log density of validation= is NaN: look for infinite outputs of the network")
+        return total / rows
