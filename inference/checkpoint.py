@@ -74,8 +74,13 @@ class CheckpointFile:
         self._step: int | None = None  # of the file that is there
 
     def read(self) -> dict[str, Any] | None:
-        """The state that is there; ``None`` without one. See :func:`read`."""
-        state = read(self.path)
+        """The state that is there; ``None`` without one. See :func:`read`, also for the errors."""
+        try:
+            state = read(self.path)
+        except ValueError as error:
+            if older := self.older():
+                error.add_note(f"{str(older[0])!r} is the one before it: rename that to resume from there")
+            raise
         self._step = None if state is None else int(state["step"])
         return state
 

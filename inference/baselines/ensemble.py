@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.given.copying import copy_of, unwrapped
 from pyro_bnn.given.fresh import fresh_copy
 from pyro_bnn.inference.baselines.point import Baseline
+from pyro_bnn.inference.checkpoint import Checkpoint
 from pyro_bnn.inputs import Data
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import derive_seeds, device_of, seeded
@@ -63,7 +64,7 @@ class DeepEnsemble(Baseline):
         data: Data,
         *,
         epochs: int,
-        checkpoint: str | os.PathLike[str] | None = None,
+        checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
         seed: int | None = None,
         **options: Any,
     ) -> Posterior:
@@ -71,7 +72,7 @@ class DeepEnsemble(Baseline):
 
         :param data: data in the forms that :func:`~pyro_bnn.inference.fit` accepts.
         :param epochs: passes over the data, for each network.
-        :param checkpoint: file for checkpoints. The number of the network is added to its name (``run.pt`` becomes
+        :param checkpoint: a file, or a :class:`~pyro_bnn.inference.Checkpoint`. The number of the network is added to its name (``run.pt`` becomes
             ``run-0.pt`` and so on); training resumes from files that exist.
         :param seed: makes the run reproducible and leaves the global random state unchanged.
         :param options: other options of :func:`~pyro_bnn.inference.fit`, such as ``optim``, ``lr``, ``batch_size``,
@@ -87,9 +88,9 @@ class DeepEnsemble(Baseline):
             )
         checks.count("epochs", epochs)
         seeds = derive_seeds(seed, 2 * self.num_networks)
-        points = []
+        points, each = [], Checkpoint.of(checkpoint)
         for member in range(self.num_networks):
-            own = None if checkpoint is None else _numbered(Path(checks.path("checkpoint", checkpoint)), member)
+            own = None if each is None else replace(each, path=_numbered(Path(each.path), member))
             net = self._new_network(seeds[2 * member])
             run = {"checkpoint": own, "seed": seeds[2 * member + 1], **options}
             points.append(self._mode(data, epochs, net, **run))

@@ -195,8 +195,9 @@ class _Loop:
         return most is not None and time.monotonic() - self._began_at >= most
 
     def _is_due_after_epoch(self) -> bool:
-        assert self.file is not None
-        return self.run.epoch == self.epochs or self.file.is_due_after_epoch(self.run.epoch)
+        run, file = self.run, self.file
+        assert file is not None
+        return run.epoch == self.epochs or file.is_due_after_epoch(run.epoch) or file.is_due_after_step(run.step)
 
     def _has_lost_patience(self) -> bool:
         best, patience = self.run.best, self.options["patience"]

@@ -215,9 +215,8 @@ class TrainingRun:
             self._require_same(state, path, epochs)
             self._take(state)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-            older = "".join(f". {str(one)!r} is an older one" for one in file.older()[:1])
             raise ValueError(
-                f"{path} is a damaged checkpoint ({type(error).__name__}: {error}); remove it to start afresh{older}"
+                f"{path} is a damaged checkpoint ({type(error).__name__}: {error}); remove it to start afresh"
             ) from error
 
     def _require_same(self, state: Mapping[str, Any], path: Path, epochs: int | None) -> None:

@@ -91,6 +91,13 @@ class MergeCodes:
         left = int(book.is_outlier().sum())
         self.history.append((state.epoch, int((book.weights_per_code(soft=True) > 0).sum()), left))
 
+    def state_dict(self) -> dict[str, Any]:
+        """The history, which checkpoints hold."""
+        return {"history": self.history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = [tuple(one) for one in state["history"]]
+
     def _gradient(self, guide: CodebookGuide, num_data: int | None) -> Tensor:
         """Of the negative ELBO with respect to (m, s), ``[K, 2]``; fit divides its loss by the size of the data."""
         book = guide.book
