@@ -72,8 +72,8 @@ class DeepEnsemble(Baseline):
 
         :param data: data in the forms that :func:`~pyro_bnn.inference.fit` accepts.
         :param epochs: passes over the data, for each network.
-        :param checkpoint: a file, or a :class:`~pyro_bnn.inference.Checkpoint`. The number of the network is added to its name (``run.pt`` becomes
-            ``run-0.pt`` and so on); training resumes from files that exist.
+        :param checkpoint: a file, or a :class:`~pyro_bnn.inference.Checkpoint`. The number of the network is added to
+            its name (``run.pt`` becomes ``run-0.pt`` and so on); training resumes from files that exist.
         :param seed: makes the run reproducible and leaves the global random state unchanged.
         :param options: other options of :func:`~pyro_bnn.inference.fit`, such as ``optim``, ``lr``, ``batch_size``,
             ``schedule`` and ``progress``.

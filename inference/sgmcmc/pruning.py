@@ -36,7 +36,7 @@ class SiteGroups:
 
 
 class Rule:
-    """Base class of pruning rules: a rule says which groups stay. Removed groups never come back."""
+    """Base class of pruning rules: a rule says which groups stay."""
 
     def __repr__(self) -> str:
         return display.call(self)
@@ -86,6 +86,11 @@ class MagnitudeRule(Rule):
     :param decay: in (0, 1); the smaller, the earlier groups are removed.
     :param start: the fraction at the beginning, for a chain that begins at pruned draws; from 0 to below ``sparsity``.
     :param layer_adaptive: whether scores are relative to those of the same site.
+    :param regrow: after warm-up, at the start of every cycle, this fraction of as many weights as there are comes back:
+        the removed groups whose gradients have the largest mean square. They start at 0, and after the ``exploration``
+        of the cycle those with the lowest scores go. Every draw then has removed the fraction ``sparsity``, but not the
+        same groups in every cycle (RigL: Evci et al. 2020, arXiv 1911.11134). 0 for groups that never come back, and
+        one target for all draws.
     :raises TypeError: when one of these is not a number, or not a truth value.
     :raises ValueError: when one of these is out of range.
     """
@@ -94,12 +99,14 @@ class MagnitudeRule(Rule):
     decay: float = 0.99
     start: float = 0.0
     layer_adaptive: bool = False
+    regrow: float = 0.0
 
     def __post_init__(self) -> None:
         checks.share("sparsity", self.sparsity)
         checks.share("decay", self.decay)
         checks.fraction("start", self.start)
         checks.truth("layer_adaptive", self.layer_adaptive)
+        checks.fraction("regrow", self.regrow)
         if self.start >= self.sparsity:
             raise ValueError(f"start={self.start}: expected a fraction below sparsity={self.sparsity}")
 
@@ -114,6 +121,18 @@ class MagnitudeRule(Rule):
         if self.layer_adaptive:
             scores = [_among_its_site(score, d) for score, d in zip(scores, densities, strict=True)]
         return keep_highest(scores, densities, self.share(progress))
+
+    def regrown(self, sites: Sequence[SiteGroups], gradients: Sequence[Tensor]) -> list[Tensor]:
+        """True for groups that are there once the removed ones with the largest gradients came back.
+
+        :param gradients: of U at the weights of every site, ``[*lead, *event]``.
+        """
+        scores = [
+            site.density.mean_square(gradient + site.density.loc).masked_fill(site.kept, torch.inf)
+            for site, gradient in zip(sites, gradients, strict=True)
+        ]
+        share = self.sparsity - self.regrow * (1 - self.sparsity)
+        return keep_highest(scores, [site.density for site in sites], share)
 
 
 def _among_its_site(mean_square: Tensor, density: SpikeAndSlabDistribution) -> Tensor:

@@ -105,6 +105,8 @@ class SGHMC(MinibatchKernel):
         along half a cosine in each cycle of ``draws_per_cycle`` draws.
     :param draws_per_cycle: number of draws, of ``thinning`` steps each, in a cycle; by default 1, at its end, where the
         step is smallest. More draws in a longer cycle cost no gradient and average more.
+    :param exploration: number of steps at the beginning of each cycle before the first of its draws begins, where the
+        learning rate is largest (the exploration stage of Zhang et al. 2020).
     :param batch_size: for a dataset or a pair; a loader has its own.
     :param num_data: N; by default that of the model, or the size of the data, or 1 without data.
     :param thinning: number of steps for each draw; by default 1, and for ``step_size="auto"`` 10 in warm-up and then
@@ -133,6 +135,7 @@ class SGHMC(MinibatchKernel):
         preconditioner: Preconditioner = "identity",
         schedule: Literal["constant", "cyclical"] = "constant",
         draws_per_cycle: int = 1,
+        exploration: int = 0,
         batch_size: int = 128,
         num_data: int | None = None,
         thinning: int | Literal["auto"] = "auto",
@@ -160,6 +163,8 @@ class SGHMC(MinibatchKernel):
             raise ValueError(f"schedule={schedule!r}: expected 'constant' or 'cyclical'")
         if checks.count("draws_per_cycle", draws_per_cycle) > 1 and schedule == "constant":
             raise ValueError(f"draws_per_cycle={draws_per_cycle} is for schedule='cyclical': leave it out")
+        if checks.count("exploration", exploration, 0) and schedule == "constant":
+            raise ValueError(f"exploration={exploration} is for schedule='cyclical': leave it out")
         if is_tuned:
             for name, given, only in (
                 ("preconditioner", preconditioner, "identity"),
@@ -176,7 +181,8 @@ class SGHMC(MinibatchKernel):
                 )
         self.is_tuned, self._tunes_thinning = is_tuned, is_tuned and thinning == "auto"
         self.step_size, self.friction, self.temperature = step_size, friction, temperature
-        self.preconditioner, self.schedule, self.draws_per_cycle = preconditioner, schedule, draws_per_cycle
+        self.preconditioner, self.schedule = preconditioner, schedule
+        self.draws_per_cycle, self.exploration = draws_per_cycle, exploration
         if isinstance(thinning, str) and thinning == "auto":
             thinning = WARMUP_THINNING if is_tuned else 1
         super().__init__(
@@ -196,6 +202,7 @@ class SGHMC(MinibatchKernel):
         """What the text of the kernel says beside its model, by name."""
         names = ["step_size", "friction", "temperature", "preconditioner", "schedule"]
         names += ["draws_per_cycle"] if self.draws_per_cycle > 1 else []
+        names += ["exploration"] if self.exploration else []
         return {name: getattr(self, name) for name in (*names, "batch_size", "thinning")}
 
     def _set_up_update(self) -> None:
@@ -253,7 +260,20 @@ class SGHMC(MinibatchKernel):
 
     @property
     def steps_per_draw(self) -> int:
-        return self.settings.thinning
+        return self.settings.thinning + (self.exploration if self._is_first_of_cycle else 0)
+
+    @property
+    def _is_first_of_cycle(self) -> bool:
+        return self.draws % self.draws_per_cycle == 0
+
+    def step_of_cycle(self, position: int) -> int:
+        """Number of the step within its cycle, from the position within its draw."""
+        before = self.draws % self.draws_per_cycle
+        return position if before == 0 else self.exploration + before * self.thinning + position
+
+    def steps_of(self, draws: int) -> int:
+        """Number of steps that the first draws of a chain take."""
+        return draws * self.thinning + -(-draws // self.draws_per_cycle) * self.exploration
 
     @property
     def preconditioner_scale(self) -> Tensor:
@@ -279,7 +299,7 @@ class SGHMC(MinibatchKernel):
             self.measure_configuration(grad, position)
         rate = 1.0
         if self.schedule == "cyclical":
-            part = (self.draws % self.draws_per_cycle + position / self.thinning) / self.draws_per_cycle
+            part = self.step_of_cycle(position) / self.steps_of(self.draws_per_cycle)
             rate = 0.5 * (1 + math.cos(math.pi * part))
         self._move(grad, self.settings.step_size * math.sqrt(rate))
 

@@ -57,6 +57,7 @@ class Settings:
     """Both methods: the learning rate falls from h^2 along half a cosine in every cycle, in which networks are kept.
 
     :param epochs: of training before anything is removed, the learning rate along one half of a cosine.
+    :param exploration: steps of a cycle before the first network.
     :param thinning: steps from one network to the next.
     :param draws: networks in a cycle.
     :param warmup: cycles in which weights are removed.
@@ -64,24 +65,32 @@ class Settings:
     :param step_size: h.
     :param temperature: of SGHMC, with the weight decays that the spike and the slab of its prior stand for, and the
         first level at which it ranks weights by shares of a layer.
+    :param regrow: of SGHMC, the share of weights that come back at the start of a cycle.
     :param inclusion: the share of the slab; ``None`` for one that is learned, under Beta(2, 2).
     :param weight_decay: of magnitude pruning by SGD.
     """
 
     epochs: int = 10
     batch_size: int = 128
-    thinning: int = 30
+    exploration: int = 100
+    thinning: int = 20
     draws: int = 10
     warmup: int = 4
     cycles: int = 6
     friction: float = 0.1
     step_size: float = 0.2
     temperature: float = 0.003
-    spike: float = 1e-3
-    slab: float = 5e-4
+    spike: float = 2e-3
+    slab: float = 1.25e-4
     layer_adaptive_from: float = 0.97
+    regrow: float = 0.5
     inclusion: float | None = 0.5
     weight_decay: float = 1e-3
+
+    @property
+    def cycle(self) -> int:
+        """Steps of a cycle."""
+        return self.exploration + self.draws * self.thinning
 
 
 SETTINGS = {
@@ -89,7 +98,8 @@ SETTINGS = {
     "lenet5": Settings(
         epochs=5,
         batch_size=64,
-        thinning=40,
+        exploration=60,
+        thinning=28,
         draws=5,
         warmup=3,
         cycles=4,
@@ -160,7 +170,10 @@ def sghmcem(net: nn.Module, pair: Pair, level: float, start: float, settings: Se
     share = dist.Beta(2.0, 2.0) if settings.inclusion is None else settings.inclusion
     prior = SpikeAndSlab.from_weight_decay(len(pair[1]), settings.spike, settings.slab, share)
     model = SpikeSlab(net, LIKELIHOOD, len(pair[1]), prior=prior)
-    rule = MagnitudeRule(level, start=start, layer_adaptive=level >= settings.layer_adaptive_from) if level else None
+    rule = None
+    if level:
+        adaptive = level >= settings.layer_adaptive_from
+        rule = MagnitudeRule(level, start=start, layer_adaptive=adaptive, regrow=settings.regrow)
     kernel = SGHMCEM(
         model,
         pair,
@@ -170,6 +183,7 @@ def sghmcem(net: nn.Module, pair: Pair, level: float, start: float, settings: Se
         schedule="cyclical",
         thinning=settings.thinning,
         draws_per_cycle=settings.draws,
+        exploration=settings.exploration,
         batch_size=settings.batch_size,
         prune=rule,
         prune_start=0,
@@ -180,7 +194,7 @@ def sghmcem(net: nn.Module, pair: Pair, level: float, start: float, settings: Se
 
 def magnitude(net: nn.Module, pair: Pair, level: float, start: float, settings: Settings, seed: int) -> Posterior:
     torch.manual_seed(seed)
-    cycle = settings.thinning * settings.draws
+    cycle = settings.cycle
     last, steps = settings.warmup * cycle - 1, (settings.warmup + settings.cycles) * cycle
     matrices = [p for p in net.parameters() if p.dim() > 1]
     kept = [torch.ones_like(p) for p in matrices]
@@ -198,7 +212,8 @@ def magnitude(net: nn.Module, pair: Pair, level: float, start: float, settings: 
                 ]
             for p, mask in zip(matrices, kept, strict=True):
                 p.mul_(mask)
-        if step > last and (step + 1) % settings.thinning == 0:
+        since = step % cycle - settings.exploration + 1
+        if step > last and since > 0 and since % settings.thinning == 0:
             states.append({name: value.clone() for name, value in net.state_dict().items()})
     draws = {name: torch.stack([state[name] for state in states]) for name in states[0]}
     return Posterior.from_draws(Dense(net, LIKELIHOOD, len(pair[1])), draws)
@@ -217,17 +232,18 @@ def quality(outputs: Tensor, y: Tensor) -> dict[str, float]:
     }
 
 
-#: what ``--why`` changes, one setting at a time, and at which levels; a spike of .01 and a slab of .3 as weight decays
+#: what ``--why`` changes, one setting at a time, and at which levels; scales of spike and slab as weight decays
 CHANGES: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "as it is": ({}, (0.0, 0.95, 0.99)),
-    "temperature 0": ({"temperature": 0.0}, (0.0, 0.95)),
+    "nothing comes back": ({"regrow": 0.0}, (0.95, 0.99)),
+    "as much comes back as is there": ({"regrow": 1.0}, (0.95, 0.99)),
+    "temperature 0": ({"temperature": 0.0}, (0.0, 0.95, 0.99)),
     "temperature 0.1": ({"temperature": 0.1}, (0.0, 0.95)),
     "temperature 1": ({"temperature": 1.0}, (0.0, 0.95)),
-    "spike .01, slab .3": ({"spike": 0.2, "slab": 2.2e-4}, (0.0, 0.95)),
-    "spike .01, slab .3, learned share": ({"spike": 0.2, "slab": 2.2e-4, "inclusion": None}, (0.0, 0.95)),
-    "spike .01, slab .3, at 99 %": ({"spike": 0.2, "slab": 2.2e-4}, (0.99,)),
+    "spike .14, slab .2": ({"spike": 1e-3, "slab": 5e-4}, (0.0, 0.95, 0.99)),
+    "spike .01, slab .3": ({"spike": 0.2, "slab": 2.2e-4}, (0.0, 0.95, 0.99)),
     "spike .03, slab .3": ({"spike": 0.022, "slab": 2.2e-4}, (0.0, 0.95)),
-    "one network a cycle": ({"thinning": 300, "draws": 1}, (0.0, 0.95)),
+    "one network a cycle": ({"thinning": 200, "draws": 1}, (0.0, 0.95)),
     "ranks by shares of a layer": ({"layer_adaptive_from": 0.0}, (0.95,)),
     "ranks of all layers together": ({"layer_adaptive_from": 1.0}, (0.99,)),
 }

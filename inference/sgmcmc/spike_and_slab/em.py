@@ -39,7 +39,7 @@ from torch import Tensor
 
 from pyro_bnn.entry import checks
 from pyro_bnn.inference.sgmcmc.gradient import moving_statistics
-from pyro_bnn.inference.sgmcmc.pruning import Rule, RuleName
+from pyro_bnn.inference.sgmcmc.pruning import MagnitudeRule, Rule, RuleName
 from pyro_bnn.inference.sgmcmc.spike_and_slab.kernel import SpikeAndSlabKernel
 from pyro_bnn.inference.sgmcmc.spike_and_slab.swaps import ROWS, VISITS, Energy, Swaps, groups_per_sweep
 from pyro_bnn.inputs import Data
@@ -61,7 +61,8 @@ class SGHMCEM(SpikeAndSlabKernel):
     The documentation of the module ``pyro_bnn.inference.sgmcmc.spike_and_slab.em`` has the equations. Inclusion rates,
     scales, masks and the power of the likelihood move only during warm-up and are then frozen, while the E-step
     precedes every step. All draws therefore have one target: the posterior under the collapsed prior with these rates
-    and scales, on the remaining weights. The update that Ke and Fan released is another algorithm,
+    and scales, on the remaining weights. (A rule that lets groups come back, ``MagnitudeRule(regrow=)``, gives that up
+    for better predictions.) The update that Ke and Fan released is another algorithm,
     :class:`~pyro_bnn.inference.KeFanSGHMC`.
 
     Every site whose prior is a :class:`~pyro_bnn.priors.SpikeAndSlab` takes part, in any Pyro model; the sites
@@ -253,7 +254,24 @@ class SGHMCEM(SpikeAndSlabKernel):
                     site.renew()
         if self.swaps is not None and self.steps >= self.em_start and self.steps % self._swap_every == 0:
             self.swaps.sweep()
+        if self._regrows and self.step_of_cycle(position) == self.exploration:
+            assert self.prune is not None
+            with torch.no_grad():
+                self.check()
+                self._keep(self.prune(self.sites, 1.0))
         super().step(position)
+
+    @property
+    def _regrows(self) -> bool:
+        """Whether groups come back at the start of this cycle, and go again when it has been explored."""
+        rule = self.prune
+        return isinstance(rule, MagnitudeRule) and rule.regrow > 0 and not self.is_warming_up
+
+    def update(self, grad: Tensor, position: int) -> None:
+        if self._regrows and self.step_of_cycle(position) == 0:
+            assert isinstance(self.prune, MagnitudeRule)
+            self._keep(self.prune.regrown(self.sites, self.views(grad)))
+        super().update(grad, position)
 
     def update_indicators(self) -> None:
         since = self.steps - self.em_start

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyro_bnn import priors
 from pyro_bnn.entry import checks
 from pyro_bnn.inference.potential import Potential
-from pyro_bnn.inference.sgmcmc.pruning import Rule, RuleName, rule
+from pyro_bnn.inference.sgmcmc.pruning import MagnitudeRule, Rule, RuleName, rule
 from pyro_bnn.inference.sgmcmc.sghmc import SGHMC
 from pyro_bnn.inference.sgmcmc.spike_and_slab.indicators import (
     NO_SITE,
@@ -82,6 +82,11 @@ class SpikeAndSlabKernel(SGHMC):
         ):
             if count is not None:
                 checks.count(name, count, least)
+        if isinstance(prune, MagnitudeRule) and prune.regrow and not options.get("exploration"):
+            raise ValueError(
+                f"prune={prune!r}: groups come back at the start of a cycle and go again before its first draw. "
+                "Give schedule='cyclical' and exploration=, the steps between"
+            )
         given = vars(model).get("priors", {}) if isinstance(model, BayesianNetwork) else {}
         if given and {type(prior) for prior in given.values()} <= _WITHOUT_SPIKE:
             raise ValueError(NO_SITE)
@@ -117,7 +122,7 @@ class SpikeAndSlabKernel(SGHMC):
         self._shown_kept = 1.0
         self._prior_energy: Any = 0.0
         self._averaged = 0  # number of E-steps in the pruning phase so far
-        self._warmup_steps = warmup_steps * self.thinning
+        self._warmup_steps = self.steps_of(warmup_steps)
         self._set_up_moves()
         self._prune_every = self.prune_every or self.streams.steps
         self._prune_start = self._default_prune_start() if self.prune_start is None else self.prune_start
@@ -215,8 +220,13 @@ class SpikeAndSlabKernel(SGHMC):
         self.check()  # NaN would be below every threshold, and be removed permanently
         phase = self._warmup_steps - 1 - self._prune_start
         progress = min(1.0, (self.steps - self._prune_start) / phase) if phase > 0 else 1.0
-        for site, stays in zip(self.sites, self.prune(self.sites, progress), strict=True):
-            site.kept &= stays
+        found = self.prune(self.sites, progress)
+        self._keep([site.kept & stays for site, stays in zip(self.sites, found, strict=True)])
+
+    def _keep(self, kept: list[Tensor]) -> None:
+        """Sets which groups are there; all others are removed."""
+        for site, stays in zip(self.sites, kept, strict=True):
+            site.kept.copy_(stays)
             site.included.mul_(site.kept)
             if not bool(site.kept.any()):
                 warnings.warn(f"every group of {site.name!r} has been removed: the network is cut there", stacklevel=6)

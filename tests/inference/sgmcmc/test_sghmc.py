@@ -332,6 +332,25 @@ def test_a_cycle_of_several_draws(monkeypatch: pytest.MonkeyPatch) -> None:
         SGHMC(gaussian(1), step_size=0.5, friction=1.0, draws_per_cycle=2)
 
 
+def test_a_cycle_explores_before_its_first_draw() -> None:
+    """Proves that the cosine runs over exploration and draws, and that the first draw of a cycle comes after both."""
+    options: dict[str, Any] = {"step_size": 0.5, "friction": 1.0, "temperature": 0.0, "schedule": "cyclical"}
+    kernel = SGHMC(gaussian(1), thinning=2, draws_per_cycle=3, exploration=4, **options)
+    kernel.setup(1)
+    z, step = torch.ones(1, 3, dtype=torch.float64), 0
+    params: dict[str, Tensor] = {"z": z}
+    for draw in range(7):
+        for _ in range(6 if draw % 3 == 0 else 2):
+            z = z * (1 - 0.25 * 0.5 * (1 + math.cos(math.pi * (step % 10) / 10)) * CURVATURES)
+            step += 1
+        params = kernel.sample(params)
+        torch.testing.assert_close(params["z"], z)
+        assert kernel.steps == kernel.steps_of(draw + 1) == step
+    assert "exploration=4" in repr(kernel)
+    with pytest.raises(ValueError, match="exploration=2 is for schedule='cyclical'"):
+        SGHMC(gaussian(1), step_size=0.5, friction=1.0, exploration=2)
+
+
 def test_a_step_by_hand() -> None:
     """Proves the two lines of the update with preconditioner, noise and mask, in NumPy."""
     theta, momentum, grad, xi = (np.random.default_rng(i).standard_normal(5) for i in range(4))

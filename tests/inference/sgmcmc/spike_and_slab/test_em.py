@@ -367,6 +367,50 @@ def test_the_magnitude_rule_goes_on_from_a_start() -> None:
     assert rule.share(0.3) == pytest.approx(0.9 + 0.09 * (1 - 0.99**150))
 
 
+def test_groups_with_the_largest_gradients_come_back() -> None:
+    """Proves the choice by hand: of 12 weights 6 are there, and half as many more come back, over both sites."""
+    sites = [groups(torch.ones(2, 3), torch.ones(2, 3)) for _ in range(2)]
+    for site in sites:
+        site.kept[0] = False
+    gradients = [
+        torch.tensor([[0.1, -5.0, 0.2], [99.0, 99.0, 99.0]]),
+        torch.tensor([[4.0, 0.0, -3.0], [0.0, 0.0, 0.0]]),
+    ]
+    found = MagnitudeRule(0.5, regrow=0.5).regrown(sites, gradients)
+    assert [f.tolist() for f in found] == [
+        [[False, True, False], [True, True, True]],
+        [[True, False, True], [True, True, True]],
+    ]
+    none = MagnitudeRule(0.5).regrown(sites, gradients)
+    assert all(torch.equal(f, site.kept) for f, site in zip(none, sites, strict=True))
+
+
+@pytest.mark.parametrize("chains", [1, 2])
+def test_every_draw_is_as_sparse_as_the_rule_says_though_groups_come_back(chains: int) -> None:
+    """Proves that draws of one cycle have the same groups, that those of other cycles have others, and what is not
+    there is exactly 0."""
+    x, y = regression()
+    model = linear(x, y, SpikeAndSlab(0.1, 1.0, inclusion=0.5))
+    rule = MagnitudeRule(0.5, regrow=1.0)
+    options: dict[str, Any] = {"temperature": 1.0, "schedule": "cyclical", "thinning": 3, "draws_per_cycle": 4}
+    kernel = SGHMCEM(
+        model, step_size=0.05, friction=0.2, prune=rule, prune_start=0, prune_every=5, exploration=8, **options
+    )
+    posterior = sample(kernel, 40, 8, num_chains=chains, seed=0, progress=False)
+    gone = (posterior.draws(40 * chains)["w"] == 0).flatten(1).reshape(chains, 10, 4, -1)
+    assert bool((gone.sum(-1) == gone.shape[-1] // 2).all())
+    assert bool((gone == gone[:, :, :1]).all())
+    assert all(len(gone[chain, :, 0].unique(dim=0)) > 1 for chain in range(chains))
+    found = posterior.inclusion_probabilities()["w"]
+    assert bool((found.flatten() <= 1 - gone.double().mean((0, 1, 2)) + 1e-6).all())
+
+
+def test_groups_that_come_back_need_a_cycle_to_explore() -> None:
+    x, y = regression()
+    with pytest.raises(ValueError, match=r"regrow=0.5.*Give schedule='cyclical' and exploration="):
+        SGHMCEM(linear(x, y, SpikeAndSlab(0.1, 1.0)), step_size=0.1, friction=0.2, prune=MagnitudeRule(regrow=0.5))
+
+
 def test_layer_adaptive_scores_are_shares_of_what_is_no_smaller_in_the_layer() -> None:
     """Proves the scores by hand: squares 1, 4, 9 have 1/14, 4/13, 1, a hundredth of them too, and columns likewise.
 
