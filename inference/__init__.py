@@ -12,9 +12,10 @@ from pyro_bnn.inference.sgmcmc.sampling import sample
 from pyro_bnn.inference.sgmcmc.sghmc import SGHMC, SGLD
 from pyro_bnn.inference.sgmcmc.spike_and_slab.em import SGHMCEM
 from pyro_bnn.inference.sgmcmc.spike_and_slab.ke_fan import KeFanSGHMC
+from pyro_bnn.inference.stein.annealing import cyclical_annealing
 from pyro_bnn.inference.stein.autoparticles import AutoParticles
 from pyro_bnn.inference.stein.kernels import IMQ, RBF, KernelSum, LinearKernel, ScaledMedian
-from pyro_bnn.inference.stein.svgd import SVGD, cyclical_annealing
+from pyro_bnn.inference.stein.svgd import SVGD
 from pyro_bnn.inference.svi.elbo import MixtureELBO, ScaleLatents
 from pyro_bnn.inference.svi.fitting import fit
 from pyro_bnn.inference.svi.objective import Objective

@@ -17,12 +17,14 @@ from torch.utils.data import (
     DistributedSampler,
     IterableDataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
 
 from pyro_bnn.entry import checks
+from pyro_bnn.inference.distributed import Processes
 from pyro_bnn.inputs import (
     LABELS,
     Data,
@@ -53,6 +55,7 @@ class Minibatches(NamedTuple):
     :param size: number N of samples in the data set; ``None`` when it does not tell.
     :param first: a batch.
     :param shuffled: whether every pass is known to be in random order.
+    :param divided: whether ``take`` gives the part of each batch that is this process's, of several.
     :param in_memory: whether ``take`` finds any rows by their indices.
     """
 
@@ -63,26 +66,36 @@ class Minibatches(NamedTuple):
     first: tuple[object, ...]
     shuffled: bool
     in_memory: bool = False
+    divided: bool = False
 
     def epoch(self) -> Iterator[tuple[Any, ...]]:
         """The batches of one pass."""
         return (self.take(*rows) for rows in self.rows())
 
 
-def minibatches(model: Program, data: Data, batch_size: int) -> Minibatches:
+def minibatches(model: Program, data: Data, batch_size: int, *, together: Processes | None = None) -> Minibatches:
     """Checks a data set and splits it into minibatches with the device and dtype of the model.
+
+    Several processes have the same batches as one would have, and each of them its part of every batch: of r processes
+    process i has every r-th row, from row i. A loader with a ``DistributedSampler`` keeps its own batches, of which one
+    of every process make one step.
 
     :param data: a loader or dataset of pairs (x, y) or of dicts with ``labels``; the pair (x, y) itself, or one such
         dict. :mod:`pyro_bnn.inputs` says what x and y may be.
     :param batch_size: for a dataset or data in memory; a loader has its own.
+    :param together: processes that divide each batch; by default the batches are whole.
     :raises TypeError: for anything else, or labels of the wrong dtype.
     :raises ValueError: for empty or inconsistent data, labels outside the likelihood's range, NaN, or a size that is
         not the model's ``num_data``.
     """
     checks.count("batch_size", batch_size)
     if isinstance(data, (tuple, Mapping)):
-        return _of_memory(model, data, batch_size)
-    return _of_loader(model, _loader(data, batch_size))
+        whole = _of_memory(model, data, batch_size)
+        return whole if together is None or not together.are_several else _divided(whole, together, batch_size)
+    loader = _loader(data, batch_size)
+    if together is not None and together.are_several:
+        return _of_loader(model, _dividing(loader, together))._replace(divided=True)
+    return _of_loader(model, loader)
 
 
 # ------------------------------------------------------------------------------------------------ data in memory
@@ -123,6 +136,76 @@ def _of_memory(model: Program, data: Data, batch_size: int) -> Minibatches:
     first = memory.take(torch.arange(min(batch_size, size), device=y.device))
     _require_num_data(model, size)
     return Minibatches(memory.rows, memory.take, -(-size // batch_size), size, first, shuffled=True, in_memory=True)
+
+
+# --------------------------------------------------------------------------------------------- several processes
+
+
+def _divided(whole: Minibatches, together: Processes, batch_size: int) -> Minibatches:
+    """Batches of data in memory, of which this process takes its rows; all processes have one order."""
+    assert whole.size is not None
+    _require_rows_for_all(whole.size % batch_size or batch_size, together)
+    _require_rows_for_all(min(batch_size, whole.size), together)
+
+    def rows() -> Iterator[tuple[object, ...]]:
+        with torch.random.fork_rng():
+            torch.manual_seed(together.common_seed())
+            indices = whole.rows()
+        return ((index[together.rank :: together.size],) for (index,) in indices)  # type: ignore[index]
+
+    return whole._replace(rows=rows, divided=True)
+
+
+def _dividing(loader: DataLoader[object], together: Processes) -> DataLoader[object]:
+    """A loader of the same batches that reads those rows of each which are of this process."""
+    if isinstance(loader.sampler, DistributedSampler):
+        return loader
+    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        raise TypeError(
+            f"{together.size} processes train together, and rows of an {type(loader.dataset).__name__} cannot be read "
+            "by their numbers: give a data set with __getitem__ and __len__, or a DataLoader with a DistributedSampler"
+        )
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=_PartOfBatches(loader.batch_sampler, together),
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+    )
+
+
+class _PartOfBatches(Sampler[list[int]]):
+    """Of every batch of another sampler the rows of this process; all processes draw the same batches.
+
+    :param whole: gives the indices of whole batches.
+    """
+
+    def __init__(self, whole: Iterable[list[int]], together: Processes) -> None:
+        self.whole, self.together = whole, together
+
+    def __len__(self) -> int:
+        return len(self.whole)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        with torch.random.fork_rng():
+            torch.manual_seed(self.together.common_seed())
+            batches = list(self.whole)
+        for batch in batches:
+            _require_rows_for_all(len(batch), self.together)
+            yield batch[self.together.rank :: self.together.size]
+
+
+def _require_rows_for_all(rows: int, together: Processes) -> None:
+    if rows < together.size:
+        raise ValueError(
+            f"a batch has {rows} rows, and {together.size} processes divide it: choose another batch_size=, or a "
+            "DataLoader with drop_last=True, so that each of them has a row of every batch"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ loaders
@@ -178,6 +261,8 @@ def _size_of(loader: DataLoader[object]) -> tuple[int | None, str]:
         return None, ""
     total = len(loader.dataset)
     sampler = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    if isinstance(sampler, _PartOfBatches):  # the size is that of the whole
+        sampler = sampler.whole
     if type(sampler) is not BatchSampler:  # its own kind of batches, or of indices
         if isinstance(sampler, (SequentialSampler, RandomSampler)):  # items that are batches
             return None, ""

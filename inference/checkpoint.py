@@ -25,12 +25,12 @@ _TRAILER, _LENGTH = b"\nsha256 ", 73
 class Checkpoint:
     """Where a run keeps its state, and how often: ``fit(..., checkpoint=Checkpoint("run.pt", minutes=10, keep=3))``.
 
-    A path alone stands for ``Checkpoint(path)``: after every epoch, or for chains after every draw of warm-up and every
-    draw that is kept. A run also writes at its end, and when Ctrl-C or SIGTERM stops it.
+    A path alone stands for ``Checkpoint(path)``: after every epoch, and for chains once a minute. A run also writes at
+    its end, and when Ctrl-C or SIGTERM stops it.
 
     :param path: of the file; a run whose file exists resumes from it.
-    :param epochs: write after so many epochs; for chains, draws.
-    :param steps: write after so many steps, also within an epoch.
+    :param epochs: write after so many epochs; for chains, draws, those of warm-up counted.
+    :param steps: write after so many steps, also within an epoch; for chains, after the draw with that step.
     :param minutes: write when so many minutes have passed since the last time, also within an epoch.
     :param keep: how many files to keep: the newest has the name ``path``, and the others before it have the number of
         their step, ``run-step-00001200.pt``.
@@ -57,9 +57,14 @@ class Checkpoint:
         return given if given is None or isinstance(given, Checkpoint) else cls(given)
 
     @property
+    def has_interval(self) -> bool:
+        """Whether it says when to write."""
+        return (self.epochs, self.steps, self.minutes) != (None, None, None)
+
+    @property
     def every_epochs(self) -> int | None:
         """Epochs from one file to the next: 1 where nothing else says when to write."""
-        return 1 if (self.epochs, self.steps, self.minutes) == (None, None, None) else self.epochs
+        return self.epochs if self.has_interval else 1
 
 
 class CheckpointFile:
@@ -87,12 +92,21 @@ class CheckpointFile:
     def is_due_after_step(self, step: int) -> bool:
         """Whether to write within an epoch, after so many steps."""
         own = self.checkpoint
-        late = own.minutes is not None and time.monotonic() - self._written_at >= 60 * own.minutes
-        return late or own.steps is not None and step % own.steps == 0
+        return self._is_late() or own.steps is not None and step % own.steps == 0
 
     def is_due_after_epoch(self, epoch: int) -> bool:
         every = self.checkpoint.every_epochs
         return every is not None and epoch % every == 0
+
+    def is_due_after_draw(self, draw: int, step: int) -> bool:
+        """Whether a chain is to write after a draw, which ends at this step."""
+        own = self.checkpoint
+        passed = own.steps is not None and step // own.steps > (self._step or 0) // own.steps
+        return self._is_late() or passed or own.epochs is not None and draw % own.epochs == 0
+
+    def _is_late(self) -> bool:
+        minutes = self.checkpoint.minutes
+        return minutes is not None and time.monotonic() - self._written_at >= 60 * minutes
 
     def write(self, state: dict[str, Any]) -> None:
         """Writes a state with its ``step``, after the file that is there got the name of its own step.

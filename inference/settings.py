@@ -39,6 +39,15 @@ def settings_of(
     return {name: words(value) for name, value in found.items()}
 
 
+def settings_of_chain(model: Callable[..., Any], data: Any, **engine: object) -> dict[str, str]:
+    """As :func:`settings_of`, for a chain: ``{setting: value}`` of everything that determines its draws.
+
+    :param engine: the options of the kernel and of the run, by name.
+    """
+    found = {"model": display.name_of(model)} | _of_model(model) | _of_data(model, data) | engine
+    return {name: words(value) for name, value in found.items()}
+
+
 def differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """``lr was 0.01 and is 0.5``, for every setting that both have and that is not the same.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,18 @@ def device_of(program: object) -> torch.device:
     """The device of the parameters of a Pyro program; the CPU if it has none."""
     parameters = program.parameters() if isinstance(program, nn.Module) else iter(())
     return next((p.device for p in parameters), torch.device("cpu"))
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """The random state of the CPU, and that of the device if it is another."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def set_random_states(device: torch.device, states: Sequence[Tensor]) -> None:
+    """Sets what :func:`random_states` returned."""
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,9 @@ from pyro_bnn.given.copying import copy_of, unwrapped
 from pyro_bnn.given.fresh import fresh_copy
 from pyro_bnn.inference.baselines.point import Baseline
 from pyro_bnn.inference.checkpoint import Checkpoint
+from pyro_bnn.inference.distributed import alone, processes
 from pyro_bnn.inputs import Data
+from pyro_bnn.modes import settle
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.randomness import derive_seeds, device_of, seeded
 
@@ -68,7 +70,7 @@ class DeepEnsemble(Baseline):
         seed: int | None = None,
         **options: Any,
     ) -> Posterior:
-        """Trains one network after the other.
+        """Trains one network after the other; under ``torchrun`` every process trains some of them.
 
         :param data: data in the forms that :func:`~pyro_bnn.inference.fit` accepts.
         :param epochs: passes over the data, for each network.
@@ -87,17 +89,30 @@ class DeepEnsemble(Baseline):
                 "lambda groups: torch.optim.Adam(groups, lr=1e-3)"
             )
         checks.count("epochs", epochs)
-        seeds = derive_seeds(seed, 2 * self.num_networks)
-        points, each = [], Checkpoint.of(checkpoint)
-        for member in range(self.num_networks):
-            own = None if each is None else replace(each, path=_numbered(Path(each.path), member))
-            net = self._new_network(seeds[2 * member])
-            run = {"checkpoint": own, "seed": seeds[2 * member + 1], **options}
-            points.append(self._mode(data, epochs, net, **run))
-        draws = [point.draws(1) for point in points]
-        stacked = {name: torch.cat([draw[name][:, 0] for draw in draws]) for name in draws[0]}
-        posterior = Posterior.from_draws(points[0].model, stacked, statistics=_own_buffers(points), is_sampled=False)
-        posterior.losses = [sum(step) / self.num_networks for step in zip(*(p.losses for p in points), strict=False)]
+        together, each = processes(), Checkpoint.of(checkpoint)
+        seeds = derive_seeds(together.shared_seed(seed), 2 * self.num_networks)
+        options["progress"] = options.get("progress", True) and together.is_first
+        own: dict[int, _Network] = {}
+        for number in together.mine(self.num_networks):
+            place = None if each is None else replace(each, path=_numbered(Path(each.path), number))
+            with alone():
+                net = self._new_network(seeds[2 * number])
+                run = {"checkpoint": place, "seed": seeds[2 * number + 1], **options}
+                own[number] = _Network.of(self._mode(data, epochs, net, **run))
+        found = {number: network for part in together.gather(own) for number, network in part.items()}
+        networks, like = [found[number] for number in range(self.num_networks)], device_of(self.net)
+        draws = {name: torch.cat([one.draws[name] for one in networks]).to(like) for name in networks[0].draws}
+        buffers = {name: torch.stack([one.buffers[name] for one in networks]).to(like) for name in networks[0].buffers}
+        differ = {name: b for name, b in buffers.items() if not torch.equal(b, b[:1].expand_as(b))}
+        model = self._model()
+        with torch.no_grad():
+            for name, buffer in model.core().net.named_buffers():
+                buffer.copy_(buffers[name][0])
+        posterior = Posterior.from_draws(model, draws, statistics=differ, is_sampled=False)
+        settle(model)
+        posterior.losses = [
+            sum(step) / self.num_networks for step in zip(*(one.losses for one in networks), strict=False)
+        ]
         return posterior
 
     def _new_network(self, seed: int | None) -> nn.Module:
@@ -128,11 +143,19 @@ class DeepEnsemble(Baseline):
         return net.to(device)
 
 
-def _own_buffers(points: list[Posterior]) -> dict[str, Tensor]:
-    """``{buffer: [K, *shape]}`` of those in which the networks differ, such as statistics of normalisation layers."""
-    buffers = [dict(point.model.core().net.named_buffers()) for point in points]  # type: ignore[attr-defined]
-    stacked = {name: torch.stack([own[name] for own in buffers]).detach() for name in buffers[0]}
-    return {name: value for name, value in stacked.items() if not torch.equal(value, value[:1].expand_as(value))}
+@dataclass(frozen=True)
+class _Network:
+    """A network that was trained, on the CPU: its weights ``{site: [1, *shape]}``, its buffers, and its losses."""
+
+    draws: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    losses: list[float]
+
+    @classmethod
+    def of(cls, point: Posterior) -> _Network:
+        net: nn.Module = point.model.core().net  # type: ignore[attr-defined]
+        draws = {name: value[:, 0].cpu() for name, value in point.draws(1).items()}
+        return cls(draws, {name: b.detach().cpu() for name, b in net.named_buffers()}, point.losses)
 
 
 def _numbered(path: Path, member: int) -> Path:

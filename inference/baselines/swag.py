@@ -14,6 +14,7 @@ from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.baselines.point import Baseline
 from pyro_bnn.inference.batches import minibatches
+from pyro_bnn.inference.distributed import processes
 from pyro_bnn.inference.svi.fitting import fit
 from pyro_bnn.inference.training.callbacks import Callback, Callbacks, FitState
 from pyro_bnn.inference.training.options import Training
@@ -191,7 +192,7 @@ class SWAG(Baseline):
         def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
             return torch.optim.SGD(groups, lr, momentum=momentum, nesterov=momentum > 0)
 
-        training_seed, drawing_seed = derive_seeds(seed, 2)
+        training_seed, drawing_seed = derive_seeds(processes().shared_seed(seed), 2)
         run = fit(
             model,
             guide,

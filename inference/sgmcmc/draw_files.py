@@ -8,7 +8,7 @@ from draws. ``draws.json`` describes the sites and chains.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ class DrawFiles:
     :param chains, samples: number of chains, and of draws of each.
     :param values: a draw of every chain, ``{site: [chains, *event]}``.
     :param statistics: ``{buffer of the network: [*shape]}``, of which every draw has its own.
-    :raises ValueError: when the folder holds draws of an earlier run.
+    :param resumed: whether to open the files that are there, of the same run before it was interrupted.
+    :param anew: whether to remove files that are there, of the same run before it had a draw.
+    :raises ValueError: when the folder holds draws of an earlier run; or if resumed, when it does not hold these.
     :raises OSError: when the disk has no room for them; nothing is left of them then.
     """
 
@@ -46,32 +48,40 @@ class DrawFiles:
         samples: int,
         values: Mapping[str, Tensor],
         statistics: Mapping[str, Tensor],
+        *,
+        resumed: bool = False,
+        anew: bool = False,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         shapes = {_file(folder, name): ((chains, samples, *v.shape[1:]), v.dtype) for name, v in values.items()}
         shapes |= {_file(folder, name, _STATISTICS): ((samples, *v.shape), v.dtype) for name, v in statistics.items()}
-        for path in (folder / _JSON, folder / _COUNT, *shapes):
-            if path.exists():
-                raise ValueError(
-                    f"{str(path)!r} exists: stream= takes a folder without draws of an earlier run. Read those with "
-                    "pyro_bnn.inference.load_stream(folder, model), then give another folder or remove this one"
-                )
+        content = {"format": _FORMAT, "version": _VERSION, "chains": chains, "samples": samples}
+        content |= {"sites": list(values), "statistics": list(statistics)}
+        if resumed:
+            arrays = _reopened(folder, shapes, content)
+            self._count = (folder / _COUNT).open("r+b", buffering=0)
+        else:
+            for path in (folder / _JSON, folder / _COUNT, *shapes) if anew else ():
+                path.unlink(missing_ok=True)
+            arrays = self._made(folder, shapes, content)
+        #: ``{site: [chains, samples, *event]}`` and ``{buffer: [samples, *shape]}``, to be written to
+        self.draws = {name: arrays[_file(folder, name)] for name in values}
+        self.statistics = {name: arrays[_file(folder, name, _STATISTICS)] for name in statistics}
+
+    def _made(self, folder: Path, shapes: Mapping[Path, Any], content: dict[str, Any]) -> dict[Path, Tensor]:
+        require_no_draws(folder, shapes)
         made: list[Path] = []
         try:
             arrays = {path: _reserved(path, shape, dtype, made) for path, (shape, dtype) in shapes.items()}
             made += [folder / _JSON, folder / _COUNT]
-            content = {"format": _FORMAT, "version": _VERSION, "chains": chains, "samples": samples}
-            names = {"sites": list(values), "statistics": list(statistics)}
-            write_json(folder / _JSON, sealed(content | names))
+            write_json(folder / _JSON, sealed(content))
             self._count = (folder / _COUNT).open("wb", buffering=0)
             self._set_count(0)
         except BaseException:
             for path in made:
                 path.unlink(missing_ok=True)
             raise
-        #: ``{site: [chains, samples, *event]}`` and ``{buffer: [samples, *shape]}``, to be written to
-        self.draws = {name: arrays[_file(folder, name)] for name in values}
-        self.statistics = {name: arrays[_file(folder, name, _STATISTICS)] for name in statistics}
+        return arrays
 
     @contextmanager
     def adding(self, draw: int) -> Iterator[None]:
@@ -85,6 +95,20 @@ class DrawFiles:
     def _set_count(self, count: int) -> None:
         self._count.seek(0)
         self._count.write(b"%12d\n" % count)  # one call of the system, which a kill does not divide
+
+
+def require_no_draws(folder: Path, others: Iterable[Path] = ()) -> None:
+    """Refuses a folder with draws of an earlier run.
+
+    :param others: files that must not exist either.
+    :raises ValueError: names the first file that does.
+    """
+    for path in (folder / _JSON, folder / _COUNT, *others):
+        if path.exists():
+            raise ValueError(
+                f"{str(path)!r} exists: stream= takes a folder without draws of an earlier run. Read those with "
+                "pyro_bnn.inference.load_stream(folder, model), then give another folder or remove this one"
+            )
 
 
 def load_stream(folder: str | os.PathLike[str], model: Callable[..., Any]) -> Posterior:
@@ -136,6 +160,26 @@ def _opened(path: Path, lead: tuple[int, ...]) -> Tensor:
     if value.shape[: len(lead)] != lead:
         raise ValueError(f"{str(path)!r} is damaged: it has shape {tuple(value.shape)}, expected {lead} and the event")
     return value
+
+
+def _reopened(folder: Path, shapes: Mapping[Path, Any], content: dict[str, Any]) -> dict[Path, Tensor]:
+    """The files of this run from before it was interrupted, to be written to."""
+    path = folder / _JSON
+    if not path.is_file():
+        raise ValueError(f"{str(folder)!r} has lost the draws of the checkpoint: remove that to start afresh")
+    there = read_json(path)
+    require_seal(there, path)
+    if any(there[name] != value for name, value in content.items()):
+        raise ValueError(f"{str(folder)!r} holds the draws of another run: remove the checkpoint to start afresh")
+    found = {}
+    for file, (shape, _) in shapes.items():
+        try:
+            found[file] = torch.from_numpy(np.load(file, mmap_mode="r+", allow_pickle=False))
+        except (OSError, TypeError, ValueError, EOFError) as error:
+            raise ValueError(f"{str(file)!r} is damaged or missing ({error})") from error
+        if tuple(found[file].shape) != tuple(shape):
+            raise ValueError(f"{str(file)!r} is damaged: it has shape {tuple(found[file].shape)}, expected {shape}")
+    return found
 
 
 def _reserved(path: Path, shape: tuple[int, ...], dtype: torch.dtype, made: list[Path]) -> Tensor:

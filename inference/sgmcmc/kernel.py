@@ -59,6 +59,8 @@ class MinibatchKernel(MCMCKernel):
         self._asked_num_data = num_data
         self._users_start: dict[str, Tensor] | None = None
         self.chains: int | None = None
+        #: number of the first chain, where other processes have those before it
+        self.first_chain = 0
         super().__init__()
         self._options = tuple(vars(self))
 
@@ -92,6 +94,9 @@ class MinibatchKernel(MCMCKernel):
     def _completed(self, given: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
         """Where a chain starts: ``given`` is what the user asked for, ``own`` is where it would start otherwise."""
         return given
+
+    def state_was_set(self) -> None:
+        """Called after a checkpoint gave the kernel its state: derives what follows from it."""
 
     def _total_energy(self) -> Tensor:
         """U at the last gradient, averaged over chains."""
@@ -178,6 +183,11 @@ class MinibatchKernel(MCMCKernel):
             self.theta.copy_(self.potential.join(params))
             self._good.copy_(self.theta)
         self.gradient.energy = self.theta.new_zeros(())  # otherwise that of a diverged chain would remain
+
+    @property
+    def last_draw(self) -> dict[str, Tensor]:
+        """The draw from which :meth:`sample` goes on without starting again; before the first, where it starts."""
+        return self.initial_params if self._last is None else self._last
 
     def sample(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
         """The next draw, unconstrained.

@@ -238,12 +238,12 @@ class SGHMC(MinibatchKernel):
 
     def _starting_point(self, chain: int) -> Tensor:
         """Every chain of a tuned kernel but the first starts at new weights, so that agreement means something."""
-        if not self.is_tuned or chain == 0:
+        if not self.is_tuned or self.first_chain + chain == 0:
             return self.potential.start()
         try:
             return self.potential.start(fresh=True)
         except ValueError as error:
-            if chain == 1:
+            if self.first_chain + chain == 1:
                 warnings.warn(
                     f"all chains start at the weights of the network ({error}): their agreement then says less. Set "
                     "kernel.initial_params to let them start elsewhere",

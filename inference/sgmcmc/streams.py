@@ -13,6 +13,7 @@ from pyro_bnn.inference.batches import Minibatches, minibatches
 from pyro_bnn.inference.training.requirements import require_rows_for_statistics
 from pyro_bnn.inputs import Data
 from pyro_bnn.program.sites import Program
+from pyro_bnn.randomness import device_of, random_states, set_random_states
 
 
 class Streams:
@@ -45,6 +46,9 @@ class Streams:
                 "build the loader with persistent_workers=False, or run one chain at a time"
             )
         self._passes: list[Iterator[tuple[object, ...]]] = [iter(()) for _ in range(chains or 1)]
+        #: of every chain: the random states before its pass over the data, and the batches of it that were taken
+        self._places: list[tuple[list[Tensor], int]] = [([], 0) for _ in range(chains or 1)]
+        self._device = device_of(model)
 
     @property
     def first(self) -> tuple[object, ...]:
@@ -98,6 +102,22 @@ class Streams:
         device = next(leaf.device for leaf in pytree.tree_leaves(batches.first) if isinstance(leaf, Tensor))
         return [batches.take(rows) for rows in torch.arange(batches.size, device=device).split(at_once)]
 
+    def state(self) -> list[tuple[list[Tensor], int]]:
+        """Where every chain is in its pass over the data."""
+        return list(self._places)
+
+    def set_state(self, state: list[tuple[list[Tensor], int]]) -> None:
+        """Goes to where another run was. Random states are those of that run's passes afterwards."""
+        if self._batches is None:
+            return
+        for chain, (before, taken) in enumerate(state):
+            if before:
+                set_random_states(self._device, before)
+                self._passes[chain] = self._batches.rows()
+                for _ in range(taken):
+                    next(self._passes[chain])
+            self._places[chain] = before, taken
+
     def close(self) -> None:
         """Ends all passes over the data, and with them the workers of a loader."""
         self._passes = [iter(()) for _ in self._passes]
@@ -105,7 +125,10 @@ class Streams:
     def _rows(self, batches: Minibatches, chain: int) -> tuple[object, ...]:
         while True:
             for rows in self._passes[chain]:
+                before, taken = self._places[chain]
+                self._places[chain] = before, taken + 1
                 return rows
+            self._places[chain] = random_states(self._device), 0
             self._passes[chain] = batches.rows()
 
     def _full_rows(self, batches: Minibatches, chain: int) -> tuple[object, ...]:

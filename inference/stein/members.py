@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_bnn.entry.threads import one_at_a_time
+from pyro_bnn.inference.distributed import ALONE, Processes
 from pyro_bnn.inference.potential import LogJoint
 from pyro_bnn.inference.stein.particles import Segment
 from pyro_bnn.modes import RunningStatistics, keeping_modes, training_mode
@@ -30,10 +31,11 @@ class MemberParticles:
 
     :param model: a network of this package, or a Pyro program around one.
     :param guide: a guide whose members are all points; its members are the particles.
+    :param together: processes that divide the particles: each computes the energies and gradients of some of them.
     """
 
-    def __init__(self, model: Program, guide: MixtureGuide) -> None:
-        self.model, self.guide = model, guide
+    def __init__(self, model: Program, guide: MixtureGuide, together: Processes = ALONE) -> None:
+        self.model, self.guide, self.together = model, guide, together
         self.plate = f"{guide.prefix}.members" if guide.prefix else "members"
         self.kinds = [block.kind for block in guide.blocks()]
         self.blocks = [block.parameter for block in guide.blocks()]
@@ -67,6 +69,11 @@ class MemberParticles:
             parameter.grad = None
         with _inside_an_engine(train=True):
             energies = self._differentiate(args, attraction, force, weight)
+        if self.together.are_several:
+            for parameter in (*self.blocks, *self.shared):
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                self.together.sum_(parameter.grad)
+            self.together.sum_(energies)
         for parameter in self.shared:
             if parameter.grad is not None:
                 parameter.grad /= self.guide.num_members * attraction
@@ -173,8 +180,8 @@ class OneByOne(MemberParticles):
             f, noise = self._outputs_of_all(args, same)
             forces = [*(weight * force(f))]
         statistics = RunningStatistics(self._moving_layers())
-        found = []
-        for i in range(n):
+        found = self.blocks[0].new_zeros(n)
+        for i in self.together.mine(n):
             with statistics.one_pass():
                 energy, outputs, rows = self._energy(i, args, noise[i])
                 self._pull(weight * attraction * energy, outputs, forces[i], rows)
@@ -182,19 +189,25 @@ class OneByOne(MemberParticles):
                 block.grad = torch.zeros_like(block) if block.grad is None else block.grad
                 if row.grad is not None:
                     block.grad[i] = row.grad[0]
-            found.append(energy.detach())
+            found[i] = energy.detach()
         statistics.average()
-        return torch.stack(found)
+        return found
 
     def _outputs_of_all(self, args: tuple[object, ...], same: RandomState | None) -> tuple[Tensor, list[RandomState]]:
         """The outputs of all members, ``[n, d]``, and the random state before each."""
         statistics = RunningStatistics(self._moving_layers())  # restored after each of these passes
-        outputs, noise = [], []
-        for i in range(self.guide.num_members):
-            noise.append(same or RandomState(self.guide.like()))
+        n = self.guide.num_members
+        noise, outputs = [same or RandomState(self.guide.like())] * n, {}
+        for i in self.together.mine(n):
+            noise[i] = same or RandomState(self.guide.like())
             with torch.no_grad(), statistics.one_pass():
-                outputs.append(_rows(self._energy(i, args, noise[i])[1], 1))
-        return torch.cat(outputs), noise
+                outputs[i] = _rows(self._energy(i, args, noise[i])[1], 1)
+        width = self.together.gather(max((f.shape[1] for f in outputs.values()), default=0))
+        f = self.blocks[0].new_zeros(n, max(width))
+        for i, own in outputs.items():
+            f[i] = own[0]
+        self.together.sum_(f)
+        return f, noise
 
     def _energy(
         self, i: int, args: tuple[object, ...], noise: RandomState | None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
+from pyro_bnn.inference.distributed import ALONE, Processes
 from pyro_bnn.inference.stein.autoparticles import AutoParticles
 from pyro_bnn.perturb.vectoriser import Vectoriser
 from pyro_bnn.randomness import RandomState
@@ -28,9 +29,13 @@ class AnyParticles:
 
     :param sequential: whether to run the particles one after the other instead.
     :param args: the arguments of the model.
+    :param together: processes that divide the particles.
     """
 
-    def __init__(self, guide: AutoParticles, sequential: bool, args: tuple[object, ...]) -> None:
+    def __init__(
+        self, guide: AutoParticles, sequential: bool, args: tuple[object, ...], together: Processes = ALONE
+    ) -> None:
+        self.together = together
         self.potential = guide.setup(*args)
         self.blocks: list[nn.Parameter] = [guide.theta]
         self.shared: list[nn.Parameter] = []
@@ -44,17 +49,19 @@ class AnyParticles:
 
     def backward(self, args: tuple[object, ...], attraction: float = 1.0, weight: Tensor | float = 1.0) -> Tensor:
         """Sets the gradient of the block to that of ``weight attraction U``; returns U of each in nats, ``[n]``."""
-        (theta,) = self.blocks
+        (block,) = self.blocks
+        mine = list(self.together.mine(len(block)))
+        theta = block.detach()[mine]
         random = RandomState(theta)
 
         def at_once() -> tuple[Tensor, Tensor]:
             both = vmap(grad_and_value(lambda row: self._energy(row, args)), randomness="same")
-            gradients, energies = both(theta.detach())
+            gradients, energies = both(theta)
             return gradients, energies
 
         def in_turn() -> tuple[Tensor, Tensor]:
             rows = []
-            for row in theta.detach():
+            for row in theta:
                 random.restore()  # so that a plate draws the same subsample for all particles
                 leaf = row.clone().requires_grad_()
                 energy = self._energy(leaf, args)
@@ -62,9 +69,13 @@ class AnyParticles:
             gradients, energies = (torch.stack(part) for part in zip(*rows, strict=True))
             return gradients, energies
 
-        gradient, energies = in_turn() if self._in_turn else self._vectoriser(at_once, in_turn, theta)
-        theta.grad = gradient.detach() * (attraction * weight)
-        return energies.detach()
+        gradients, found = torch.zeros_like(block), theta.new_zeros(len(block))
+        if mine:
+            gradient, energies = in_turn() if self._in_turn else self._vectoriser(at_once, in_turn, theta)
+            gradients[mine], found[mine] = gradient.detach() * (attraction * weight), energies.detach()
+        self.together.sum_(gradients, found)
+        block.grad = gradients
+        return found
 
     def _energy(self, row: Tensor, args: tuple[object, ...]) -> Tensor:
         return self.potential(self.potential.split(row), *args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Unpack
 
 import torch
@@ -15,6 +15,7 @@ from pyro_bnn import display
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.batches import minibatches
+from pyro_bnn.inference.distributed import processes
 from pyro_bnn.inference.schedules import Schedule, scheduler_of
 from pyro_bnn.inference.settings import settings_of
 from pyro_bnn.inference.stein.autoparticles import AutoParticles
@@ -47,30 +48,6 @@ _SCOPES = ("joint", "layer", "tensor")
 _METHODS = ("svgd", "wgd", "ensemble")
 
 
-def cyclical_annealing(total_steps: int, cycles: int = 10, power: float = 10.0) -> Callable[[int], float]:
-    """A function gamma(t) for ``annealing=``: ``((t mod L + 1) / L)^power`` with ``L = total_steps / cycles``, then 1.
-
-    At the start of a cycle, repulsion spreads the particles; towards its end, the target attracts them (D'Angelo &
-    Fortuin, "Annealed Stein variational gradient descent", 2021).
-
-    :param total_steps: length of all cycles together; at least one step for each cycle.
-    :param cycles: number of cycles.
-    :param power: the larger, the longer repulsion dominates a cycle.
-    :raises ValueError: for numbers out of range.
-    """
-    checks.count("cycles", cycles)
-    checks.count("total_steps", total_steps)
-    checks.positive("power", power)
-    if total_steps < cycles:
-        raise ValueError(f"total_steps={total_steps!r}: expected at least one step for each of the {cycles} cycles")
-    length = total_steps / cycles
-
-    def gamma(step: int) -> float:
-        return 1.0 if step >= total_steps else min(1.0, (step % length + 1) / length) ** power
-
-    return gamma
-
-
 class _Parts(NamedTuple):
     """What a step works with."""
 
@@ -92,6 +69,9 @@ class SVGD:
     (Liu & Wang 2016; the kernel density estimate of D'Angelo & Fortuin 2021; a control without interaction). The
     optimiser gets ``-phi / num_data`` as the gradient, so that learning rates are those of a mean loss; this does not
     change fixed points. The prior is already part of U, so a weight decay of the optimiser would come on top of it.
+
+    Under ``torchrun`` every process computes the energies and gradients of some particles on whole batches, and these
+    are added up; all particles then move in every process alike.
 
     Memory is O(n dim + n^2). Network weights that all particles share are trained on the mean of U, without a kernel;
     other parameters of a model do not change.
@@ -338,7 +318,10 @@ class SVGD:
             if scheduler is not None:
                 stack.callback(_restart_rates, optimizer, rates)
             parameters = [*particles.blocks, *particles.shared]
-            run = TrainingRun(self.model, self.guide, parameters, optimizer, scheduler, self.steps, settings)
+            self._begin_alike(parameters)
+            run = TrainingRun(
+                self.model, self.guide, parameters, optimizer, scheduler, self.steps, settings, processes()
+            )
             try:
                 train(run, batches, _Stein(self, first_row(batches.first)), options, epochs=epochs)
             except FloatingPointError:
@@ -348,6 +331,13 @@ class SVGD:
             self.steps = run.step
         settle(self.model, self.guide)
         return self._posterior(run.losses, first_row(batches.first))
+
+    def _begin_alike(self, parameters: Sequence[Tensor]) -> None:
+        """Several processes start at the particles of the first."""
+        together = processes()
+        with torch.no_grad():
+            for parameter in parameters:
+                together.copy_from_first(parameter)
 
     def _posterior(self, losses: list[float], example: object) -> Posterior:
         if isinstance(self.guide, AutoParticles):
@@ -374,13 +364,15 @@ class SVGD:
 
     def _set_up(self, args: tuple[object, ...]) -> _Parts:
         if self._parts is None:
+            together = processes()
             particles: AnyParticles | MemberParticles
             if isinstance(self.guide, AutoParticles):
-                particles = AnyParticles(self.guide, self.sequential is True, args)
+                particles = AnyParticles(self.guide, self.sequential is True, args, together)
             else:
                 with forked(device_of(self.model)):  # the draw is no step of the run
                     require_supports(*prior_and_guide(self.model, self.guide, args))
-                particles = (OneByOne if self._in_turn(args) else Together)(self.model, self.guide)
+                kind = OneByOne if together.are_several or self._in_turn(args) else Together
+                particles = kind(self.model, self.guide, together)
             pairs = self._pairs() if self.space == "product" else []
             groups = list(divide(particles.segments, pairs, self.scope))
             parameters = [{"params": [*particles.blocks, *particles.shared]}]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, Unpack
 
 import pyro
@@ -12,16 +12,18 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.batches import minibatches
+from pyro_bnn.inference.distributed import Processes, processes
 from pyro_bnn.inference.schedules import Schedule, scheduler_of
 from pyro_bnn.inference.settings import settings_of
 from pyro_bnn.inference.svi.objective import Objective, require_trainable
-from pyro_bnn.inference.training.loop import train
+from pyro_bnn.inference.training.loop import rows_of, train
 from pyro_bnn.inference.training.optimizers import Optim, build_optimizer
 from pyro_bnn.inference.training.options import Training, checked, settings_of_loop
 from pyro_bnn.inference.training.requirements import require_epochs
@@ -96,10 +98,11 @@ def fit(
     checks.seed("seed", seed)
     options = checked(training, "fit")
     require_trainable(model, guide, elbo)
-    batches = minibatches(model, data, batch_size)
+    together = processes()
+    batches = minibatches(model, data, batch_size, together=together)
     with contextlib.ExitStack() as stack:
         stack.enter_context(keeping_modes(model, guide))
-        stack.enter_context(seeded(device_of(model), seed))
+        stack.enter_context(seeded(device_of(model), together.own_seed(seed)))
         knows = isinstance(model, BayesianNetwork) and model.num_data is not None
         size = None if knows else batches.size or 1
         steps = -(-batches.steps // options["accumulate"])
@@ -117,30 +120,38 @@ def fit(
             own |= settings_of_loop(options)
             settings = settings_of(model, guide, optimizer, data, **own, method="SVI", seed=seed)
         scheduler = scheduler_of(schedule, optimizer, steps, epochs)
-        run = TrainingRun(model, guide, parameters, optimizer, scheduler, settings=settings)
-        train(run, batches, _SVI(objective), options, epochs=epochs)
+        run = TrainingRun(model, guide, parameters, optimizer, scheduler, settings=settings, together=together)
+        train(run, batches, _SVI(objective, together), options, epochs=epochs)
     return objective.posterior(losses=run.losses)
 
 
 class _SVI:
-    """Steps along the gradient of the objective."""
+    """Steps along the gradient of the objective.
+
+    In several processes ``DistributedDataParallel`` averages gradients. The loss of each, of B_i rows, counts by its
+    share of the batch, so that the average is the gradient for all of its rows.
+    """
 
     label = "SVI"
 
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
+    def __init__(self, objective: Objective, together: Processes) -> None:
+        self.objective, self.together = objective, together
+        self.loss: Callable[..., Tensor] = objective.loss
+        if together.are_several:
+            self.loss = DistributedDataParallel(objective, broadcast_buffers=False)
 
     def add_gradient(self, batch: tuple[object, ...], run: TrainingRun, weight: Tensor | float) -> float:
         model, guide, objective = run.model, run.guide, self.objective
         objective.step = run.step
         cause = None
         try:
-            loss = objective.loss(*batch)
+            loss = self.loss(*batch)
             value = float(loss.detach())
         except ValueError as error:  # validation stops at NaN, but not only there
             if _offending_site(model, guide, batch) is None:
                 raise
             value, cause = math.nan, error
+        value, weight = self._of_all(value, rows_of(batch), weight)
         if not math.isfinite(value):
             site = _offending_site(model, guide, batch) or _without_site(run.parameters)
             raise FloatingPointError(
@@ -149,6 +160,13 @@ class _SVI:
             ) from cause
         (weight * loss).backward()
         return value
+
+    def _of_all(self, loss: float, rows: int, weight: Tensor | float) -> tuple[float, Tensor | float]:
+        """The loss of all rows of a batch, and by what that of this process is to be multiplied."""
+        if not self.together.are_several:
+            return loss, weight
+        total, count = self.together.total([loss * rows, rows])
+        return total / count, weight * rows * self.together.size / count
 
     def direct(self, run: TrainingRun) -> None:
         """The optimiser gets the gradient itself."""

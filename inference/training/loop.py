@@ -79,8 +79,8 @@ class _Loop:
         self.callbacks = Callbacks(options["callbacks"])
         self.precision = Precision(options["precision"], run.parameters)
         data = options["validation"]
-        self.validation = None if data is None else Validation(data)
-        self.write_log = writer_of(options["log"])
+        self.validation = None if data is None else Validation(data, run.together)
+        self.write_log = writer_of(options["log"] if run.together.is_first else None)
         checkpoint = Checkpoint.of(options["checkpoint"])
         self.file = None if checkpoint is None else CheckpointFile(checkpoint)
         run.parts = {**self.callbacks.parts()}
@@ -97,8 +97,9 @@ class _Loop:
         self._began_at, self._began_with = time.monotonic(), run.step
         self.is_over = self._is_at_the_last_step() or self._has_lost_patience()
         path = None if self.file is None else self.file.path
+        shows = self.options["progress"] and run.together.is_first
         with (
-            progress_bar(self.engine.label, self.epochs, done=run.epoch, progress=self.options["progress"]) as bar,
+            progress_bar(self.engine.label, self.epochs, done=run.epoch, progress=shows) as bar,
             stop_requests(path) as stop,
         ):
             while run.epoch < self.epochs and not self.is_over:
@@ -110,7 +111,8 @@ class _Loop:
                     self._require_finite()
                 if is_whole:
                     self._end_epoch(bar)
-                if self.file is not None and (stop or self.is_over or self._is_due_after_epoch()):
+                stops = run.together.any(bool(stop))
+                if self.file is not None and (stops or self.is_over or run.together.any(self._is_due_after_epoch())):
                     run.write(self.file)
                 stop.obey(run.step)
                 if not is_whole:
@@ -127,17 +129,15 @@ class _Loop:
             loss = self._step(parts)
             run.step += 1
             run.losses.append(loss)
-            if self.callbacks.after_step(run, loss):
-                self.is_over = True
+            ends = self.callbacks.after_step(run, loss) or self._is_out_of_time()
             if options["log_every"] is not None and run.step % options["log_every"] == 0:
                 self.write_log({"step_loss": loss, "learning_rate": self._rate()}, run.step)
             self._show(bar, loss)
-            if self._is_at_the_last_step() or self._is_out_of_time():
-                self.is_over = True
+            self.is_over = run.together.any(ends) or self._is_at_the_last_step()
             if run.batch < self.batches.steps:
-                if self.is_over or stop:
+                if self.is_over or run.together.any(bool(stop)):
                     return False
-                if self.file is not None and self.file.is_due_after_step(run.step):
+                if self.file is not None and run.together.any(self.file.is_due_after_step(run.step)):
                     run.write(self.file)
         return True
 
@@ -146,7 +146,7 @@ class _Loop:
         run, precision = self.run, self.precision
         run.optimizer.zero_grad(set_to_none=True)
         factor, loss = precision.factor(), 0.0
-        for batch, share in zip(parts, _shares(parts), strict=True):
+        for batch, share in zip(parts, self._shares(parts), strict=True):
             with precision.autocast():
                 loss += share * self.engine.add_gradient(batch, run, share * factor)
         is_finite = precision.has_gradient(run.optimizer, run.step + 1)
@@ -158,6 +158,13 @@ class _Loop:
         if is_finite and run.scheduler is not None and not isinstance(run.scheduler, ReduceLROnPlateau):
             run.scheduler.step()
         return loss
+
+    def _shares(self, parts: list[tuple[Any, ...]]) -> list[float]:
+        """The rows of each batch, in all processes, among those of all batches."""
+        if len(parts) == 1:
+            return [1.0]
+        counts = self.run.together.total([rows_of(batch) for batch in parts])
+        return [count / sum(counts) for count in counts]
 
     def _end_epoch(self, bar: Bar) -> None:
         run = self.run
@@ -174,8 +181,7 @@ class _Loop:
             text += f", validation NLL {nll:.4f}, least {run.best.nll:.4f} after epoch {run.best.epoch}"
         bar.move(run.epoch, text)
         self.write_log(numbers, run.step)
-        if self.callbacks.after_epoch(run, loss, nll) or self._has_lost_patience():
-            self.is_over = True
+        self.is_over |= run.together.any(self.callbacks.after_epoch(run, loss, nll)) or self._has_lost_patience()
 
     def _validate(self) -> float | None:
         if self.validation is None:
@@ -237,16 +243,7 @@ class _Loop:
         bar.move(self.run.epoch + part, f"{self.engine.describe(loss)}, {text}")
 
 
-def _shares(parts: list[tuple[Any, ...]]) -> list[float]:
-    """The rows of each batch among those of all; equal shares where rows cannot be counted."""
-    if len(parts) == 1:
-        return [1.0]
-    counts = [_rows(batch) for batch in parts]
-    total = sum(counts)
-    return [count / total for count in counts]
-
-
-def _rows(batch: tuple[Any, ...]) -> int:
+def rows_of(batch: tuple[Any, ...]) -> int:
     """Rows of the last tensor of a batch, which is y."""
     leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
     return len(leaves[-1]) if leaves else 1

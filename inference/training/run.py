@@ -15,11 +15,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pyro_bnn.inference.batches import Minibatches
 from pyro_bnn.inference.checkpoint import CheckpointFile
+from pyro_bnn.inference.distributed import ALONE, Processes
 from pyro_bnn.inference.settings import differences
 from pyro_bnn.program.factorised import split
 from pyro_bnn.program.guide import MixtureGuide
+from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.program.module import ProgramModule
 from pyro_bnn.program.sites import Program
+from pyro_bnn.randomness import random_states, set_random_states
 
 
 @runtime_checkable
@@ -51,6 +54,7 @@ class TrainingRun:
     :param step: number of steps before this run.
     :param settings: the settings of the run, see :func:`~pyro_bnn.inference.settings.settings_of`. A checkpoint with
         other settings is refused.
+    :param together: the processes that train.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class TrainingRun:
         scheduler: LRScheduler | None = None,
         step: int = 0,
         settings: Mapping[str, str] = MappingProxyType({}),
+        together: Processes = ALONE,
     ) -> None:
         self.model, self.guide = model, guide
         self.parameters, self.optimizer, self.scheduler = list(parameters), optimizer, scheduler
@@ -70,7 +75,8 @@ class TrainingRun:
         self.epoch, self.step = 0, step
         #: batches of the epoch that has begun which are done, and steps before it
         self.batch, self.steps_before_epoch = 0, 0
-        self.settings = dict(settings)
+        self.together = together
+        self.settings = dict(settings) | ({"processes": str(together.size)} if together.are_several else {})
         self.losses: list[float] = []
         #: NLL on validation data after every epoch, in nats per datum
         self.validations: list[float] = []
@@ -92,6 +98,8 @@ class TrainingRun:
 
         Of an epoch in which the run was interrupted, the same order comes again, and then the random numbers go on.
         """
+        if self.together.are_several and not self.batch and not batches.divided:
+            torch.manual_seed(self.together.common_seed())  # all have the same batches
         now = self._random_states()
         if self.batch:
             self._set_random_states(self._random_before_epoch)
@@ -108,10 +116,20 @@ class TrainingRun:
             yield part
 
     def end_epoch(self) -> float:
-        """Counts an epoch, and gives the mean loss of its steps."""
+        """Counts an epoch, and gives the mean loss of its steps; statistics are averaged over processes."""
+        self._average_statistics()
         own = self.losses[self.steps_before_epoch :]
         self.epoch, self.batch = self.epoch + 1, 0
         return sum(own) / len(own)
+
+    def _average_statistics(self) -> None:
+        """Of normalisation layers, which every process gathers from its rows."""
+        moving = self.model.moving_layers().values() if isinstance(self.model, BayesianNetwork) else ()
+        buffers = {id(b): b for layer in moving for b in layer.buffers() if b.is_floating_point()}
+        with torch.no_grad():
+            for buffer in buffers.values() if self.together.are_several else ():
+                self.together.sum_(buffer)
+                buffer /= self.together.size
 
     def validate(self, nll: float) -> None:
         """Takes the NLL on validation data after an epoch, and keeps the state where it is the least."""
@@ -165,10 +183,13 @@ class TrainingRun:
         self.optimizer.state.clear()
 
     def write(self, file: CheckpointFile) -> None:
-        """Writes the state to a file, completely or not at all.
+        """Writes the state to a file, completely or not at all; of several processes the first does.
 
         :raises OSError: when the file cannot be written; an existing file then stays unchanged.
         """
+        randoms = self.together.gather((self._random_states(), self._random_before_epoch))
+        if not self.together.is_first:
+            return
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         for name, state in parts.items():
             require_plain(state, f"the state of the {name}")
@@ -179,7 +200,8 @@ class TrainingRun:
                     "step": self.step,
                     "batch": self.batch,
                     "steps_before_epoch": self.steps_before_epoch,
-                    "random_before_epoch": self._random_before_epoch,
+                    "random": [now for now, _ in randoms],
+                    "random_before_epoch": [before for _, before in randoms],
                     "losses": self.losses,
                     "validations": self.validations,
                     "best": None if self.best is None else tuple(self.best),
@@ -189,8 +211,6 @@ class TrainingRun:
                     "optimizer": self.optimizer.state_dict(),
                     "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
                     "parts": parts,
-                    "random": self._random_states()[0],
-                    "cuda_random": self._random_states()[1:],
                 }
             )
         except OSError as error:
@@ -261,7 +281,6 @@ class TrainingRun:
         self._set(state["values"])
         self.epoch, self.step, self.losses = state["epoch"], state["step"], list(state["losses"])
         self.batch, self.steps_before_epoch = state.get("batch", 0), state.get("steps_before_epoch", 0)
-        self._random_before_epoch = list(state.get("random_before_epoch", []))
         self.validations = list(state.get("validations", []))
         best = state.get("best")
         self.best = None if best is None else Best(*best)
@@ -270,7 +289,11 @@ class TrainingRun:
             self.scheduler.load_state_dict(state["scheduler"])
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
-        self._set_random_states([state["random"], *state["cuda_random"]])
+        if "cuda_random" in state:  # of a version that wrote after epochs alone
+            self._set_random_states([state["random"], *state["cuda_random"]])
+        else:
+            self._set_random_states(state["random"][self.together.rank])
+            self._random_before_epoch = list(state["random_before_epoch"][self.together.rank])
 
     def _values(self) -> list[Tensor]:
         return [v.detach().clone() for v in (*self.parameters, *self.buffers)]
@@ -282,13 +305,10 @@ class TrainingRun:
         self._follow()
 
     def _random_states(self) -> list[Tensor]:
-        """Of the CPU, and of the devices of the parameters."""
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda_devices())]
+        return random_states(self.device)
 
     def _set_random_states(self, states: Sequence[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        for device, state in zip(self._cuda_devices(), states[1:], strict=True):
-            torch.cuda.set_rng_state(state, device)
+        set_random_states(self.device, states)
 
     def _follow(self) -> None:
         for program in (self.model, self.guide):
@@ -303,9 +323,6 @@ class TrainingRun:
                 for name, value in [*program.named_parameters(), *program.named_buffers()]:
                     known.setdefault(id(value), f"{of}.{name}")
         return [known.get(id(value), "") for value in (*self.parameters, *self.buffers)]
-
-    def _cuda_devices(self) -> list[torch.device]:
-        return sorted({p.device for p in self.parameters if p.is_cuda}, key=str)
 
 
 def require_plain(state: object, what: str) -> None:

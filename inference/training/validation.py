@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from pyro_bnn.inference.distributed import Processes
 from pyro_bnn.inputs import Data
 from pyro_bnn.modes import keeping_modes
 from pyro_bnn.posterior import Posterior
@@ -24,13 +25,15 @@ class Validation:
     S is 16 for a guide and 1 for points and particles; all epochs have the same seed. Training does not notice: modes
     and random states are as they were afterwards.
 
+    Several processes divide the batches between them.
+
     :param data: in any form that :func:`~pyro_bnn.diagnostics.evaluate` takes.
     :raises TypeError: for data that can be read only once.
     """
 
-    def __init__(self, data: Data) -> None:
+    def __init__(self, data: Data, together: Processes) -> None:
         require_repeatable(data, "validation")
-        self._data = data
+        self._data, self._together = data, together
 
     def nll(self, posterior: Posterior) -> float:
         """In nats per datum.
@@ -40,10 +43,14 @@ class Validation:
         model, guide = posterior.model, posterior.draw_source.guide
         total, rows = 0.0, 0
         with torch.no_grad(), keeping_modes(model, guide), seeded(device_of(model), SEED):
-            for x, y in pair_batches(self._data, model):
+            for i, (x, y) in enumerate(pair_batches(self._data, model)):
+                if i % self._together.size != self._together.rank:
+                    continue
                 density = posterior.log_likelihood(x, y, seed=SEED).flatten(0, 1).double()
                 total -= float((density.logsumexp(0) - math.log(len(density))).sum())
                 rows += density.shape[-1]
+        total, count = self._together.total([total, rows])
+        rows = int(count)
         if not rows:
             raise ValueError("validation= is empty: give at least one row, or leave it out")
         if math.isnan(total):

@@ -170,12 +170,6 @@ CHECKPOINT = {"epochs": COUNT, "steps": COUNT, "minutes": POSITIVE, "keep": COUN
 STEPS = {"batch_size": COUNT, "num_data": COUNT, "thinning": COUNT, "check_every": COUNT}
 SAMPLER = STEPS | {"step_size": POSITIVE, "friction": UP_TO_1, "temperature": NOT_NEGATIVE}
 SAMPLER |= {"draws_per_cycle": COUNT, "exploration": COUNT_OR_0}
-    "step_size": POSITIVE,
-    "friction": UP_TO_1,
-    "temperature": NOT_NEGATIVE,
-    "draws_per_cycle": COUNT,
-    "exploration": COUNT_OR_0,
-}
 PRUNING = {"em_start": COUNT_OR_0, "em_every": COUNT, "prune_start": COUNT_OR_0, "prune_every": COUNT}
 
 DOORS = [
@@ -334,7 +328,11 @@ DOORS = [
         {"epochs": COUNT_OR_0, "batch_size": COUNT, "seed": SEED},
     ),
     Door(pruning.InclusionRule, pruning.InclusionRule, {"threshold": SHARE}),
-    Door(pruning.MagnitudeRule, pruning.MagnitudeRule, {"sparsity": SHARE, "decay": SHARE, "start": [*FRACTION, 1], "regrow": FRACTION}),
+    Door(
+        pruning.MagnitudeRule,
+        pruning.MagnitudeRule,
+        {"sparsity": SHARE, "decay": SHARE, "start": [*FRACTION, 1], "regrow": FRACTION},
+    ),
     Door(pruning.KeFanRule, pruning.KeFanRule, {"hard_threshold": POSITIVE}),
     # posteriors
     draws_of(pb.Posterior.predict, X),

@@ -301,6 +301,11 @@ class SGHMCEM(SpikeAndSlabKernel):
         if self.swaps is not None:
             self.swaps.renew()
 
+    def state_was_set(self) -> None:
+        super().state_was_set()
+        if self.swaps is not None:
+            self.swaps.renew()
+
     def check(self) -> None:
         super().check()
         if self.swaps is not None:

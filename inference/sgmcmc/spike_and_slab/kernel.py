@@ -189,6 +189,11 @@ class SpikeAndSlabKernel(SGHMC):
         if self.steps > self.em_start:
             self.expect(1.0)
 
+    def state_was_set(self) -> None:
+        super().state_was_set()
+        for site in self.sites:
+            site.renew()
+
     # ----------------------------------------------------------------------------------------------- E-step, removal
 
     def step(self, position: int = 0) -> None:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 import pyro_bnn as pb
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.inference.schedules import cosine
+from pyro_bnn.inference.stein.annealing import cyclical_annealing
 from pyro_bnn.inference.stein.autoparticles import AutoParticles
 from pyro_bnn.inference.stein.kernels import IMQ, RBF, Kernel, KernelSum, LinearKernel, ScaledMedian
-from pyro_bnn.inference.stein.svgd import SVGD, cyclical_annealing
+from pyro_bnn.inference.stein.svgd import SVGD
 from pyro_bnn.models import Dense, Rank1
 from pyro_bnn.program.guide import MixtureGuide
 

@@ -1,0 +1,394 @@
+"""Two processes, as torchrun starts them, find what one finds."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from launched import together
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, WeightedRandomSampler
+
+import pyro_bnn as pb
+from pyro_bnn.inference import SGHMC, SVGD, SWAG, AutoParticles, Checkpoint, DeepEnsemble, fit, sample
+from pyro_bnn.inference.distributed import ALONE, Processes, alone, processes
+from pyro_bnn.likelihoods import Gaussian
+from pyro_bnn.models import Bella, Dense, ParticleGuide, PointGuide, Rank1, Rank1Guide
+from pyro_bnn.program.guide import MixtureGuide
+from pyro_bnn.randomness import derive_seeds
+
+N = 22  # in batches of 8: parts of 4, and of 3
+
+
+def data() -> tuple[Tensor, Tensor]:
+    x = torch.randn(N, 3, generator=torch.Generator().manual_seed(0)).double()
+    return x, x[:, :1].sin()
+
+
+def net(norm: bool = False) -> nn.Module:
+    torch.manual_seed(3)
+    middle = [nn.Linear(3, 5), nn.BatchNorm1d(5) if norm else nn.LayerNorm(5), nn.Tanh()]
+    return nn.Sequential(*middle, nn.Linear(5, 1)).double()
+
+
+def values(*programs: nn.Module) -> list[Tensor]:
+    return [value.detach().clone() for program in programs for value in [*program.parameters(), *program.buffers()]]
+
+
+def close(one: list[Tensor], other: list[Tensor], tolerance: float) -> bool:
+    return all(torch.allclose(a, b, rtol=tolerance, atol=tolerance) for a, b in zip(one, other, strict=True))
+
+
+OPTIONS: dict[str, Any] = {"batch_size": 8, "seed": 0, "progress": False}
+
+
+# ------------------------------------------------------------------------------------------------------------ svi
+
+
+def by_svi(given: str, norm: bool, **options: Any) -> tuple[list[Tensor], list[float]]:
+    model = Dense(net(norm), Gaussian(0.3), N)
+    guide = PointGuide(model)
+    pair: Any = data()
+    if given == "loader":
+        pair = DataLoader(TensorDataset(*pair), batch_size=8, shuffle=True)
+    if given == "weighted":
+        pair = DataLoader(TensorDataset(*pair), batch_size=8, sampler=WeightedRandomSampler(torch.ones(N), N))
+    found = fit(model, guide, pair, epochs=3, optim="sgd", lr=0.1, **OPTIONS | options)
+    return values(guide) + (values(model) if norm else []), found.losses
+
+
+@pytest.mark.parametrize("given", ["pair", "loader", "weighted"])
+def test_svi_takes_the_steps_of_one_process(given: str, tmp_path: Path) -> None:
+    """Proves it without noise, to 1e-6 after nine steps whose batches divide unevenly, and the losses too."""
+    found = together(by_svi, tmp_path, given, False)
+    whole, losses = by_svi(given, False)
+    assert torch.equal(torch.cat([v.flatten() for v in found[0][0]]), torch.cat([v.flatten() for v in found[1][0]]))
+    if given == "pair":  # the order of a loader comes from a seed that the processes agree on
+        order_of_one = by_svi_in_common_order()
+        assert close(found[0][0], order_of_one[0], 1e-6)
+        assert found[0][1] == pytest.approx(order_of_one[1], rel=1e-6)
+    assert len(losses) == len(found[0][1]) == 9 and len(whole) == len(found[0][0])
+
+
+class InOrder(Processes):
+    """One process with the orders of several."""
+
+    @property
+    def are_several(self) -> bool:
+        return False
+
+
+def by_svi_in_common_order() -> tuple[list[Tensor], list[float]]:
+    """By hand: the same objective, optimiser and batches, whose order is drawn as the first of several draws it."""
+    model = Dense(net(), Gaussian(0.3), N)
+    guide = PointGuide(model)
+    objective = pb.inference.Objective(model, guide)
+    x, y = data()
+    optimizer = torch.optim.SGD(objective.trained(), lr=0.1, momentum=0.9, nesterov=True)
+    losses = []
+    torch.manual_seed(0)
+    for _ in range(3):
+        seed = int(torch.randint(2**62, ()))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            order = torch.randperm(N)
+        for rows in order.split(8):
+            optimizer.zero_grad()
+            loss = objective(x[rows], y[rows])
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    return values(guide), losses
+
+
+def with_noise() -> tuple[list[Tensor], list[float], list[Tensor]]:
+    model = Rank1(net(), Gaussian(0.3), N)
+    guide = Rank1Guide(model, components=2)
+    drawn: list[Tensor] = []
+
+    class Note(pb.inference.MixtureELBO):
+        def differentiable_loss(self, *args: Any, **options: Any) -> Any:
+            drawn.append(torch.rand(()))
+            return super().differentiable_loss(*args, **options)
+
+    found = fit(model, guide, data(), epochs=20, elbo=Note(), lr=0.02, **OPTIONS)
+    return values(model, guide), found.losses, drawn
+
+
+def test_every_process_has_draws_of_its_own_and_the_same_posterior(tmp_path: Path) -> None:
+    (one, losses, drawn), (other, others, drawn_there) = together(with_noise, tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True)) and losses == others
+    assert not any(torch.equal(a, b) for a, b in zip(drawn, drawn_there, strict=True))
+    assert losses[-1] < losses[0]
+
+
+def test_accumulation_and_clipping_are_those_of_the_whole_batch(tmp_path: Path) -> None:
+    options = {"accumulate": 3, "clip_norm": 0.05, "batch_size": 8}
+    found = together(by_options, tmp_path, options)
+    whole = by_options({"batch_size": N, "clip_norm": 0.05})  # one step of all rows, in any order
+    assert close(found[0], whole, 1e-6)
+
+
+def by_options(options: dict[str, Any]) -> list[Tensor]:
+    model = Dense(net(), Gaussian(0.3), N)
+    guide = PointGuide(model)
+    fit(model, guide, data(), epochs=3, optim="sgd", lr=0.1, **OPTIONS | options)
+    return values(guide)
+
+
+def normalised() -> tuple[list[Tensor], list[Tensor]]:
+    model = Dense(net(norm=True), Gaussian(0.3), N)
+    guide = PointGuide(model)
+    fit(model, guide, data(), epochs=2, lr=0.01, **OPTIONS)
+    return values(guide), [b.clone() for b in model.buffers()]
+
+
+def test_statistics_of_normalisation_are_the_same_in_all_processes(tmp_path: Path) -> None:
+    one, other = together(normalised, tmp_path)
+    assert all(
+        torch.equal(a, b) for one_part, two in zip(one, other, strict=True) for a, b in zip(one_part, two, strict=True)
+    )
+    assert any(b.numel() == 5 and not torch.equal(b, torch.zeros_like(b)) for b in one[1])
+
+
+def sampled(epochs: int) -> list[float]:
+    """A loader with a DistributedSampler, whose batches are each process's own."""
+    pair = TensorDataset(*(part[:20] for part in data()))
+    loader = DataLoader(pair, batch_size=5, sampler=DistributedSampler(pair, shuffle=True))
+    model = Dense(net(), Gaussian(0.3), 20)
+    return fit(model, PointGuide(model), loader, epochs=epochs, lr=0.01, seed=0, progress=False).losses
+
+
+def test_a_distributed_sampler_keeps_its_batches(tmp_path: Path) -> None:
+    one, other = together(sampled, tmp_path, 3)
+    assert one == other and len(one) == 6
+
+
+def validated(path: str | None, epochs: int) -> tuple[list[Tensor], list[float]]:
+    model = Rank1(net(), Gaussian(0.3), N)
+    guide = Rank1Guide(model, components=2)
+    seen: list[float] = []
+    checkpoint = None if path is None else Checkpoint(path, steps=2)
+    options: dict[str, Any] = {"validation": data(), "checkpoint": checkpoint, "lr": 0.05}
+    fit(
+        model,
+        guide,
+        data(),
+        epochs=epochs,
+        callbacks=[lambda s: seen.append(s.validation or math.nan)],
+        **OPTIONS | options,
+    )
+    return values(model, guide), seen
+
+
+def test_validation_is_divided_and_a_run_resumes(tmp_path: Path) -> None:
+    """Proves that both processes see one NLL, and that a run that went on from a file is the run that was whole."""
+    whole = together(validated, tmp_path, None, 6)
+    together(validated, tmp_path, str(tmp_path / "run.pt"), 3)
+    again = together(validated, tmp_path, str(tmp_path / "run.pt"), 6)
+    assert whole[0][1] == whole[1][1] and len(whole[0][1]) == 6
+    for one, other in zip(whole, again, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one[0], other[0], strict=True))
+    assert again[0][1] == whole[0][1][3:]
+    with pytest.raises(ValueError, match="other settings|processes"):
+        validated(str(tmp_path / "run.pt"), 6)
+
+
+def diverging() -> str:
+    model = Dense(net(), Gaussian(0.3), N)
+    try:
+        fit(model, PointGuide(model), data(), epochs=3, optim="sgd", lr=1e200, **OPTIONS)
+    except FloatingPointError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_all_processes_stop_at_a_divergence(tmp_path: Path) -> None:
+    assert all("the loss became" in said or "became NaN" in said for said in together(diverging, tmp_path))
+
+
+def too_small() -> str:
+    model = Dense(net(), Gaussian(0.3), 21)
+    try:
+        fit(model, PointGuide(model), tuple(part[:21] for part in data()), epochs=1, batch_size=4, progress=False)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_a_batch_with_fewer_rows_than_processes_is_refused(tmp_path: Path) -> None:
+    assert all("a batch has 1 rows, and 2 processes divide it" in said for said in together(too_small, tmp_path))
+
+
+# ----------------------------------------------------------------------------------------------------------- svgd
+
+
+def by_svgd(method: str, epochs: int = 7) -> tuple[list[Tensor], list[float]]:
+    """21 steps."""
+    if method == "bella":
+        model: Any = Bella(net(), Gaussian(0.3), N, rank=1)
+        torch.manual_seed(1)
+        guide: Any = ParticleGuide(model, 3)
+    elif method == "shared":
+        model = Rank1(net(), Gaussian(0.3), N)
+        guide = MixtureGuide(model, 3, family="point")
+    elif method == "particles":
+        model = Dense(net(), Gaussian(0.3), N)
+        torch.manual_seed(1)
+        guide = AutoParticles(model, 3)
+    else:
+        model = Dense(net(), Gaussian(0.3), N)
+        guide = MixtureGuide(model, 3, family="point")
+    ways: dict[str, Any] = {"wgd": {"method": "wgd"}, "function": {"method": "wgd", "space": "function"}}
+    engine = SVGD(model, guide, lr=0.01, **ways.get(method, {}))
+    losses = engine.fit(data(), epochs, **OPTIONS | {"batch_size": N}).losses
+    return values(model, guide), losses
+
+
+@pytest.mark.parametrize("method", ["svgd", "wgd", "function", "bella", "shared", "particles"])
+def test_particles_in_two_processes_take_the_steps_of_one(method: str, tmp_path: Path) -> None:
+    """Three particles, so that they divide unevenly; batches are whole, so that their order does not matter."""
+    one, other = together(by_svgd, tmp_path, method)
+    whole = by_svgd(method)
+    assert all(torch.equal(a, b) for a, b in zip(one[0], other[0], strict=True)) and one[1] == other[1]
+    assert close(one[0], whole[0], 1e-5) and one[1] == pytest.approx(whole[1], rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------- ensembles, chains
+
+
+def by_ensemble(folder: str | None = None) -> tuple[dict[str, Tensor], list[float], Tensor]:
+    engine = DeepEnsemble(net(norm=True), Gaussian(0.3), N, num_networks=3)
+    path = None if folder is None else f"{folder}/run.pt"
+    posterior = engine.fit(data(), epochs=2, checkpoint=path, **OPTIONS)
+    return posterior.draws(3), posterior.losses, posterior.predict(data()[0], 3).outputs
+
+
+def test_networks_of_an_ensemble_are_those_made_in_turn(tmp_path: Path) -> None:
+    one, other = together(by_ensemble, tmp_path, str(tmp_path))
+    whole = by_ensemble()
+    for found in (one, other):
+        assert all(torch.equal(value, whole[0][name]) for name, value in found[0].items())
+        assert found[1] == whole[1] and torch.equal(found[2], whole[2])
+    assert sorted(file.name for file in tmp_path.glob("run*")) == ["run-0.pt", "run-1.pt", "run-2.pt"]
+
+
+def chains(first: int, count: int, seed: int | None, path: str | None = None) -> dict[str, Tensor]:
+    kernel = SGHMC(Dense(net(), Gaussian(0.3), N), data(), step_size=0.03, friction=0.2, batch_size=8)
+    posterior = sample(kernel, 6, 4, count, seed=seed, progress=False, checkpoint=path)
+    return posterior.draws(6 * count)
+
+
+def test_chains_are_those_made_in_turn(tmp_path: Path) -> None:
+    one, other = together(chains, tmp_path, 0, 4, 0, str(tmp_path / "chain.pt"))
+    seeds = derive_seeds(0, 2)
+    parts = [chains(2 * rank, 2, seeds[rank]) for rank in range(2)]
+    for name, value in one.items():
+        assert torch.equal(value, other[name])
+        assert torch.equal(value, torch.cat([part[name] for part in parts]))
+    assert (tmp_path / "chain-0.pt").is_file() and (tmp_path / "chain-1.pt").is_file()
+
+
+def tuned() -> tuple[dict[str, float], int, list[float]]:
+    kernel = SGHMC(Dense(net(), Gaussian(0.3), N), data(), batch_size=N, capture=False)
+    posterior = sample(kernel, 10, 25, seed=0, progress=False)
+    first = [float(v.flatten()[0]) for v in posterior.draws(40).values()]
+    return posterior.sampler, posterior.num_stored or 0, first
+
+
+def test_chains_that_tune_themselves_are_four_by_default(tmp_path: Path) -> None:
+    one, other = together(tuned, tmp_path)
+    assert one == other and one[1] == 40
+    assert {"largest R-hat", "step_size", "acceptance"} <= one[0].keys()
+
+
+def uneven() -> str:
+    try:
+        chains(0, 3, 0)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_chains_that_do_not_divide_are_refused(tmp_path: Path) -> None:
+    assert together(uneven, tmp_path)[0].startswith("num_chains=3: expected a multiple of 2")
+
+
+def by_swag() -> dict[str, Tensor]:
+    engine = SWAG(net(), Gaussian(0.3), N)
+    return engine.fit(data(), epochs=4, num_samples=3, batch_size=8, progress=False).draws(3)
+
+
+def test_swag_without_a_seed_has_the_same_draws_everywhere(tmp_path: Path) -> None:
+    one, other = together(by_swag, tmp_path)
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def by_nuts() -> str:
+    import pyro
+    import pyro.distributions as dist
+    from pyro.infer import NUTS
+
+    try:
+        sample(NUTS(lambda: pyro.sample("z", dist.Normal(0.0, 1.0))), 3, progress=False)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
+def test_what_is_not_distributed_says_so(tmp_path: Path) -> None:
+    said = together(by_nuts, tmp_path)
+    assert all(one.startswith("NUTS is not distributed: each of the 2 processes would do all of it") for one in said)
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+
+def test_one_process_is_alone() -> None:
+    assert processes() == ALONE and not ALONE.are_several and ALONE.is_first
+    assert list(ALONE.mine(3)) == [0, 1, 2] and ALONE.gather("x") == ["x"] and ALONE.total([1.5]) == [1.5]
+    assert list(Processes(1, 3).mine(7)) == [1, 4]
+
+
+def inner() -> tuple[Processes, Processes]:
+    outside = processes()
+    with alone():
+        return outside, processes()
+
+
+def test_parts_are_done_alone(tmp_path: Path) -> None:
+    assert together(inner, tmp_path) == [(Processes(0, 2), ALONE), (Processes(1, 2), ALONE)]
+
+
+SCRIPT = """
+import os, signal, torch
+import pyro_bnn as pb
+x = torch.randn(64, 3)
+y = x[:, :1]
+model = pb.models.Dense(torch.nn.Linear(3, 1), pb.likelihoods.Gaussian(0.3), 64)
+def after(state):
+    if state.epoch == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+guide = pb.models.MeanFieldGuide(model)
+pb.inference.fit(model, guide, (x, y), epochs=10**6, batch_size=8, callbacks=[after], progress=False)
+"""
+
+
+def test_a_process_that_is_killed_ends_the_others_with_a_message(tmp_path: Path) -> None:
+    """By torchrun itself, within a minute of the kill."""
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    start = time.monotonic()
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert ended.returncode != 0 and time.monotonic() - start < 110
+    assert f"Signal {int(signal.SIGKILL)}" in ended.stderr or "exitcode  : -9" in ended.stderr
