@@ -148,8 +148,9 @@ def _divided(whole: Minibatches, together: Processes, batch_size: int) -> Miniba
     _require_rows_for_all(min(batch_size, whole.size), together)
 
     def rows() -> Iterator[tuple[object, ...]]:
+        seed = together.common_seed()
         with torch.random.fork_rng():
-            torch.manual_seed(together.common_seed())
+            torch.manual_seed(seed)
             indices = whole.rows()
         return ((index[together.rank :: together.size],) for (index,) in indices)  # type: ignore[index]
 
@@ -192,8 +193,9 @@ class _PartOfBatches(Sampler[list[int]]):
         return len(self.whole)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[list[int]]:
+        seed = self.together.common_seed()
         with torch.random.fork_rng():
-            torch.manual_seed(self.together.common_seed())
+            torch.manual_seed(seed)
             batches = list(self.whole)
         for batch in batches:
             _require_rows_for_all(len(batch), self.together)

@@ -76,7 +76,7 @@ class TrainingRun:
         #: batches of the epoch that has begun which are done, and steps before it
         self.batch, self.steps_before_epoch = 0, 0
         self.together = together
-        self.settings = dict(settings) | ({"processes": str(together.size)} if together.are_several else {})
+        self.settings = {**settings, "processes": str(together.size)}
         self.losses: list[float] = []
         #: NLL on validation data after every epoch, in nats per datum
         self.validations: list[float] = []
