@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 import pyro_bnn as pb
-from pyro_bnn.diagnostics.scoring.metrics import BINS, log_predictive_density
+from pyro_bnn.diagnostics.scoring.calibration import BINS
+from pyro_bnn.diagnostics.scoring.stream import log_predictive_density
 from pyro_bnn.inference import SGHMCEM, sample
 from pyro_bnn.inference.sgmcmc.pruning import MagnitudeRule
 from pyro_bnn.models import Dense, SpikeSlab
