@@ -7,12 +7,14 @@ Each takes pixels in [0, 1], ``[N, C, H, W]``, a constant c and the seeds of the
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
@@ -70,8 +72,14 @@ def _pixelate(pixels: Tensor, c: float, rows: Sequence[int]) -> Tensor:
 
 
 def _jpeg(pixels: Tensor, c: float, rows: Sequence[int]) -> Tensor:
-    coded = F.jpeg((pixels * 255).round().to("cpu", torch.uint8), int(c))
-    return coded.to(pixels.device, pixels.dtype) / 255
+    """By Pillow: torchvision 0.29 announces that its own coding of images will be removed."""
+    found = np.empty(pixels.shape, np.uint8)
+    for own, image in zip(found, (pixels * 255).round().cpu().to(torch.uint8).numpy(), strict=True):
+        file = io.BytesIO()
+        Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, "JPEG", quality=int(c))
+        coded = np.asarray(Image.open(file))
+        own[...] = coded if coded.ndim == 2 else coded.transpose(2, 0, 1)
+    return torch.from_numpy(found).to(pixels.device).to(pixels.dtype) / 255
 
 
 class _Kind(NamedTuple):
