@@ -280,7 +280,7 @@ def _require_pixels(pixels: Tensor, given: torch.dtype) -> None:
     slack = max(_TOLERANCE, 4 * torch.finfo(given).eps)
     if low < -slack or high > 1 + slack:
         raise ValueError(
-            f"the pixels of x, x * std + mean, lie in [{low:.4g}, {high:.4g}]; expected [0, 1]. Give the mean= and "
-            "std= with which they were normalised, x = (pixels - mean) / std: std=1/255 if x goes from 0 to 255, "
-            "mean=0.5, std=0.5 if it goes from -1 to 1"
+            f"the pixels of x, x * std + mean, lie in [{low:.4g}, {high:.4g}]; expected [0, 1]. Give corrupt or "
+            "image_shift the mean= and std= with which they were normalised, x = (pixels - mean) / std: std=1/255 if x "
+            "goes from 0 to 255, mean=0.5, std=0.5 if it goes from -1 to 1"
         )
