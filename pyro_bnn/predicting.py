@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +165,16 @@ def log_density(prediction: Prediction, y: Tensor) -> Tensor:
     if log_prob.isnan().any():
         raise ValueError("the log-density of y under the posterior is NaN: check for infinite outputs of the network")
     return log_prob
+
+
+def log_predictive_density(prediction: Prediction, y: Tensor) -> Tensor:
+    """The log predictive density log p(y_n), averaged over all draws and members: ``[N]``, in nats.
+
+    log (1 / (S K)) sum_sk p_sk(y_n) = logsumexp_sk log p_sk(y_n) - log (S K)
+    """
+    log_prob = log_density(prediction, y)
+    draws, members, _ = log_prob.shape
+    return log_prob.logsumexp((0, 1)) - math.log(draws * members)
 
 
 def _pairs(data: Data, rows: int) -> Iterable[object]:

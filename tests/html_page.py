@@ -35,12 +35,12 @@ class Reader(HTMLParser):
     def all(self, tag: str) -> list[dict[str, str]]:
         return [attributes for name, attributes in self.tags if name == tag]
 
-    def numbers(self) -> dict[tuple[str, str], float]:
-        """What the cells of tables hold, to the last digit, by metric and network."""
+    def numbers(self, of_shift: bool = False) -> dict[tuple[str, str], float]:
+        """What the cells of tables hold, to the last digit, by metric and network: those about shift, or all others."""
         cells = [td for td in self.all("td") if "data-value" in td]
         values = {(td["data-metric"], td["data-network"]): float(td["data-value"]) for td in cells}
         assert len(values) == len(cells), "a number stands there twice"
-        return values
+        return {at: value for at, value in values.items() if at[0].startswith("shift_") == of_shift}
 
     @property
     def text(self) -> str:

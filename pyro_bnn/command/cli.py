@@ -22,6 +22,7 @@ from pyro_bnn.command.terminal import (
     SplitRows,
     TargetColumn,
     TaskOption,
+    notes_of,
     parse_split,
     require_folder,
     require_free,
@@ -188,7 +189,7 @@ def compare(
             "seed": seed,
             "device": str(place),
         }
-        for note in task.notes:
+        for note in notes_of(task):
             console.print(f"Note: {note}", soft_wrap=True, highlight=False)
         plan = comparing.plan(folder, chosen, asked, task, overwrite)
         comparing.require_same_data(given, task)

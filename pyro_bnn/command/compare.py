@@ -17,17 +17,17 @@ from rich.table import Table
 import pyro_bnn as pb
 from pyro_bnn.command import runs
 from pyro_bnn.command.options import MethodName, Options, check, complete
-from pyro_bnn.command.recipes import Trained, new_network, train_and_score
+from pyro_bnn.command.recipes import Metrics, Trained, new_network, train_and_score
 from pyro_bnn.command.runs import Run
 from pyro_bnn.data import Task
 from pyro_bnn.data.run_folder import is_run
-from pyro_bnn.diagnostics.pages.comparison import Candidate, PairedDifference, best_of, comparison
-from pyro_bnn.diagnostics.pages.glossary import formats_of
+from pyro_bnn.diagnostics.pages.comparison import Candidate, PairedDifference, comparison
+from pyro_bnn.diagnostics.pages.glossary import best_of, formats_of
 from pyro_bnn.files import write_json
 
 COMPARISON_FORMAT = 1
 #: metrics that are printed; the page has all of them
-COLUMNS = {"accuracy", "rmse", "nll", "crps", "ece", "coverage", "ood_auroc", "seconds"}
+COLUMNS = {"accuracy", "rmse", "nll", "crps", "ece", "coverage", "ood_auroc", "cA", "cRMSE", "cNLL", "seconds"}
 
 
 @dataclass(frozen=True)
@@ -193,16 +193,20 @@ def _candidates(found: Sequence[Run], device: torch.device) -> dict[str, Candida
     for label, run in _labels(found).items():
         net = run.network().to(device)
         metrics = run.metrics()
-        own = {name: value for name, value in metrics.items() if not isinstance(value, dict)}
         about = f"{run.options.describe()}, {run.options.epochs} epochs"
-        candidates[label] = Candidate(run.posterior(net), own, run.options.samples, about)
+        candidates[label] = _candidate(run.posterior(net), metrics, run.options.samples, about)
         twin = run.posterior(net, "deterministic")
         if not any(_same_weights(twin, known.posterior) for _, known in twins):
             about = f"{run.options.network}, {run.options.epochs} epochs"
-            twins.append((label, Candidate(twin, metrics["deterministic"], run.options.samples, about)))
+            twins.append((label, _candidate(twin, metrics["deterministic"], run.options.samples, about)))
     for label, known in twins:
         candidates["deterministic" if len(twins) == 1 else f"deterministic of {label}"] = known
     return candidates
+
+
+def _candidate(posterior: pb.Posterior, metrics: Metrics, samples: int, about: str) -> Candidate:
+    own = {name: value for name, value in metrics.items() if name == "shift" or not isinstance(value, dict)}
+    return Candidate(posterior, own, samples, about)
 
 
 def _same_weights(one: pb.Posterior, other: pb.Posterior) -> bool:

@@ -30,6 +30,7 @@ from pyro_bnn.command.terminal import (
     SplitRows,
     TargetColumn,
     TaskOption,
+    notes_of,
     require_folder,
     require_free,
     table_of_metrics,
@@ -179,7 +180,7 @@ def fit(
             console.print("No --pretrained: first the deterministic network, then particles around it")
         elif method == "weight-sharing":
             console.print("No --pretrained: first the deterministic network, then codes for its weights")
-        for note in task.notes:
+        for note in notes_of(task):
             console.print(f"Note: {note}", soft_wrap=True, highlight=False)
         fitted = train_and_score(net, task, options, console, known, field)
         runs.save(folder, task, options, fitted)

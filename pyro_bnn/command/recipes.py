@@ -14,6 +14,7 @@ from torch import nn
 
 import pyro_bnn as pb
 from pyro_bnn.command.options import Options
+from pyro_bnn.command.shifts import shift_scores
 from pyro_bnn.data import Task
 from pyro_bnn.models.architectures import pretrained
 from pyro_bnn.models.architectures.named import build_network
@@ -79,18 +80,20 @@ def train_and_score(
 
 
 def score(posterior: pb.Posterior, task: Task, options: Options) -> Metrics:
-    """Metrics on the test data; for a regression in the unit of the raw target."""
+    """Metrics on the test data, and on these data corrupted; for a regression in the unit of the raw target."""
     ood = task.x_ood if task.kind == "classification" else None
     metrics: Metrics = pb.diagnostics.evaluate(
         posterior, (task.x_test, task.y_test), ood, num_samples=options.samples, seed=options.seed
     )
     if task.kind == "classification":
-        return {"ood_auroc": None} | metrics
-    unit = task.encoding.y_scale
-    metrics["nll"] += math.log(unit)
-    for name, power in {"rmse": 1, "crps": 1, "width": 1, "aleatoric": 2, "epistemic": 2}.items():
-        metrics[name] *= unit**power
-    return metrics
+        metrics = {"ood_auroc": None} | metrics
+    else:
+        unit = task.encoding.y_scale
+        metrics["nll"] += math.log(unit)
+        for name, power in {"rmse": 1, "crps": 1, "width": 1, "aleatoric": 2, "epistemic": 2}.items():
+            metrics[name] *= unit**power
+    shift = shift_scores(posterior, task, options.samples, options.seed)
+    return metrics if shift is None else metrics | shift.means() | {"shift": shift.to_json()}
 
 
 def bayesian(net: nn.Module, task: Task, options: Options) -> tuple[nn.Module, nn.Module]:

@@ -113,7 +113,7 @@ class Run:
         found.pop("digest", None)
         scores = {name: value for name, value in found.items() if not isinstance(value, dict)}
         twin = found.get("deterministic")
-        if not isinstance(twin, dict) or not scores or not _are_numbers(scores) or not _are_numbers(twin):
+        if not isinstance(twin, dict) or not scores or not _are_scores(scores, found) or not _are_scores(twin, twin):
             raise ValueError(
                 f"{str(path)!r} does not hold the scores of a run: it is damaged. Remove it, and `pyro-bnn evaluate "
                 f"{self.folder}` makes one"
@@ -121,9 +121,16 @@ class Run:
         return found
 
 
-def _are_numbers(scores: Metrics) -> bool:
-    """Whether all scores are numbers, or ``None`` because the data do not allow them."""
-    return all(value is None or isinstance(value, (int, float)) for value in scores.values())
+def _are_scores(scores: Metrics, found: Metrics) -> bool:
+    """Whether all scores are numbers, or ``None`` because the data do not allow them, beside a shift."""
+    from pyro_bnn.diagnostics import Shift  # takes a second to import
+
+    try:
+        if "shift" in found:  # older runs have none
+            Shift.from_json(found["shift"])
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return False
+    return all(value is None or isinstance(value, (int, float)) for name, value in scores.items() if name != "shift")
 
 
 def read(folder: Path) -> Run:

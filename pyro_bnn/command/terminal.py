@@ -11,6 +11,7 @@ from rich.table import Table
 
 from pyro_bnn.command.options import Options
 from pyro_bnn.command.recipes import Metrics
+from pyro_bnn.command.shifts import shift_note
 from pyro_bnn.data import IMAGE_SIZE, Encoding, Task
 from pyro_bnn.data import load as load_data
 from pyro_bnn.data.task import TaskKind
@@ -18,7 +19,7 @@ from pyro_bnn.diagnostics.pages.glossary import formats_of
 
 #: metrics that `fit` and `evaluate` print; metrics.json and the page of `report` have all
 PRINTED = frozenset(
-    "accuracy rmse nll crps brier ece coverage width aurc ood_auroc "
+    "accuracy rmse nll crps brier ece coverage width aurc ood_auroc cA cRMSE cNLL cECE "
     "seconds trainable_parameters sparsity bits_per_coded_weight".split()
 )
 
@@ -89,6 +90,12 @@ def table_of_metrics(metrics: Metrics, options: Options, name: str) -> Table:
         if key in PRINTED:
             table.add_row(shown.label, shown.text(metrics[key]), shown.text(metrics["deterministic"].get(key)))
     return table
+
+
+def notes_of(task: Task) -> list[str]:
+    """What the user should know about the data, and about what is not done with them."""
+    own = shift_note(task)
+    return [*task.notes, *([own] if own else [])]
 
 
 def parse_split(given: str | None) -> str | float | None:

@@ -2,9 +2,10 @@
 
 :func:`load` makes a :class:`Task` from a file. Its :class:`Encoding` records how the training data became tensors, so
 that later files are read in the same way: :func:`load` with ``encoding=`` reads data with targets, and
-:func:`load_inputs` reads rows without targets.
+:func:`load_inputs` reads rows without targets. :mod:`~pyro_bnn.data.corruptions` makes test data worse.
 """
 
+from pyro_bnn.data import corruptions
 from pyro_bnn.data.arrays import from_npz
 from pyro_bnn.data.digits import digits
 from pyro_bnn.data.encoding import ArrayForm, Column, Encoding
@@ -20,6 +21,7 @@ __all__ = [
     "Encoding",
     "NewRows",
     "Task",
+    "corruptions",
     "digits",
     "from_csv",
     "from_image_folder",

@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # repeats ``_MODULES`` for static type checkers
     from pyro_bnn.diagnostics.scoring.selective import aurc as aurc
     from pyro_bnn.diagnostics.scoring.selective import risk_at_coverage as risk_at_coverage
     from pyro_bnn.diagnostics.scoring.selective import risk_coverage as risk_coverage
+    from pyro_bnn.diagnostics.scoring.shift import Shift as Shift
     from pyro_bnn.diagnostics.scoring.similarity import agreement as agreement
     from pyro_bnn.diagnostics.scoring.similarity import compare_to_reference as compare_to_reference
     from pyro_bnn.diagnostics.scoring.similarity import disagreement as disagreement
@@ -79,6 +80,7 @@ _MODULES = {
     "scoring.ood": "aupr auroc fpr95 ood_scores",
     "scoring.scores": "crps interval_coverage interval_width",
     "scoring.selective": "augrc aurc risk_at_coverage risk_coverage",
+    "scoring.shift": "Shift",
     "scoring.similarity": "agreement compare_to_reference disagreement diversity total_variation",
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names.split()}

@@ -29,12 +29,13 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 import pyro_bnn as pb
-from pyro_bnn.diagnostics.scoring.metrics import BINS, log_predictive_density
+from pyro_bnn.diagnostics.scoring.calibration import BINS
 from pyro_bnn.inference import SGHMCEM, sample
 from pyro_bnn.inference.sgmcmc.pruning import MagnitudeRule
 from pyro_bnn.models import Dense, SpikeSlab
 from pyro_bnn.models.architectures import LeNet5, LeNet300100
 from pyro_bnn.posterior import Posterior, Prediction
+from pyro_bnn.predicting import log_predictive_density
 from pyro_bnn.priors import SpikeAndSlab
 from tests.benchmarks.datasets import CLASSES, images
 from tests.benchmarks.measure import read_results, write_results

@@ -29,8 +29,9 @@ MEASURED = {
         for name in ("auroc", "aupr", "fpr95")
         for of in ("", "_max_probability", "_mutual_information")
     ),
+    *("cA", "cNLL", "cECE"),
 }
-OF_NUMBERS = {"nll", "rmse", "crps", "coverage", "width", "aleatoric", "epistemic"}
+OF_NUMBERS = {"nll", "rmse", "crps", "coverage", "width", "aleatoric", "epistemic", "cRMSE", "cNLL", "shift"}
 COST = {"seconds", "trainable_parameters"}
 
 
@@ -47,8 +48,8 @@ def test_fit_writes_the_run_folder_and_prints_both_networks(digits_run: tuple[Pa
     names = {"config.json", "metrics.json", "posterior", "deterministic", "posterior.nc"}
     assert {path.name for path in folder.iterdir()} == names, "and no temporary files"
     metrics = metrics_of(folder)
-    assert set(metrics) == MEASURED | COST | {"deterministic"}
-    assert set(metrics["deterministic"]) == MEASURED | COST
+    assert set(metrics) == MEASURED | COST | {"deterministic", "shift"}
+    assert set(metrics["deterministic"]) == MEASURED | COST | {"shift"}
     net = architectures.mlp(64, (128, 128), 10)
     assert metrics["deterministic"]["trainable_parameters"] == sum(p.numel() for p in net.parameters())
     assert metrics["trainable_parameters"] > metrics["deterministic"]["trainable_parameters"]
@@ -285,11 +286,12 @@ def test_csv_regression_is_scored_in_the_unit_of_its_target(tmp_path: Path) -> N
         found.append(metrics_of(tmp_path / "run"))
     assert set(found[0]) == OF_NUMBERS | {"deterministic"} | COST
     for one, thousand in ((found[0], found[1]), (found[0]["deterministic"], found[1]["deterministic"])):
-        for name in ("rmse", "crps", "width"):
+        for name in ("rmse", "crps", "width", "cRMSE"):
             assert thousand[name] == pytest.approx(1000 * one[name], rel=1e-2)
         for name in ("aleatoric", "epistemic"):
             assert thousand[name] == pytest.approx(1e6 * one[name], rel=2e-2)
         assert thousand["nll"] == pytest.approx(one["nll"] + np.log(1000), abs=1e-2)
+        assert thousand["cNLL"] == pytest.approx(one["cNLL"] + np.log(1000), abs=2e-2)
     run("evaluate", tmp_path / "run", "--quiet")
     assert metrics_of(tmp_path / "run") == found[1]
 
@@ -542,7 +544,10 @@ def test_compare_trains_the_twin_once_and_takes_up_where_it_was_stopped(tmp_path
         assert found["metrics"][name] == {key: value for key, value in metrics.items() if key != "deterministic"}
     reader = require_self_contained((folder / "comparison.html").read_text(encoding="utf-8"))
     expected = {
-        (name, of): value for of, all_ in found["metrics"].items() for name, value in all_.items() if value is not None
+        (name, of): value
+        for of, all_ in found["metrics"].items()
+        for name, value in all_.items()
+        if isinstance(value, (int, float))
     }
     expected |= {("nll_difference", of): gap["mean"] for of, gap in found["nll_difference"].items()}
     assert reader.numbers() == expected

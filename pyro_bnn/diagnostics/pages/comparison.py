@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from pyro_bnn.diagnostics.pages import gallery, page
-from pyro_bnn.diagnostics.pages.glossary import MetricFormat, formats_of
+from pyro_bnn.diagnostics.pages.glossary import best_of, formats_of
 from pyro_bnn.diagnostics.pages.page import Cell, Head, Picture, Table
+from pyro_bnn.diagnostics.pages.shifts import shift_in, shift_section
 from pyro_bnn.diagnostics.scoring.scored import Scored, score
 from pyro_bnn.inputs import Data
 from pyro_bnn.predicting import require_repeatable
@@ -26,13 +27,13 @@ if TYPE_CHECKING:
 class Candidate:
     """One of the posteriors that are compared.
 
-    :param metrics: what ``evaluate`` returned for it.
+    :param metrics: what ``evaluate`` returned for it; a shift among them has a section of its own.
     :param num_samples: draws of every member; the same number as for the metrics.
     :param description: a few words that stand below its name.
     """
 
     posterior: Posterior
-    metrics: Mapping[str, float | None]
+    metrics: Mapping[str, Any]
     num_samples: int | None = None
     description: str = ""
 
@@ -114,6 +115,7 @@ def comparison(
         subtitle=f"{len(candidates)} networks on {rows:,} test rows",
         verdict=verdict(gaps),
         metrics=metrics_table(candidates, gaps),
+        shift=shift_section({name: shift_in(one.metrics) for name, one in candidates.items()}),
         pictures=list(_pictures(scored, ood is not None)),
         settings=page.settings_table("Settings that all share", settings) if settings else None,
     )
@@ -132,14 +134,6 @@ def verdict(gaps: Mapping[str, PairedDifference]) -> str:
         f"By test NLL {best} is best; {', '.join(close)} {are} within two standard errors of it, so these data cannot "
         "tell them apart."
     )
-
-
-def best_of(shown: MetricFormat, values: Iterable[float | None]) -> float | None:
-    """The best of the values that are given; ``None`` if the metric has no better direction or all values are equal."""
-    known = [value for value in values if value is not None]
-    if not shown.better or len(set(known)) < 2:
-        return None
-    return min(known, key=shown.loss)
 
 
 def metrics_table(candidates: Mapping[str, Candidate], gaps: Mapping[str, PairedDifference]) -> Table:

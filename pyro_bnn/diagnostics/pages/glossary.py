@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 
@@ -82,6 +82,10 @@ METRIC_FORMATS: dict[str, MetricFormat] = {
         for score in ("max_probability", "mutual_information")
         for name, better in (("auroc", "higher"), ("aupr", "higher"), ("fpr95", "lower"))
     },
+    "cA": MetricFormat("accuracy under shift, cA", better="higher", meaning="mean over all kinds of corruption"),
+    "cRMSE": MetricFormat("RMSE under shift, cRMSE", "{:.4g}", "lower", "mean over all kinds of corruption"),
+    "cNLL": MetricFormat("NLL under shift, cNLL", better="lower", meaning="mean over all kinds of corruption, in nats"),
+    "cECE": MetricFormat("ECE under shift, cECE", better="lower", meaning="mean over all kinds of corruption"),
     "aleatoric": MetricFormat(
         "aleatoric", "{:.4g}", meaning="uncertainty that more data would not remove: nats, or the squared unit"
     ),
@@ -100,6 +104,14 @@ def formats_of(*metrics: Mapping[str, object]) -> Iterator[tuple[str, MetricForm
     unknown = sorted(names - METRIC_FORMATS.keys())
     for name in [*(name for name in METRIC_FORMATS if name in names), *unknown]:
         yield name, METRIC_FORMATS.get(name, MetricFormat(name.replace("_", " "), "{:.4g}"))
+
+
+def best_of(shown: MetricFormat, values: Iterable[float | None]) -> float | None:
+    """The best of the values that are given; ``None`` if the metric has no better direction or all values are equal."""
+    known = [value for value in values if value is not None]
+    if not shown.better or len(set(known)) < 2:
+        return None
+    return min(known, key=shown.loss)
 
 
 def _is_number(value: object) -> bool:

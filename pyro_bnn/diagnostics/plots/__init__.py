@@ -4,7 +4,7 @@ Every function returns a new ``matplotlib.figure.Figure``: ``plot_losses(losses)
 white, 5 inches wide and do not use ``pyplot``. Everything that differs in colour also differs in style or marker.
 
 * ``posteriors``: forest plots of sites, inclusion and importance of groups, distances between members.
-* ``predictions``: calibration, selective prediction, out-of-distribution scores, regression bands.
+* ``predictions``: calibration, selective prediction, out-of-distribution scores, corrupted data, regression bands.
 * ``runs``: losses, R-hat, k-hat, ranks.
 * ``canvas``: helpers that all plots share.
 """
@@ -24,6 +24,7 @@ from pyro_bnn.diagnostics.plots.predictions import (
     plot_ood,
     plot_reliability,
     plot_risk_coverage,
+    plot_shift,
 )
 from pyro_bnn.diagnostics.plots.runs import plot_losses, plot_pareto_k, plot_ranks, plot_rhat
 
@@ -42,4 +43,5 @@ __all__ = [
     "plot_reliability",
     "plot_rhat",
     "plot_risk_coverage",
+    "plot_shift",
 ]

@@ -1,4 +1,4 @@
-"""Plots of predictions against data: calibration, risk and coverage, out-of-distribution scores, regression bands."""
+"""Plots of predictions against data: calibration, risk and coverage, out-of-distribution scores, shift, bands."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from matplotlib.figure import Figure
 from scipy.stats import binom, binomtest
 from torch import Tensor
 
+from pyro_bnn.data.corruptions import SEVERITIES
 from pyro_bnn.diagnostics.plots.canvas import (
     LEVEL,
     MANY,
+    SMALL,
     legend_below,
     line_styles,
     new_figure,
@@ -25,6 +27,7 @@ from pyro_bnn.diagnostics.scoring.ood import auroc
 from pyro_bnn.diagnostics.scoring.selective import aurc, risk_coverage
 
 if TYPE_CHECKING:
+    from pyro_bnn.diagnostics.scoring.shift import Shift
     from pyro_bnn.posterior import Prediction
 
 #: most points of a risk-coverage curve, enough for the pixels of a page
@@ -122,6 +125,44 @@ def plot_ood(inside: Tensor, outside: Tensor, score: str = "predictive entropy (
         axes.stairs(density, edges, label=f"{name}, {len(values):,} data", **style)
     axes.set(xlabel=score, ylabel="density", ylim=(0, None))
     legend_below(figure, columns=2, title=f"AUROC {auroc(inside, outside):.3f}")
+    return figure
+
+
+def plot_shift(shifts: Mapping[str, Shift], metric: str = "nll") -> Figure:
+    """A metric against the severity of corruption, in one small plot for each kind; severity 0 is without corruption.
+
+    :param shifts: ``{label: evaluate(posterior, data, shift=...)["shift"]}``, for the same kinds of corruption.
+    :param metric: ``"nll"``; ``"accuracy"`` or ``"ece"`` of classifications, ``"rmse"`` of others.
+    :raises ValueError: when there is no shift, their kinds differ, one lacks the metric, or a number is not finite.
+    """
+    if not shifts:
+        raise ValueError('shifts is empty: expected {label: evaluate(..., shift=...)["shift"]}')
+    kinds = list(next(iter(shifts.values())))
+    for label, one in shifts.items():
+        if set(one) != set(kinds):
+            raise ValueError(
+                f"{label!r} has the corruptions {', '.join(one)}: expected those of all, {', '.join(kinds)}"
+            )
+        if metric not in one.clean:
+            raise ValueError(f"metric={metric!r}: {label!r} has {', '.join(one.clean)}")
+    rows = -(-len(kinds) // 2)
+    figure = new_figure(1.6 * rows + 0.6 + 0.2 * len(shifts))
+    panels = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).flatten()
+    styles = line_styles(len(shifts))
+    for panel, kind in zip(panels, kinds, strict=False):
+        for (label, one), style in zip(shifts.items(), styles, strict=True):
+            values = numbers(f"{metric} of {label}", [one.clean[metric], *one[kind][metric]])
+            panel.plot(range(len(values)), values, label=label if kind == kinds[0] else None, **style)
+        panel.set_title(kind, fontsize=SMALL)
+        panel.grid(alpha=0.4)
+    for panel in panels[len(kinds) :]:
+        panel.set_visible(False)
+    for panel in panels[max(0, len(kinds) - 2) : len(kinds)]:
+        panel.set_xlabel("severity")
+        panel.xaxis.set_tick_params(labelbottom=True)
+        panel.set_xticks(range(len(SEVERITIES) + 1))
+    figure.supylabel({"nll": "NLL (nats)", "ece": "ECE", "rmse": "RMSE"}.get(metric, metric), fontsize=SMALL)
+    legend_below(figure)
     return figure
 
 

@@ -5,6 +5,7 @@
 * ``selective``: the loss on the data that a model is most confident about.
 * ``ood``: whether predictions are less certain for out-of-distribution inputs.
 * ``scores``: the CRPS, and the coverage and width of intervals.
+* ``shift``: accuracy, NLL and calibration on corrupted data, by kind and severity.
 * ``similarity``: how much functions agree, with a reference or with one another.
 * ``scored``: the scores of every datum, for plots and comparisons.
 * ``stream``: predictions, one batch at a time.

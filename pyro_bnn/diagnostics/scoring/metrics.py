@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,10 @@ from pyro_bnn.diagnostics.scoring.precision import precision, running_mean, wide
 from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities
 from pyro_bnn.diagnostics.scoring.scores import crps, interval_coverage, interval_width
 from pyro_bnn.diagnostics.scoring.selective import augrc, aurc, risk_at_coverage
+from pyro_bnn.diagnostics.scoring.shift import ShiftedScores, ShiftLike
 from pyro_bnn.diagnostics.scoring.similarity import disagreement
 from pyro_bnn.inputs import Data, Inputs
-from pyro_bnn.predicting import log_density, predict_batches, predict_inputs
+from pyro_bnn.predicting import log_predictive_density, predict_batches, predict_inputs
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
@@ -37,10 +37,11 @@ def evaluate(
     data: Data,
     ood: Data = None,
     *,
+    shift: ShiftLike | None = None,
     num_samples: int | None = None,
     batch_size: int | None = None,
     seed: int | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     r"""Metrics of the predictions of a posterior on data that it has not seen.
 
     p_n is the predictive density or probability of datum n, averaged over S draws and K members:
@@ -86,6 +87,13 @@ def evaluate(
     ``width``            mean width of that interval, in the unit of y
     ``aleatoric``        mean expected variance of y under one function, in the squared unit of y
     ``epistemic``        mean variance of the means of the functions, in the squared unit of y
+    with ``shift``
+    -------------------  ----------------------------------------------------------------------------------
+    ``cNLL``             mean of ``nll`` over all kinds of corruption and the severities 1 to 5
+    ``cA``, ``cECE``     the same of ``accuracy`` and ``ece``; for a classification
+    ``cRMSE``            the same of ``rmse``; for a regression or counts
+    ``shift``            these metrics by kind and severity, a :class:`Shift`: ``found["shift"]["noise"]["nll"]``
+                         are five numbers, and ``print(found["shift"])`` is a table
     ===================  ==================================================================================
 
     A Bernoulli likelihood counts as a classification with the classes 0 and 1. If a target has several numbers, each of
@@ -98,6 +106,10 @@ def evaluate(
     :param data: a ``DataLoader`` of pairs ``(x, y)`` or of dicts with ``labels``, a ``Dataset`` of such, or one pair or
         dict; :mod:`pyro_bnn.inputs` says what x and y may be. Everything runs on the device of the model.
     :param ood: out-of-distribution inputs: a loader, a dataset, or x itself; labels in it are ignored.
+    :param shift: how x is corrupted: ``"images"`` for all kinds of :func:`pyro_bnn.data.corruptions.corrupt`, or names
+        of some, for pixels in [0, 1]; or a mapping ``{name: f}`` of functions ``f(x, severity)`` of a batch of inputs
+        and a severity from 1 to 5, such as ``pb.data.corruptions.image_shift(mean=..., std=...)`` for normalised images
+        and ``pb.data.corruptions.table_shift(x_train)`` for tables. Each kind takes five times as long as ``data``.
     :param num_samples: number S of draws from every member. By default 16 from a guide or from the stored draws of a
         sampler (all of them if there are fewer), all stored networks of an ensemble, and 1 of particles and points.
     :param batch_size: the most rows in one forward pass. By default a loader keeps its own batches, and other data are
@@ -105,22 +117,27 @@ def evaluate(
     :param seed: of the draws, the same for all batches; ``None`` takes a new one at each call, from torch's global
         generator.
     :returns: ``{metric: value}`` with the names in the table.
-    :raises TypeError: when ``posterior`` is not a posterior, data or ood has none of the forms above, or y has the
-        wrong dtype.
+    :raises TypeError: when ``posterior`` is not a posterior, data, ood or shift has none of the forms above, or y has
+        the wrong dtype.
     :raises ValueError: when data or ood is empty, the model has no likelihood, y does not fit the likelihood, y or a
-        prediction holds NaN, or ood is given for a regression.
+        prediction holds NaN, ood is given for a regression, or a corruption does not fit x, such as pixels that are not
+        in [0, 1].
 
     Source: Gneiting and Raftery (2007) for NLL, Brier score and CRPS; Depeweg et al. (2018) for the split into
-    aleatoric and epistemic. The sources of the other metrics are in the modules ``calibration``, ``selective``,
-    ``ood``, ``scores`` and ``similarity``, which compute each of them from tensors.
+    aleatoric and epistemic; Dusenberry et al. (2020, arXiv 2005.07186), for images, the names cA, cNLL and cECE. The
+    sources of the other metrics are in the modules ``calibration``, ``selective``, ``ood``, ``scores`` and
+    ``similarity``, which compute each of them from tensors.
     """
     settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": some_seed(seed)}
     quality: ClassificationMetrics | RegressionMetrics | None = None
+    shifted = None if shift is None else ShiftedScores(posterior, shift, settings)
     example: Inputs = None
     for x, prediction, y in predict_batches(posterior, data, **settings):
         if quality is None:
             quality, example = _quality(prediction, ood is not None), x
         quality.update(prediction, y)
+        if shifted is not None:
+            shifted.update(x, y)
     if quality is None:
         raise ValueError("data is empty: evaluate needs at least one row; look at the filter or split that made it")
     if ood is not None and isinstance(quality, ClassificationMetrics):
@@ -130,17 +147,11 @@ def evaluate(
             rows += prediction.mean.shape[0]
         if rows == 0:
             raise ValueError("ood is empty: give at least one row of inputs, or leave out ood=")
-    return quality.compute()
-
-
-def log_predictive_density(prediction: Prediction, y: Tensor) -> Tensor:
-    """The log predictive density log p(y_n), averaged over all draws and members: ``[N]``, in nats.
-
-    log (1 / (S K)) sum_sk p_sk(y_n) = logsumexp_sk log p_sk(y_n) - log (S K)
-    """
-    log_prob = log_density(prediction, y)
-    draws, members, _ = log_prob.shape
-    return log_prob.logsumexp((0, 1)) - math.log(draws * members)
+    found: dict[str, Any] = {**quality.compute()}
+    if shifted is not None:
+        result = shifted.compute(found)
+        found |= {**result.means(), "shift": result}
+    return found
 
 
 def _quality(prediction: Prediction, with_ood: bool) -> ClassificationMetrics | RegressionMetrics:

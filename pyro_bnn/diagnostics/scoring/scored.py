@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_bnn.diagnostics.scoring.metrics import log_predictive_density
 from pyro_bnn.diagnostics.scoring.ood import ood_scores
 from pyro_bnn.diagnostics.scoring.precision import wide
 from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities
 from pyro_bnn.inputs import Data, Inputs
-from pyro_bnn.predicting import predict_batches, predict_inputs
+from pyro_bnn.predicting import log_predictive_density, predict_batches, predict_inputs
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior, Prediction

@@ -28,7 +28,8 @@ def drawn(points: int = 2) -> Figure:
 def report_of(title: str = "t", **content: Any) -> str:
     """A page of the given content and nothing else."""
     table = Table("numbers", [Head("name")], [])
-    nothing = {"subtitle": "", "summary": "", "findings": [], "metrics": table, "pictures": [], "settings": None}
+    lists: dict[str, Any] = {"findings": [], "pictures": []}
+    nothing = lists | {"subtitle": "", "summary": "", "metrics": table, "shift": None, "settings": None}
     return page.render("report.html", title=title, **(nothing | content))
 
 

@@ -6,7 +6,7 @@ import io
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import pyro_bnn as pb
-from pyro_bnn.diagnostics import plots, to_arviz
+from pyro_bnn.data.corruptions import IMAGE_KINDS
+from pyro_bnn.diagnostics import Shift, plots, to_arviz
 from pyro_bnn.diagnostics.checking.training import loss_verdict
 from pyro_bnn.diagnostics.plots.canvas import line_styles, spread
 from pyro_bnn.diagnostics.scoring.calibration import ReliabilityBins, reliability
@@ -105,6 +106,19 @@ def labelled(n: int = 500, classes: int = 10) -> tuple[Tensor, Tensor]:
     return probs, torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(1)).squeeze(1)
 
 
+def shifted(i: int, kinds: Sequence[str] = IMAGE_KINDS) -> Shift:
+    """Values that say where they come from: the kind, the severity and i."""
+    return Shift(
+        {
+            kind: {name: [k / 10 + s / 100 + i / 1000 for s in range(1, 6)] for name in ("accuracy", "nll", "ece")}
+            for k, kind in enumerate(kinds)
+        },
+        {"accuracy": 0.95, "nll": 0.05, "ece": 0.01},
+        100,
+        4,
+    )
+
+
 LONG = (
     "The loss is still falling by 0.021 nats per datum over the last fifth of the run, more than its noise: train on."
 )
@@ -117,6 +131,8 @@ PICTURES: dict[str, Picture] = {
     ),
     "ood": lambda: plots.plot_ood(uniform(300), 1 + uniform(200)),
     "ood_constant": lambda: plots.plot_ood(torch.ones(3), torch.ones(2)),
+    "shift": lambda: plots.plot_shift({f"method number {i}": shifted(i) for i in range(5)}),
+    "shift_one_kind": lambda: plots.plot_shift({"a": shifted(0, ("noise",))}, "accuracy"),
     "calibration_curve": lambda: plots.plot_calibration_curve(uniform(200)),
     "band": lambda: plots.plot_band(*sine(), y=normal(40), x_train=uniform(40, 1)),
     "band_inputs": lambda: plots.plot_band(*sine(), x_train=uniform(40, 1)),
@@ -312,6 +328,32 @@ def test_ood_refuses() -> None:
 
 
 # ---------------------------------------------------------------------------------------------- regression
+
+
+def test_shift_has_a_small_plot_for_each_kind() -> None:
+    """Proves that each line starts without corruption and goes through its five values, kind by kind."""
+    figure = plots.plot_shift({"a": shifted(1), "b": shifted(2)}, "accuracy")
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title() for axes in shown] == list(IMAGE_KINDS) and legend(figure) == ["a", "b"]
+    for axes, kind in zip(shown, IMAGE_KINDS, strict=True):
+        for line_of, one in zip(axes.lines, (shifted(1), shifted(2)), strict=True):
+            assert data(line_of) == ([0, 1, 2, 3, 4, 5], [0.95, *one[kind]["accuracy"]])
+    three = plots.plot_shift({"a": shifted(0, ("noise", "blur", "jpeg"))})
+    assert [axes.get_visible() for axes in three.axes] == [True, True, True, False]
+
+
+def test_shifts_that_cannot_be_drawn_together_are_refused() -> None:
+    for shifts, metric, message in [
+        ({}, "nll", "shifts is empty"),
+        (
+            {"a": shifted(0), "b": shifted(0, ("noise",))},
+            "nll",
+            "'b' has the corruptions noise: expected those of all, noise, blur",
+        ),
+        ({"a": shifted(0)}, "rmse", "metric='rmse': 'a' has accuracy, nll, ece"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            plots.plot_shift(shifts, metric)
 
 
 def test_calibration_curve_by_hand() -> None:
