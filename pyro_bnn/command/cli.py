@@ -193,7 +193,7 @@ def compare(
             console.print(f"Note: {note}", soft_wrap=True, highlight=False)
         plan = comparing.plan(folder, chosen, asked, task, overwrite)
         comparing.require_same_data(given, task)
-        found = [*given, *comparing.train_all(plan, task, console)]
+        found = [*given, *comparing.train_all(plan, task, console, overwrite)]
         console.print(comparing.write(folder, found, task, place))
     console.print(f"Saved in {folder}", soft_wrap=True, highlight=False)
 

@@ -5,6 +5,7 @@ The folder holds one run folder for each method that was trained, ``comparison.j
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,11 +20,13 @@ from pyro_bnn.command import runs
 from pyro_bnn.command.options import MethodName, Options, check, complete
 from pyro_bnn.command.recipes import Metrics, Trained, new_network, train_and_score
 from pyro_bnn.command.runs import Run
+from pyro_bnn.command.unfinished import Unfinished
 from pyro_bnn.data import Task
 from pyro_bnn.data.run_folder import is_run
 from pyro_bnn.diagnostics.pages.comparison import Candidate, PairedDifference, comparison
 from pyro_bnn.diagnostics.pages.glossary import best_of, formats_of
 from pyro_bnn.files import write_json
+from pyro_bnn.inference.distributed import processes
 
 COMPARISON_FORMAT = 1
 #: metrics that are printed; the page has all of them
@@ -121,7 +124,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.shape == other.shape and torch.allclose(one, other, rtol=1e-6, atol=1e-6)
 
 
-def train_all(planned: Sequence[Planned], task: Task, console: Console) -> list[Run]:
+def train_all(planned: Sequence[Planned], task: Task, console: Console, overwrite: bool) -> list[Run]:
     """Trains the runs that are not finished. The deterministic network is trained once, or taken from a finished run.
 
     :raises ArithmeticError, ValueError: when training diverges, or the network does not accept the data.
@@ -139,10 +142,17 @@ def train_all(planned: Sequence[Planned], task: Task, console: Console) -> list[
                 _save_for_arviz(one, task, one.finished.posterior(new_network(one.options, task, console)))
             continue
         console.print(f"{one.options.method}:", highlight=False)
-        fitted = train_and_score(new_network(one.options, task, console), task, one.options, console, twin)
+        state = Unfinished(one.folder, "the same command")
+        state.begin(json.loads(json.dumps(asdict(one.options))), overwrite)
+        net = new_network(one.options, task, console)
+        with state.stopping():
+            fitted = train_and_score(net, task, one.options, console, state, twin)
         twin = fitted.twin
-        runs.save(one.folder, task, one.options, fitted)
-        _save_for_arviz(one, task, fitted.posterior)
+        if processes().is_first:
+            runs.save(one.folder, task, one.options, fitted)
+            state.end()
+            _save_for_arviz(one, task, fitted.posterior)
+        processes().gather(None)
         found.append(runs.read(one.folder))
     return found
 

@@ -36,11 +36,14 @@ from pyro_bnn.command.terminal import (
     table_of_metrics,
     user_errors,
 )
+from pyro_bnn.command.unfinished import Unfinished
 from pyro_bnn.data import IMAGE_SIZE, Task
+from pyro_bnn.inference.distributed import processes
 from pyro_bnn.models.architectures.pretrained import find_weights, image_size
 
 
 def fit(
+    context: typer.Context,
     data: Annotated[
         str, typer.Option(help="digits, or a path: .npz, .csv (with --target) or a folder of images")
     ] = "digits",
@@ -115,10 +118,21 @@ def fit(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     out: Annotated[Path | None, typer.Option(help="run folder [default: runs/METHOD-DATA]")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run in that folder")] = False,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="go on with an interrupted run, with the options it had")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="print nothing but errors")] = False,
 ) -> None:
-    """Trains a Bayesian network and, with the same budget, its deterministic twin, and compares both on test data."""
-    console = Console(quiet=quiet)
+    """Trains a Bayesian network and, with the same budget, its deterministic twin, and compares both on test data.
+
+    Ctrl-C and SIGTERM save what has been trained, and --resume goes on from there.
+    """
+    if resume is not None:
+        with user_errors(ValueError, OSError):
+            context.params.update(_resumed(context, resume), out=resume, resume=None)
+        context.invoke(fit, context, **context.params)
+        return
+    console = Console(quiet=quiet or not processes().is_first)
     with user_errors(ValueError, OSError):
         source = DataOptions(data, target, task_, drop, split, category, impute)
         asked: dict[str, Any] = {
@@ -163,9 +177,12 @@ def fit(
         known, field = None, None
         if pretrained is not None and not weights:
             known, field = _pretrained(Path(pretrained), options, net, task)
-        folder.mkdir(parents=True, exist_ok=True)
+        state = Unfinished(folder, f"pyro-bnn fit --resume {folder}")
+        goes_on = state.begin(_command(context.params), overwrite)
 
     with user_errors(ArithmeticError, ValueError, OSError):
+        if goes_on:
+            console.print(f"Going on with the run in {folder}", soft_wrap=True, highlight=False)
         if known is not None:
             which = "mean field" if method == "weight-sharing" and field is not None else "deterministic network"
             console.print(f"The {which} of {pretrained}", soft_wrap=True, highlight=False)
@@ -182,12 +199,49 @@ def fit(
             console.print("No --pretrained: first the deterministic network, then codes for its weights")
         for note in notes_of(task):
             console.print(f"Note: {note}", soft_wrap=True, highlight=False)
-        fitted = train_and_score(net, task, options, console, known, field)
+        with state.stopping():
+            fitted = train_and_score(net, task, options, console, state, known, field)
+        if not processes().is_first:
+            return
         runs.save(folder, task, options, fitted)
+        state.end()
     console.print(table_of_metrics(fitted.metrics, options, task.name))
     console.print(f"Saved in {folder}", soft_wrap=True, highlight=False)
     with user_errors(runs.ArvizFileError, exit_code=1):
         runs.save_for_arviz(folder, task, options, fitted.posterior)
+
+
+#: options that do not change what a run finds
+_ASIDE = ("out", "overwrite", "quiet", "resume")
+
+
+def _command(params: dict[str, Any]) -> dict[str, Any]:
+    """The options of the command, for the same command in any folder."""
+    found = {name: value for name, value in params.items() if name not in _ASIDE}
+    for name in ("data", "pretrained"):
+        if found[name] is not None and Path(found[name]).exists():
+            found[name] = str(Path(found[name]).resolve())
+    return found
+
+
+def _resumed(context: typer.Context, run: Path) -> dict[str, Any]:
+    """The options that an interrupted run had.
+
+    :raises ValueError: when the command has others beside ``--resume``.
+    """
+    own = [p.opts[0] for p in context.command.params if p.name not in ("resume", "quiet")]
+    names = {p.name: p.opts[0] for p in context.command.params}
+    given = [
+        names[name]
+        for name in context.params
+        if name in names
+        and names[name] in own
+        and context.get_parameter_source(name) is not None
+        and context.get_parameter_source(name).name == "COMMANDLINE"  # type: ignore[union-attr]
+    ]
+    if given:
+        raise ValueError(f"--resume {run} goes on with the options that the run had: leave out {', '.join(given)}")
+    return Unfinished(run, "").asked()
 
 
 def _pretrained(folder: Path, options: Options, net: nn.Module, task: Task) -> tuple[Trained, pb.Posterior | None]:

@@ -15,7 +15,10 @@ from torch import nn
 import pyro_bnn as pb
 from pyro_bnn.command.options import Options
 from pyro_bnn.command.shifts import shift_scores
+from pyro_bnn.command.unfinished import Unfinished
 from pyro_bnn.data import Task
+from pyro_bnn.inference import Checkpoint
+from pyro_bnn.inference.distributed import processes
 from pyro_bnn.models.architectures import pretrained
 from pyro_bnn.models.architectures.named import build_network
 
@@ -47,27 +50,30 @@ def train_and_score(
     task: Task,
     options: Options,
     console: Console,
+    state: Unfinished,
     twin: Trained | None = None,
     field: pb.Posterior | None = None,
 ) -> Fitted:
     """Trains the deterministic twin, unless it is given, and then the Bayesian network; computes the metrics of both.
 
+    :param state: where training keeps its state, so that it can go on after an interruption.
     :param twin: the deterministic network, from whose weights particles or codes start.
     :param field: a mean field from which codes start, instead of the twin.
     :raises ArithmeticError, ValueError: when training diverges, or an option does not fit the network.
     """
-    twin = twin or train_by_svi(deterministic(net, task), task, options, console)
+    twin = twin or train_by_svi(deterministic(net, task), task, options, console, state.checkpoint("deterministic"))
+    place = state.checkpoint("posterior")
     compression: Metrics = {}
     match options.method:
         case "spike-slab":
-            found = train_spike_slab(trained_network(twin.posterior), task, options, console)
+            found = train_spike_slab(trained_network(twin.posterior), task, options, console, place)
         case "bella":
             start = net if isinstance(net, pretrained.Pretrained) else trained_network(twin.posterior)
-            found = train_bella(start, task, options, console)
+            found = train_bella(start, task, options, console, place)
         case "weight-sharing":
-            found, compression = train_weight_sharing(twin, field, task, options, console)
+            found, compression = train_weight_sharing(twin, field, task, options, console, place)
         case _:
-            found = train_by_svi(bayesian(net, task, options), task, options, console)
+            found = train_by_svi(bayesian(net, task, options), task, options, console, place)
     metrics = score(found.posterior, task, options) | found.cost
     metrics["deterministic"] = score(twin.posterior, task, options) | twin.cost
     if options.method == "spike-slab":
@@ -156,7 +162,9 @@ def new_network(options: Options, task: Task, console: Console) -> nn.Module:
 
 def find_device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", torch.cuda.current_device()) if processes().are_several else torch.device("cuda")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -166,20 +174,26 @@ def find_device(name: str) -> torch.device:
 
 
 def train_by_svi(
-    model_and_guide: tuple[nn.Module, nn.Module], task: Task, options: Options, console: Console
+    model_and_guide: tuple[nn.Module, nn.Module], task: Task, options: Options, console: Console, place: Checkpoint
 ) -> Trained:
     model, guide = model_and_guide
     console.print(f"{type(model).__name__} with {type(guide).__name__}, {options.network}, {options.device}")
     start = time.perf_counter()
     schedule = pb.inference.cosine(warmup=1.0)
-    posterior = _fit(model, guide, task, options, console, lr=options.lr, schedule=schedule)
+    posterior = _fit(model, guide, task, options, console, place, lr=options.lr, schedule=schedule)
     parameters = {id(p): p for module in (model, guide) for p in module.parameters() if p.requires_grad}
     size = sum(parameter.numel() for parameter in parameters.values())
     return Trained(posterior, {"seconds": time.perf_counter() - start, "trainable_parameters": size})
 
 
 def _fit(
-    model: nn.Module, guide: nn.Module, task: Task, options: Options, console: Console, **settings: Any
+    model: nn.Module,
+    guide: nn.Module,
+    task: Task,
+    options: Options,
+    console: Console,
+    place: Checkpoint,
+    **settings: Any,
 ) -> pb.Posterior:
     return pb.inference.fit(
         model,
@@ -189,6 +203,7 @@ def _fit(
         batch_size=options.batch_size,
         seed=options.seed,
         progress=not console.quiet,
+        checkpoint=place,
         **settings,
     )
 
@@ -204,7 +219,7 @@ def trained_network(posterior: pb.Posterior) -> nn.Module:
     return net.requires_grad_()
 
 
-def train_spike_slab(net: nn.Module, task: Task, options: Options, console: Console) -> Trained:
+def train_spike_slab(net: nn.Module, task: Task, options: Options, console: Console, place: Checkpoint) -> Trained:
     """Samples by SGHMC within EM, starting from the deterministic network."""
     size = len(task.x_train)
     model = pb.models.SpikeSlab(net, _likelihood(task), size, prior=_prior(options))
@@ -221,13 +236,13 @@ def train_spike_slab(net: nn.Module, task: Task, options: Options, console: Cons
     console.print(f"SpikeSlab with SGHMCEM, {options.network}, {options.device}, from the deterministic network")
     start = time.perf_counter()
     posterior = pb.inference.sample(
-        kernel, options.samples, options.epochs, seed=options.seed, progress=not console.quiet
+        kernel, options.samples, options.epochs, checkpoint=place, seed=options.seed, progress=not console.quiet
     )
     cost = {"seconds": time.perf_counter() - start, "trainable_parameters": kernel.potential.dim}
     return Trained(posterior, cost)
 
 
-def train_bella(net: nn.Module, task: Task, options: Options, console: Console) -> Trained:
+def train_bella(net: nn.Module, task: Task, options: Options, console: Console, place: Checkpoint) -> Trained:
     """Trains low-rank particles around a trained network; if its last layer is new, each particle has its own."""
     head = net.head if isinstance(net, pretrained.Pretrained) else None
     # With the default Normal prior, Bella chooses the scale of the factors from that of what they add to the weights.
@@ -243,13 +258,14 @@ def train_bella(net: nn.Module, task: Task, options: Options, console: Console) 
         batch_size=options.batch_size,
         seed=options.seed,
         progress=not console.quiet,
+        checkpoint=place,
     )
     size = sum(p.numel() for p in guide.parameters())
     return Trained(posterior, {"seconds": time.perf_counter() - start, "trainable_parameters": size})
 
 
 def train_weight_sharing(
-    twin: Trained, field: pb.Posterior | None, task: Task, options: Options, console: Console
+    twin: Trained, field: pb.Posterior | None, task: Task, options: Options, console: Console, place: Checkpoint
 ) -> tuple[Trained, Metrics]:
     """Finds codes for the weights of a mean field or of the deterministic network, then trains and merges them.
 
@@ -283,7 +299,7 @@ def train_weight_sharing(
         shared = pb.models.SharedWeights(net, likelihood, size, codebook=guide.book, prior=_prior(options))
         model, merge, trained = shared, [], shared.shared_guide(guide)
     rate = {"lr": options.lr / CODE_SLOWER, "schedule": pb.inference.cosine()}
-    posterior = _fit(model, trained, task, options, console, **rate, callbacks=merge)
+    posterior = _fit(model, trained, task, options, console, place, **rate, callbacks=merge)
     report = guide.compression_report()
     points = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parameters = report["trainable"] + report["other_trainable"] + points

@@ -106,8 +106,10 @@ def ke_fan() -> KeFanSGHMC:
     return KeFanSGHMC(spike_slab(), data(), prune="ke_fan", em_start=6, **STEPS)
 
 
-KERNELS: list[Callable[[], SGHMC]] = [
-    *(plain, adaptive, rmsprop, langevin, normalised, tuned, exact, em, swapping, regrowing, ke_fan)
+QUICK = [plain, normalised, tuned, em]
+KERNELS: list[Any] = [
+    pytest.param(make, marks=() if make in QUICK else pytest.mark.slow)
+    for make in (plain, adaptive, rmsprop, langevin, normalised, tuned, exact, em, swapping, regrowing, ke_fan)
 ]
 
 
@@ -160,11 +162,18 @@ def test_a_chain_that_is_killed_resumes_to_the_same_draws(make: Callable[[], SGH
     kill_and_resume(make, 1, tmp_path, 10 if make in (plain, em) else 2)
 
 
-@pytest.mark.parametrize("make", [plain, adaptive, tuned, exact, em, swapping, regrowing])
+@pytest.mark.parametrize(
+    "make",
+    [
+        swapping,
+        *(pytest.param(make, marks=pytest.mark.slow) for make in (plain, adaptive, tuned, exact, em, regrowing)),
+    ],
+)
 def test_vectorised_chains_resume_to_the_same_draws(make: Callable[[], SGHMC], tmp_path: Path) -> None:
     kill_and_resume(make, 3, tmp_path, 2)
 
 
+@pytest.mark.slow
 def test_noise_with_generators_of_its_own_resumes(tmp_path: Path) -> None:
     kill_and_resume(large, 1, tmp_path, 1)
 
