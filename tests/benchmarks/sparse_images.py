@@ -105,7 +105,7 @@ SETTINGS = {
         warmup=3,
         cycles=4,
         step_size=0.1,
-        spike=5e-4,
+        spike=2e-3,
         slab=1e-4,
         weight_decay=1e-4,
     ),
