@@ -1,5 +1,6 @@
 """Inference engines: each fits a Pyro model and returns a :class:`pyro_bnn.Posterior`."""
 
+from pyro_bnn.distributed import alone
 from pyro_bnn.inference.baselines.dropout import MCDropout
 from pyro_bnn.inference.baselines.ensemble import DeepEnsemble
 from pyro_bnn.inference.baselines.laplace import LastLayerLaplace
@@ -47,6 +48,7 @@ __all__ = [
     "ScaleLatents",
     "ScaledMedian",
     "Training",
+    "alone",
     "cosine",
     "cyclical_annealing",
     "fit",

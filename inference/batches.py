@@ -23,8 +23,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from pyro_bnn.distributed import Processes
 from pyro_bnn.entry import checks
-from pyro_bnn.inference.distributed import Processes
 from pyro_bnn.inputs import (
     LABELS,
     Data,

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
+from pyro_bnn.distributed import ALONE, Processes
 from pyro_bnn.entry import checks
 from pyro_bnn.inputs import (
     LABELS,
@@ -38,7 +39,13 @@ ROWS = 256
 
 
 def predict_batches(
-    posterior: Posterior, data: Data, *, num_samples: int | None, batch_size: int | None, seed: int
+    posterior: Posterior,
+    data: Data,
+    *,
+    num_samples: int | None,
+    batch_size: int | None,
+    seed: int,
+    together: Processes = ALONE,
 ) -> Iterator[tuple[Inputs, Prediction, Tensor]]:
     """Yields ``(x, prediction, y)`` for every batch, as tensors on the device of the model.
 
@@ -46,11 +53,16 @@ def predict_batches(
 
     :param data: a ``DataLoader`` or another iterable of pairs ``(x, y)`` or of dicts with ``labels``, a ``Dataset`` of
         such, or one pair or dict itself. :mod:`pyro_bnn.inputs` says what x and y may be.
+    :param together: processes that divide the rows of every batch; this one gets its own.
     :raises TypeError: when data is none of these, or ``posterior`` is not a posterior.
     :raises ValueError: when x and y differ in length, a prediction holds NaN, or batch_size is below 1.
     """
     require_posterior(posterior)
     for x, y in pair_batches(data, getattr(posterior, "model", None), batch_size):
+        if together.are_several:
+            x, y = _part((x, y), len(y), together)  # type: ignore[misc]
+            if not len(y):
+                continue
         prediction = predict_batch(posterior, x, num_samples, batch_size, seed)
         yield x, prediction, y.to(prediction.per_member.device)
 
@@ -71,7 +83,14 @@ def pair_batches(data: Data, model: object, batch_size: int | None = None) -> It
 
 
 def predict_inputs(
-    posterior: Posterior, data: Data, *, like: object, num_samples: int | None, batch_size: int | None, seed: int
+    posterior: Posterior,
+    data: Data,
+    *,
+    like: object,
+    num_samples: int | None,
+    batch_size: int | None,
+    seed: int,
+    together: Processes = ALONE,
 ) -> Iterator[Prediction]:
     """Yields the prediction for every batch of inputs; labels in the data are ignored.
 
@@ -81,6 +100,10 @@ def predict_inputs(
     :raises ValueError: when a prediction holds NaN, or batch_size is below 1.
     """
     for x in _inputs(data, like, _rows(batch_size)):
+        if together.are_several:
+            x = _part(x, count_rows(x), together)
+            if not count_rows(x):
+                continue
         yield predict_batch(posterior, x, num_samples, batch_size, seed)
 
 
@@ -145,6 +168,12 @@ def require_repeatable(data: Data, name: str) -> None:
             f"{name} is read more than once, and a {type(data).__name__} is empty after the first pass: give a "
             f"DataLoader, a Dataset, a pair (x, y) of tensors or a list of batches, such as list({name})"
         )
+
+
+def _part(tree: object, size: int, together: Processes) -> object:
+    """The rows of this process."""
+    rows = slice(together.rank, None, together.size)
+    return pytree.tree_map(lambda t: t[rows] if batched(t, size) else t, tree)
 
 
 def first_rows(x: Inputs, rows: int) -> object:

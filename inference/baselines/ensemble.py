@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pyro_bnn.distributed import alone, processes
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.given.copying import copy_of, unwrapped
 from pyro_bnn.given.fresh import fresh_copy
 from pyro_bnn.inference.baselines.point import Baseline
 from pyro_bnn.inference.checkpoint import Checkpoint
-from pyro_bnn.inference.distributed import alone, processes
 from pyro_bnn.inputs import Data
 from pyro_bnn.modes import settle
 from pyro_bnn.posterior import Posterior

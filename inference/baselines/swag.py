@@ -10,11 +10,11 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from pyro_bnn.distributed import processes
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.baselines.point import Baseline
 from pyro_bnn.inference.batches import minibatches
-from pyro_bnn.inference.distributed import processes
 from pyro_bnn.inference.svi.fitting import fit
 from pyro_bnn.inference.training.callbacks import Callback, Callbacks, FitState
 from pyro_bnn.inference.training.options import Training

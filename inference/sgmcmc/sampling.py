@@ -15,10 +15,10 @@ from pyro.infer import MCMC
 from pyro.infer.mcmc.mcmc_kernel import MCMCKernel
 from torch import Tensor
 
+from pyro_bnn.distributed import Processes, processes, require_one_process
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.checkpoint import Checkpoint, CheckpointFile
-from pyro_bnn.inference.distributed import Processes, processes, require_one_process
 from pyro_bnn.inference.progress import progress_bar
 from pyro_bnn.inference.settings import differences, settings_of_chain
 from pyro_bnn.inference.sgmcmc.agreement import agreement

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_bnn.distributed import ALONE, Processes
 from pyro_bnn.entry.threads import one_at_a_time
-from pyro_bnn.inference.distributed import ALONE, Processes
 from pyro_bnn.inference.potential import LogJoint
 from pyro_bnn.inference.stein.particles import Segment
 from pyro_bnn.modes import RunningStatistics, keeping_modes, training_mode

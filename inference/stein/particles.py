@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad_and_value, vmap
 
-from pyro_bnn.inference.distributed import ALONE, Processes
+from pyro_bnn.distributed import ALONE, Processes
 from pyro_bnn.inference.stein.autoparticles import AutoParticles
 from pyro_bnn.perturb.vectoriser import Vectoriser
 from pyro_bnn.randomness import RandomState

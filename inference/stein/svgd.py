@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from pyro_bnn import display
+from pyro_bnn.distributed import processes
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.batches import minibatches
-from pyro_bnn.inference.distributed import processes
 from pyro_bnn.inference.schedules import Schedule, scheduler_of
 from pyro_bnn.inference.settings import settings_of
 from pyro_bnn.inference.stein.autoparticles import AutoParticles

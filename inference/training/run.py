@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pyro_bnn.distributed import ALONE, Processes
 from pyro_bnn.inference.batches import Minibatches
 from pyro_bnn.inference.checkpoint import CheckpointFile
-from pyro_bnn.inference.distributed import ALONE, Processes
 from pyro_bnn.inference.settings import differences
 from pyro_bnn.program.factorised import split
 from pyro_bnn.program.guide import MixtureGuide

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from pyro_bnn.inference.distributed import Processes
+from pyro_bnn.distributed import Processes
 from pyro_bnn.inputs import Data
 from pyro_bnn.modes import keeping_modes
 from pyro_bnn.posterior import Posterior

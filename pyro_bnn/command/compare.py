@@ -25,8 +25,8 @@ from pyro_bnn.data import Task
 from pyro_bnn.data.run_folder import is_run
 from pyro_bnn.diagnostics.pages.comparison import Candidate, PairedDifference, comparison
 from pyro_bnn.diagnostics.pages.glossary import best_of, formats_of
+from pyro_bnn.distributed import processes
 from pyro_bnn.files import write_json
-from pyro_bnn.inference.distributed import processes
 
 COMPARISON_FORMAT = 1
 #: metrics that are printed; the page has all of them

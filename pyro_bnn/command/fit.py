@@ -38,7 +38,7 @@ from pyro_bnn.command.terminal import (
 )
 from pyro_bnn.command.unfinished import Unfinished
 from pyro_bnn.data import IMAGE_SIZE, Task
-from pyro_bnn.inference.distributed import processes
+from pyro_bnn.distributed import processes
 from pyro_bnn.models.architectures.pretrained import find_weights, image_size
 
 

@@ -17,8 +17,8 @@ from pyro_bnn.command.options import Options
 from pyro_bnn.command.shifts import shift_scores
 from pyro_bnn.command.unfinished import Unfinished
 from pyro_bnn.data import Task
+from pyro_bnn.distributed import processes
 from pyro_bnn.inference import Checkpoint
-from pyro_bnn.inference.distributed import processes
 from pyro_bnn.models.architectures import pretrained
 from pyro_bnn.models.architectures.named import build_network
 

@@ -17,9 +17,9 @@ from typing import Any
 
 import typer
 
+from pyro_bnn.distributed import processes
 from pyro_bnn.files import read_json, require_seal, sealed, write_json
 from pyro_bnn.inference import Checkpoint
-from pyro_bnn.inference.distributed import processes
 
 #: minutes from one checkpoint to the next
 EVERY = 1.0

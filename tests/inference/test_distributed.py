@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset, WeightedRandomSampler
 
 import pyro_bnn as pb
+from pyro_bnn.distributed import ALONE, Processes, alone, processes
 from pyro_bnn.inference import SGHMC, SVGD, SWAG, AutoParticles, Checkpoint, DeepEnsemble, fit, sample
-from pyro_bnn.inference.distributed import ALONE, Processes, alone, processes
-from pyro_bnn.likelihoods import Gaussian
-from pyro_bnn.models import Bella, Dense, ParticleGuide, PointGuide, Rank1, Rank1Guide
+from pyro_bnn.likelihoods import Categorical, Gaussian
+from pyro_bnn.models import Bella, Dense, MeanFieldGuide, ParticleGuide, PointGuide, Rank1, Rank1Guide
 from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.randomness import derive_seeds
 
@@ -341,6 +341,53 @@ def by_nuts() -> str:
 def test_what_is_not_distributed_says_so(tmp_path: Path) -> None:
     said = together(by_nuts, tmp_path)
     assert all(one.startswith("NUTS is not distributed: each of the 2 processes would do all of it") for one in said)
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+def scores(kind: str, divided: bool) -> dict[str, Any]:
+    torch.manual_seed(0)
+    x, y = data()
+    if kind == "classes":
+        model = Dense(nn.Linear(3, 4).double(), Categorical(), N)
+        posterior = pb.Posterior(model, MeanFieldGuide(model))
+        labels = x[:, 0].sign().long() + 1
+        shift = {"less": lambda x, severity: x / (1 + severity), "more": lambda x, severity: x * severity}
+        options: dict[str, Any] = {"ood": torch.randn(9, 3).double(), "shift": shift}
+        y = labels
+    else:
+        model = Dense(net(), Gaussian(0.3), N)
+        posterior, options = pb.Posterior(model, MeanFieldGuide(model)), {}
+    if divided:
+        found = pb.diagnostics.evaluate(posterior, (x, y), seed=0, batch_size=7, **options)
+    else:
+        with alone():
+            found = pb.diagnostics.evaluate(posterior, (x, y), seed=0, batch_size=7, **options)
+    if "shift" in found:
+        found |= {"by kind": found["shift"].by_kind, "rows": found.pop("shift").rows}
+    return found
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+def test_processes_divide_the_rows_of_an_evaluation(kind: str, tmp_path: Path) -> None:
+    """Metrics of every kind, out-of-distribution detection and shift, from uneven parts (batches of 7 and 1 rows)."""
+    one, other = together(scores, tmp_path, kind, True)
+    for name, value in scores(kind, True).items():
+        if name == "by kind":
+            for key, of in value.items():
+                assert {n: pytest.approx(v, rel=1e-9) for n, v in of.items()} == one[name][key] == other[name][key]
+        else:
+            assert one[name] == other[name] == pytest.approx(value, rel=1e-9), name
+
+
+def first_alone() -> float:
+    return scores("classes", False)["nll"] if processes().is_first else 0.0
+
+
+def test_one_process_evaluates_alone_where_the_others_do_not(tmp_path: Path) -> None:
+    found = together(first_alone, tmp_path)
+    assert found == [pytest.approx(scores("classes", False)["nll"], rel=1e-9), 0.0]
 
 
 # ------------------------------------------------------------------------------------------------------- processes

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from pyro_bnn.diagnostics.scoring.precision import precision, wide
 from pyro_bnn.diagnostics.scoring.probabilities import require_probabilities
 from pyro_bnn.diagnostics.scoring.selective import mean_over_ties
+from pyro_bnn.distributed import processes
 from pyro_bnn.entry import checks
 
 BINS = 15
@@ -120,7 +121,7 @@ class ClasswiseCalibrationError(Metric):
     size: Tensor
 
     def __init__(self, classes: int, bins: int = BINS) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=processes().are_several)
         _require_bins(bins)
         self.bins = bins
         self.add_state("excess", torch.zeros(classes, bins), dist_reduce_fx="sum")

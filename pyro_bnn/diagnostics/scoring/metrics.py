@@ -11,6 +11,7 @@ from torch.nn.functional import one_hot
 from torchmetrics import MeanSquaredError, Metric
 
 from pyro_bnn.diagnostics.scoring.calibration import BINS, ClasswiseCalibrationError, bin_confidence
+from pyro_bnn.diagnostics.scoring.gathering import all_rows
 from pyro_bnn.diagnostics.scoring.ood import aupr, auroc, fpr95, ood_scores
 from pyro_bnn.diagnostics.scoring.precision import precision, running_mean, wide
 from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities
@@ -18,6 +19,7 @@ from pyro_bnn.diagnostics.scoring.scores import crps, interval_coverage, interva
 from pyro_bnn.diagnostics.scoring.selective import augrc, aurc, risk_at_coverage
 from pyro_bnn.diagnostics.scoring.shift import ShiftedScores, ShiftLike
 from pyro_bnn.diagnostics.scoring.similarity import disagreement
+from pyro_bnn.distributed import processes
 from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.predicting import log_predictive_density, predict_batches, predict_inputs
 from pyro_bnn.randomness import some_seed
@@ -100,6 +102,9 @@ def evaluate(
     them counts as a datum, except in ``nll``, where a datum is a row, and in the scores of ``ood``, which are averaged
     over them. Ties in confidence are averaged over their order, so the order of the rows does not matter.
 
+    Under ``torchrun`` the rows of every batch are divided between processes, all of which have to call this and get the
+    same metrics; inside :func:`~pyro_bnn.inference.alone` one process scores all rows.
+
     Every batch is predicted with the same draws. Of each batch at most two numbers for each label and three for each
     row stay in memory, whatever the number of draws and classes.
 
@@ -128,24 +133,32 @@ def evaluate(
     sources of the other metrics are in the modules ``calibration``, ``selective``, ``ood``, ``scores`` and
     ``similarity``, which compute each of them from tensors.
     """
-    settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": some_seed(seed)}
+    together = processes()
+    seed = some_seed(together.shared_seed(seed))
+    settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
     quality: ClassificationMetrics | RegressionMetrics | None = None
     shifted = None if shift is None else ShiftedScores(posterior, shift, settings)
     example: Inputs = None
-    for x, prediction, y in predict_batches(posterior, data, **settings):
+    for x, prediction, y in predict_batches(posterior, data, **settings, together=together):
         if quality is None:
             quality, example = _quality(prediction, ood is not None), x
         quality.update(prediction, y)
         if shifted is not None:
             shifted.update(x, y)
+    without = together.total([float(quality is None)])[0]
+    if 0 < without < together.size:
+        raise ValueError(
+            f"data has fewer rows than the {together.size} processes that divide them: evaluate it inside "
+            "pyro_bnn.inference.alone(), in one or all of them"
+        )
     if quality is None:
         raise ValueError("data is empty: evaluate needs at least one row; look at the filter or split that made it")
     if ood is not None and isinstance(quality, ClassificationMetrics):
         rows = 0
-        for prediction in predict_inputs(posterior, ood, like=example, **settings):
+        for prediction in predict_inputs(posterior, ood, like=example, **settings, together=together):
             quality.update_ood(prediction)
             rows += prediction.mean.shape[0]
-        if rows == 0:
+        if together.any(rows == 0):
             raise ValueError("ood is empty: give at least one row of inputs, or leave out ood=")
     found: dict[str, Any] = {**quality.compute()}
     if shifted is not None:
@@ -220,7 +233,7 @@ class ClassificationMetrics:
 
     def compute(self) -> dict[str, float]:
         """``{metric: number}`` over all batches."""
-        confidence, correct = torch.cat(self.confidence), torch.cat(self.correct)
+        confidence, correct = all_rows(self.confidence), all_rows(self.correct)
         error = wide(~correct)
         result = {name: float(metric.compute()) for name, metric in self.means.items()}
         result |= {
@@ -232,7 +245,7 @@ class ClassificationMetrics:
             "risk_at_80": risk_at_coverage(confidence, error, KEPT),
         }
         for score, parts in self.inside.items():
-            inside, outside = torch.cat(parts), torch.cat(self.outside[score])
+            inside, outside = all_rows(parts), all_rows(self.outside[score])
             suffix = "" if score == "entropy" else f"_{score}"
             for metric in (auroc, aupr, fpr95):
                 result[f"ood_{metric.__name__}{suffix}"] = metric(inside, outside)
@@ -246,9 +259,10 @@ class RegressionMetrics:
     """
 
     def __init__(self, device: torch.device) -> None:
+        squares = MeanSquaredError(squared=False, sync_on_compute=processes().are_several)
         self.metrics: dict[str, Metric] = {
             "nll": running_mean(device),
-            "rmse": MeanSquaredError(squared=False).to(device).set_dtype(precision(device)),
+            "rmse": squares.to(device).set_dtype(precision(device)),
             **{name: running_mean(device) for name in ("crps", "coverage", "width", "aleatoric", "epistemic")},
         }
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 
+from pyro_bnn.distributed import processes
+
 
 def precision(device: torch.device) -> torch.dtype:
     """float64, or float32 on a device without float64 (mps)."""
@@ -18,5 +20,6 @@ def wide(values: Tensor) -> Tensor:
 
 
 def running_mean(device: torch.device) -> Metric:
-    """A running mean of all values that it is updated with, on the device; NaN raises an error."""
-    return MeanMetric(nan_strategy="error").to(device).set_dtype(precision(device))
+    """A running mean of all values that processes update it with, on the device; NaN raises an error."""
+    metric = MeanMetric(nan_strategy="error", sync_on_compute=processes().are_several)
+    return metric.to(device).set_dtype(precision(device))

@@ -13,8 +13,10 @@ from torch import Tensor
 from pyro_bnn import display
 from pyro_bnn.data.corruptions import SEVERITIES, image_shift
 from pyro_bnn.diagnostics.scoring.calibration import BINS, bin_confidence
+from pyro_bnn.diagnostics.scoring.gathering import all_rows
 from pyro_bnn.diagnostics.scoring.precision import running_mean, wide
 from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities
+from pyro_bnn.distributed import processes
 from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.network import batch_size as count_rows
@@ -174,7 +176,8 @@ class ShiftedScores:
             kind: {name: [values[kind, severity][name] for severity in SEVERITIES] for name in names}
             for kind in self.corruptions
         }
-        return Shift(by_kind, {name: clean[name] for name in names}, self.rows, self.functions)
+        rows = int(processes().total([self.rows])[0])
+        return Shift(by_kind, {name: clean[name] for name in names}, rows, self.functions)
 
 
 class _Scores:
@@ -204,7 +207,7 @@ class _Classified(_Scores):
         self.correct.append(predicted == y.flatten().long())
 
     def compute(self) -> dict[str, float]:
-        confidence, correct = torch.cat(self.confidence), torch.cat(self.correct)
+        confidence, correct = all_rows(self.confidence), all_rows(self.correct)
         error = bin_confidence(confidence, correct, BINS).error
         return {"accuracy": float(wide(correct).mean()), **super().compute(), "ece": error}
 
