@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from pyro_bnn.entry import checks
 from pyro_bnn.files import replacing
@@ -137,10 +139,11 @@ class CheckpointFile:
 
 
 def write(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Writes tensors, numbers, strings and containers of them; the file appears whole or not at all.
+    """Writes tensors, numbers, strings and containers of them, tensors as those of the processor; whole or not at all.
 
     :raises OSError: when the disk refuses it.
     """
+    state = pytree.tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, state)
     with replacing(Path(path)) as temporary:
         try:
             with temporary.open("wb") as file:

@@ -13,16 +13,17 @@ import torch
 import torch.multiprocessing as mp
 
 
-def together(work: Callable[..., Any], folder: Path, *args: object, size: int = 2) -> list[Any]:
+def together(work: Callable[..., Any], folder: Path, *args: object, size: int = 2, method: str = "fork") -> list[Any]:
     """What ``work(*args)`` returns in each of the processes, in order.
 
     :param work: a function of a module, which all processes import.
+    :param method: how processes start: "spawn" where the parent has used a GPU.
     :raises torch.multiprocessing.ProcessRaisedException: when it raises in one of them.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.start_processes(_one, (work, size, port, str(folder), args), nprocs=size, start_method="fork")
+    mp.start_processes(_one, (work, size, port, str(folder), args), nprocs=size, start_method=method)
     return [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(size)]
 
 

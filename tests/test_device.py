@@ -11,6 +11,7 @@ import pyro
 import pytest
 import torch
 import torchvision
+from launched import together
 from pyro import poutine
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -430,3 +431,80 @@ def test_particles_on_a_gpu(tmp_path, method: str) -> None:  # type: ignore[no-u
     assert probs.is_cuda and bool(torch.isfinite(probs).all())
     posterior.save(tmp_path / "p")
     torch.testing.assert_close(pb.load(tmp_path / "p", net).predict(x, num_samples=1).probs, probs)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("engine", ["rank1", "bella"])
+def test_mixed_precision_on_a_gpu(engine: str, precision: Any) -> None:
+    """Proves that autocast, and for fp16 the factor of the loss, reach the loss of float32 within 5 %."""
+
+    def losses(**options: Any) -> list[float]:
+        torch.manual_seed(0)
+        net = resnet18(3).cuda()
+        x, y = torch.randn(96, 3, 16, 16), torch.arange(96) % 3
+        x += y.view(-1, 1, 1, 1).float()
+        run: dict[str, Any] = {"batch_size": 32, "progress": False, "seed": 0} | options
+        if engine == "rank1":
+            model = Rank1(net, pb.likelihoods.Categorical(), 96)
+            return pb.inference.fit(model, Rank1Guide(model), (x, y), epochs=8, **run).losses
+        bella = Bella(net, pb.likelihoods.Categorical(), 96, head="fc")
+        return pb.inference.SVGD(bella, ParticleGuide(bella, 2), lr=1e-2).fit((x, y), 8, **run).losses
+
+    full, half = losses(), losses(precision=precision)
+    assert sum(half[-6:]) == pytest.approx(sum(full[-6:]), rel=0.05)
+
+
+def on_gpus() -> tuple[list[Tensor], list[float]]:
+    torch.manual_seed(0)
+    model = Dense(nn.Linear(5, 3).cuda(), pb.likelihoods.Categorical(), 64)
+    guide = pb.models.PointGuide(model)
+    x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    losses = pb.inference.fit(
+        model, guide, (x, (x[:, 0] > 0).long()), epochs=3, batch_size=64, optim="sgd", lr=0.1, progress=False
+    ).losses
+    return [p.detach().cpu() for p in guide.parameters()], losses
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices, one for each process")
+def test_two_processes_over_nccl_take_the_steps_of_one(tmp_path: Any) -> None:
+    found = together(on_gpus, tmp_path, method="spawn")
+    whole = on_gpus()
+    for parameters, losses in found:
+        assert losses == pytest.approx(whole[1], rel=1e-5)
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(parameters, whole[0], strict=True))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_step_of_the_objective_in_a_cuda_graph() -> None:
+    """Proves that the loss and its gradient of a guide without draws can be captured and replayed on new data."""
+    torch.manual_seed(0)
+    model = Dense(nn.Linear(5, 3).cuda(), pb.likelihoods.Categorical(), 64)
+    guide = pb.models.PointGuide(model)
+    objective = pb.inference.Objective(model, guide)
+    x, y = torch.randn(32, 5, device="cuda"), torch.randint(3, (32,), device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            objective.zero_grad()
+            objective(x, y).backward()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    objective.zero_grad()
+    with torch.cuda.graph(graph):
+        loss = objective.loss(x, y)
+        loss.backward()
+    other = torch.randn(32, 5, device="cuda")
+    x.copy_(other)
+    graph.replay()
+    captured = [p.grad.clone() for p in objective.trained() if p.grad is not None]
+    objective.zero_grad()
+    expected = objective(other, y)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for gradient, p in zip(captured, objective.trained(), strict=True):
+        torch.testing.assert_close(gradient, p.grad)

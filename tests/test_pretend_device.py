@@ -170,6 +170,41 @@ def test_an_engine_and_all_diagnostics_give_the_numbers_of_the_processor(engine:
             assert dg.check_prior(posterior.model, x)
 
 
+LOOP: dict[str, Any] = {"accumulate": 2, "clip_norm": 1.0, "patience": 5}
+
+
+def in_parts_svi(net: nn.Module, xy: Data, path: Path) -> None:
+    model = Rank1(net, pb.likelihoods.Categorical(), N)
+    guide = Rank1Guide(model, components=2)
+    checkpoint = pb.inference.Checkpoint(path / "run.pt", steps=1, keep=2)
+    fit(model, guide, xy, validation=xy, checkpoint=checkpoint, log=pb.inference.CSVLog(path / "log.csv"), **LOOP | RUN)
+
+
+def in_parts_svgd(net: nn.Module, xy: Data, path: Path) -> None:
+    model = Bella(net, pb.likelihoods.Categorical(), N, head="5")
+    SVGD(model, ParticleGuide(model, 3)).fit(xy, validation=xy, checkpoint=path / "run.pt", **LOOP | RUN)
+
+
+def in_parts_swag(net: nn.Module, xy: Data, path: Path) -> None:
+    engine = SWAG(net, pb.likelihoods.Categorical(), N, rank=2)
+    engine.fit(xy, num_samples=3, checkpoint=path / "run.pt", **RUN | {"epochs": 3})
+
+
+def in_parts_chain(net: nn.Module, xy: Data, path: Path) -> None:
+    kernel = SGHMCEM(dense(net, pb.priors.SpikeAndSlab()), xy, **STEPS)
+    sample(kernel, checkpoint=pb.inference.Checkpoint(path / "run.pt", epochs=1), **DRAW)
+
+
+@pytest.mark.parametrize("run", [in_parts_svi, in_parts_svgd, in_parts_swag, in_parts_chain])
+def test_checkpoints_and_options_of_the_loop_on_another_device(run: Any, tmp_path: Path) -> None:
+    """Proves that validation, accumulation, clipping, logs and checkpoints need no tensor of the processor, and that a
+    file of the processor goes on there and back: nothing is left to train in it."""
+    with PretendDevice():
+        run(convolutional().to(DEVICE), data(), tmp_path)
+        run(convolutional().to(DEVICE), data(), tmp_path)
+    run(convolutional(), data(), tmp_path)
+
+
 @pytest.mark.parametrize(
     "likelihood",
     [

@@ -176,9 +176,8 @@ class _Chain:
                 require_no_draws(Path(self.folder or ""))
                 self._write(self.file, -self.warmup_steps)
             files, kept = self._places(stack, state)
-            statistics = {} if files is None else {name: list(value) for name, value in files.statistics.items()}
+            statistics: dict[str, list[Tensor]] = {}
             done = -self.warmup_steps if state is None else state["draw"]
-            statistics = {name: values[: max(0, done)] for name, values in statistics.items()}
             params = kernel.initial_params
             if state is not None:
                 set_state(kernel, state["kernel"])
@@ -205,6 +204,8 @@ class _Chain:
             if self.file is not None and done < self.num_samples:
                 self._write(self.file, self.num_samples)
         draws = {name: value.flatten(0, 1) for name, value in kept.items()}
+        if files is not None:
+            return draws, files.statistics
         return draws, {name: torch.stack(values) for name, values in statistics.items()}
 
     def _places(
@@ -240,8 +241,9 @@ class _Chain:
         for name, value in self.kernel.potential.constrain(params).items():
             kept[name][:, i] = value
         for name, value in self.kernel.statistics().items():
-            statistics.setdefault(name, []).append(value)
-            if files is not None:
+            if files is None:
+                statistics.setdefault(name, []).append(value)
+            else:
                 files.statistics[name][i] = value
 
     def _write(self, file: CheckpointFile, draw: int) -> None:

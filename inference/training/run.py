@@ -337,7 +337,7 @@ def require_plain(state: object, what: str) -> None:
     elif isinstance(state, (list, tuple, set)):
         for value in state:
             require_plain(value, what)
-    elif type(state) not in (bool, int, float, complex, str, bytes, type(None), Tensor, nn.Parameter):
+    elif not isinstance(state, Tensor) and type(state) not in (bool, int, float, complex, str, bytes, type(None)):
         raise TypeError(
             f"{what} holds a {type(state).__name__}: expected tensors, numbers, strings and containers of them, as "
             "state_dict() returns them, so that a checkpoint can be read again"
