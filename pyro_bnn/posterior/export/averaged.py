@@ -44,7 +44,7 @@ class Averaged(nn.Module):
         for i, value in enumerate(statistics.values()):
             self.register_buffer(f"statistic_{i}", value)
         self.count = len(next(iter(draws.values())))
-        self.step = 1 if statistics else step
+        self.step = 1 if statistics else min(step, self.count)
 
     def names(self) -> dict[str, str]:
         """What tensors are called in the exported module, by their names in this one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Iterable
 
 import pyro
@@ -58,6 +59,7 @@ def export(
         module = plain_module(_traced(averaged, arguments), arguments, names, averaged.names())
         for rows in sorted({1, 2, size}):
             _require_equal(module, averaged, arguments.rows(rows), names)
+        _require_unchanged(module)
     return module
 
 
@@ -110,21 +112,25 @@ def _require_known(model: BayesianNetwork, averaged: Averaged, arguments: Argume
 
 def _traced(averaged: Averaged, arguments: Arguments) -> torch.export.ExportedProgram:
     """
-    :raises RuntimeError: when the network cannot be traced for a batch of any size.
+    :raises RuntimeError: when the network cannot be traced for any number of samples.
     """
     fixed = {n for t in arguments.example for n in t.shape[1:]}
     size = next(n for n in itertools.count(3) if n not in fixed)  # unlike all other sizes, to be told from them
     batch = Dim("batch", min=1)
     try:
-        return torch.export.export(
-            averaged,
-            arguments.rows(size),
-            dynamic_shapes={"tensors": tuple({0: batch} for _ in arguments.example)},
-            strict=False,
-        )
+        with warnings.catch_warnings():
+            # recurrent layers list their weights once more, and have their own list again afterwards
+            warnings.filterwarnings("ignore", "The tensor attributes? .* assigned during export")
+            return torch.export.export(
+                averaged,
+                arguments.rows(size),
+                dynamic_shapes={"tensors": tuple({0: batch} for _ in arguments.example)},
+                strict=False,
+            )
     except Exception as error:
+        reason = " ".join(str(error).strip().splitlines()[:2])
         raise RuntimeError(
-            f"the network cannot be exported for a batch of any size ({type(error).__name__}: {error}). Branches on "
+            f"the network cannot be exported for any number of samples ({type(error).__name__}: {reason}). Branches on "
             "values and on the number of samples have no place in a graph: take them out of forward(), or use the "
             "plain networks of posterior.networks(n)"
         ) from error
@@ -146,3 +152,16 @@ def _require_equal(module: nn.Module, averaged: Averaged, tensors: tuple[Tensor,
                 "the network draws random numbers in eval mode, or depends on values or on the number of samples in a "
                 "way that a graph cannot show. Take that out of forward()"
             )
+
+
+def _require_unchanged(module: nn.Module) -> None:
+    """
+    :param module: a module that was just made and has run.
+    :raises RuntimeError: when it has written into one of its tensors.
+    """
+    written = next((name for name, buffer in module.named_buffers() if buffer._version), None)
+    if written is not None:
+        raise RuntimeError(
+            f"the network writes into its buffer {written.removeprefix('network.')!r} in eval mode, where predictions "
+            "change nothing: take that out of forward(), or do it in training only"
+        )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, OutputKind
+from torch.export.graph_signature import InputKind
 
 from pyro_bnn.posterior.export.arguments import Arguments, Expected
 
@@ -53,21 +53,14 @@ def plain_module(
 
     :param outputs: the names of its results.
     :param names: what its tensors are called, by their names in the program.
-    :raises RuntimeError: when the network writes into one of its buffers.
     """
-    signature, graph = program.graph_signature, fx.Graph()
-    for spec in signature.output_specs:
-        if spec.kind is not OutputKind.USER_OUTPUT:
-            raise RuntimeError(
-                f"the network writes into its buffer {names.get(str(spec.target), spec.target)!r} in eval mode, and an "
-                "exported module has no state that changes: let forward() compute the value instead"
-            )
+    graph = fx.Graph()
     held: dict[str, Any] = {"expected": Expected(arguments)}
     copied: dict[fx.Node, Any] = {}
     first: dict[int, fx.Node] = {}  # a tensor with several names, such as a tied weight, is held once
     inputs = iter(arguments.names)
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
-    kinds = list(zip(placeholders, signature.input_specs, strict=True))
+    kinds = list(zip(placeholders, program.graph_signature.input_specs, strict=True))
     for node, spec in kinds:
         if spec.kind is InputKind.USER_INPUT:
             copied[node] = graph.placeholder(next(inputs))
@@ -88,7 +81,8 @@ def plain_module(
     whole = fx.GraphModule(held, graph)
     whole.graph.eliminate_dead_code()
     used = {str(node.target) for node in whole.graph.nodes if node.op in ("get_attr", "call_module")}
-    return AveragedNetwork({name: value for name, value in held.items() if name in used}, whole.graph)
+    made = AveragedNetwork({name: value for name, value in held.items() if name in used}, whole.graph)
+    return made.eval()
 
 
 def _copy(module: fx.GraphModule, graph: fx.Graph, copied: dict[fx.Node, Any], held: dict[str, Any]) -> Sequence[Any]:
