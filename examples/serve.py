@@ -10,26 +10,17 @@ The exported module is a plain function of tensors, so that the threads of the s
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
-from fastapi import FastAPI, HTTPException
-from pydantic import BaseModel
+from fastapi import Body, FastAPI, HTTPException
 from torch import nn
 
 import pyro_bnn as pb
 
 
-class Request(BaseModel):
-    """Rows of x, in the units of training."""
-
-    rows: list[list[float]]
-
-
-class Answer(BaseModel):
-    """Of each row: the mean, the standard deviation of y, and the part of it that is doubt about the weights."""
-
-    mean: list[float]
-    std: list[float]
-    epistemic_std: list[float]
+#: rows of x in the units of training, as the field "rows" of a request
+Rows = Annotated[list[list[float]], Body(embed=True)]
 
 
 def trained(epochs: int = 200) -> pb.Posterior:
@@ -52,16 +43,14 @@ def server_of(posterior: pb.Posterior, width: int) -> FastAPI:
     app = FastAPI(title="A posterior")
 
     @app.post("/predict")
-    def predict(request: Request) -> Answer:
-        if not request.rows or any(len(row) != width for row in request.rows):
+    def predict(rows: Rows) -> dict[str, list[float]]:
+        """Of each row: the mean, the standard deviation of y, and the part of it that is doubt about the weights."""
+        if not rows or any(len(row) != width for row in rows):
             raise HTTPException(422, f"expected at least one row, each of {width} numbers")
         with torch.inference_mode():
-            found = module(torch.tensor(request.rows))
-        return Answer(
-            mean=found["mean"].flatten().tolist(),
-            std=found["std"].flatten().tolist(),
-            epistemic_std=found["epistemic"].sqrt().flatten().tolist(),
-        )
+            found = module(torch.tensor(rows))
+        values = {"mean": found["mean"], "std": found["std"], "epistemic_std": found["epistemic"].sqrt()}
+        return {name: value.flatten().tolist() for name, value in values.items()}
 
     return app
 

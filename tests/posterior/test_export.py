@@ -245,7 +245,7 @@ def test_other_engines_export_too() -> None:
         pb.inference.MCDropout(net, Categorical(), 40).fit(data, **fits),
         pb.inference.LastLayerLaplace(net, Categorical(), 40).fit(data, **fits),
         pb.inference.DeepEnsemble(net, Categorical(), 40).fit(data, **fits),
-        pb.inference.sample(pb.inference.SGLD(model, data, step_size=0.01), 3, 2, progress=False, seed=0),
+        pb.inference.sample(pb.inference.SGLD(model, data, step_size=0.01), 3, 2, num_chains=1, progress=False, seed=0),
         pb.Posterior(model, guide),
     ]
     for posterior in posteriors:
