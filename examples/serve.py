@@ -18,12 +18,11 @@ from torch import nn
 
 import pyro_bnn as pb
 
-
 #: rows of x in the units of training, as the field "rows" of a request
 Rows = Annotated[list[list[float]], Body(embed=True)]
 
 
-def trained(epochs: int = 200) -> pb.Posterior:
+def trained(epochs: int = 50) -> pb.Posterior:
     """A posterior of y = sin(3 x) + N(0, 0.1^2), of x in [-2, 2]."""
     torch.manual_seed(0)
     x = torch.linspace(-2, 2, 200)[:, None]

@@ -155,7 +155,7 @@ def to_onnx(module: Any, x: Any, path: Path) -> Callable[[Any], dict[str, Any]]:
         dynamo=True,
         verbose=False,
         dynamic_shapes=of_any_size(x),
-        output_names=list(module.outputs),
+        output_names=[f"posterior_{name}" for name in module.outputs],
     )
     session = onnxruntime.InferenceSession(path)
 
@@ -165,6 +165,6 @@ def to_onnx(module: Any, x: Any, path: Path) -> Callable[[Any], dict[str, Any]]:
         assert names == list(module.inputs)
         feed = dict(zip(names, args or kwargs.values(), strict=True))
         found = session.run(None, {name: value.numpy() for name, value in feed.items()})
-        return dict(zip([one.name for one in session.get_outputs()], found, strict=True))
+        return dict(zip([one.name.removeprefix("posterior_") for one in session.get_outputs()], found, strict=True))
 
     return run

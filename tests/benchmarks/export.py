@@ -47,9 +47,7 @@ def posterior_of(form: str) -> tuple[pb.Posterior, int]:
 def in_runtime(module: Any, x: Tensor, folder: Path) -> tuple[Callable[[], list[Any]], int]:
     """A prediction by ONNX Runtime with as many threads as torch has, and the bytes of the file."""
     path = folder / "posterior.onnx"
-    torch.onnx.export(
-        module, (x,), path, dynamo=True, verbose=False, dynamic_shapes=({0: Dim.DYNAMIC},), output_names=module.outputs
-    )
+    torch.onnx.export(module, (x,), path, dynamo=True, verbose=False, dynamic_shapes=({0: Dim.DYNAMIC},))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(path, options)
