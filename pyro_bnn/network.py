@@ -300,6 +300,10 @@ class Network(nn.Module):
             return in_turn()
         return self._vectoriser(at_once, in_turn, next(iter(values.values())))
 
+    def in_turn(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, members run in turn: vectorised convolutions and attention are traced for one size of the batch."""
+        return self._vectoriser.in_turn()
+
     def _moving_layers(self) -> list[nn.Module]:
         """The normalisation layers that update their statistics in a pass."""
         return [m for m in self.net.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
+from fastapi.testclient import TestClient
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -46,3 +50,26 @@ def test_example_1(seed: str) -> None:
 def test_the_same_script_classifies() -> None:
     chosen, used = found(run("variable_selection.py", "--function", "interaction", "--likelihood", "bernoulli"))
     assert chosen == used == [0, 1, 2, 3]
+
+
+def test_a_posterior_is_served_to_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every answer is that of `predict` with the same seed, however many requests there are at once."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    serve = importlib.import_module("serve")
+    posterior = serve.trained(epochs=2)
+    client = TestClient(serve.server_of(posterior, width=1))
+
+    def ask(count: int) -> dict[str, list[float]]:
+        answer = client.post("/predict", json={"rows": [[i / 10] for i in range(count)]})
+        assert answer.status_code == 200
+        return dict(answer.json())
+
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(ask, range(1, 33)))
+    for count, answer in enumerate(answers, 1):
+        prediction = posterior.predict(torch.arange(count)[:, None] / 10, seed=0)
+        expected = {"mean": prediction.mean, "std": prediction.std, "epistemic_std": prediction.epistemic.sqrt()}
+        for name, values in expected.items():
+            torch.testing.assert_close(torch.tensor(answer[name]), values.flatten(), rtol=0, atol=1e-5)
+    for wrong in ({"rows": []}, {"rows": [[1.0, 2.0]]}, {"rows": "x"}, {}):
+        assert client.post("/predict", json=wrong).status_code == 422

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
@@ -29,6 +30,15 @@ class Vectoriser:
     def __init__(self, what: str, over: str, hint: str = "") -> None:
         self.what, self.over, self.hint = what, over, hint
         self.has_failed = False
+
+    @contextlib.contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Inside, the function runs one by one."""
+        before, self.has_failed = self.has_failed, True
+        try:
+            yield
+        finally:
+            self.has_failed = before
 
     def __call__(self, at_once: Callable[[], _Result], in_turn: Callable[[], _Result], like: Tensor) -> _Result:
         """The result, which both functions compute.

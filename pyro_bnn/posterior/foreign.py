@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.infer import MCMC
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
@@ -22,6 +23,18 @@ class Densities(NamedTuple):
 
     of_data: Tensor
     joint: Tensor
+
+
+def sampler_statistics(mcmc: MCMC) -> dict[str, float]:
+    """Divergences and acceptance rate of a finished run, if its kernel counts them."""
+    # Private, because mcmc.diagnostics() also computes statistics of all draws, and fails when there are few.
+    every: list[Any] = mcmc._diagnostics
+    chains, found = [chain for chain in every if chain], dict[str, float]()
+    if chains and all("divergences" in chain for chain in chains):
+        found["divergences"] = sum(len(chain["divergences"]) for chain in chains)
+    if chains and all("acceptance rate" in chain for chain in chains):
+        found["acceptance rate"] = sum(chain["acceptance rate"] for chain in chains) / len(chains)
+    return found
 
 
 def predict_site(source: DrawSource, x: Inputs, n: int, seed: int | None, site: str | None) -> Tensor:

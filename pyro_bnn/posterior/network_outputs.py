@@ -14,6 +14,36 @@ from pyro_bnn.posterior import draw_source
 from pyro_bnn.posterior.prediction import Prediction
 from pyro_bnn.posterior.statistics import Statistics
 from pyro_bnn.program.model import BayesianNetwork
+from pyro_bnn.program.sites import Program
+
+
+def require_network_input(model: Program, x: Inputs, return_site: str | None) -> None:
+    """Checks what a prediction with a model of this package is given; other models define their own input.
+
+    :raises ValueError: for an empty x, or a site other than the likelihood.
+    """
+    if not isinstance(model, BayesianNetwork):
+        return
+    if not count_samples(x):
+        raise ValueError("x is empty: give at least one row; check the filter or split that produced it")
+    if return_site is not None and model.likelihood is not None:
+        raise ValueError(
+            f"return_site={return_site!r} is for your own Pyro models: a model of this package predicts at its "
+            "likelihood; posterior.draws(n) returns its other sites"
+        )
+
+
+def require_observed(x: Inputs, y: Tensor, observed_site: str | None) -> None:
+    """Checks what a log-likelihood with a model of this package is given.
+
+    :raises ValueError: for a named site, or when x and y have different numbers of samples.
+    """
+    if observed_site is not None:
+        raise ValueError(
+            f"observed_site={observed_site!r} is for your own Pyro models: a model of this package observes y only "
+            "at its likelihood; leave it out"
+        )
+    count_samples(x, y)
 
 
 def predict_network(

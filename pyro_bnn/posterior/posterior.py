@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from pyro.infer import MCMC
@@ -16,15 +15,15 @@ from pyro_bnn import display
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inputs import Inputs, inputs, require_finite, targets
-from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.posterior import foreign, own_draws, storage
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS, DrawSource, with_members
+from pyro_bnn.posterior.export.exporting import export
 from pyro_bnn.posterior.importance import ChainInclusion, Importance, chain_inclusion, excess_loss, importance
-from pyro_bnn.posterior.network_outputs import predict_network
+from pyro_bnn.posterior.network_outputs import predict_network, require_network_input, require_observed
 from pyro_bnn.posterior.plain_networks import plain_networks
 from pyro_bnn.posterior.prediction import Prediction
-from pyro_bnn.posterior.statistics import Gathered, OfNetwork, Statistics, Stored
-from pyro_bnn.posterior.stored_draws import DrawsGuide
+from pyro_bnn.posterior.statistics import Gathered, Statistics, held_by
+from pyro_bnn.posterior.stored_draws import DrawsGuide, require_chains
 from pyro_bnn.program.model import BayesianNetwork, like_of
 from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import device_of, seeded
@@ -65,15 +64,7 @@ class Posterior:
     @classmethod
     def from_mcmc(cls, mcmc: MCMC, model: Program) -> Posterior:
         """The posterior of a finished ``pyro.infer.MCMC`` run of ``model``: the draws of all its chains."""
-        posterior = cls.from_draws(model, mcmc.get_samples(), mcmc.num_chains)
-        # Private, because mcmc.diagnostics() also computes statistics of all draws, and fails when there are few.
-        every: list[Any] = mcmc._diagnostics
-        chains = [chain for chain in every if chain]
-        if chains and all("divergences" in chain for chain in chains):
-            posterior.sampler["divergences"] = sum(len(chain["divergences"]) for chain in chains)
-        if chains and all("acceptance rate" in chain for chain in chains):
-            posterior.sampler["acceptance rate"] = sum(chain["acceptance rate"] for chain in chains) / len(chains)
-        return posterior
+        return cls.from_draws(model, mcmc.get_samples(), mcmc.num_chains, sampler=foreign.sampler_statistics(mcmc))
 
     @classmethod
     def from_draws(
@@ -101,12 +92,7 @@ class Posterior:
         """
         num_chains = checks.count("num_chains", num_chains)
         checks.truth("is_sampled", is_sampled)
-        counts = {len(value) for value in draws.values()}
-        if len(counts) != 1 or counts.pop() % num_chains:
-            raise ValueError(
-                f"num_chains={num_chains}: expected draws of every site, as many as make chains of one length, but the "
-                f"sites have {sorted({len(v) for v in draws.values()})} draws"
-            )
+        require_chains(draws, num_chains)
         guide = DrawsGuide(with_members(model, draws), model, num_chains, statistics, is_sampled)
         return cls(model, guide, losses=losses, sampler=sampler, store=store)
 
@@ -197,6 +183,30 @@ class Posterior:
         return plain_networks(self.draw_source, self._statistics(), self._random_members(n, seed), seed)
 
     @one_at_a_time
+    def export(
+        self,
+        example: Inputs,
+        draws: int | None = None,
+        outputs: str | Iterable[str] = ("mean", "epistemic"),
+        seed: int | None = None,
+    ) -> nn.Module:
+        """One plain module ``{output: tensor}`` without Pyro, for ``torch.export``, ONNX and ``torch.compile``.
+
+        It averages the draws of ``predict(x, draws, seed=seed)``, gives the same numbers for any number of samples, and
+        checks neither NaN nor infinity. Networks of all rank-1 and low-rank draws share one W. See docs/guide.md.
+
+        :param example: an input as for :meth:`predict`; the module is called as the network, on tensors of its dtypes
+            and of its shapes but for axis 0. As many draws share a pass as fit the memory budget at its size.
+        :param draws: of every member; by default those of :meth:`predict`.
+        :param outputs: properties of :class:`Prediction`: ``mean``, ``probs``, ``entropy``, ``mutual_information``,
+            ``aleatoric``, ``epistemic``, ``variance``, ``std``.
+        :raises TypeError: for a model that is not of this package, or outputs that its likelihood does not have.
+        :raises ValueError: for an unknown output, more draws than are stored, or an example that does not fit.
+        :raises RuntimeError: when the network cannot be traced for any number of samples.
+        """
+        return export(self.draw_source, self._statistics(), example, draws, outputs, seed)
+
+    @one_at_a_time
     def as_draws(self, n: int, seed: int | None = None, *, example: Inputs = None) -> Posterior:
         """The same posterior as n stored draws of every member, a form in which any posterior can be saved.
 
@@ -238,13 +248,7 @@ class Posterior:
         checks.seed("seed", seed)
         model, source, count = self.model, self.draw_source, self.draw_source.count(num_samples)
         x = inputs(x, like_of(model))
-        if isinstance(model, BayesianNetwork) and not count_samples(x):
-            raise ValueError("x is empty: give at least one row; check the filter or split that produced it")
-        if return_site is not None and isinstance(model, BayesianNetwork) and model.likelihood is not None:
-            raise ValueError(
-                f"return_site={return_site!r} is for your own Pyro models: a model of this package predicts at its "
-                "likelihood; posterior.draws(n) returns its other sites"
-            )
+        require_network_input(model, x, return_site)
         if not isinstance(model, BayesianNetwork) or model.likelihood is None and return_site is not None:
             return Prediction(foreign.predict_site(source, x, count, seed, return_site), None)
         require_finite(x)
@@ -273,12 +277,7 @@ class Posterior:
         if not isinstance(self.model, BayesianNetwork):
             count = self.draw_source.count(num_samples)
             return foreign.log_likelihood(self.draw_source, x, y, count, seed, observed_site)
-        if observed_site is not None:
-            raise ValueError(
-                f"observed_site={observed_site!r} is for your own Pyro models: a model of this package observes y only "
-                "at its likelihood; leave it out"
-            )
-        count_samples(x, y)
+        require_observed(x, y, observed_site)
         prediction = self.predict(x, num_samples, batch_size, seed)
         return prediction.log_prob(y)
 
@@ -295,8 +294,7 @@ class Posterior:
     def _statistics(self) -> Statistics:
         if self._gathered is not None:
             return self._gathered
-        held = {} if self.draw_source.stored is None else self.draw_source.stored.statistics()
-        return Stored(held) if held else OfNetwork()
+        return held_by(self.draw_source.stored)
 
     # ----------------------------------------------------------------------------------------------- sparsity
 

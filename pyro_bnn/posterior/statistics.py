@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from pyro_bnn.inputs import inputs, without_labels
 from pyro_bnn.network import batch_size
+from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.program.model import BayesianNetwork
 
 
@@ -69,6 +70,12 @@ class Gathered:
         for draw in _one_by_one(draws):
             gather_statistics(model, draw, self.loader)
             yield draw
+
+
+def held_by(stored: DrawsGuide | None) -> Statistics:
+    """The statistics that were stored with draws; those of the network where there are none."""
+    held = {} if stored is None else stored.statistics()
+    return Stored(held) if held else OfNetwork()
 
 
 def _one_by_one(draws: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +15,18 @@ from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.program.module import ProgramModule
 from pyro_bnn.program.sites import Program
 from pyro_bnn.registry import storable
+
+
+def require_chains(draws: Mapping[str, Tensor], num_chains: int) -> None:
+    """
+    :raises ValueError: when sites lack draws, or the draws do not divide into the chains.
+    """
+    counts = sorted({len(value) for value in draws.values()})
+    if len(counts) != 1 or counts[0] % num_chains:
+        raise ValueError(
+            f"num_chains={num_chains}: expected draws of every site, as many as make chains of one length, but the "
+            f"sites have {counts} draws"
+        )
 
 
 @storable
