@@ -9,6 +9,7 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from pyro_bnn.distributed import processes
 from pyro_bnn.entry import checks
@@ -58,9 +59,8 @@ class Moments:
         return {"count": self.count, "mean": self.mean, "squares": self._squares, "deviations": self._deviations}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        like = self.mean
-        self.count, self._deviations = state["count"], [one.to(like.device) for one in state["deviations"]]
-        self.mean, self._squares = state["mean"].to(like.device), state["squares"].to(like.device)
+        self.count, self._deviations = state["count"], list(state["deviations"])
+        self.mean, self._squares = state["mean"], state["squares"]
 
     @property
     def variance(self) -> Tensor:
@@ -106,7 +106,8 @@ class _Collect(Callback):
         return self._moments.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._moments.load_state_dict(state)
+        device = next(iter(self._guide.coordinates().values())).device
+        self._moments.load_state_dict(pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), state))
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
