@@ -88,7 +88,8 @@ def corrupt(
     severities of ``pixelate`` and ``translation`` may be the same. Rotations and translations are not in these
     benchmarks. ``blur`` reflects the image at its edges, where they repeat the last pixel.
 
-    The noise and the directions of an image depend on the seed and on its pixels alone, and not on the other rows.
+    The noise and the directions of an image depend on the seed and on its pixels alone, and not on the other rows;
+    equal images have equal noise.
 
     :param x: floats with 1 or 3 channels.
     :param kind: one of :data:`IMAGE_KINDS`.
