@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from pyro_bnn.perturb.factors import Rank1Factors, Replacement
 from pyro_bnn.perturb.layout import Layout
@@ -176,7 +177,8 @@ def _packed(mode: Perturb, batch_sizes: Tensor) -> Callable[[Tensor], Tensor]:
 @register(Tensor.index_select, signature=("input", "dim", "index"), always=True, consumes=False)
 def _watch_sort(call: Call) -> Tensor:
     result: Tensor = call.func(*call.args, **call.kwargs)
-    if call.index.numel() == call.mode.fold.members * call.mode.fold.rows:
+    # in a trace, sizes are symbols, and a comparison must not fix them
+    if statically_known_true(call.index.numel() == call.mode.fold.members * call.mode.fold.rows):
         call.mode.reordered[id(result)] = (result, call.index)
     return result
 

@@ -301,6 +301,36 @@ def test_blocks_without_gradients_and_tied_weights() -> None:
     require_equal(module(x), posterior.predict(x, 2, seed=0))
 
 
+class Gathers(nn.Module):
+    """Picks columns by a constant with eight entries, which is no batch of eight rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.out = nn.Linear(4, 4), nn.Linear(8, 2)
+        self.register_buffer("order", torch.arange(8) % 4, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.out(torch.tanh(self.first(x)).index_select(1, self.order))
+        return y
+
+
+def test_constants_of_a_network_do_not_limit_the_number_of_samples() -> None:
+    posterior, data = FORMS["bella"](Gathers()), of_floats(4)
+    module = posterior.export(data(4), seed=0)
+    for rows in (1, 8):
+        require_equal(module(data(rows)), posterior.predict(data(rows), seed=0))
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu")])
+def test_a_module_is_the_same_in_whatever_context_it_is_exported(context: Any) -> None:
+    posterior, x = rank1(mlp()), of_floats(4)(5)
+    with context():
+        module = posterior.export(x, 2, seed=0)
+    require_equal(module(x), posterior.predict(x, 2, seed=0))
+    (slope,) = torch.autograd.grad(module(x.requires_grad_())["mean"][:, 0].sum(), x)
+    assert slope.abs().min() > 0
+
+
 def test_nothing_checks_that_numbers_are_finite() -> None:
     posterior, x = dense(mlp()), of_floats(4)(3)
     module = posterior.export(x, 2, seed=0)

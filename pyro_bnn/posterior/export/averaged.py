@@ -14,6 +14,8 @@ from pyro_bnn.program.model import BayesianNetwork
 
 #: the properties of a :class:`~pyro_bnn.posterior.prediction.Prediction` that an exported module can compute
 OUTPUTS = ("mean", "probs", "entropy", "mutual_information", "aleatoric", "epistemic", "variance", "std")
+#: what names of the network's parameters and buffers start with
+_OF_NETWORK = "model.network.net."
 
 
 class Averaged(nn.Module):
@@ -46,13 +48,16 @@ class Averaged(nn.Module):
         self.count = len(next(iter(draws.values())))
         self.step = 1 if statistics else min(step, self.count)
 
-    def names(self) -> dict[str, str]:
-        """What tensors are called in the exported module, by their names in this one."""
-        found = {f"draw_{i}": f"draws.{site}" for i, site in enumerate(self.sites)}
-        found |= {f"statistic_{i}": f"statistics.{buffer}" for i, buffer in enumerate(self.varying)}
-        of_network = "model.network.net."
-        own = [name for name in self.state_dict(keep_vars=True) if name.startswith(of_network)]
-        return found | {name: f"network.{name.removeprefix(of_network)}" for name in own}
+    def name_in_module(self, tensor: str) -> str:
+        """What a tensor is called in the exported module: ``network.<parameter>``, ``draws.<site>`` and so on.
+
+        :param tensor: its name in this module, or in the trace of it.
+        """
+        known = {f"draw_{i}": f"draws.{site}" for i, site in enumerate(self.sites)}
+        known |= {f"statistic_{i}": f"statistics.{buffer}" for i, buffer in enumerate(self.varying)}
+        if tensor.startswith(_OF_NETWORK):
+            return f"network.{tensor.removeprefix(_OF_NETWORK)}"
+        return known.get(tensor, f"constants.{tensor}")
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         model, x, size = self.model, self.arguments.input(tensors), tensors[0].shape[0]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import pyro
 import torch
@@ -49,18 +50,31 @@ def export(
     if not size:
         raise ValueError("example is empty: give at least one row")
     arguments = Arguments.of(x, model.core().net, size)
-    with frozen(model), naming_shapes(x), pyro.validation_enabled(False), no_fused_attention(), model.core().in_turn():
+    with _undisturbed(model), naming_shapes(x):
         with torch.no_grad():
             found, own = _draws_and_statistics(source, statistics, x, count, seed)
         row = model.core().activation_elements(x, size)
         step = max(1, draw_source.MAX_ELEMENTS // (row * source.num_members * size))
         averaged = Averaged(model, found, own, arguments, names, step)
         _require_known(model, averaged, arguments, size)
-        module = plain_module(_traced(averaged, arguments), arguments, names, averaged.names())
+        module = plain_module(_traced(averaged, arguments), arguments, names, averaged.name_in_module)
         for rows in sorted({1, 2, size}):
             _require_equal(module, averaged, arguments.rows(rows), names)
         _require_unchanged(module)
     return module
+
+
+@contextlib.contextmanager
+def _undisturbed(model: BayesianNetwork) -> Iterator[None]:
+    """Inside, the model runs as it predicts, in full precision, without checks of values, which no graph can show."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.autocast(model.like().device.type, enabled=False))
+        stack.enter_context(frozen(model))
+        stack.enter_context(pyro.validation_enabled(False))
+        stack.enter_context(no_fused_attention())
+        stack.enter_context(model.core().in_turn())
+        yield
 
 
 def _require_outputs(outputs: str | Iterable[str]) -> tuple[str, ...]:

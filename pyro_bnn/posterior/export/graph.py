@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -47,12 +47,12 @@ class AveragedNetwork(fx.GraphModule):
 
 
 def plain_module(
-    program: ExportedProgram, arguments: Arguments, outputs: Sequence[str], names: Mapping[str, str]
+    program: ExportedProgram, arguments: Arguments, outputs: Sequence[str], name_of: Callable[[str], str]
 ) -> AveragedNetwork:
     """The module of a traced program, with copies of the tensors that it uses, each once.
 
     :param outputs: the names of its results.
-    :param names: what its tensors are called, by their names in the program.
+    :param name_of: gives what a tensor is called, by its name in the program.
     """
     graph = fx.Graph()
     held: dict[str, Any] = {"expected": Expected(arguments)}
@@ -72,7 +72,7 @@ def plain_module(
         value = program.state_dict.get(spec.target, program.constants.get(spec.target))
         assert isinstance(value, Tensor)
         if id(value) not in first:
-            name = names.get(spec.target, f"constants.{spec.target}")
+            name = name_of(spec.target)
             held[name] = value.detach().clone(memory_format=torch.contiguous_format)
             first[id(value)] = graph.get_attr(name)
         copied[node] = first[id(value)]
