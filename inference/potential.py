@@ -20,6 +20,7 @@ from torch.distributions.transforms import Transform
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.given.fresh import fresh_copy
 from pyro_bnn.modes import training_mode
+from pyro_bnn.precision import asked, full_precision, require_full
 from pyro_bnn.program.factorised import split
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.program.sites import Program
@@ -83,7 +84,7 @@ class Potential:
             except NotImplementedError:  # an improper prior: a point of its support
                 return biject_to(fn.support)(torch.rand(fn.shape()) * 2 - 1)
 
-        with torch.no_grad(), self._running(train=False), InitMessenger(value):
+        with torch.no_grad(), full_precision(), self._running(train=False), InitMessenger(value):
             return poutine.trace(self.model).get_trace(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -218,8 +219,11 @@ class LogJoint(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if not poutine.util.site_is_subsample(msg) and msg["name"] not in self._unscored:
-            density = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
-            added = self._sum(scale_and_mask(density, msg["scale"], msg["mask"]), msg)
+            if asked():
+                require_full(msg["name"], msg["fn"])
+            with full_precision():
+                density = msg["fn"].log_prob(msg["value"], *msg["args"], **msg["kwargs"])
+                added = self._sum(scale_and_mask(density, msg["scale"], msg["mask"]), msg)
             if self._power is not None and msg["is_observed"] and msg["name"] not in self._latents:
                 added = added * self._power
             self.total = self.total + added

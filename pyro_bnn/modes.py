@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_bnn.entry.threads import one_at_a_time
+from pyro_bnn.precision import full_precision
 
 _mode: ContextVar[bool | None] = ContextVar("mode", default=None)
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
@@ -130,8 +131,7 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
         stack.enter_context(one_at_a_time)
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.no_grad())
-        for kind in {"cpu", *(device.type for device in devices)}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(full_precision())
         stack.enter_context(evaluating(net))
         stack.enter_context(_keeping_tables(net))
         yield

@@ -28,6 +28,7 @@ from pyro_bnn.perturb.probe import (
 from pyro_bnn.perturb.samples import batched, select_samples, unlike
 from pyro_bnn.perturb.substitution import Pass, Strays, find_slots
 from pyro_bnn.perturb.vectoriser import Vectoriser
+from pyro_bnn.precision import asked, mixed_precision
 
 Output = str | int | Callable[[Any], Tensor] | None
 
@@ -151,7 +152,7 @@ class Network(nn.Module):
         if weights and (training, len(weights)) not in self._inspected:
             parameters = self.parameters_by_name()
             strays = Strays({id(parameters[name]): name for name in weights if name in parameters})
-        with strays, this.running():
+        with mixed_precision(asked()), strays, this.running():
             y = self._tensor(self.net(*args, **kwargs))
         if weights:
             self._inspected.add((training, len(weights)))

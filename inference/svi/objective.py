@@ -23,6 +23,7 @@ from pyro_bnn.inference.training.requirements import first_row, require_programs
 from pyro_bnn.inputs import Inputs, inputs
 from pyro_bnn.modes import keeping_modes, settle, training_mode
 from pyro_bnn.posterior import Posterior
+from pyro_bnn.precision import FullDensities, asked, full_precision, in_mixed_precision
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.program.sites import Program
 
@@ -86,7 +87,7 @@ class Objective(nn.Module):
         self.num_data = _number_of_data(model, num_data)
         self._store: StateDict = {"params": {}, "constraints": {}}
         self._is_open, self._is_declared, self._has_begun = False, False, False
-        self._idle: list[Tensor] = []  # those that no loss depends on
+        self._idle: list[Tensor] | None = None  # those that no loss depends on; not known before one has a gradient
         self._example: object = None
         if example is not None:
             if not isinstance(example, (tuple, list)):
@@ -137,14 +138,16 @@ class Objective(nn.Module):
         """As ``objective(*batch)``, for tensors that were checked before and lie on the device of the model."""
         # distributions validate their arguments in the first loss; later ones have the same shapes
         first = not self._has_begun and self.step == 0
+        types = asked()
+        model = in_mixed_precision(self.model, types)
         with one_at_a_time, self.store(), pyro.validation_enabled(first), training_mode(self.training):
-            with ScaleLatents(self.beta):
-                loss: Tensor = self.elbo.differentiable_loss(self.model, self.guide, *batch)  # type: ignore[attr-defined]
-        if not self._has_begun and torch.is_grad_enabled() and _is_one_of_several():
+            with full_precision(), FullDensities() if types else contextlib.nullcontext(), ScaleLatents(self.beta):
+                loss: Tensor = self.elbo.differentiable_loss(model, self.guide, *batch)  # type: ignore[attr-defined]
+        if self._idle is None and torch.is_grad_enabled() and _is_one_of_several():
             trained = self.trained()
             found = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
             self._idle = [p for p, gradient in zip(trained, found, strict=True) if gradient is None]
-        for parameter in self._idle:
+        for parameter in self._idle or ():
             loss = loss + 0.0 * parameter.sum()  # DistributedDataParallel waits for a gradient of each
         self._has_begun = True
         self.step += self.training
@@ -155,11 +158,11 @@ class Objective(nn.Module):
             raise TypeError(f"objective(x, y) takes inputs and targets, not {len(batch)} arguments: objective(*batch)")
         return as_tensors(self.model, batch, check=check)
 
-    def get_extra_state(self) -> dict[str, int]:
-        return {"step": self.step}
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.step)  # safetensors, in which Accelerate saves, knows tensors only
 
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.step = int(state["step"])
+    def set_extra_state(self, state: Tensor | dict[str, int]) -> None:
+        self.step = int(state["step"] if isinstance(state, dict) else state)  # older states hold a dict
 
     # ------------------------------------------------------------------------------------- parameters of functions
 

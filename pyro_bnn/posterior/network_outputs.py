@@ -13,6 +13,7 @@ from pyro_bnn.perturb.samples import batched
 from pyro_bnn.posterior import draw_source
 from pyro_bnn.posterior.prediction import Prediction
 from pyro_bnn.posterior.statistics import Statistics
+from pyro_bnn.precision import widened
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.program.sites import Program
 
@@ -90,7 +91,7 @@ def network_outputs(
         for start in range(0, size, rows):
             stop = min(size, start + rows)
             piece = x if rows == size else _rows(x, size, start, stop)
-            f = model.function(piece, part, stop - start)
+            f = widened(model.function(piece, part, stop - start), model.like())
             blocks.append(f.reshape(f.shape[:2] + f.shape[-model.members_dim :]))
         groups.append(torch.cat(blocks, 2) if len(blocks) > 1 else blocks[0])
     return torch.cat(groups) if len(groups) > 1 else groups[0]

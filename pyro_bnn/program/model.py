@@ -30,6 +30,7 @@ from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Gaussian, Likelihood
 from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import Network, Output, batch_size
+from pyro_bnn.precision import widened
 from pyro_bnn.priors import Prior, PriorLike
 from pyro_bnn.program.module import ProgramModule, picklable_state, register_parameters, require_network
 from pyro_bnn.program.sites import ConstantPrior, Site, sample_local, sample_scales, sample_share, site_distribution
@@ -408,7 +409,7 @@ class BayesianNetwork(ProgramModule):
         )
         with plate:
             latents = self.sample_latents()
-        f = self.function(x, latents, size)
+        f = widened(self.function(x, latents, size), like)
         if (outputs := self.__dict__.get("_outputs")) is not None:
             outputs.append(f)
         likelihood = self.likelihood

@@ -162,6 +162,17 @@ def test_the_state_comes_back(way: str) -> None:
     assert float(next(objective.parameters())) == pytest.approx(0.2)
 
 
+def test_a_state_holds_tensors_only_and_older_states_come_back() -> None:
+    """Proves that safetensors can hold a state, and that the dict in which the step once was still sets it."""
+    objective = Objective(*network(), kl_annealing=10)
+    objective(*classes())
+    state = objective.state_dict()
+    assert all(isinstance(value, Tensor) for value in state.values())
+    state["_extra_state"] = {"step": 7}  # type: ignore[assignment]
+    objective.load_state_dict(state)
+    assert objective.step == 7 and objective.beta == 0.8
+
+
 def test_modes_stay_as_they_are() -> None:
     """Proves that the call that finds the parameters moves no statistics and leaves train and eval alone."""
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
@@ -273,6 +284,8 @@ def one_process(rank: int, folder: str) -> None:
     x = x.double()
     objective = without_noise((x, y))
     assert objective.model.core().net.unused.weight.requires_grad
+    with torch.no_grad():
+        objective(x, y)  # as a loop does that validates before it trains
     parallel: Any = DistributedDataParallel(objective)
     own = slice(10 * rank, 10 * rank + 10)
     found = steps(parallel, [(x[own], y[own])] * 4)
