@@ -225,8 +225,8 @@ def test_a_batch_with_fewer_rows_than_processes_is_refused(tmp_path: Path) -> No
 # ----------------------------------------------------------------------------------------------------------- svgd
 
 
-def by_svgd(method: str, epochs: int = 7) -> tuple[list[Tensor], list[float]]:
-    """21 steps."""
+def by_svgd(method: str, epochs: int = 20) -> tuple[list[Tensor], list[float]]:
+    """As many steps as epochs."""
     if method == "bella":
         model: Any = Bella(net(), Gaussian(0.3), N, rank=1)
         torch.manual_seed(1)
