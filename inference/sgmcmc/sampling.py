@@ -114,8 +114,8 @@ def sample(
                 stream = None if stream is None else _of_process(stream, together)
                 if checkpoint is not None:
                     checkpoint = replace(checkpoint, path=_of_process(checkpoint.path, together))
-                kernel.first_chain = own * together.rank
-            chain = _Chain(kernel, num_samples, warmup_steps, own, args, stream, checkpoint, own_seed)
+            kernel.first_chain = own * together.rank
+            chain = _Chain(kernel, num_samples, warmup_steps, own, args, stream, checkpoint, seed)
             draws, statistics = chain.run(progress and together.is_first)
             if together.are_several:
                 draws, statistics = _of_all(together, draws), _of_all(together, statistics)

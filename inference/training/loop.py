@@ -133,11 +133,13 @@ class _Loop:
             if options["log_every"] is not None and run.step % options["log_every"] == 0:
                 self.write_log({"step_loss": loss, "learning_rate": self._rate()}, run.step)
             self._show(bar, loss)
-            self.is_over = run.together.any(ends) or self._is_at_the_last_step()
+            due = self.file is not None and self.file.is_due_after_step(run.step)
+            ends, stops, due = (flag > 0 for flag in run.together.total([ends, bool(stop), due]))
+            self.is_over = ends or self._is_at_the_last_step()
             if run.batch < self.batches.steps:
-                if self.is_over or run.together.any(bool(stop)):
+                if self.is_over or stops:
                     return False
-                if self.file is not None and run.together.any(self.file.is_due_after_step(run.step)):
+                if self.file is not None and due:
                     run.write(self.file)
         return True
 

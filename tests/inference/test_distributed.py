@@ -291,6 +291,19 @@ def test_chains_are_those_made_in_turn(tmp_path: Path) -> None:
     assert (tmp_path / "chain-0.pt").is_file() and (tmp_path / "chain-1.pt").is_file()
 
 
+def unseeded(path: str, draws: int) -> list[float]:
+    kernel = SGHMC(Dense(net(), Gaussian(0.3), N), data(), step_size=0.03, friction=0.2, batch_size=8)
+    every = Checkpoint(path, epochs=1)
+    posterior = sample(kernel, draws, 4, 2, progress=False, checkpoint=every)
+    return [float(value.double().sum()) for value in posterior.draws(2 * draws).values()]
+
+
+def test_chains_without_a_seed_resume(tmp_path: Path) -> None:
+    """Proves that the seed on which processes agree anew at each start is no setting of the run."""
+    path = str(tmp_path / "chain.pt")
+    assert together(unseeded, tmp_path, path, 5) == together(unseeded, tmp_path, path, 5)
+
+
 def tuned() -> tuple[dict[str, float], int, list[float]]:
     kernel = SGHMC(Dense(net(), Gaussian(0.3), N), data(), batch_size=N, capture=False)
     posterior = sample(kernel, 10, 25, seed=0, progress=False)
