@@ -287,8 +287,8 @@ class TrainingRun:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
-        for name, part in self.parts.items():
-            part.load_state_dict(state["parts"][name])
+        for name, own in state.get("parts", {}).items():  # a version that wrote after epochs alone had none
+            self.parts[name].load_state_dict(own)
         if "cuda_random" in state:  # of a version that wrote after epochs alone
             self._set_random_states([state["random"], *state["cuda_random"]])
         else:

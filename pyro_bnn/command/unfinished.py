@@ -8,6 +8,7 @@ The folder goes when the run is saved. Of several processes the first writes.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,7 @@ class Unfinished:
         :raises FileExistsError: when there is one with other options and ``overwrite`` is not set.
         """
         together, goes_on = processes(), False
+        asked = json.loads(json.dumps(asked))  # tuples are lists then, as in the file
         if together.is_first:
             path = self.folder / "command.json"
             goes_on = path.is_file() and not overwrite

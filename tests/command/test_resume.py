@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,14 @@ METHODS: dict[str, list[str]] = {
     "spike-slab": ["--samples", "4"],
     "weight-sharing": ["--codes", "8"],
 }
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """A shell that starts pytest in the background has Ctrl-C ignored in it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def command(method: str, data: Path, out: Path, *others: str) -> list[str]:

@@ -8,7 +8,7 @@
 * ``shift``: accuracy, NLL and calibration on corrupted data, by kind and severity.
 * ``similarity``: how much functions agree, with a reference or with one another.
 * ``scored``: the scores of every datum, for plots and comparisons.
-* ``stream``: predictions, one batch at a time.
+* ``gathering``: numbers of all rows, from several processes.
 * ``probabilities``: class probabilities in the form that metrics expect.
 * ``precision``: sums in float64.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,14 @@ from pyro_bnn.models import CodebookGuide, Dense, MeanFieldGuide, MergeCodes, Pa
 
 N = 12
 Engine = Callable[..., pb.Posterior]
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """A shell that starts pytest in the background has Ctrl-C ignored in it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def data() -> tuple[Tensor, Tensor]:
