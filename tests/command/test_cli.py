@@ -210,6 +210,7 @@ def test_bella_starts_at_a_trained_network_and_comes_back(tmp_path: Path) -> Non
     assert "holds the network 'mlp'" in run(*other, expect=2).output
 
 
+@pytest.mark.slow
 def test_weight_sharing_starts_at_a_network_or_a_mean_field_and_comes_back(tmp_path: Path) -> None:
     """Proves where the codes come from, that they come back from disk, and that the report is that of the posterior."""
     net = ("--network", "mlp", "--epochs", 3)

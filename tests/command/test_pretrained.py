@@ -87,6 +87,7 @@ def test_particles_around_weights_of_torchvision(tmp_path: Path, hub: Path) -> N
     assert not any(torch.equal(twin[name][0, 0], value) for name, value in shared.items() if name in twin)
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_is_read_at_the_size_of_the_weights(tmp_path: Path, hub: Path) -> None:
     """Proves that images are not made small first, neither in training nor when the run is scored again."""
     torch.save(untrained().state_dict(), hub / FILE)

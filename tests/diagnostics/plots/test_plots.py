@@ -696,6 +696,7 @@ def test_losses_carry_the_verdict_on_them(losses: list[float], sentence: str) ->
     assert shown.replace("\n", " ").startswith(sentence)
 
 
+@pytest.mark.slow
 def test_plots_are_there_without_an_import_of_their_own() -> None:
     """Proves that a new interpreter reaches the pictures, and that what is lazy is listed."""
     code = "import pyro_bnn as pb; assert {'plots', 'evaluate'} <= set(dir(pb.diagnostics)); "

@@ -110,7 +110,8 @@ def narrow(x: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Normal(x @ w, 0.01), obs=y)
 
 
-@pytest.mark.parametrize("batch_size", [pytest.param(100, marks=pytest.mark.slow), 300])
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [100, 300])
 def test_a_posterior_far_narrower_than_the_first_step_is_found(batch_size: int) -> None:
     """Proves that steps which diverge are taken back, and that chains come from afar: the closed form of a linear
     regression with standard deviations of 6e-4, where the first step of .01 is 17 of them and the start is some 1000
