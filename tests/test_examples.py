@@ -29,6 +29,43 @@ def found(output: str) -> tuple[list[int], list[int]]:
     return [int(i) for i in re.findall(r"\d+", first[1])], [int(i) for i in re.findall(r"\d+", second[1])]
 
 
+def accuracy(output: str) -> float:
+    found = re.findall(r"^accuracy ([\d.]+), NLL [\d.]+$", output, re.MULTILINE)
+    assert len(found) == 1  # one process speaks for all
+    return float(found[0])
+
+
+def in_two_processes(*command: str) -> str:
+    return run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command)
+
+
+def test_a_loop_of_ones_own_trains() -> None:
+    output = run("own_loop.py", "--epochs", "10")
+    assert accuracy(output) > 0.9
+    assert re.search(r"^epoch 10: [\d.]+ nats per datum on held-out rows$", output, re.MULTILINE)
+
+
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
+def test_lightning_trains(precision: str) -> None:
+    pytest.importorskip("lightning", reason="PyTorch Lightning is not installed: pip install lightning")
+    assert accuracy(run("with_lightning.py", "--epochs", "10", "--precision", precision)) > 0.9
+
+
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_accelerate_trains(precision: str) -> None:
+    pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install accelerate")
+    options = ("--epochs", "10", "--precision", precision, "--accumulate", "2")
+    assert accuracy(run("with_accelerate.py", *options)) > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["with_ddp.py", "with_accelerate.py"])
+def test_two_processes_train(script: str) -> None:
+    if script == "with_accelerate.py":
+        pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install accelerate")
+    assert accuracy(in_two_processes(script, "--epochs", "10")) > 0.9
+
+
 def test_variables_are_selected() -> None:
     """A tenth of the inputs of example 1, in regression: exactly the five that matter."""
     chosen, used = found(run("variable_selection.py", "--inputs", "100", "--rows", "4096", "--warmup", "250"))

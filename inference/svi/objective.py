@@ -26,6 +26,7 @@ from pyro_bnn.posterior import Posterior
 from pyro_bnn.precision import FullDensities, asked, full_precision, in_mixed_precision
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.program.sites import Program
+from pyro_bnn.randomness import device_of, forked
 
 
 class Objective(nn.Module):
@@ -131,7 +132,8 @@ class Objective(nn.Module):
         first = not self._has_begun
         given = self._tensors(batch, check=first)
         if not self._is_declared:
-            self._declare(given, may_add=False)
+            with forked(device_of(self.model)):  # a run that resumes has the draws that it would have had
+                self._declare(given, may_add=False)
         return self.loss(*given)
 
     def loss(self, *batch: object) -> Tensor:
