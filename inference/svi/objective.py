@@ -53,6 +53,9 @@ class Objective(nn.Module):
     random: parameters that do not enter the first loss get a gradient of 0. Every process has draws of its own if it
     has a seed of its own, and the mean of the losses is that of the whole batch if all have batches of one size.
 
+    Under ``torch.autocast`` networks run in half precision; draws, log densities and KL divergences do not. Call
+    ``backward()`` outside of it, as Lightning and Accelerate do.
+
     :param model: a model of this package, or any Pyro model ``model(x, y)``.
     :param guide: a guide for the model.
     :param elbo: :class:`~pyro_bnn.inference.MixtureELBO` by default, or any ELBO of Pyro.
@@ -63,7 +66,8 @@ class Objective(nn.Module):
     :raises TypeError: for a model or guide that is not a program, or an ``elbo`` that is none.
     :raises ValueError: for an unknown N, an N other than that of the model, a missing ``example``, a guide whose values
         lie where the prior has no density, or programs without parameters; and when called with data that
-        :func:`~pyro_bnn.inference.fit` refuses.
+        :func:`~pyro_bnn.inference.fit` refuses, or, under autocast, for a model that gives half precision to a
+        distribution.
     """
 
     #: number of losses that were computed in train mode
