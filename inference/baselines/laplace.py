@@ -23,6 +23,7 @@ from pyro_bnn.models.dense import Dense
 from pyro_bnn.modes import settle, undisturbed
 from pyro_bnn.network import Network, Output
 from pyro_bnn.posterior import Posterior
+from pyro_bnn.precision import widened
 from pyro_bnn.priors import Normal
 from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.randomness import device_of, forked
@@ -147,7 +148,7 @@ class LastLayerLaplace(Baseline):
             for x, y in batches.epoch():
                 inputs.clear()
                 with torch.no_grad():
-                    f = core(x)
+                    f = widened(core(x), linear.weight)
                 phi = inputs[0].flatten(0, -2).to(precise)
                 if linear.bias is not None:
                     phi = torch.cat([phi, torch.ones_like(phi[:, :1])], 1)

@@ -24,6 +24,7 @@ from pyro_bnn.models.dense import Dense, PointGuide
 from pyro_bnn.modes import evaluating
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.posterior.statistics import gather_statistics
+from pyro_bnn.precision import full_precision
 from pyro_bnn.program.sites import Site
 from pyro_bnn.randomness import derive_seeds, device_of, seeded
 
@@ -88,7 +89,8 @@ class Moments:
         :param z1: ``[..., P]``.
         :param z2: ``[..., K]``.
         """
-        spread = z2 @ self.deviations.mT / math.sqrt(2 * (self.columns - 1))
+        with full_precision():
+            spread = z2 @ self.deviations.mT / math.sqrt(2 * (self.columns - 1))
         return self.mean + (self.variance / 2).sqrt() * z1 + spread
 
 

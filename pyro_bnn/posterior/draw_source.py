@@ -18,6 +18,7 @@ from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inputs import Inputs, inputs
 from pyro_bnn.modes import keeping_modes, settle, training_mode
 from pyro_bnn.posterior.stored_draws import DrawsGuide
+from pyro_bnn.precision import full_precision
 from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.program.model import BayesianNetwork, like_of
 from pyro_bnn.program.sites import Program
@@ -203,7 +204,7 @@ class DrawSource:
         guide, model = self.guide, self.model
         example = self.example if example is None else example
         args = () if example is None else (inputs(example, like_of(model)),)
-        with seeded(device_of(model), seed), self.running():
+        with seeded(device_of(model), seed), self.running(), full_precision():
             if not self._vectorises:
                 return [poutine.trace(guide).get_trace(*args) for _ in range(n)]
             assert isinstance(model, BayesianNetwork)

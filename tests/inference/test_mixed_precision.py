@@ -204,6 +204,36 @@ def test_nothing_outside_of_the_network_is_in_half_precision(
     assert seen.inside and seen.outside == []
 
 
+@pytest.mark.parametrize("name", ["DeepEnsemble", "SWAG", "MCDropout", "LastLayerLaplace"])
+def test_nothing_outside_of_the_network_of_a_baseline_is_in_half_precision(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Proves the same for what methods are compared with, from the first epoch to the posterior."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Dropout(0.1), nn.Linear(16, CLASSES))
+    engine = getattr(pb.inference, name)(net, pb.likelihoods.Categorical(), N)
+    with narrow_operations(monkeypatch) as seen, autocast():
+        posterior = engine.fit((numbers(5), labels()), epochs=3, progress=False, seed=0)
+    assert seen.inside and seen.outside == []
+    assert_drawn_in_full(posterior)
+
+
+def assert_drawn_in_full(posterior: pb.Posterior) -> None:
+    """Draws inside of autocast are those outside of it, bit for bit."""
+    exact = posterior.draws(3, seed=0)
+    with autocast():
+        assert all(torch.equal(value, exact[name]) for name, value in posterior.draws(3, seed=0).items())
+
+
+def test_draws_of_a_guide_of_pyro_are_in_full_precision() -> None:
+    """Proves it of a guide that makes draws by a product with a matrix."""
+    torch.manual_seed(0)
+    model = pb.models.Dense(nn.Linear(5, CLASSES), pb.likelihoods.Categorical(), N)
+    guide = AutoMultivariateNormal(model)
+    data = (numbers(5), labels())
+    assert_drawn_in_full(pb.inference.fit(model, guide, data, epochs=3, lr=0.1, progress=False, seed=0))
+
+
 # ------------------------------------------------------------------------------------------- against float64
 
 NOISE = 0.1
