@@ -17,6 +17,7 @@ from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.potential import LogJoint
 from pyro_bnn.inference.stein.particles import Segment
 from pyro_bnn.modes import RunningStatistics, keeping_modes, training_mode
+from pyro_bnn.precision import full_precision
 from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.program.sites import Program
@@ -91,15 +92,16 @@ class MemberParticles:
         self, objective: Tensor, outputs: list[Tensor], force: Tensor | None, leaves: Sequence[nn.Parameter | Tensor]
     ) -> None:
         """Adds the gradients of ``objective - <force, f>``; the force does not act on shared weights."""
-        if force is None:
-            objective.backward()
-            return
-        work = (force * _rows(outputs, len(leaves[0]))).sum()
-        if not self.shared:
-            (objective - work).backward()
-        else:
-            objective.backward(retain_graph=True)
-            (-work).backward(inputs=leaves)
+        with full_precision():  # autocast is for the pass forward
+            if force is None:
+                objective.backward()
+                return
+            work = (force * _rows(outputs, len(leaves[0]))).sum()
+            if not self.shared:
+                (objective - work).backward()
+            else:
+                objective.backward(retain_graph=True)
+                (-work).backward(inputs=leaves)
 
     def offending_site(self, particle: int, args: tuple[object, ...]) -> str:
         """The name of the first site whose value or log density is not finite in this particle."""

@@ -31,6 +31,7 @@ from pyro_bnn.inference.training.run import TrainingRun
 from pyro_bnn.inputs import Data
 from pyro_bnn.modes import keeping_modes
 from pyro_bnn.posterior import Posterior
+from pyro_bnn.precision import full_precision
 from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.program.sites import Program
@@ -158,7 +159,8 @@ class _SVI:
                 f"the loss became {value} at step {run.step + 1} (epoch {run.epoch + 1}), {site}. A smaller lr, "
                 "clip_norm= or a longer kl_annealing usually helps"
             ) from cause
-        (weight * loss).backward()
+        with full_precision():  # autocast is for the pass forward
+            (weight * loss).backward()
         return value
 
     def _of_all(self, loss: float, rows: int, weight: Tensor | float) -> tuple[float, Tensor | float]:
