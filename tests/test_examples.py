@@ -45,12 +45,14 @@ def test_a_loop_of_ones_own_trains() -> None:
     assert re.search(r"^epoch 10: [\d.]+ nats per datum on held-out rows$", output, re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
 def test_lightning_trains(precision: str) -> None:
     pytest.importorskip("lightning", reason="PyTorch Lightning is not installed: pip install lightning")
     assert accuracy(run("with_lightning.py", "--epochs", "10", "--precision", precision)) > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_accelerate_trains(precision: str) -> None:
     pytest.importorskip("accelerate", reason="Accelerate is not installed: pip install accelerate")

@@ -24,6 +24,7 @@ def example() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_svi_with_two_networks_in_the_users_own_guide_recovers_the_group_effects(example: ModuleType) -> None:
     """Proves that two prefixed networks, group latents and user plates fit together under minibatch SVI.
 

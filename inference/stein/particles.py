@@ -50,7 +50,7 @@ class AnyParticles:
     def backward(self, args: tuple[object, ...], attraction: float = 1.0, weight: Tensor | float = 1.0) -> Tensor:
         """Sets the gradient of the block to that of ``weight attraction U``; returns U of each in nats, ``[n]``."""
         (block,) = self.blocks
-        mine = list(self.together.mine(len(block)))
+        mine = slice(self.together.rank, None, self.together.size)
         theta = block.detach()[mine]
         random = RandomState(theta)
 
@@ -70,7 +70,7 @@ class AnyParticles:
             return gradients, energies
 
         gradients, found = torch.zeros_like(block), theta.new_zeros(len(block))
-        if mine:
+        if len(theta):
             gradient, energies = in_turn() if self._in_turn else self._vectoriser(at_once, in_turn, theta)
             gradients[mine], found[mine] = gradient.detach() * (attraction * weight), energies.detach()
         self.together.sum_(gradients, found)

@@ -16,7 +16,7 @@ from torch import nn
 import pyro_bnn as pb
 from tests.benchmarks.measure import interleaved, report
 
-ROWS, BATCH, EPOCHS, ROUNDS = 1280, 32, 5, 15
+ROWS, BATCH, EPOCHS, ROUNDS = 1280, 32, 5, 6
 FORMS: dict[str, Callable[[nn.Module], tuple[Any, Any]]] = {}
 
 

@@ -272,6 +272,7 @@ def test_every_parameter_is_random() -> None:
     assert pb.models.SpikeSlab(net, None, select=["2.weight"]).random == ["2.weight"]
 
 
+@pytest.mark.slow
 def test_nuts_and_mean_field_take_the_prior() -> None:
     model, (x, y) = small(), data()
     pyro.set_rng_seed(0)
