@@ -79,7 +79,7 @@ class _Loop:
         self.callbacks = Callbacks(options["callbacks"])
         self.precision = Precision(options["precision"], run.parameters)
         data = options["validation"]
-        self.validation = None if data is None else Validation(data, run.together)
+        self.validation = None if data is None else Validation(data, run.model, run.together)
         self.write_log = writer_of(options["log"] if run.together.is_first else None)
         checkpoint = Checkpoint.of(options["checkpoint"])
         self.file = None if checkpoint is None else CheckpointFile(checkpoint)

@@ -78,8 +78,6 @@ class TrainingRun:
         self.together = together
         self.settings = {**settings, "processes": str(together.size)}
         self.losses: list[float] = []
-        #: NLL on validation data after every epoch, in nats per datum
-        self.validations: list[float] = []
         self.best: Best | None = None
         #: what else a checkpoint holds, by name
         self.parts: dict[str, Stateful] = {}
@@ -133,7 +131,6 @@ class TrainingRun:
 
     def validate(self, nll: float) -> None:
         """Takes the NLL on validation data after an epoch, and keeps the state where it is the least."""
-        self.validations.append(nll)
         if self.best is None or nll < self.best.nll:
             self.best = Best(nll, self.epoch, self._values())
 
@@ -203,7 +200,6 @@ class TrainingRun:
                     "random": [now for now, _ in randoms],
                     "random_before_epoch": [before for _, before in randoms],
                     "losses": self.losses,
-                    "validations": self.validations,
                     "best": None if self.best is None else tuple(self.best),
                     "values": [v.detach() for v in (*self.parameters, *self.buffers)],
                     "names": self._names,
@@ -281,7 +277,6 @@ class TrainingRun:
         self._set(state["values"])
         self.epoch, self.step, self.losses = state["epoch"], state["step"], list(state["losses"])
         self.batch, self.steps_before_epoch = state.get("batch", 0), state.get("steps_before_epoch", 0)
-        self.validations = list(state.get("validations", []))
         best = state.get("best")
         self.best = None if best is None else Best(*best)
         self.optimizer.load_state_dict(state["optimizer"])

@@ -7,10 +7,12 @@ import math
 import torch
 
 from pyro_bnn.distributed import Processes
+from pyro_bnn.inference.batches import as_tensors
 from pyro_bnn.inputs import Data
 from pyro_bnn.modes import keeping_modes
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.predicting import pair_batches, require_repeatable
+from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import device_of, seeded
 
 #: of the draws with which all epochs are compared
@@ -28,17 +30,27 @@ class Validation:
     Several processes divide the batches between them.
 
     :param data: in any form that :func:`~pyro_bnn.diagnostics.evaluate` takes.
-    :raises TypeError: for data that can be read only once.
+    :param model: that is trained: the first batch is checked against it.
+    :raises TypeError: for data that can be read only once, or labels of the wrong type.
+    :raises ValueError: for data that are empty or do not fit the model, such as NaN, or labels out of range.
     """
 
-    def __init__(self, data: Data, together: Processes) -> None:
+    def __init__(self, data: Data, model: Program, together: Processes) -> None:
         require_repeatable(data, "validation")
         self._data, self._together = data, together
+        first = next(iter(pair_batches(data, model)), None)
+        if first is None:
+            raise ValueError("validation= is empty: give at least one row, or leave it out")
+        try:
+            as_tensors(model, first)
+        except (TypeError, ValueError) as error:
+            error.add_note("That is what validation= holds, which is looked at before anything trains")
+            raise
 
     def nll(self, posterior: Posterior) -> float:
         """In nats per datum.
 
-        :raises ValueError: when the data are empty or do not fit the model, or a density is NaN.
+        :raises ValueError: when a later batch does not fit the model, or a density is NaN.
         """
         model, guide = posterior.model, posterior.draw_source.guide
         total, rows = 0.0, 0
@@ -50,9 +62,6 @@ class Validation:
                 total -= float((density.logsumexp(0) - math.log(len(density))).sum())
                 rows += density.shape[-1]
         total, count = self._together.total([total, rows])
-        rows = int(count)
-        if not rows:
-            raise ValueError("validation= is empty: give at least one row, or leave it out")
         if math.isnan(total):
             raise ValueError("the log density of validation= is NaN: look for infinite outputs of the network")
-        return total / rows
+        return total / count

@@ -25,7 +25,7 @@ from pyro_bnn.models import Bella, Dense, MeanFieldGuide, ParticleGuide, PointGu
 from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.randomness import derive_seeds
 
-N = 22  # in batches of 8: parts of 4, and of 3
+N = 23  # in batches of 8: parts of 4 and 4, and of 4 and 3
 
 
 def data() -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def test_svi_takes_the_steps_of_one_process(given: str, tmp_path: Path) -> None:
     one, other = together(by_svi, tmp_path, given)
     assert all(torch.equal(a, b) for a, b in zip(one[0], other[0], strict=True)) and one[1] == other[1]
     batches = [tuple(map(torch.cat, zip(*parts, strict=True))) for parts in zip(one[2], other[2], strict=True)]
-    assert [len(x) for x, _ in batches] == [8, 8, 6] * 3
+    assert [len(x) for x, _ in batches] == [8, 8, 7] * 3
     if given != "weighted":
         seen = torch.cat([x for x, _ in batches[:3]])
         assert torch.equal(seen[seen[:, 0].argsort()], data()[0][data()[0][:, 0].argsort()])
@@ -142,6 +142,22 @@ def normalised() -> tuple[list[Tensor], list[Tensor]]:
     guide = PointGuide(model)
     fit(model, guide, data(), epochs=2, lr=0.01, **OPTIONS)
     return values(guide), [b.clone() for b in model.buffers()]
+
+
+def first_statistics() -> Tensor:
+    """The running mean of a normalisation of the inputs themselves, after one step of ten rows in each process."""
+    x, y = (part[:20] for part in data())
+    torch.manual_seed(3)
+    model = Dense(nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 1)).double(), Gaussian(0.3), 20)
+    fit(model, PointGuide(model), (x, y), epochs=1, **OPTIONS | {"batch_size": 20})
+    return next(b for b in model.buffers() if b.shape == (3,)).clone()
+
+
+def test_statistics_of_processes_are_averaged(tmp_path: Path) -> None:
+    """Parts of one size have the mean of the whole batch, of which a running mean takes a tenth."""
+    one, other = together(first_statistics, tmp_path)
+    torch.testing.assert_close(one, data()[0][:20].mean(0) / 10)
+    assert torch.equal(one, other)
 
 
 def test_statistics_of_normalisation_are_the_same_in_all_processes(tmp_path: Path) -> None:
@@ -309,6 +325,28 @@ def tuned() -> tuple[dict[str, float], int, list[float]]:
     posterior = sample(kernel, 10, 25, seed=0, progress=False)
     first = [float(v.flatten()[0]) for v in posterior.draws(40).values()]
     return posterior.sampler, posterior.num_stored or 0, first
+
+
+class Watched(SGHMC):
+    """Notes which of its chains start at the network's own weights."""
+
+    at_network: list[bool]
+
+    def _starting_point(self, chain: int) -> Tensor:
+        found = super()._starting_point(chain)
+        self.at_network.append(torch.equal(found, self.potential.start()))
+        return found
+
+
+def starts() -> list[bool]:
+    kernel = Watched(Dense(net(), Gaussian(0.3), N), data(), batch_size=N, capture=False)
+    kernel.at_network = []
+    sample(kernel, 2, 25, seed=0, progress=False)
+    return kernel.at_network
+
+
+def test_one_chain_of_all_processes_starts_at_the_network(tmp_path: Path) -> None:
+    assert together(starts, tmp_path) == [[True, False], [False, False]]
 
 
 def test_chains_that_tune_themselves_are_four_by_default(tmp_path: Path) -> None:

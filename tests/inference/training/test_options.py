@@ -142,7 +142,10 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"progress": 1}, TypeError, "progress=1"),
     ({"checkpoint": 3}, TypeError, "checkpoint=3: expected a path"),
     ({"validation": iter([data()])}, TypeError, "validation is read more than once"),
-    ({"validation": (data()[0][:0], data()[1][:0])}, ValueError, "empty"),
+    ({"validation": (data()[0][:0], data()[1][:0])}, ValueError, "validation= is empty"),
+    ({"validation": (data()[0] * math.nan, data()[1])}, ValueError, "NaN"),
+    ({"validation": (data()[0][:, :2], data()[1])}, Exception, "mat1 and mat2|shape"),
+    ({"validation": (data()[0], data()[1][:5])}, ValueError, "samples|rows"),
 ]
 
 
@@ -369,6 +372,7 @@ def test_overflow_lowers_the_factor_and_leaves_the_step_out() -> None:
         optimizer.zero_grad()
         (precision.factor() * p * 1e35).backward()  # 65536 of it is infinite, 1000 is not
         assert precision.has_gradient(optimizer, step) == bool(torch.isfinite(p.grad).all())
+        assert not torch.isfinite(p.grad) or float(p.grad) == pytest.approx(1e35)  # without the factor
         precision.update(optimizer)
         moved.append(float(p.detach()) != 1)
     assert moved[0] is False and moved[-1] is True and sorted(moved) == moved
