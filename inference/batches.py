@@ -105,7 +105,8 @@ class _Memory:
     """All of x and y on the device of the model, from which batches are taken by the indices of their rows."""
 
     def __init__(self, x: Inputs, y: Tensor, batch_size: int) -> None:
-        self.x, self.y, self.batch_size = x, y, batch_size
+        self.y, self.batch_size = y, batch_size
+        self._leaves, self._structure = pytree.tree_flatten(x)
 
     def rows(self) -> Iterator[tuple[Tensor]]:
         order = torch.randperm(len(self.y), device=self.y.device)
@@ -117,7 +118,7 @@ class _Memory:
                 return leaf[index]
             return leaf.expand(index.shape[:-1] + leaf.shape) if isinstance(leaf, Tensor) else leaf
 
-        return pytree.tree_map(part, self.x), self.y[index]
+        return pytree.tree_unflatten(map(part, self._leaves), self._structure), self.y[index]
 
 
 def _of_memory(model: Program, data: Data, batch_size: int) -> Minibatches:

@@ -7,12 +7,15 @@ package are preceded by the name of their module.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from typing import Any, TypeVar
 
+#: where this package has its storable classes: a file may be loaded before anything else has imported them
+_HOMES = ("pyro_bnn.models", "pyro_bnn.inference")
 _CLASSES: dict[str, type] = {}
 _Class = TypeVar("_Class", bound=type)
 _Value = TypeVar("_Value")
@@ -42,6 +45,9 @@ def storable(cls: _Class) -> _Class:
 
 def find_class(name: str) -> type | None:
     """The storable class of this name; ``None`` when there is none."""
+    if name not in _CLASSES:
+        for home in _HOMES:
+            importlib.import_module(home)
     return _CLASSES.get(name)
 
 

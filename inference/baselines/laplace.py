@@ -8,7 +8,6 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
 from torch.distributions.transforms import ReshapeTransform
@@ -256,6 +255,8 @@ def choose_prior(curvature: Tensor, mean: Tensor) -> Normal:
 
     def slope(precision: float) -> float:
         return float((eigenvalues / (eigenvalues + precision)).sum()) - precision * square
+
+    from scipy.optimize import brentq  # takes a third of a second to import
 
     precision = brentq(slope, min(largest, 0.5 / square), len(mean) / square, rtol=1e-12)
     return Normal(0.0, 1 / math.sqrt(precision))

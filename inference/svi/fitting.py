@@ -152,7 +152,7 @@ class _SVI:
             if _offending_site(model, guide, batch) is None:
                 raise
             value, cause = math.nan, error
-        value, weight = self._of_all(value, rows_of(batch), weight)
+        value, weight = self._of_all(value, batch, weight)
         if not math.isfinite(value):
             site = _offending_site(model, guide, batch) or _without_site(run.parameters)
             raise FloatingPointError(
@@ -160,13 +160,14 @@ class _SVI:
                 "clip_norm= or a longer kl_annealing usually helps"
             ) from cause
         with full_precision():  # autocast is for the pass forward
-            (weight * loss).backward()
+            (loss if isinstance(weight, float) and weight == 1.0 else weight * loss).backward()
         return value
 
-    def _of_all(self, loss: float, rows: int, weight: Tensor | float) -> tuple[float, Tensor | float]:
+    def _of_all(self, loss: float, batch: tuple[object, ...], weight: Tensor | float) -> tuple[float, Tensor | float]:
         """The loss of all rows of a batch, and by what that of this process is to be multiplied."""
         if not self.together.are_several:
             return loss, weight
+        rows = rows_of(batch)
         total, count = self.together.total([loss * rows, rows])
         return total / count, weight * rows * self.together.size / count
 

@@ -10,7 +10,6 @@ import math
 from typing import Literal, get_args
 
 import torch
-from sklearn.cluster import kmeans_plusplus
 from torch import Tensor
 
 from pyro_bnn.entry import checks
@@ -123,6 +122,8 @@ def start_mixture(x: Tensor, codes: int, *, seed: int) -> PlaneMixture:
             f"codes={codes}, but only {distinct} distinct pairs of mean and standard deviation {where}: ask for fewer "
             "codes"
         )
+    from sklearn.cluster import kmeans_plusplus  # takes a second to import
+
     _, chosen = kmeans_plusplus(scaled.numpy(), codes, random_state=seed, n_local_trials=1)
     means = sample[torch.as_tensor(chosen, device=x.device, dtype=torch.long)]
     floor = covariance_floor(sample, codes)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_bnn.program.guide import SMALLEST_SCALE
+from pyro_bnn.program.positive import SMALLEST_SCALE
 
 
 def deviations(rho: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_bnn.entry import checks
@@ -20,8 +19,9 @@ from pyro_bnn.models.weight_sharing.shared_normal import SharedNormal
 from pyro_bnn.models.weight_sharing.shared_weights import SharedWeights
 from pyro_bnn.models.weight_sharing.storage.compression import compression_report
 from pyro_bnn.models.weight_sharing.storage.packed_codebook import describe_codebook, pack_codebook, unpack_codebook
-from pyro_bnn.program.guide import SMALLEST_SCALE, MixtureGuide
+from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.program.model import Form
+from pyro_bnn.program.positive import SMALLEST_SCALE, positive
 from pyro_bnn.registry import storable
 from pyro_bnn.selection import Select
 
@@ -139,7 +139,7 @@ class CodebookGuide(MixtureGuide):
         sites = [(model.site(n), shapes[model.site(n)]) for n in names]
         _require_finite({site: loc[site] for site, _ in sites} | {f"rho of {site}": rho[site] for site, _ in sites})
         means = torch.cat([loc[site].flatten() for site, _ in sites])
-        scales = F.softplus(torch.cat([rho[site].flatten() for site, _ in sites])) + SMALLEST_SCALE
+        scales = positive(torch.cat([rho[site].flatten() for site, _ in sites]))
         own = {name: options.pop(name) for name in ("sampling", "init_scale") if name in options}
         made = cls(model, codebook_from_weights(sites, means, scales, codes, **options), **own)
         with torch.no_grad():

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, constraints, kl_divergence, register_kl
 
+from pyro_bnn.program.positive import in_cache
+
 
 def split(block: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """``[*batch, n] -> [*batch, *shape]`` for each of the shapes, which have n elements in total."""
@@ -113,9 +115,13 @@ class _KLToNormal(torch.autograd.Function):
     def forward(ctx: Any, loc: Tensor, scale: Tensor, m: Tensor, s: Tensor) -> Tensor:
         ctx.save_for_backward(loc, scale, m, s)
         # |loc - m|^2 is not expanded into sums, which would cancel where loc is near m
-        ratio = scale / s
-        squares = (loc - m).div_(s).square_().sum(-1) + (ratio * ratio).sum(-1)  # a norm of 1e7 floats is off by 1e-3
-        return squares / 2 - ratio.log_().sum(-1) - loc.shape[-1] / 2
+        total: Any = -loc.shape[-1] / 2
+        for own, width, centre, spread in zip(*map(in_cache, _alike(loc, scale, m, s)), strict=True):
+            ratio = width / spread
+            squares = (own - centre).div_(spread).square_().sum(-1)
+            squares += (ratio * ratio).sum(-1)  # a norm of 1e7 floats is off by 1e-3
+            total = total + (squares / 2 - ratio.log_().sum(-1))
+        return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -124,7 +130,18 @@ class _KLToNormal(torch.autograd.Function):
         weight = grad / (s * s)
         if torch.is_grad_enabled():  # for second derivatives
             return (loc - m) * weight, weight * scale - grad / scale, None, None
-        return (loc - m).mul_(weight), (-grad / scale).addcmul_(weight, scale), None, None
+        of_loc, of_scale = torch.empty_like(loc), torch.empty_like(scale)
+        for own, width, centre, factor, first, second in zip(
+            *map(in_cache, (*_alike(loc, scale, m, weight), of_loc, of_scale)), strict=True
+        ):
+            torch.sub(own, centre, out=first).mul_(factor)
+            torch.reciprocal(width, out=second).mul_(-grad).addcmul_(factor, width)
+        return of_loc, of_scale, None, None
+
+
+def _alike(value: Tensor, *others: Tensor) -> list[Tensor]:
+    """The value, and others with an axis for every one of its own, as long as the last."""
+    return [value, *(other.expand(torch.broadcast_shapes(other.shape, value.shape[-1:])) for other in others)]
 
 
 def _constants(q: FactorisedNormal, p: Distribution) -> tuple[Tensor, Tensor] | None:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyro_bnn import display
@@ -24,13 +23,13 @@ from pyro_bnn.network import batch_size
 from pyro_bnn.program.factorised import NormalBlock, split
 from pyro_bnn.program.model import BayesianNetwork, Form
 from pyro_bnn.program.module import ProgramModule, picklable_state, register_parameters
+from pyro_bnn.program.positive import inverse_softplus, positive
 from pyro_bnn.program.sites import Site
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Family = Literal["normal", "cauchy", "point"]
-SMALLEST_SCALE = 1e-7
 #: Sites share a block up to this many elements; a larger site has its own block. Allocators serve tensors of tens of
 #: megabytes with fresh pages from the system every time, which costs more than the arithmetic on them.
 BLOCK_SIZE = 2**18
@@ -337,21 +336,21 @@ _Makes = Callable[..., Sequence[dist.TorchDistribution]]
 
 
 def _normals(shapes: list[torch.Size], loc: Tensor, rho: Tensor) -> Sequence[dist.TorchDistribution]:
-    return NormalBlock(loc, _positive(rho), shapes).parts()
+    return NormalBlock(loc, positive(rho), shapes).parts()
 
 
 def _cauchys(shapes: list[torch.Size], loc: Tensor, rho: Tensor) -> Sequence[dist.TorchDistribution]:
-    parts = zip(split(loc, shapes), split(_positive(rho), shapes), shapes, strict=True)
+    parts = zip(split(loc, shapes), split(positive(rho), shapes), shapes, strict=True)
     return [dist.Cauchy(m, s).to_event(len(shape)) for m, s, shape in parts]
 
 
 def _log_normals(shapes: list[torch.Size], loc: Tensor, rho: Tensor) -> Sequence[dist.TorchDistribution]:
-    parts = zip(split(loc, shapes), split(_positive(rho), shapes), shapes, strict=True)
+    parts = zip(split(loc, shapes), split(positive(rho), shapes), shapes, strict=True)
     return [dist.LogNormal(m, s).to_event(len(shape)) for m, s, shape in parts]
 
 
 def _logit_normals(shapes: list[torch.Size], loc: Tensor, rho: Tensor) -> Sequence[dist.TorchDistribution]:
-    parts = zip(split(loc, shapes), split(_positive(rho), shapes), shapes, strict=True)
+    parts = zip(split(loc, shapes), split(positive(rho), shapes), shapes, strict=True)
     sigmoid = dist.transforms.SigmoidTransform()
     return [dist.TransformedDistribution(dist.Normal(m, s), [sigmoid]).to_event(len(shape)) for m, s, shape in parts]
 
@@ -373,10 +372,6 @@ def _share_points(shapes: list[torch.Size], logit: Tensor) -> Sequence[dist.Torc
 _FAMILIES: dict[str, _Makes] = {"normal": _normals, "cauchy": _cauchys, "point": _points}
 
 
-def _positive(rho: Tensor) -> Tensor:
-    return F.softplus(rho).add_(SMALLEST_SCALE)
-
-
 def _centers(sites: list[Site], like: Tensor, link: Callable[[Tensor], Tensor] | None) -> Tensor:
     value = torch.cat(
         [
@@ -385,8 +380,3 @@ def _centers(sites: list[Site], like: Tensor, link: Callable[[Tensor], Tensor] |
         ]
     ).detach()
     return value if link is None else link(value)
-
-
-def inverse_softplus(value: float) -> float:
-    """rho with ``softplus(rho) = value``."""
-    return float(torch.tensor(value, dtype=torch.float64).expm1().log())

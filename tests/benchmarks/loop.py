@@ -53,7 +53,7 @@ def alternatives(name: str) -> dict[str, Callable[[], Any]]:
 
     by_fit, by_hand = programs(), programs()
     objective = pb.inference.Objective(*by_hand, example=(x[:BATCH], y[:BATCH]))
-    optimizer = torch.optim.AdamW(objective.trained(), lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(objective.trained(), lr=1e-3, weight_decay=0.0, fused=True)
 
     def hand() -> None:
         objective.train()

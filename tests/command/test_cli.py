@@ -17,7 +17,8 @@ from PIL import Image
 
 import pyro_bnn as pb
 from pyro_bnn import data
-from pyro_bnn.command.cli import app
+from pyro_bnn.command import commands
+from pyro_bnn.command.cli import COMMANDS, app
 from pyro_bnn.command.options import MethodName, complete
 from pyro_bnn.models import architectures
 
@@ -482,6 +483,22 @@ def test_a_run_without_metrics_says_how_to_make_them(digits_run: tuple[Path, str
 def test_the_command_line_is_a_module_too(module: str) -> None:
     result = subprocess.run([sys.executable, "-m", module, "report", "nowhere"], capture_output=True, text=True)
     assert result.returncode == 2 and "'nowhere' is not the folder of a run" in result.stderr
+
+
+def test_help_needs_neither_torch_nor_pyro_and_knows_every_command() -> None:
+    """Proves that the list of commands is shown in a moment, and is that of the commands there are."""
+    code = "import sys; from pyro_bnn.command import cli; print(*cli.COMMANDS, *{'torch', 'pyro'} & set(sys.modules))"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert shown == [getattr(c.callback, "__name__", None) for c in commands.app.registered_commands]
+    helped = run("--help").output
+    assert all(f"{name} " in helped for name in shown)
+    assert all(text.split(".")[0].split()[0] == _first_word(name) for name, text in COMMANDS.items())
+
+
+def _first_word(command: str) -> str:
+    """Of what the command itself says it does."""
+    callback = next(c.callback for c in commands.app.registered_commands if c.callback.__name__ == command)
+    return str(callback.__doc__).split()[0]
 
 
 def test_a_method_has_its_own_options_alone() -> None:
