@@ -28,10 +28,10 @@ from pyro_bnn.inputs import (
 )
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.perturb.samples import batched
+from pyro_bnn.posterior import Posterior
 from pyro_bnn.program.model import like_of
 
 if TYPE_CHECKING:
-    from pyro_bnn.posterior import Posterior
     from pyro_bnn.posterior.prediction import Prediction
 
 #: rows in one batch, if neither the caller nor a loader sets it
@@ -58,6 +58,7 @@ def predict_batches(
     :raises ValueError: when x and y differ in length, a prediction holds NaN, or batch_size is below 1.
     """
     require_posterior(posterior)
+    posterior = with_draws(posterior, num_samples, seed)
     for x, y in pair_batches(data, getattr(posterior, "model", None), batch_size):
         if together.are_several:
             x, y = _part((x, y), len(y), together)  # type: ignore[misc]
@@ -99,6 +100,7 @@ def predict_inputs(
     :raises TypeError: when data is none of these, or ``posterior`` is not a posterior.
     :raises ValueError: when a prediction holds NaN, or batch_size is below 1.
     """
+    posterior = with_draws(posterior, num_samples, seed)
     for x in _inputs(data, like, _rows(batch_size)):
         if together.are_several:
             x = _part(x, count_rows(x), together)
@@ -143,6 +145,15 @@ def predict_batch(
             "the posterior predicts NaN: check for parameters that diverged in training (posterior.losses shows when)"
         )
     return prediction
+
+
+def with_draws(posterior: Posterior, num_samples: int | None, seed: int) -> Posterior:
+    """The posterior with the draws stored that every batch would make again, where they fit into memory at once."""
+    if type(posterior) is not Posterior:
+        return posterior
+    source = posterior.draw_source
+    count = source.count(num_samples)
+    return posterior.as_draws(count, seed) if source.makes_all_at_once(count) else posterior
 
 
 def require_posterior(posterior: object) -> None:

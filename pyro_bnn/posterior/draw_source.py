@@ -144,6 +144,16 @@ class DrawSource:
         num_chains = self.stored.num_chains if n == len(self.stored) else 1
         return DrawsGuide(draws, self.model, num_chains, statistics, self.stored.is_sampled)
 
+    def makes_all_at_once(self, n: int) -> bool:
+        """Whether a guide makes n draws of each member from a seed alone, and they fit the budget of one group.
+
+        Not so for points, which are no draws and cost none.
+        """
+        makes = isinstance(self.model, BayesianNetwork) and isinstance(self.guide, MixtureGuide)
+        if not makes or self.is_deterministic:
+            return False
+        return len(list(self._plan(n, 0))) == 1
+
     def by_chain(self) -> list[DrawSource]:
         """The draws of each chain on their own; all draws, once, where a guide makes them."""
         if self.stored is None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_bnn.diagnostics.arviz.densities import has_density
 from pyro_bnn.diagnostics.checking.chains import FEWEST, comparable, convergence, effective_size, rhat_limit
@@ -16,10 +17,10 @@ from pyro_bnn.diagnostics.checking.inclusion_checks import inclusion_findings
 from pyro_bnn.diagnostics.checking.predictive_checks import ERRORS, Predicted, out_of_domain
 from pyro_bnn.diagnostics.checking.training import loss_verdict
 from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
-from pyro_bnn.diagnostics.scoring.metrics import evaluate
+from pyro_bnn.diagnostics.scoring.metrics import evaluate_with
 from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.network import batch_size as count_rows
-from pyro_bnn.posterior import Posterior
+from pyro_bnn.posterior import Posterior, Prediction
 from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.predicting import (
     first_rows,
@@ -98,15 +99,23 @@ def check(
     findings = [*_training(posterior), *_sampler(posterior), *_fit(posterior, x_train, y_train, batch_size, seed)]
     findings += inclusion_findings(posterior, data, x_train, y_train, count, batch_size, seed)
     if data is not None:
-        predicted: Predicted | None = None
-        for x, prediction, y in predict_batches(posterior, data, **settings):
-            if predicted is None:
-                predicted, probes = Predicted(str(getattr(prediction.likelihood, "kind", ""))), first_rows(x, PROBES)
+        predicted = Predicted()
+        probes: list[Inputs] = []
+
+        def add(x: Inputs, prediction: Prediction, y: Tensor) -> None:
             predicted.add(prediction, y)
-        if predicted is None:
+            if not probes:
+                probes.append(first_rows(x, PROBES))
+
+        if metrics is None:
+            found = evaluate_with(add, posterior, data, ood, **settings)
+        else:
+            found = dict(metrics)
+            for batch in predict_batches(posterior, data, **settings):
+                add(*batch)
+        if not probes:
             raise ValueError("data is empty: check needs at least one row; look at the filter or split that made it")
-        found = dict(metrics or evaluate(posterior, data, ood, **settings))
-        findings += _chains(posterior, probes, batch_size, seed)
+        findings += _chains(posterior, probes[0], batch_size, seed)
         findings += [*_spread(found, count * posterior.num_members), *predicted.findings()]
         if "ood_auroc" in found:
             foreign = predicted.rows if ood is None else sum(count_rows(x) for x, _ in input_batches(ood, batch_size))

@@ -32,7 +32,7 @@ FOREIGN = 0.9
 class Predicted:
     """Sums over all labels, and the targets and losses of each batch, from which the findings are made.
 
-    :param kind: kind of the likelihood.
+    :param kind: kind of the likelihood, that of the first batch unless it is given.
     :param hits: number of labels that were predicted right, or lay inside the interval.
     :param expected: expected number of hits, the sum of their predictive probabilities p.
     :param variance: sum of p (1 - p).
@@ -41,7 +41,7 @@ class Predicted:
     :param loss: losses of each batch, ``[N, L]``: 1 for a wrong class, or the squared error.
     """
 
-    kind: str
+    kind: str = ""
     hits: float = 0.0
     expected: float = 0.0
     variance: float = 0.0
@@ -51,6 +51,7 @@ class Predicted:
 
     def add(self, prediction: Prediction, y: Tensor) -> None:
         """Adds a batch."""
+        self.kind = self.kind or str(getattr(prediction.likelihood, "kind", ""))
         if self.kind == "classification":
             probs = member_probabilities(prediction)
             predicted = probs.mean(0).argmax(-1)

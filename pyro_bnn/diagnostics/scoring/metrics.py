@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from pyro_bnn.diagnostics.scoring.shift import ShiftedScores, ShiftLike
 from pyro_bnn.diagnostics.scoring.similarity import disagreement
 from pyro_bnn.distributed import processes
 from pyro_bnn.inputs import Data, Inputs
-from pyro_bnn.predicting import log_predictive_density, predict_batches, predict_inputs
+from pyro_bnn.predicting import log_predictive_density, predict_batches, predict_inputs, with_draws
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
@@ -133,8 +134,31 @@ def evaluate(
     sources of the other metrics are in the modules ``calibration``, ``selective``, ``ood``, ``scores`` and
     ``similarity``, which compute each of them from tensors.
     """
+    return evaluate_with(
+        lambda x, prediction, y: None,
+        *(posterior, data, ood),
+        shift=shift,
+        num_samples=num_samples,
+        batch_size=batch_size,
+        seed=seed,
+    )
+
+
+def evaluate_with(
+    each: Callable[[Inputs, Prediction, Tensor], None],
+    posterior: Posterior,
+    data: Data,
+    ood: Data = None,
+    *,
+    shift: ShiftLike | None = None,
+    num_samples: int | None = None,
+    batch_size: int | None = None,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """As :func:`evaluate`, and ``each(x, prediction, y)`` is called with every batch of data that this process has."""
     together = processes()
     seed = some_seed(together.shared_seed(seed))
+    posterior = with_draws(posterior, num_samples, seed)
     settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
     quality: ClassificationMetrics | RegressionMetrics | None = None
     shifted = None if shift is None else ShiftedScores(posterior, shift, settings)
@@ -143,6 +167,7 @@ def evaluate(
         if quality is None:
             quality, example = _quality(prediction, ood is not None), x
         quality.update(prediction, y)
+        each(x, prediction, y)
         if shifted is not None:
             shifted.update(x, y)
     without = together.total([float(quality is None)])[0]
