@@ -155,8 +155,8 @@ class Categorical(Likelihood):
         refused like any other number that is no class.
     :param temperature: see :class:`Likelihood`.
     :raises TypeError: for a temperature or an ``ignore_index`` that is not a number.
-    :raises ValueError: for axis 0, a ``class_dim`` or ``ignore_index`` that is not a whole number, or a temperature that
-        is not positive.
+    :raises ValueError: for axis 0, a ``class_dim`` or ``ignore_index`` that is not a whole number, or a temperature
+        that is not positive.
     """
 
     class_dim: int | None = field(default=None, kw_only=True)

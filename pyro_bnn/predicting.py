@@ -27,6 +27,7 @@ from pyro_bnn.inputs import (
     tensors,
     without_labels,
 )
+from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.perturb.samples import batched
 from pyro_bnn.program.model import BayesianNetwork, like_of
@@ -251,8 +252,18 @@ def kept(values: Tensor, there: Tensor | None, axis: int = 0) -> Tensor:
 def row_density(prediction: Prediction, y: Tensor) -> Tensor:
     """:func:`log_predictive_density` of the rows that hold any label, in nats."""
     density = log_predictive_density(prediction, y)
-    there = labelled(prediction, y)
-    return density if there is None else density[there.reshape(len(y), -1).any(1)]
+    rows = rows_with_labels(prediction, y)
+    return density if rows is None else density[rows]
+
+
+def rows_with_labels(holder: object, y: Tensor) -> Tensor | None:
+    """Which rows have a label, booleans ``[N]`` on the device of y; ``None`` when all have.
+
+    :param holder: a prediction or a model, whose ``likelihood`` tells.
+    """
+    likelihood = getattr(holder, "likelihood", None)
+    there = likelihood.labelled(y) if isinstance(likelihood, Likelihood) else None
+    return None if there is None else there.reshape(len(y), -1).any(1)
 
 
 def _pairs(data: Data, rows: int) -> Iterable[object]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from pyro_bnn.distributed import Processes
 from pyro_bnn.inference.batches import as_tensors
 from pyro_bnn.inputs import Data
 from pyro_bnn.modes import keeping_modes
 from pyro_bnn.posterior import Posterior
-from pyro_bnn.predicting import pair_batches, require_repeatable
-from pyro_bnn.program.model import BayesianNetwork
+from pyro_bnn.predicting import pair_batches, require_repeatable, rows_with_labels
 from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import device_of, seeded
 
@@ -62,8 +60,8 @@ class Validation:
                 if i % self._together.size != self._together.rank:
                     continue
                 density = posterior.log_likelihood(x, y, seed=SEED).flatten(0, 1).double()
-                there = _rows_with_labels(model, y)
-                density = density if there is None else density[:, there.to(density.device)]
+                there = rows_with_labels(model, y)
+                density = density if there is None else density[:, there]
                 total -= float((density.logsumexp(0) - math.log(len(density))).sum())
                 rows += density.shape[-1]
         total, count = self._together.total([total, rows])
@@ -72,10 +70,3 @@ class Validation:
         if math.isnan(total):
             raise ValueError("the log density of validation= is NaN: look for infinite outputs of the network")
         return total / count
-
-
-def _rows_with_labels(model: Program, y: Tensor) -> Tensor | None:
-    """``[N]``, which rows have a label that is not masked; ``None`` where all have."""
-    likelihood = model.likelihood if isinstance(model, BayesianNetwork) else None
-    there = None if likelihood is None else likelihood.labelled(y)
-    return None if there is None else there.reshape(len(y), -1).any(1)

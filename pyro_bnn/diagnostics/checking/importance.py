@@ -21,10 +21,9 @@ from pyro_bnn.diagnostics.recalibration.temperature import ScaledPosterior
 from pyro_bnn.diagnostics.scoring.precision import wide
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inputs import Inputs, labels, tensors
-from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior.draw_source import TAIL_DRAWS
-from pyro_bnn.predicting import log_density, predict_batches, require_posterior
+from pyro_bnn.predicting import log_density, predict_batches, require_posterior, rows_with_labels
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.randomness import some_seed
 
@@ -288,11 +287,9 @@ def _in_arviz(
 
 def _leave_out_rows_without_labels(data: xr.DataTree, posterior: Posterior, y: object) -> None:
     """Rows all of whose labels ``ignore_index`` masks are no data: their ratios are constant, which have no tail."""
-    likelihood = getattr(posterior.model, "likelihood", None)
-    there = likelihood.labelled(target := labels(y)) if isinstance(likelihood, Likelihood) else None
-    if there is not None:
-        rows = there.reshape(len(target), -1).any(1).nonzero().flatten().tolist()
-        data["log_likelihood"] = xr.DataTree(data["log_likelihood"].to_dataset().isel(obs_id=rows))
+    if (rows := rows_with_labels(posterior.model, labels(y))) is not None:
+        kept = rows.nonzero().flatten().tolist()
+        data["log_likelihood"] = xr.DataTree(data["log_likelihood"].to_dataset().isel(obs_id=kept))
 
 
 def _warn_of_chains_apart(data: xr.DataTree) -> None:
