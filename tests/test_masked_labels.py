@@ -170,6 +170,8 @@ def test_nothing_but_masks_is_refused_where_there_is_nothing_to_score() -> None:
     for ask in (pb.diagnostics.evaluate, pb.diagnostics.scale_temperature):
         with pytest.raises(ValueError, match="no label but ignore_index"):
             ask(one, (x, nothing))  # type: ignore[operator]
+    with pytest.raises(ValueError, match="ood holds no label but ignore_index"):
+        pb.diagnostics.evaluate(one, (x, y), ood=(x, nothing))
     model = pb.models.Dense(nn.Linear(3, C), MASKED, N)
     with pytest.raises(ValueError, match="validation= holds no label"):
         pb.inference.fit(

@@ -156,11 +156,14 @@ def evaluate(
     if quality is None:
         raise ValueError("data is empty: evaluate needs at least one row; look at the filter or split that made it")
     if ood is not None and isinstance(quality, ClassificationMetrics):
-        rows = 0
+        rows = counted = 0
         for prediction, there in predict_labelled(posterior, ood, like=example, **settings, together=together):
-            rows += quality.update_ood(prediction, there)
+            counted += quality.update_ood(prediction, there)
+            rows += prediction.mean.shape[0]
         if together.any(rows == 0):
             raise ValueError("ood is empty: give at least one row of inputs, or leave out ood=")
+        if not together.total([counted])[0]:
+            raise ValueError("ood holds no label but ignore_index: leave the labels out, or check how they were masked")
     found: dict[str, Any] = {**quality.compute()}
     if shifted is not None:
         result = shifted.compute(found)
