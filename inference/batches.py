@@ -25,6 +25,7 @@ from torch.utils.data import (
 
 from pyro_bnn.distributed import Processes
 from pyro_bnn.entry import checks
+from pyro_bnn.given.next_tokens import require_next_tokens
 from pyro_bnn.inputs import (
     LABELS,
     Data,
@@ -372,6 +373,7 @@ def _check(model: Program, x: Inputs, y: Tensor) -> None:
     with pyro.validation_enabled(False):  # NaN in the output is not what is wrong with the data
         model.likelihood.given(f.expand(size, *f.shape[1:]), y, noise)
     model.likelihood.check(y, f)
+    require_next_tokens(model.core().net, x, y, model.likelihood.labelled(y))
 
 
 def _output_of_first(network: BayesianNetwork, x: Inputs, size: int) -> Tensor:

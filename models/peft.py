@@ -20,8 +20,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from pyro_bnn import display
 from pyro_bnn.files import digest_of, replacing_folder, write_tensors
 from pyro_bnn.models.bella import Bella, ParticleGuide, draw_factor
+from pyro_bnn.posterior.stored_draws import DrawsGuide
+from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.selection import is_linear
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -36,25 +39,28 @@ _SCALING = "pyro_bnn.scaling"
 _INPUT_FIRST = ("embedding", "linear, [in, out]")
 
 
-def save_adapters(model: Bella, guide: ParticleGuide, path: str | os.PathLike[str]) -> list[Path]:
+def save_adapters(model: Bella, guide: ParticleGuide | DrawsGuide, path: str | os.PathLike[str]) -> list[Path]:
     """Writes particle i to the folder ``path/particle_i``, which ``peft.PeftModel.from_pretrained(net, ...)`` opens.
 
     Heads and normalisation layers that belong to each particle are saved as PEFT's ``modules_to_save``.
 
+    :param guide: the guide of the particles, ``posterior.guide``; or stored draws of any posterior of this model,
+        ``posterior.as_draws(n).guide``, whose draws become particles: draw i of member k is particle
+        ``i num_members + k``.
     :return: the folders of the particles, in order.
-    :raises ValueError: for weights of a kind for which PEFT has no adapter.
+    :raises TypeError: for another model than Bella, and for a guide whose members are not points.
+    :raises ValueError: for weights of a kind for which PEFT has no adapter, or a guide of another model.
     :raises FileExistsError: when ``path`` exists and contains anything except such folders.
     """
-    path = Path(path)
-    count = guide.num_members
-    names = [f"particle_{i}" for i in range(count)]
+    path, points = Path(path), _points(model, guide)
+    names = [f"particle_{i}" for i in range(len(next(iter(points.values()))))]
     kinds = {weight: _kind(model, weight) for weight in model.weights}
     for parameter in model.own_parameters():
         _require_own_layer(model, parameter)
     _require_distinct_ends(model, [weight.rpartition(".")[0] for weight in kinds])
     if path.exists() and not all(re.fullmatch(r"particle_\d+", child.name) for child in path.iterdir()):
         raise FileExistsError(f"{path} exists and holds other files; choose another path or remove it")
-    values = {name: value.cpu() for name, value in guide.coordinates().items()}
+    values = {name: value.cpu() for name, value in points.items()}
     save = uuid.uuid4().hex
     with replacing_folder(path, last=_CONFIG) as temporary:
         for i, name in enumerate(names):
@@ -85,10 +91,14 @@ def load_adapters(model: Bella, guide: ParticleGuide, paths: list[str | os.PathL
 
     A checkpoint may have a lower rank than the model, and another alpha: B is rescaled accordingly.
 
+    :raises TypeError: for another model than Bella, or another guide than particles.
     :raises ValueError: for more checkpoints than particles, a checkpoint that is damaged or not LoRA, one whose layers
         differ from those of the model, or particles of two saves in one folder, which an interrupted save can leave.
     :raises FileNotFoundError: when a folder has no checkpoint.
     """
+    if not isinstance(guide, ParticleGuide):
+        raise TypeError(f"load_adapters moves the particles of a ParticleGuide, got {display.name_of(guide)}")
+    _points(model, guide)  # refuses another model
     if len(paths) > guide.num_members:
         raise ValueError(
             f"expected at most one checkpoint for each particle, got {len(paths)} checkpoints for {guide.num_members} "
@@ -100,6 +110,35 @@ def load_adapters(model: Bella, guide: ParticleGuide, paths: list[str | os.PathL
     for i, particle in enumerate(found):
         for name, value in particle.items():
             values[model.site(name)][i].copy_(value)
+
+
+def _points(model: object, guide: object) -> dict[str, Tensor]:
+    """``{site: [particles, *event]}``.
+
+    :raises TypeError: for a model or guide that has none.
+    :raises ValueError: when the guide is not of this model.
+    """
+    if not isinstance(model, Bella):
+        raise TypeError(
+            f"an adapter of PEFT is a low-rank term beside a frozen weight, which {display.name_of(model)} does not "
+            "have: give a pyro_bnn.models.Bella, or save plain networks, posterior.networks(n)"
+        )
+    if isinstance(guide, DrawsGuide):
+        points = {name: value.flatten(0, 1) for name, value in guide.draws().items()}
+    elif isinstance(guide, MixtureGuide) and guide.is_deterministic:
+        points = guide.coordinates()
+    else:
+        raise TypeError(
+            f"an adapter of PEFT is a point, and {display.name_of(guide)} has none for every member: give a "
+            "ParticleGuide, or n draws of a posterior of this model, posterior.as_draws(n).guide"
+        )
+    for site in model.sites():
+        if site.name not in points or points[site.name].shape[1:] != site.shape:
+            raise ValueError(
+                f"the guide has no values of the shape {tuple(site.shape)} for {site.name!r}: give the guide that "
+                "belongs to this model"
+            )
+    return points
 
 
 def _require_one_save(paths: list[Path]) -> None:

@@ -21,6 +21,8 @@ from pyro_bnn.registry import build_value, describe_value
 __all__ = ["Bernoulli", "Categorical", "Gaussian", "HeteroscedasticGaussian", "Likelihood", "Poisson"]
 
 _SMALLEST_SCALE = 1e-6  # keeps a heteroscedastic density bounded in float32
+#: the label that ``F.cross_entropy`` and the collators of transformers give to what has none
+_MISSING = -100
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,10 @@ class Likelihood:
         :raises ValueError: when some are not.
         """
 
+    def labelled(self, y: Tensor) -> Tensor | None:
+        """Where y holds a target, booleans of its shape; ``None`` when it does so everywhere."""
+        return None
+
     def describe(self) -> dict[str, Any]:
         """Describes the likelihood for JSON: the name of its class and its fields.
 
@@ -133,14 +139,28 @@ class Categorical(Likelihood):
     ``[N, H, W]`` with logits ``[N, C, H, W]`` and ``class_dim=1``, as in ``F.cross_entropy``. Predicted probabilities
     always have the classes on the last axis.
 
+    With ``ignore_index`` labels may be missing, as where a sequence is padded or a prompt is given::
+
+        log p(y_n | f_n) = sum_{t: y_nt != ignore_index} log softmax(f_nt)[y_nt]
+
+    A masked label adds exactly 0 to this sum and to its gradient, as in ``F.cross_entropy``, and no score counts it. A
+    row stays one datum, whatever number of labels it has: ``num_data`` and the scale of minibatches count all rows, and
+    a row without labels has a log-likelihood of 0. Scores average over the labels that are there, or, where a datum is
+    a row, over the rows with at least one.
+
     :param class_dim: the class axis of the network's output, counted from the axis of the samples (0) or from the end.
         ``None`` means the last axis; labels that would also fit axis 1 are then refused as ambiguous.
+    :param ignore_index: the label that means that there is none, such as the -100 of ``F.cross_entropy`` and of
+        transformers; it may also be a class, such as the token for padding. ``None``: every label counts, and -100 is
+        refused like any other number that is no class.
     :param temperature: see :class:`Likelihood`.
-    :raises TypeError: for a temperature that is not a number.
-    :raises ValueError: for axis 0 or a ``class_dim`` that is not a whole number, or a temperature that is not positive.
+    :raises TypeError: for a temperature or an ``ignore_index`` that is not a number.
+    :raises ValueError: for axis 0, a ``class_dim`` or ``ignore_index`` that is not a whole number, or a temperature
+        that is not positive.
     """
 
     class_dim: int | None = field(default=None, kw_only=True)
+    ignore_index: int | None = field(default=None, kw_only=True)
     kind = "classification"
     has_target_axis: ClassVar[bool] = False
 
@@ -153,6 +173,7 @@ class Categorical(Likelihood):
                 f"class_dim={self.class_dim!r}: expected the axis of the classes in the network's output, 1 for "
                 "[N, C, ...] or -1 for [N, ..., C]; axis 0 is over the samples"
             )
+        object.__setattr__(self, "ignore_index", checks.optional(checks.label, "ignore_index", self.ignore_index))
 
     def arranged(self, f: Tensor, y: Tensor | None, lead: int) -> Tensor:
         """Classes last.
@@ -179,7 +200,10 @@ class Categorical(Likelihood):
         return f
 
     def distribution(self, f: Tensor, noise: Tensor | None = None) -> dist.TorchDistribution:
-        return dist.Categorical(logits=f)
+        return dist.Categorical(logits=f) if self.ignore_index is None else _MaskedCategorical(f, self.ignore_index)
+
+    def labelled(self, y: Tensor) -> Tensor | None:
+        return None if self.ignore_index is None else y != self.ignore_index
 
     def require_dtype(self, y: Tensor) -> None:
         if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
@@ -195,12 +219,37 @@ class Categorical(Likelihood):
             )
 
     def check(self, y: Tensor, f: Tensor) -> None:
-        low, high, classes = int(y.min()), int(y.max()), self.arranged(f, None, 1).shape[-1]
+        there = self.labelled(y)
+        if not (labels := y if there is None else y[there]).numel():
+            return
+        low, high, classes = int(labels.min()), int(labels.max()), self.arranged(f, None, 1).shape[-1]
         if low < 0 or high >= classes:
+            masked = f", or be ignore_index={self.ignore_index}" if self.ignore_index is not None else ""
+            if self.ignore_index is None and low == _MISSING:
+                masked = f". Where {_MISSING} means that a label is missing, write Categorical(ignore_index={_MISSING})"
             raise ValueError(
                 f"Categorical: y holds label {low if low < 0 else high}, but the network has {classes} outputs; "
-                f"labels must lie in 0 ... {classes - 1}"
+                f"labels must lie in 0 ... {classes - 1}{masked}"
             )
+
+
+class _MaskedCategorical(dist.Categorical):
+    """A Categorical that holds ``ignore_index`` for possible too, with a log density of 0."""
+
+    def __init__(self, logits: Tensor, ignore_index: int, validate_args: bool | None = None) -> None:
+        self.ignore_index = ignore_index
+        super().__init__(logits=logits, validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _MaskedCategorical:
+        new = self._get_checked_instance(_MaskedCategorical, _instance)
+        new.ignore_index = self.ignore_index
+        expanded: _MaskedCategorical = super().expand(batch_shape, _instance=new)
+        return expanded
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        missing = value == self.ignore_index
+        log_prob: Tensor = super().log_prob(value.masked_fill(missing, 0))
+        return log_prob.masked_fill(missing, 0.0)
 
 
 @dataclass(frozen=True)

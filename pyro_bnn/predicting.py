@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pyro_bnn.distributed import ALONE, Processes
 from pyro_bnn.entry import checks
+from pyro_bnn.given.next_tokens import require_next_tokens
 from pyro_bnn.inputs import (
     LABELS,
     Data,
@@ -26,10 +27,11 @@ from pyro_bnn.inputs import (
     tensors,
     without_labels,
 )
+from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.perturb.samples import batched
 from pyro_bnn.posterior import Posterior
-from pyro_bnn.program.model import like_of
+from pyro_bnn.program.model import BayesianNetwork, like_of
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior.prediction import Prediction
@@ -80,6 +82,8 @@ def pair_batches(data: Data, model: object, batch_size: int | None = None) -> It
             raise TypeError(_no_pair(batch))
         x, y = inputs(pair[0], like), targets(pair[1], like)
         count_rows(x, y)
+        if isinstance(model, BayesianNetwork) and model.likelihood is not None:
+            require_next_tokens(model.core().net, x, y, model.likelihood.labelled(y))
         yield x, y
 
 
@@ -100,13 +104,37 @@ def predict_inputs(
     :raises TypeError: when data is none of these, or ``posterior`` is not a posterior.
     :raises ValueError: when a prediction holds NaN, or batch_size is below 1.
     """
+    settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
+    return (prediction for prediction, _ in predict_labelled(posterior, data, like=like, **settings, together=together))
+
+
+def predict_labelled(
+    posterior: Posterior,
+    data: Data,
+    *,
+    like: object,
+    num_samples: int | None,
+    batch_size: int | None,
+    seed: int,
+    together: Processes = ALONE,
+) -> Iterator[tuple[Prediction, Tensor | None]]:
+    """Yields the predictions of :func:`predict_inputs`, and where labels in the data, if there are any, are not masked.
+
+    The classes of out-of-distribution data mean nothing to a posterior, but ``ignore_index`` among them does: there
+    is padding. The second is what :func:`labelled` says of them, ``None`` where all count.
+
+    :param posterior, data, like, num_samples, batch_size, seed: see :func:`predict_inputs`, also for the errors.
+    """
     posterior = with_draws(posterior, num_samples, seed)
-    for x in _inputs(data, like, _rows(batch_size)):
+    likelihood = getattr(getattr(posterior, "model", None), "likelihood", None)
+    masks = likelihood is not None and likelihood.labelled(torch.zeros(0)) is not None
+    for x, y in _inputs(data, like, _rows(batch_size), with_labels=masks):
         if together.are_several:
-            x = _part(x, count_rows(x), together)
+            x, y = _part((x, y), count_rows(x), together)  # type: ignore[misc]
             if not count_rows(x):
                 continue
-        yield predict_batch(posterior, x, num_samples, batch_size, seed)
+        prediction = predict_batch(posterior, x, num_samples, batch_size, seed)
+        yield prediction, None if y is None else labelled(prediction, y.to(prediction.outputs.device))
 
 
 def input_batches(data: Data, batch_size: int | None) -> Iterator[tuple[object, Tensor | None]]:
@@ -217,6 +245,38 @@ def log_predictive_density(prediction: Prediction, y: Tensor) -> Tensor:
     return log_prob.logsumexp((0, 1)) - math.log(draws * members)
 
 
+def labelled(prediction: Prediction, y: Tensor) -> Tensor | None:
+    """Where y holds a label, booleans ``[M]`` over the labels of all rows; ``None`` when it does so everywhere."""
+    there = None if prediction.likelihood is None else prediction.likelihood.labelled(y)
+    return None if there is None else there.flatten()
+
+
+def kept(values: Tensor, there: Tensor | None, axis: int = 0) -> Tensor:
+    """The values of those labels that are there.
+
+    :param values: ``[M, ...]``, or with another axis of the labels of all rows.
+    :param there: what :func:`labelled` says.
+    """
+    return values if there is None else values[(slice(None),) * axis + (there,)]
+
+
+def row_density(prediction: Prediction, y: Tensor) -> Tensor:
+    """:func:`log_predictive_density` of the rows that hold any label, in nats."""
+    density = log_predictive_density(prediction, y)
+    rows = rows_with_labels(prediction, y)
+    return density if rows is None else density[rows]
+
+
+def rows_with_labels(holder: object, y: Tensor) -> Tensor | None:
+    """Which rows have a label, booleans ``[N]`` on the device of y; ``None`` when all have.
+
+    :param holder: a prediction or a model, whose ``likelihood`` tells.
+    """
+    likelihood = getattr(holder, "likelihood", None)
+    there = likelihood.labelled(y) if isinstance(likelihood, Likelihood) else None
+    return None if there is None else there.reshape(len(y), -1).any(1)
+
+
 def _pairs(data: Data, rows: int) -> Iterable[object]:
     pair = _pair(data)
     if pair is None:
@@ -225,10 +285,19 @@ def _pairs(data: Data, rows: int) -> Iterable[object]:
     return _slices((x, y), count_rows(x, y), rows)
 
 
-def _inputs(data: Data, like: object, rows: int) -> Iterable[object]:
+def _inputs(data: Data, like: object, rows: int, with_labels: bool) -> Iterable[tuple[Inputs, Tensor | None]]:
+    """Batches of x, and their labels where there are any and they are asked for."""
+
+    def parts(batch: object) -> tuple[object, Tensor | None]:
+        x = _without_label(batch, like)
+        pair = split(batch) if with_labels and x is not batch else None
+        return x, None if pair is None else labels(pair[1])
+
     if _is_inputs(data) or isinstance(data, tuple):
-        return _cut(tensors(_without_label(data, like)), rows)
-    return (_without_label(batch, like) for batch in _loader(data, rows))
+        x, y = parts(data)
+        x = tensors(x)
+        return _slices((x, y), count_rows(x, y), rows)
+    return (parts(batch) for batch in _loader(data, rows))
 
 
 def _loader(data: Data, rows: int) -> Iterable[object]:
@@ -257,8 +326,8 @@ def _cut(x: Inputs, rows: int) -> Iterator[object]:
     return _slices(x, count_rows(x), rows)
 
 
-def _slices(tree: object, size: int, rows: int) -> Iterator[object]:
-    def cut(start: int) -> object:
+def _slices(tree: object, size: int, rows: int) -> Iterator[Any]:
+    def cut(start: int) -> Any:
         return pytree.tree_map(lambda t: t[start : start + rows] if batched(t, size) else t, tree)
 
     return (cut(start) for start in range(0, size, rows))

@@ -112,3 +112,20 @@ def test_a_posterior_is_served_to_several_threads(monkeypatch: pytest.MonkeyPatc
             torch.testing.assert_close(torch.tensor(answer[name]), values.flatten(), rtol=0, atol=1e-5)
     for wrong in ({"rows": []}, {"rows": [[1.0, 2.0]]}, {"rows": "x"}, {}):
         assert client.post("/predict", json=wrong).status_code == 422
+
+
+@pytest.mark.slow
+def test_language_models_say_what_they_do_not_know(tmp_path: Path) -> None:
+    """Shuffled letters are less probable; each particle is a checkpoint of the same logits, with which PEFT writes."""
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    pytest.importorskip("peft", reason="PEFT is not installed: pip install peft")
+    output = run("language_model.py", "--epochs", "4", "--out", str(tmp_path / "particles"))
+    auroc = [float(value) for value in re.findall(r"AUROC of shuffled text by log probability ([\d.]+)", output)]
+    assert len(auroc) == 2 and min(auroc) > 0.9
+    differences = re.findall(r"particle_\d in PEFT, largest difference of logits (\S+): '(the .+)'", output)
+    assert len(differences) == 3 and all(float(difference) < 1e-4 for difference, _ in differences)
+    assert re.search(r"averaged at every token: 'the .+'", output)
+    files = ("adapter_config.json", "adapter_model.safetensors")
+    assert all((tmp_path / "particles" / f"particle_{i}" / file).is_file() for i in range(3) for file in files)
+    found = re.search(r"accuracy ([\d.]+) of words", output)
+    assert "MiniLM is left out" in output or found and float(found[1]) > 0.7

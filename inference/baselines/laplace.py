@@ -154,6 +154,8 @@ class LastLayerLaplace(Baseline):
                 information = output_information(
                     self.likelihood, f.to(precise).reshape(len(phi), -1), None if noise is None else noise.to(precise)
                 )
+                if (there := self.likelihood.labelled(y)) is not None:
+                    information = information * there.to(information.device).flatten()[:, None, None]
                 part = curvature_of_layer(phi, information)
                 total = part if total is None else total + part
                 log_likelihood += float(self.likelihood.given(f, y, noise).log_prob(y).double().sum())

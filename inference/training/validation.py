@@ -11,7 +11,7 @@ from pyro_bnn.inference.batches import as_tensors
 from pyro_bnn.inputs import Data
 from pyro_bnn.modes import keeping_modes
 from pyro_bnn.posterior import Posterior
-from pyro_bnn.predicting import pair_batches, require_repeatable
+from pyro_bnn.predicting import pair_batches, require_repeatable, rows_with_labels
 from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import device_of, seeded
 
@@ -27,7 +27,8 @@ class Validation:
     S is 16 for a guide and 1 for points and particles; all epochs have the same seed. Training does not notice: modes
     and random states are as they were afterwards.
 
-    Several processes divide the batches between them.
+    N counts the rows with a label, as that of :func:`~pyro_bnn.diagnostics.evaluate` does. Several processes divide the
+    batches between them.
 
     :param data: in any form that :func:`~pyro_bnn.diagnostics.evaluate` takes.
     :param model: that is trained: the first batch is checked against it.
@@ -59,9 +60,13 @@ class Validation:
                 if i % self._together.size != self._together.rank:
                     continue
                 density = posterior.log_likelihood(x, y, seed=SEED).flatten(0, 1).double()
+                there = rows_with_labels(model, y)
+                density = density if there is None else density[:, there]
                 total -= float((density.logsumexp(0) - math.log(len(density))).sum())
                 rows += density.shape[-1]
         total, count = self._together.total([total, rows])
+        if not count:
+            raise ValueError("validation= holds no label but ignore_index: give rows with labels, or leave it out")
         if math.isnan(total):
             raise ValueError("the log density of validation= is NaN: look for infinite outputs of the network")
         return total / count

@@ -29,6 +29,11 @@ def count(name: str, value: object, least: int = 1) -> int:
     return _whole(name, value, least, None, f"expected a whole number, at least {least}")
 
 
+def label(name: str, value: object) -> int:
+    """A whole number that may stand among integer labels."""
+    return _whole(name, value, -(2**63), 2**63 - 1, "expected a whole number that stands for a missing label, as -100")
+
+
 def finite(name: str, value: object) -> float:
     """A number that is neither NaN nor infinite."""
     return _within(name, value, lambda number: True, "expected a finite number")

@@ -126,6 +126,7 @@ def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
-        return safetensors.torch.load_file(file), metadata
+        # In the file a tensor lies where the header ends, and products round by how their factors lie in memory.
+        return {name: value.clone() for name, value in safetensors.torch.load_file(file).items()}, metadata
     except (SafetensorError, OSError, *MISFITS) as error:
         raise ValueError(f"{file} is truncated or damaged ({error}); save the posterior again") from error

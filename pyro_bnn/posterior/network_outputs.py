@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pyro_bnn.given.next_tokens import require_next_tokens
 from pyro_bnn.inputs import Inputs, naming_shapes
 from pyro_bnn.modes import evaluating
 from pyro_bnn.network import batch_size as count_samples
@@ -34,10 +35,11 @@ def require_network_input(model: Program, x: Inputs, return_site: str | None) ->
         )
 
 
-def require_observed(x: Inputs, y: Tensor, observed_site: str | None) -> None:
+def require_observed(model: BayesianNetwork, x: Inputs, y: Tensor, observed_site: str | None) -> None:
     """Checks what a log-likelihood with a model of this package is given.
 
-    :raises ValueError: for a named site, or when x and y have different numbers of samples.
+    :raises ValueError: for a named site, when x and y have different numbers of samples, or when y holds the tokens of
+        x where a causal language model predicts the next ones.
     """
     if observed_site is not None:
         raise ValueError(
@@ -45,6 +47,8 @@ def require_observed(x: Inputs, y: Tensor, observed_site: str | None) -> None:
             "at its likelihood; leave it out"
         )
     count_samples(x, y)
+    if model.likelihood is not None:
+        require_next_tokens(model.core().net, x, y, model.likelihood.labelled(y))
 
 
 def predict_network(

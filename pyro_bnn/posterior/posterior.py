@@ -18,9 +18,9 @@ from pyro_bnn.inputs import Inputs, inputs, require_finite, targets
 from pyro_bnn.posterior import foreign, own_draws, storage
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS, DrawSource, with_members
 from pyro_bnn.posterior.export.exporting import export
+from pyro_bnn.posterior.export.plain_networks import plain_networks
 from pyro_bnn.posterior.importance import ChainInclusion, Importance, chain_inclusion, excess_loss, importance
 from pyro_bnn.posterior.network_outputs import predict_network, require_network_input, require_observed
-from pyro_bnn.posterior.plain_networks import plain_networks
 from pyro_bnn.posterior.prediction import Prediction
 from pyro_bnn.posterior.statistics import Gathered, Statistics, held_by
 from pyro_bnn.posterior.stored_draws import DrawsGuide, require_chains
@@ -277,7 +277,7 @@ class Posterior:
         if not isinstance(self.model, BayesianNetwork):
             count = self.draw_source.count(num_samples)
             return foreign.log_likelihood(self.draw_source, x, y, count, seed, observed_site)
-        require_observed(x, y, observed_site)
+        require_observed(self.model, x, y, observed_site)
         prediction = self.predict(x, num_samples, batch_size, seed)
         return prediction.log_prob(y)
 

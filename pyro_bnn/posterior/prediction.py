@@ -14,7 +14,9 @@ from torch import Tensor
 from pyro_bnn import display
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
+from pyro_bnn.inputs import labels
 from pyro_bnn.likelihoods import Bernoulli, Categorical, Likelihood, Poisson
+from pyro_bnn.posterior.sequences import Sequences
 from pyro_bnn.randomness import seeded
 
 if TYPE_CHECKING:
@@ -149,6 +151,48 @@ class Prediction:
         """
         self._require(classification=True, what="mutual_information")
         return self.epistemic
+
+    def sequences(self, mask: object = None) -> Sequences:
+        """Uncertainties of whole sequences, from those of their tokens; see :class:`~pyro_bnn.posterior.Sequences`.
+
+        :param mask: the tokens that count, ``[N, T]``, 1 or True: not padding, nor a prompt that is given. For labels
+            that ``ignore_index`` masks it is ``y != ignore_index``. By default all tokens count.
+        :raises TypeError: unless the likelihood is Categorical or Bernoulli.
+        :raises ValueError: when rows have a single label, or the mask has another shape or holds other numbers.
+        """
+        self._require(classification=True, what="sequences")
+        shape = self.entropy.shape
+        if len(shape) < 2:
+            raise ValueError(
+                f"each of the {shape[0]} rows has a single label: sequences() is for outputs [N, T, C], with a label "
+                "at every token; of one label see .entropy and .log_prob(y)"
+            )
+        real = torch.ones(shape, dtype=torch.bool) if mask is None else labels(mask, "mask")
+        if real.shape != shape or not bool(((real == 0) | (real == 1)).all()):
+            raise ValueError(
+                f"mask has shape {tuple(real.shape)} and values from {real.min()} to {real.max()}; expected "
+                f"{tuple(shape)}, 1 or True at every token that counts and 0 or False elsewhere"
+            )
+        tokens = {"entropy": self.entropy, "aleatoric": self.aleatoric, "epistemic": self.epistemic}
+        return Sequences(tokens, real.bool().to(self.outputs.device), self._token_log_prob)
+
+    def _token_log_prob(self, y: Tensor, mask: Tensor) -> Tensor:
+        """``[draws, members, N, T]``: log probability of every label; 0 where the mask ``[N, T]`` does not count it."""
+        likelihood, y = self.likelihood, y.to(self.outputs.device)
+        assert likelihood is not None
+        likelihood.require_dtype(y)
+        if y.shape != mask.shape:
+            raise ValueError(f"y has shape {tuple(y.shape)}; expected a label at every token, {tuple(mask.shape)}")
+        there = likelihood.labelled(y)
+        if there is not None and bool((missing := mask & ~there).any()):
+            raise ValueError(
+                f"{int(missing.sum())} tokens count but have no label in y: give sequences() a mask without them, such "
+                "as y != ignore_index"
+            )
+        y = y.masked_fill(~mask, 0)
+        likelihood.check(y, self.outputs[0, 0])
+        each: Tensor = _base(self._distribution(y)).log_prob(y)
+        return each.masked_fill(~mask, 0.0)
 
     def interval(self, level: float = 0.95) -> tuple[Tensor, Tensor]:
         """Bounds ``[N, ...]`` of the central interval that contains y with probability ``level``.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import pyro_bnn as pb
-from pyro_bnn import diagnostics, inference, likelihoods, models, priors
+from pyro_bnn import data, diagnostics, inference, likelihoods, models, priors
 from pyro_bnn.inference import pruning
 
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
@@ -239,7 +239,16 @@ DOORS = [
             likelihoods.HeteroscedasticGaussian,
         )
     ),
-    Door(likelihoods.Categorical, likelihoods.Categorical, {"class_dim": [*NEVER, math.inf, 0, 1.5]}),
+    Door(
+        likelihoods.Categorical,
+        likelihoods.Categorical,
+        {"class_dim": [*NEVER, math.inf, 0, 1.5], "ignore_index": [*NEVER, math.inf, 1.5]},
+    ),
+    Door(
+        data.next_token_labels,
+        lambda **o: data.next_token_labels(torch.tensor([[1, 2]]), **o),
+        {"ignore_index": [*NEVER, math.inf, 1.5]},
+    ),
     Door(
         likelihoods.Gaussian,
         likelihoods.Gaussian,

@@ -293,3 +293,35 @@ def test_layers_that_peft_cannot_have(net: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="PEFT has no adapter for"):
         save_adapters(model, ParticleGuide(model), tmp_path / "particles")
     assert not (tmp_path / "particles").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out")
+def test_draws_of_any_posterior_of_the_model_travel(tmp_path: Path) -> None:
+    """Proves that a mean field around low-rank terms, whose members are no points, is saved by its draws, in order."""
+    net, x, model, _ = case("layers that store [in, out]")
+    guide = pb.models.MeanFieldGuide(model, 2, init_scale=0.1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"MeanFieldGuide has none for every member: .*as_draws\(n\)\.guide"):
+        save_adapters(model, guide, tmp_path / "particles")  # type: ignore[arg-type]
+    posterior = pb.Posterior(model, guide).as_draws(3, seed=0)
+    expected = posterior.predict(x).outputs.flatten(0, 1)
+    folders = save_adapters(model, posterior.guide, tmp_path / "particles")  # type: ignore[arg-type]
+    assert len(folders) == len(expected) == 6
+    for folder, member in zip(folders, expected, strict=True):
+        adapted = peft.PeftModel.from_pretrained(copy.deepcopy(net), folder).eval()
+        torch.testing.assert_close(logits(adapted, x), member, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_particles_is_refused(tmp_path: Path) -> None:
+    """Proves it for models without low-rank terms, and for guides of another kind or another model, in both ways."""
+    _, _, model, guide = case("convolutions")
+    rank1 = pb.models.Rank1(Images(), None)
+    with pytest.raises(TypeError, match=r"which Rank1 does not have: .*networks\(n\)"):
+        save_adapters(rank1, pb.models.Rank1Guide(rank1), tmp_path / "particles")  # type: ignore[arg-type]
+    _, _, other, _ = case("convolutions", rank=2)
+    with pytest.raises(ValueError, match=r"no values of the shape \(2, .*belongs to this model"):
+        save_adapters(other, guide, tmp_path / "particles")
+    folders = save_adapters(model, guide, tmp_path / "particles")
+    with pytest.raises(TypeError, match="moves the particles of a ParticleGuide, got DrawsGuide"):
+        load_adapters(model, pb.Posterior(model, guide).as_draws(1).guide, folders)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="belongs to this model"):
+        load_adapters(other, guide, folders)

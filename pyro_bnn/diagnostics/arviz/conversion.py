@@ -65,7 +65,8 @@ def to_arviz(
                               with ``probes`` also the function there, ``(chain, draw[, member], probe[, class])``
     ``inclusion``             the posterior inclusion probability of every group of a spike-and-slab prior, by
                               parameter ``(<parameter>_dim_0, ...)``; comes with ``posterior``
-    ``posterior_predictive``  ``obs``, draws of y, ``(chain, draw, obs_id[, output])``
+    ``posterior_predictive``  ``obs``, draws of y, ``(chain, draw, obs_id[, output])``; a label that ``ignore_index``
+                              masks in y is ``ignore_index`` in all draws
     ``prior_predictive``      ``obs``, draws of y under the prior of your own Pyro model; only if ``groups`` names it
     ``function``              the distribution that y is drawn from: ``probs`` ``(chain, draw, obs_id, class)`` for a
                               classification, ``mean`` for a regression or counts; comes with ``posterior_predictive``
@@ -291,6 +292,8 @@ def _predictive(
         if with_y:
             # Every batch needs its own noise, different from what the latent sites drew with the same seed.
             obs = prediction.sample(seed=settings["seed"] + 1 + index)
+            if target is not None and (there := likelihood.labelled(target)) is not None:
+                obs = torch.where(there, obs, target)  # what is missing in observed_data is missing here too
             if not index:
                 budget.take("posterior_predictive/obs", functions * rows * obs[0, 0, 0].numel())
                 size = functions * rows * prediction.per_member[0, 0, 0].numel()

@@ -28,6 +28,7 @@ from pyro_bnn.predicting import (
     predict_batches,
     require_posterior,
     require_repeatable,
+    rows_with_labels,
 )
 from pyro_bnn.randomness import some_seed
 
@@ -118,9 +119,18 @@ def check(
         findings += _chains(posterior, probes[0], batch_size, seed)
         findings += [*_spread(found, count * posterior.num_members), *predicted.findings()]
         if "ood_auroc" in found:
-            foreign = predicted.rows if ood is None else sum(count_rows(x) for x, _ in input_batches(ood, batch_size))
+            foreign = predicted.rows if ood is None else _rows_that_count(posterior, ood, batch_size)
             findings += out_of_domain(found, predicted.rows, foreign)
     return gravest_first(findings)
+
+
+def _rows_that_count(posterior: Posterior, ood: Data, batch_size: int | None) -> int:
+    """The number of rows, but for those that come with labels of which all are masked."""
+    total = 0
+    for x, y in input_batches(ood, batch_size):
+        rows = None if y is None else rows_with_labels(posterior.model, y)
+        total += count_rows(x) if rows is None else int(rows.sum())
+    return total
 
 
 def _training(posterior: Posterior) -> Iterator[Finding]:

@@ -23,7 +23,7 @@ from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inputs import Inputs, labels, tensors
 from pyro_bnn.network import batch_size as count_rows
 from pyro_bnn.posterior.draw_source import TAIL_DRAWS
-from pyro_bnn.predicting import log_density, predict_batches, require_posterior
+from pyro_bnn.predicting import log_density, predict_batches, require_posterior, rows_with_labels
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.randomness import some_seed
 
@@ -128,6 +128,8 @@ def loo(
 
     Without the factor p / q a guide that is too narrow would look reliable, because its draws agree with one another.
 
+    Rows without any label, by ``Categorical(ignore_index=)``, are no data, and the result does not have them.
+
     Leaving out a datum does not change parameters that are not random. If they were trained on these data, as the W of
     a rank-1 network, the layers before a last-layer Laplace approximation or all weights under dropout, the result is
     too high. A warning says so: compare such models on held-out data.
@@ -172,6 +174,7 @@ def loo(
     count = _enough_draws(posterior, num_samples)
     seed = some_seed(seed)
     data = _in_arviz(posterior, x, y, count, batch_size, seed, observed_site)
+    _leave_out_rows_without_labels(data, posterior, y)
     if not variational:
         _warn_of_chains_apart(data)
         return arviz.loo(_for_arviz(data), pointwise=True)
@@ -280,6 +283,13 @@ def _in_arviz(
         max_values=10**9,
     )
     return data if isinstance(data, xr.DataTree) else data.to_datatree()
+
+
+def _leave_out_rows_without_labels(data: xr.DataTree, posterior: Posterior, y: object) -> None:
+    """Rows all of whose labels ``ignore_index`` masks are no data: their ratios are constant, which have no tail."""
+    if (rows := rows_with_labels(posterior.model, labels(y))) is not None:
+        kept = rows.nonzero().flatten().tolist()
+        data["log_likelihood"] = xr.DataTree(data["log_likelihood"].to_dataset().isel(obs_id=kept))
 
 
 def _warn_of_chains_apart(data: xr.DataTree) -> None:

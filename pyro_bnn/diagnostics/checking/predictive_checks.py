@@ -14,6 +14,7 @@ from pyro_bnn.diagnostics.checking.findings import Finding
 from pyro_bnn.diagnostics.scoring.precision import wide
 from pyro_bnn.diagnostics.scoring.probabilities import member_probabilities
 from pyro_bnn.diagnostics.scoring.scores import interval_coverage
+from pyro_bnn.predicting import kept, labelled
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Prediction
@@ -38,7 +39,8 @@ class Predicted:
     :param variance: sum of p (1 - p).
     :param by_function: ``[F]``, the expected number of hits under each function alone.
     :param y: targets of each batch, ``[N, L]``.
-    :param loss: losses of each batch, ``[N, L]``: 1 for a wrong class, or the squared error.
+    :param loss: losses of each batch, ``[N, L]``: 1 for a wrong class, or the squared error; 0 without a label.
+    :param there: where each batch has labels, ``[N, L]``.
     """
 
     kind: str = ""
@@ -48,15 +50,18 @@ class Predicted:
     by_function: Tensor | float = 0.0
     y: list[Tensor] = field(default_factory=list)
     loss: list[Tensor] = field(default_factory=list)
+    there: list[Tensor] = field(default_factory=list)
 
     def add(self, prediction: Prediction, y: Tensor) -> None:
         """Adds a batch."""
         self.kind = self.kind or str(getattr(prediction.likelihood, "kind", ""))
+        there = labelled(prediction, y)
+        there = torch.ones_like(y.flatten(), dtype=torch.bool) if there is None else there
         if self.kind == "classification":
-            probs = member_probabilities(prediction)
+            probs = kept(member_probabilities(prediction), there, axis=1)
             predicted = probs.mean(0).argmax(-1)
-            right = predicted == y.flatten()
-            hits, loss = wide(right), wide(~right)
+            right = predicted == y.flatten()[there]
+            hits, loss = wide(right), wide(torch.zeros_like(y.flatten())).masked_scatter(there, wide(~right))
             each = wide(probs.gather(-1, predicted.expand(len(probs), -1).unsqueeze(-1)).squeeze(-1))
         else:
             low, high = prediction.interval(LEVEL)
@@ -71,16 +76,22 @@ class Predicted:
         self.by_function = self.by_function + each.sum(1).cpu()
         self.y.append(y.reshape(len(y), -1).cpu())
         self.loss.append(loss.reshape(len(y), -1).cpu())
+        self.there.append(there.reshape(len(y), -1).cpu())
 
     @property
     def rows(self) -> int:
-        return sum(len(y) for y in self.y)
+        return sum(int(there.any(1).sum()) for there in self.there)
 
     def findings(self) -> Iterator[Finding]:
         """One finding about the accuracy, and one about the calibration."""
-        y, loss = torch.cat(self.y), torch.cat(self.loss)
-        yield _better_than_a_class(y, loss) if self.kind == "classification" else _better_than_the_mean(y, loss)
-        yield self._calibration(y.numel())
+        y, loss, there = (_of_one_length(parts) for parts in (self.y, self.loss, self.there))
+        labels = there.any(1)
+        y, loss, there = y[labels], loss[labels], there[labels]
+        if self.kind == "classification":
+            yield _better_than_a_class(y, loss, there)
+        else:
+            yield _better_than_the_mean(y, loss)
+        yield self._calibration(int(there.sum()))
 
     def _calibration(self, count: int) -> Finding:
         """Compares the share of hits with its expectation.
@@ -112,18 +123,29 @@ class Predicted:
         return Finding("warning", "calibration", text, narrow if share < expected else wider)
 
 
-def _better_than_a_class(y: Tensor, loss: Tensor) -> Finding:
+def _of_one_length(parts: list[Tensor]) -> Tensor:
+    """All rows of batches ``[N, L]`` whose L may differ, as one ``[N, L]``; there are no labels beyond their ends."""
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1])) for part in parts])
+
+
+def _better_than_a_class(y: Tensor, loss: Tensor, there: Tensor) -> Finding:
     """Compares the accuracy with that of the most frequent class, separately for each label of a row."""
+    # where there is no label stands a class of its own, so that it is never the most frequent one
+    alone = y.max() + 1 + torch.arange(len(y))[:, None].expand_as(y)
+    y = torch.where(there, y, alone.to(y.dtype))
     if y.shape[1] == 1:
         guess = y.mode(0).values.expand_as(y)
     else:  # from the other half of the rows: with many labels, the most frequent classes would overfit the rows
         guess = torch.empty_like(y)
         guess[::2] = y[1::2].mode(0).values if len(y) > 1 else -1
         guess[1::2] = y[::2].mode(0).values
-    base = wide(guess != y)
-    text = f"Accuracy is {1 - float(loss.mean()):.1%}; the most frequent class alone has {1 - float(base.mean()):.1%}"
+    base = wide((guess != y) & there)
+    count = there.sum()
+    right, usual = (1 - float(errors.sum() / count) for errors in (loss, base))
+    text = f"Accuracy is {right:.1%}; the most frequent class alone has {usual:.1%}"
     remedy = "check the labels, the learning rate and the scale of the prior."
-    return _better(base, loss, text, "", remedy)
+    return _better(base, loss, text, "", remedy, there)
 
 
 def _better_than_the_mean(y: Tensor, loss: Tensor) -> Finding:
@@ -134,10 +156,16 @@ def _better_than_the_mean(y: Tensor, loss: Tensor) -> Finding:
     return _better(base / scale, loss / scale, text, " of it", remedy)
 
 
-def _better(base: Tensor, loss: Tensor, text: str, unit: str, remedy: str) -> Finding:
-    """Whether the loss is below that of a constant guess, judged by the paired differences of the rows."""
-    gain = (base - loss).mean(1)
-    mean, least = float(gain.mean()), LITTLE * float(base.mean())
+def _better(base: Tensor, loss: Tensor, text: str, unit: str, remedy: str, there: Tensor | None = None) -> Finding:
+    """Whether the loss is below that of a constant guess, judged by the paired differences of the rows.
+
+    Rows with more labels weigh more: the mean is the ratio r = sum_n g_n / sum_n m_n of the gains and numbers of labels
+    of all rows, and its standard error that of the mean of (g_n - r m_n) / mean m (Cochran 1977, section 6.4).
+    """
+    size = wide(torch.ones_like(base).sum(1) if there is None else there.sum(1)).to(base.dtype)
+    total = (base - loss).sum(1)
+    mean, least = float(total.sum() / size.sum()), LITTLE * float(base.sum() / size.sum())
+    gain = (total - mean * size) / size.mean()
     if len(gain) < 2 or least == 0:
         same = "one row" if len(gain) < 2 else "targets that are all the same"
         return Finding("note", "accuracy", f"{text}: {same} cannot show whether anything was learned.")

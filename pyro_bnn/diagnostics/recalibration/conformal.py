@@ -31,7 +31,7 @@ from torch import Tensor
 from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.likelihoods import Bernoulli
-from pyro_bnn.predicting import log_density, predict_batches, predict_inputs, require_posterior
+from pyro_bnn.predicting import kept, labelled, log_density, predict_batches, predict_inputs, require_posterior
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
@@ -164,7 +164,7 @@ class ConformalSets(_SplitConformal):
         """
         covered, sizes = [], []
         for _, prediction, y in predict_batches(self.posterior, data, **self._settings):
-            sets = self._sets(prediction)
+            sets = kept(self._sets(prediction), labelled(prediction, y))
             covered.append(sets.gather(1, _labels(prediction, y)))
             sizes.append(sets.sum(1))
         return {"coverage": _mean(_joined(covered, "data")), "size": _mean(_joined(sizes, "data"))}
@@ -173,7 +173,8 @@ class ConformalSets(_SplitConformal):
         return {"score": self.score, "randomised": self.randomised}
 
     def _score(self, prediction: Prediction, y: Tensor) -> Tensor:
-        return self._scores(prediction).gather(1, _labels(prediction, y)).squeeze(1)
+        scores = self._scores(prediction)  # refuses several labels in a row
+        return kept(scores, labelled(prediction, y)).gather(1, _labels(prediction, y)).squeeze(1)
 
     def _sets(self, prediction: Prediction) -> Tensor:
         scores = self._scores(prediction)
@@ -292,9 +293,9 @@ def _class_probabilities(prediction: Prediction) -> Tensor:
 
 
 def _labels(prediction: Prediction, y: Tensor) -> Tensor:
-    """The labels as integers ``[N, 1]``."""
+    """The labels that are not missing, as integers ``[N, 1]``."""
     log_density(prediction, y)  # refuses labels that do not fit
-    return y.long().reshape(-1, 1)
+    return kept(y.flatten().long(), labelled(prediction, y)).unsqueeze(1)
 
 
 def _targets(prediction: Prediction, y: Tensor, like: Tensor) -> Tensor:

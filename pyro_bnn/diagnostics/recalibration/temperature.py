@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Data, Inputs
 from pyro_bnn.posterior import Posterior, Prediction
-from pyro_bnn.predicting import log_density, predict_batches
+from pyro_bnn.predicting import labelled, log_density, predict_batches
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
@@ -120,9 +120,11 @@ def scale_temperature(
     Source: Guo, Pleiss, Sun and Weinberger (2017), eq. 9, here for the average over the functions of a posterior.
     """
     _require_logits(posterior)
-    batches, seed = [], some_seed(seed)
+    batches, seed, any_label = [], some_seed(seed), False
     for _, prediction, y in predict_batches(posterior, data, num_samples=num_samples, batch_size=batch_size, seed=seed):
         log_density(prediction, y)  # refuses labels that do not fit
+        there = labelled(prediction, y)
+        any_label = any_label or there is None or bool(there.any())
         outputs = prediction.outputs
         if outputs.device.type == "mps":  # mps has no float64
             outputs, y = outputs.cpu(), y.cpu()
@@ -131,6 +133,8 @@ def scale_temperature(
     if not batches:
         raise ValueError("data is empty: a temperature needs held-out data; look at the filter or split that made it")
     rows = sum(len(y) for _, _, y in batches)
+    if not any_label:
+        raise ValueError("data holds no label but ignore_index: a temperature needs labels to be fitted to")
 
     def nll(log_temperature: float) -> float:
         """The objective, up to the constant log (S K)."""

@@ -22,7 +22,7 @@ from pyro_bnn.diagnostics.scoring.shift import ShiftedScores, ShiftLike
 from pyro_bnn.diagnostics.scoring.similarity import disagreement
 from pyro_bnn.distributed import processes
 from pyro_bnn.inputs import Data, Inputs
-from pyro_bnn.predicting import log_predictive_density, predict_batches, predict_inputs, with_draws
+from pyro_bnn.predicting import kept, labelled, predict_batches, predict_labelled, row_density, with_draws
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
@@ -101,7 +101,9 @@ def evaluate(
 
     A Bernoulli likelihood counts as a classification with the classes 0 and 1. If a target has several numbers, each of
     them counts as a datum, except in ``nll``, where a datum is a row, and in the scores of ``ood``, which are averaged
-    over them. Ties in confidence are averaged over their order, so the order of the rows does not matter.
+    over them. Labels that ``Categorical(ignore_index=)`` masks count nowhere, not among the data by whose number sums
+    are divided either, and neither does a row without any label; ``ood`` leaves them out where it comes with labels.
+    Ties in confidence are averaged over their order, so the order of the rows does not matter.
 
     Under ``torchrun`` the rows of every batch are divided between processes, all of which have to call this and get the
     same metrics; inside :func:`~pyro_bnn.inference.alone` one process scores all rows.
@@ -179,12 +181,14 @@ def evaluate_with(
     if quality is None:
         raise ValueError("data is empty: evaluate needs at least one row; look at the filter or split that made it")
     if ood is not None and isinstance(quality, ClassificationMetrics):
-        rows = 0
-        for prediction in predict_inputs(posterior, ood, like=example, **settings, together=together):
-            quality.update_ood(prediction)
+        rows = counted = 0
+        for prediction, there in predict_labelled(posterior, ood, like=example, **settings, together=together):
+            counted += quality.update_ood(prediction, there)
             rows += prediction.mean.shape[0]
         if together.any(rows == 0):
             raise ValueError("ood is empty: give at least one row of inputs, or leave out ood=")
+        if not together.total([counted])[0]:
+            raise ValueError("ood holds no label but ignore_index: leave the labels out, or check how they were masked")
     found: dict[str, Any] = {**quality.compute()}
     if shifted is not None:
         result = shifted.compute(found)
@@ -236,29 +240,43 @@ class ClassificationMetrics:
 
     def update(self, prediction: Prediction, y: Tensor) -> None:
         """Adds one batch and its targets."""
-        self.means["nll"].update(-log_predictive_density(prediction, y))
-        labels = y.flatten().long()
-        probs = class_probabilities(prediction.probs, prediction.likelihood).flatten(0, -2)
+        there = labelled(prediction, y)
+        self.means["nll"].update(-row_density(prediction, y))
+        labels = kept(y.flatten().long(), there)
+        probs = kept(class_probabilities(prediction.probs, prediction.likelihood).flatten(0, -2), there)
         confidence, predicted = probs.max(-1)
         correct = predicted == labels
         self.means["accuracy"].update(wide(correct))
         self.means["brier"].update((probs - one_hot(labels, self.classes)).square().sum(-1))
-        self.means["aleatoric"].update(prediction.aleatoric)
-        self.means["epistemic"].update(prediction.epistemic)
-        self.means["disagreement"].update(disagreement(prediction))
+        self.means["aleatoric"].update(kept(prediction.aleatoric.flatten(), there))
+        self.means["epistemic"].update(kept(prediction.epistemic.flatten(), there))
+        self.means["disagreement"].update(kept(disagreement(prediction), there))
         self.classwise.update(probs, labels)
         self.confidence.append(confidence)
         self.correct.append(correct)
         if self.with_ood:
-            _append(self.inside, ood_scores(prediction))
+            _append(self.inside, ood_scores(prediction, there))
 
-    def update_ood(self, prediction: Prediction) -> None:
-        """Adds one batch of out-of-distribution inputs."""
-        _append(self.outside, ood_scores(prediction))
+    def update_ood(self, prediction: Prediction, there: Tensor | None = None) -> int:
+        """Adds one batch of out-of-distribution inputs.
+
+        :param there: which of their labels count, see :func:`~pyro_bnn.diagnostics.scoring.ood.ood_scores`.
+        :return: the number of rows that have any.
+        """
+        scores = ood_scores(prediction, there)
+        _append(self.outside, scores)
+        return len(scores["entropy"])
 
     def compute(self) -> dict[str, float]:
-        """``{metric: number}`` over all batches."""
+        """``{metric: number}`` over all batches.
+
+        :raises ValueError: when every label was masked.
+        """
         confidence, correct = all_rows(self.confidence), all_rows(self.correct)
+        if not len(correct):
+            raise ValueError(
+                "data holds no label but ignore_index, so there is nothing to score: check how the labels were masked"
+            )
         error = wide(~correct)
         result = {name: float(metric.compute()) for name, metric in self.means.items()}
         result |= {
@@ -293,7 +311,7 @@ class RegressionMetrics:
 
     def update(self, prediction: Prediction, y: Tensor) -> None:
         """Adds one batch and its targets."""
-        self.metrics["nll"].update(-log_predictive_density(prediction, y))
+        self.metrics["nll"].update(-row_density(prediction, y))
         mean, interval = prediction.mean, prediction.interval(LEVEL)
         self.metrics["rmse"].update(mean.flatten(), y.reshape(mean.shape).to(mean.dtype).flatten())
         self.metrics["crps"].update(crps(prediction, y))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pyro_bnn.posterior import Prediction
 
 
-def ood_scores(prediction: Prediction) -> dict[str, Tensor]:
+def ood_scores(prediction: Prediction, there: Tensor | None = None) -> dict[str, Tensor]:
     """Out-of-distribution scores ``[N]`` of each input; larger means less like the training data.
 
     ======================  =====================================================================================
@@ -29,6 +29,8 @@ def ood_scores(prediction: Prediction) -> dict[str, Tensor]:
     If a target has several labels, each score is the mean over them.
 
     :param prediction: what ``Posterior.predict`` returns for N inputs.
+    :param there: which labels count, booleans of the shape of y or flat; rows without any have no score. By default
+        all of them.
     :returns: ``{score: [N]}`` with the names in the table.
     :raises TypeError: unless the likelihood is a classification.
 
@@ -40,7 +42,12 @@ def ood_scores(prediction: Prediction) -> dict[str, Tensor]:
         "max_probability": 1 - probs.amax(-1),
         "mutual_information": prediction.mutual_information,
     }
-    return {name: score.reshape(len(score), -1).mean(1) for name, score in scores.items()}
+    if there is None:
+        return {name: score.reshape(len(score), -1).mean(1) for name, score in scores.items()}
+    there = there.reshape(len(probs), -1)
+    count = there.sum(1)
+    sums = {name: score.reshape(len(score), -1).masked_fill(~there, 0).sum(1) for name, score in scores.items()}
+    return {name: (total / count)[count > 0] for name, total in sums.items()}
 
 
 def auroc(inside: Tensor, outside: Tensor) -> float:

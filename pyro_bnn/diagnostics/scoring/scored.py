@@ -12,7 +12,7 @@ from pyro_bnn.diagnostics.scoring.ood import ood_scores
 from pyro_bnn.diagnostics.scoring.precision import wide
 from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities
 from pyro_bnn.inputs import Data, Inputs
-from pyro_bnn.predicting import log_predictive_density, predict_batches, predict_inputs
+from pyro_bnn.predicting import kept, labelled, predict_batches, predict_labelled, row_density
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior, Prediction
@@ -23,7 +23,7 @@ _DRAWS_OF_Y = 400
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores of N rows with M targets in total, on the CPU.
+    """Scores of N rows with M targets in total, on the CPU; masked labels and rows without any are left out.
 
     :param y: targets, ``[M]``.
     :param nll: negative log predictive density or probability of every row, ``[N]``, in nats.
@@ -59,11 +59,11 @@ def score(
     example: Inputs = None
     for batch, (x, prediction, y) in enumerate(predict_batches(posterior, data, **settings)):
         example = x
-        found = {"nll": -log_predictive_density(prediction, y)}
+        found = {"nll": -row_density(prediction, y)}
         if prediction.likelihood is not None and prediction.likelihood.kind == "classification":
             found |= _classified(prediction, y)
             if ood is not None:
-                found["inside"] = ood_scores(prediction)["entropy"]
+                found["inside"] = ood_scores(prediction, labelled(prediction, y))["entropy"]
         else:
             found |= _regressed(prediction, y, seed=seed + 1000 * batch)
         rows.append(
@@ -79,8 +79,8 @@ def score(
     outside = None
     if ood is not None:
         entropies = [
-            wide(ood_scores(prediction)["entropy"]).cpu()
-            for prediction in predict_inputs(posterior, ood, like=example, **settings)
+            wide(ood_scores(prediction, there)["entropy"]).cpu()
+            for prediction, there in predict_labelled(posterior, ood, like=example, **settings)
         ]
         if not entropies:
             raise ValueError("ood is empty: give at least one row of inputs, or leave out ood=")
@@ -89,8 +89,9 @@ def score(
 
 
 def _classified(prediction: Prediction, y: Tensor) -> dict[str, Tensor]:
-    probs = class_probabilities(prediction.probs, prediction.likelihood).flatten(0, -2)
-    labels = y.flatten().long()
+    there = labelled(prediction, y)
+    probs = kept(class_probabilities(prediction.probs, prediction.likelihood).flatten(0, -2), there)
+    labels = kept(y.flatten().long(), there)
     confidence, predicted = probs.max(-1)
     return {"y": labels, "probs": probs, "confidence": confidence, "loss": wide(predicted != labels)}
 

@@ -20,7 +20,7 @@ from pyro_bnn.distributed import processes
 from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.network import batch_size as count_rows
-from pyro_bnn.predicting import log_predictive_density, predict_batch
+from pyro_bnn.predicting import kept, labelled, predict_batch, row_density
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -187,7 +187,7 @@ class _Scores:
         self.nll = running_mean(device)
 
     def update(self, prediction: Prediction, y: Tensor) -> None:
-        self.nll.update(-log_predictive_density(prediction, y))
+        self.nll.update(-row_density(prediction, y))
 
     def compute(self) -> dict[str, float]:
         return {"nll": float(self.nll.compute())}
@@ -201,10 +201,11 @@ class _Classified(_Scores):
 
     def update(self, prediction: Prediction, y: Tensor) -> None:
         super().update(prediction, y)
-        probs = class_probabilities(prediction.probs, prediction.likelihood).flatten(0, -2)
+        there = labelled(prediction, y)
+        probs = kept(class_probabilities(prediction.probs, prediction.likelihood).flatten(0, -2), there)
         confidence, predicted = probs.max(-1)
         self.confidence.append(confidence)
-        self.correct.append(predicted == y.flatten().long())
+        self.correct.append(predicted == kept(y.flatten().long(), there))
 
     def compute(self) -> dict[str, float]:
         confidence, correct = all_rows(self.confidence), all_rows(self.correct)

@@ -14,7 +14,7 @@ from pyro_bnn.diagnostics.scoring.precision import running_mean, wide
 from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities, member_probabilities, require_probabilities
 from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Data
-from pyro_bnn.predicting import input_batches, predict_batch, require_posterior
+from pyro_bnn.predicting import input_batches, kept, labelled, predict_batch, require_posterior
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
@@ -93,11 +93,14 @@ def compare_to_reference(
     reference_samples = reference_samples or reference.num_stored or num_samples
     seed = some_seed(seed)
     means: dict[str, Metric] = {}
-    for x, _ in input_batches(data, batch_size):
+    for x, y in input_batches(data, batch_size):
         first = predict_batch(posterior, x, num_samples, batch_size, seed)
         second = predict_batch(reference, x, reference_samples, batch_size, seed)
         _require_classes(first, "compare_to_reference")
-        p, q = _both(first, second)
+        there = None if y is None else labelled(first, y.to(first.outputs.device))
+        p, q = (kept(one, there) for one in _both(first, second))
+        if not len(p):
+            continue
         means = means or {name: running_mean(p.device) for name in ("agreement", "total_variation")}
         means["agreement"].update(_same_class(p, q))
         means["total_variation"].update(_distance(p, q))
@@ -141,10 +144,13 @@ def diversity(
         if not means:
             _require_classes(prediction, "diversity")
             means = defaultdict(partial(running_mean, prediction.per_member.device))
-        means["kl_to_mean"].update(prediction.mutual_information)
-        means["disagreement"].update(disagreement(prediction))
+        there = None if y is None else labelled(prediction, y.to(prediction.outputs.device))
+        if there is not None and not there.any():
+            continue
+        means["kl_to_mean"].update(kept(prediction.mutual_information.flatten(), there))
+        means["disagreement"].update(kept(disagreement(prediction), there))
         if y is not None:
-            means["error_rate"].update(_errors(prediction, y))
+            means["error_rate"].update(kept(_errors(prediction, y), there, axis=1))
     result = _computed(means)
     if "error_rate" in result:
         # Functions that are always right never disagree.
@@ -197,5 +203,5 @@ def _errors(prediction: Prediction, y: Tensor) -> Tensor:
 
 def _computed(means: dict[str, Metric]) -> dict[str, float]:
     if not means:
-        raise ValueError("data is empty: give at least one row; look at the filter or split that made it")
+        raise ValueError("data is empty: give at least one row with a label; look at the filter or split that made it")
     return {name: float(metric.compute()) for name, metric in means.items()}
