@@ -15,6 +15,11 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork come first: autograd does not work in a fork of a process in which it has started threads."""
+    items.sort(key=lambda item: not hasattr(getattr(item, "module", None), "killed"))
+
+
 @pytest.fixture(autouse=True)
 def _own_world() -> Iterator[None]:
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,8 @@ def start(work: Callable[[], object]) -> int:
             torch.set_num_threads(1)
             work()
             status = 0
+        except BaseException:  # the parent sees the exit code alone
+            traceback.print_exc()
         finally:
             os._exit(status)
     return child
