@@ -20,8 +20,6 @@ from pyro_bnn.program.model import BayesianNetwork, like_of
 
 #: characters of a digest, enough to tell two runs of one person apart
 _SHORT = 16
-#: what the groups of an optimiser hold beside settings: how it runs through memory changes no result but by rounding
-_NOT_SETTINGS = ("params", "initial_lr", "foreach", "fused")
 #: forms in which a parameter that is not trained counts: those of others are drawn, whatever the network has
 _KEPT = ("frozen", "low-rank", "rank-1", "point")
 
@@ -81,7 +79,7 @@ def _of_model(model: Callable[..., Any]) -> dict[str, object]:
 def _of_optimizer(optimizer: Optimizer) -> dict[str, object]:
     found: dict[str, object] = {"optim": type(optimizer).__name__}
     groups: list[dict[str, Any]] = optimizer.param_groups
-    for name in dict.fromkeys(key for group in groups for key in group if key not in _NOT_SETTINGS):
+    for name in dict.fromkeys(key for group in groups for key in group if key not in ("params", "initial_lr")):
         # a rate is the one from which a schedule starts, wherever an earlier one has left it
         values = [group.get("initial_lr", group["lr"]) if name == "lr" else group.get(name) for group in groups]
         found[name] = values[0] if all(value == values[0] for value in values) else values

@@ -28,7 +28,7 @@ def build_optimizer(
 
     ============================  =====================================================================================
     ``None``                      the engine's ``default``
-    ``"adamw"``, ``"adam"``       of torch, with ``lr`` or 1e-3; fused, where torch has it for the parameters
+    ``"adamw"``, ``"adam"``       of torch, with ``lr`` or 1e-3
     ``"sgd"``                     with Nesterov momentum 0.9, and ``lr`` or 0.1
     a class of ``torch.optim``    is called with the parameter groups and ``lr``; without ``lr`` it has its own default
     a function                    from parameter groups to an optimiser, as ``lambda groups: Adam(groups, lr=1e-2)``
@@ -37,7 +37,8 @@ def build_optimizer(
 
     :param groups: parameter groups as ``torch.optim`` takes them, ``[{"params": [...], ...}]``.
     :param lr: learning rate, for a name or a class; functions and optimisers set their own.
-    :raises ValueError: for an unknown name, an ``lr`` that would not be used, or an optimiser of other parameters.
+    :raises ValueError: for an unknown name, an ``lr`` that would not be used, an optimiser of other parameters, or a
+        fused one of parameters with gaps in memory.
     :raises TypeError: for anything else, or a function that does not return an optimiser.
     """
     checks.optional(checks.positive, "lr", lr)
@@ -50,7 +51,7 @@ def build_optimizer(
                 "parameter groups or an optimiser"
             )
         kind, options = _NAMED[optim]
-        return kind(groups, **(options | rate), **_fused(groups))
+        return kind(groups, **(options | rate))
     if isinstance(optim, type) and issubclass(optim, Optimizer):
         return optim(groups, **rate)
     if isinstance(optim, type) or not (isinstance(optim, Optimizer) or callable(optim)):
@@ -72,11 +73,26 @@ def build_optimizer(
             "the optimiser has none of the parameters to train: build it from the parameters of this model and guide, "
             "or give a function of parameter groups such as lambda groups: torch.optim.Adam(groups, lr=1e-3)"
         )
+    _require_rows_of_memory(optimizer)
     return optimizer
 
 
-def _fused(groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """The option for one pass over memory instead of a dozen; the same update but for rounding."""
-    parameters: list[Tensor] = [p for group in groups for p in group["params"]]
-    fits = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-    return {"fused": True} if fits else {}
+def _require_rows_of_memory(optimizer: Optimizer) -> None:
+    """Refuses what torch's fused optimisers update wrongly, and without a word: tensors with gaps in memory."""
+    of_fused: list[Tensor] = [p for group in optimizer.param_groups if group.get("fused") for p in group["params"]]
+    gaps = next((p for p in of_fused if _has_gaps(p)), None)
+    if gaps is not None:
+        raise ValueError(
+            f"fused=True: a parameter of shape {tuple(gaps.shape)} has the strides {gaps.stride()}, with gaps between "
+            "its numbers, as particles have that several processes divide; fused optimisers of torch run through "
+            "memory and change what lies between. Leave out fused=True"
+        )
+
+
+def _has_gaps(parameter: Tensor) -> bool:
+    size = 1
+    for stride, count in sorted(zip(parameter.stride(), parameter.shape, strict=True)):
+        if count > 1 and stride != size:
+            return True
+        size *= count
+    return False

@@ -57,7 +57,7 @@ def alternatives(name: str) -> dict[str, Callable[[], Any]]:
 
     def hand() -> None:
         objective = pb.inference.Objective(*by_hand, example=(x[:BATCH], y[:BATCH])).train()
-        optimizer = torch.optim.AdamW(objective.trained(), lr=1e-3, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(objective.trained(), lr=1e-3, weight_decay=0.0)
         losses = []
         for _ in range(EPOCHS):
             for rows in torch.randperm(ROWS).split(BATCH):

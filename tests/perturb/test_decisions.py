@@ -95,9 +95,9 @@ def test_each_member_decides_for_itself(between: Callable[..., Tensor], make: Ca
     """Proves that predictions of members that decide differently are those of their plain networks, and that it is said
     that they run one by one."""
     torch.manual_seed(0)
-    model, guide = make(Deciding(between))
+    model, guide = make(Deciding(between).double())
     spread_out(guide)
-    x, net = torch.randn(N, 3), model.core().net
+    x, net = torch.randn(N, 3, dtype=torch.double), model.core().net
     posterior = pb.Posterior(model, guide)
     with pytest.warns(UserWarning, match="members run one by one, because each may decide differently"):
         f = posterior.predict(x, num_samples=2, seed=0).outputs
@@ -107,7 +107,7 @@ def test_each_member_decides_for_itself(between: Callable[..., Tensor], make: Ca
         for m in range(f.shape[1]):
             weights = model.weights_of({name: value[i, m] for name, value in draws.items()})
             expected = functional_call(net, dict(net.named_parameters()) | weights, (x,))
-            torch.testing.assert_close(f[i, m], expected, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(f[i, m], expected, rtol=1e-10, atol=1e-10)
     assert len(set(net.seen)) > 1, "all members decide alike: the test shows nothing"
 
 

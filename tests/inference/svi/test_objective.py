@@ -92,7 +92,7 @@ def test_a_loop_of_ones_own_is_fit() -> None:
     own_model, own_guide = network()
     torch.manual_seed(5)
     objective = Objective(own_model, own_guide, kl_annealing=2 * 3, example=(x[:8], y[:8]))
-    optimizer = torch.optim.AdamW(objective.parameters(), lr=0.01, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=0.01, weight_decay=0.0)
     losses = []
     for _ in range(3):
         for rows in torch.randperm(20).split(8):

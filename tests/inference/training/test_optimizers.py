@@ -134,6 +134,30 @@ def test_an_optimiser_of_other_parameters_is_refused() -> None:
     assert build_optimizer(part, [{"params": [*own.parameters()]}]) is part
 
 
+@pytest.mark.parametrize(
+    "layout", [lambda p: p, lambda p: p.t(), lambda p: p[:1], lambda p: p[:, ::2], lambda p: p[::2]]
+)
+def test_a_fused_optimiser_updates_as_another_or_is_refused(layout: Callable[[Tensor], Tensor]) -> None:
+    """Proves it for parameters in any order of memory; of those with gaps torch would update what lies between."""
+    weight, found = torch.arange(12.0).reshape(3, 4), []
+    for fused in (False, True):
+        storage = torch.zeros(3, 4)
+        parameter = nn.Parameter(layout(storage))
+        groups = [{"params": [parameter]}]
+        try:
+            optimizer = build_optimizer(
+                lambda groups, fused=fused: torch.optim.Adam(groups, lr=0.1, fused=fused), groups
+            )
+        except ValueError as error:
+            assert fused and "with gaps between its numbers" in str(error)
+            assert layout(weight).untyped_storage().nbytes() > 4 * layout(weight).numel()
+            return
+        (parameter * layout(weight)).sum().backward()
+        optimizer.step()
+        found.append(storage)
+    assert torch.allclose(*found)
+
+
 def test_a_weight_decay_that_nothing_would_use_is_refused() -> None:
     model = dense()
     guide = MeanFieldGuide(model)
