@@ -236,6 +236,35 @@ def test_every_likelihood_on_another_device(likelihood: Any, tmp_path: Path) -> 
         assert run(net) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("form", [Rank1, Bella])
+def test_masked_labels_and_whole_texts_on_another_device(form: Any) -> None:
+    """Proves that no step of it, from training to sums over tokens, mixes tensors of two devices."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(5, (N, 4), generator=generator)
+    mask = torch.arange(4) < torch.randint(1, 5, (N, 1), generator=generator)
+    y = pb.data.next_token_labels(torch.cat([x[:, :1], x], 1), torch.cat([mask[:, :1], mask], 1))[:, :-1]
+
+    def run(net: nn.Module) -> dict[str, float]:
+        model = form(net, pb.likelihoods.Categorical(class_dim=-1, ignore_index=-100), N)
+        torch.manual_seed(0)
+        if form is Bella:
+            posterior = SVGD(model, ParticleGuide(model, 3)).fit((x, y), **RUN)
+        else:
+            posterior = fit(model, Rank1Guide(model, 2), (x, y), **RUN, validation=(x, y))
+        texts = posterior.predict(x, 3, seed=0).sequences(y != -100)
+        sums = {"entropy": texts.entropy, "epistemic": texts.epistemic, "log_prob": texts.log_prob(y)}
+        sums["by_token"] = texts.per_token.log_prob_by_token(y)
+        found = dg.evaluate(posterior, (x, y), (x, y), num_samples=3, seed=0)
+        assert dg.check(posterior, (x, y), num_samples=3, seed=0)
+        return found | {name: float(value.sum()) for name, value in sums.items()}
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5))
+    expected = run(net)
+    with PretendDevice():
+        assert run(net.to(DEVICE)) == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
 def test_simulation_based_calibration_on_another_device() -> None:
     x = torch.randn(10, 2, generator=torch.Generator().manual_seed(0))
 
