@@ -11,6 +11,7 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
 import pyro_bnn as pb
+from pyro_bnn.inference import LastLayerLaplace, MCDropout
 from pyro_bnn.models import Bella, Dense, MeanFieldGuide, ParticleGuide, Rank1, Rank1Guide
 from pyro_bnn.posterior import draw_source
 from pyro_bnn.predicting import predict_batches, with_draws
@@ -54,7 +55,22 @@ def scaled() -> pb.Posterior:
     )
 
 
-@pytest.mark.parametrize("make", [rank_one, mean_field, particles, of_pyro, scaled])
+def dropped() -> pb.Posterior:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Dropout(0.5), nn.ReLU(), nn.Linear(5, 3))
+    return MCDropout(net, LIKELIHOOD, 10).fit((X, Y), epochs=1, seed=0, progress=False)
+
+
+def last_layer() -> pb.Posterior:
+    return LastLayerLaplace(network(), LIKELIHOOD, 10).fit((X, Y), epochs=1, seed=0, progress=False)
+
+
+def codes() -> pb.Posterior:
+    shared = pb.models.WeightSharing(network(), LIKELIHOOD, 10)
+    return pb.Posterior(shared, pb.models.CodebookGuide.from_network(shared, codes=3))
+
+
+@pytest.mark.parametrize("make", [rank_one, mean_field, particles, of_pyro, scaled, dropped, last_layer, codes])
 def test_every_batch_has_the_bits_of_predict(make: Callable[[], pb.Posterior]) -> None:
     posterior = make()
     for x, prediction, _ in predict_batches(posterior, (X, Y), num_samples=3, batch_size=4, seed=7):
