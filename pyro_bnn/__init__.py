@@ -3,7 +3,7 @@
 Its names are imported where they are first used: torch and Pyro take seconds, and ``pyro-bnn --help`` needs neither.
 """
 
-import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -45,10 +45,11 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    home = f"{__name__}.{_HOMES.get(name, name)}"
+    if name.startswith("_") or importlib.util.find_spec(home) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home = importlib.import_module(f"{__name__}.{_HOMES.get(name, name)}")
-    value = getattr(home, name) if name in _HOMES else home
+    module = importlib.import_module(home)
+    value = getattr(module, name) if name in _HOMES else module
     globals()[name] = value
     return value
 

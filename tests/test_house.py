@@ -1,6 +1,8 @@
 """The house is as the design says: no circle of imports, small folders, and public names that are written down."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -85,6 +87,16 @@ def test_public_names_are_the_documented_ones(name: str) -> None:
     assert sorted(module.__all__) == sorted(documented()[name])
     assert len(set(module.__all__)) == len(module.__all__)
     assert [public for public in module.__all__ if not hasattr(module, public)] == []
+
+
+def test_names_of_the_package_are_there_without_an_import_of_their_own() -> None:
+    """Proves, in a process of its own, that modules are attributes of the package, and that others are not."""
+    code = (
+        "import pyro_bnn as pb; "
+        "print(pb.posterior.Posterior is pb.Posterior, pb.summary.__module__, hasattr(pb, 'nothing'))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown.split() == ["True", "pyro_bnn.overview", "False"]
 
 
 def test_every_package_with_public_names_is_documented() -> None:
