@@ -96,34 +96,16 @@ def predict_inputs(
     batch_size: int | None,
     seed: int,
     together: Processes = ALONE,
-) -> Iterator[Prediction]:
-    """Yields the prediction for every batch of inputs; labels in the data are ignored.
+) -> Iterator[tuple[Prediction, Tensor | None]]:
+    """Yields the prediction for every batch of inputs, and where its labels, if there are any, are not masked.
+
+    The classes of out-of-distribution data mean nothing to a posterior, but ``ignore_index`` among them does: there
+    is padding. The second is what :func:`labelled` says of them, ``None`` where all count.
 
     :param data: a ``DataLoader`` or another iterable of batches, a ``Dataset``, or x itself.
     :param like: an input of the same network, to tell a pair ``(x, y)`` from a tuple of inputs.
     :raises TypeError: when data is none of these, or ``posterior`` is not a posterior.
     :raises ValueError: when a prediction holds NaN, or batch_size is below 1.
-    """
-    settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
-    return (prediction for prediction, _ in predict_labelled(posterior, data, like=like, **settings, together=together))
-
-
-def predict_labelled(
-    posterior: Posterior,
-    data: Data,
-    *,
-    like: object,
-    num_samples: int | None,
-    batch_size: int | None,
-    seed: int,
-    together: Processes = ALONE,
-) -> Iterator[tuple[Prediction, Tensor | None]]:
-    """Yields the predictions of :func:`predict_inputs`, and where labels in the data, if there are any, are not masked.
-
-    The classes of out-of-distribution data mean nothing to a posterior, but ``ignore_index`` among them does: there
-    is padding. The second is what :func:`labelled` says of them, ``None`` where all count.
-
-    :param posterior, data, like, num_samples, batch_size, seed: see :func:`predict_inputs`, also for the errors.
     """
     posterior = with_draws(posterior, num_samples, seed)
     likelihood = getattr(getattr(posterior, "model", None), "likelihood", None)

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -309,3 +311,15 @@ def test_intervals_of_a_distribution_without_a_distribution_function_say_what_to
     draws = prediction.sample(seed=0).flatten(0, 1)
     assert bool((draws.quantile(0.975, 0) > draws.quantile(0.025, 0)).all())
     shutil.rmtree(tmp_path)
+
+
+def test_a_process_that_has_imported_no_model_loads(tmp_path: Path) -> None:
+    """Proves that files find the package's own classes wherever loading is the first thing that a process does."""
+    model = pb.models.Rank1(nn.Linear(2, 1), pb.likelihoods.Gaussian(0.5), 4)
+    pb.Posterior(model, pb.models.Rank1Guide(model)).save(tmp_path / "posterior")
+    code = (
+        "import sys; from torch import nn; from pyro_bnn.posterior import load; "
+        "print('pyro_bnn.models' in sys.modules, type(load(sys.argv[1], nn.Linear(2, 1)).model).__name__)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "posterior")]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == ["False", "Rank1"]

@@ -43,6 +43,20 @@ def test_second_derivatives_are_right(size: int) -> None:
     assert torch.allclose(second, s * (1 - s), atol=1e-14)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_it_goes_through_transforms_of_functions(size: int) -> None:
+    """Proves that vmap, forward-mode derivatives and gradients inside vmap are those of softplus."""
+    rho = torch.linspace(-8, 30, 3 * size, dtype=torch.float64).reshape(size, 3)
+    expected, slope = F.softplus(rho) + 1e-7, torch.sigmoid(rho)
+    for dim in (0, 1):
+        assert torch.allclose(torch.vmap(positive, dim, dim)(rho), expected, rtol=1e-8)
+    value, tangent = torch.func.jvp(positive, (rho,), (2 * torch.ones_like(rho),))
+    assert torch.allclose(value, expected, rtol=1e-8)
+    assert torch.allclose(tangent, 2 * slope, rtol=1e-8)
+    each = torch.vmap(torch.func.grad(lambda row: positive(row).sum()), 1, 1)(rho)
+    assert torch.allclose(each, slope, rtol=1e-8)
+
+
 @pytest.mark.parametrize("value", [1e-6, 1e-3, 0.1, 30.0])
 def test_the_inverse_leads_back(value: float) -> None:
     found = positive(torch.tensor(inverse_softplus(value), dtype=torch.float64)) - 1e-7

@@ -280,7 +280,7 @@ def _predictive(
 
     stream: Iterable[tuple[Prediction, Any]]
     if y is None:
-        stream = ((prediction, None) for prediction in predict_inputs(posterior, x, like=x, **settings))
+        stream = ((prediction, None) for prediction, _ in predict_inputs(posterior, x, like=x, **settings))
     else:
         stream = ((prediction, target) for _, prediction, target in predict_batches(posterior, (x, y), **settings))
 

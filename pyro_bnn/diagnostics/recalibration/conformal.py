@@ -88,7 +88,8 @@ class _SplitConformal:
         raise NotImplementedError(f"{type(self).__name__} must define _score()")
 
     def _predictions(self, x: Inputs) -> Iterable[Prediction]:
-        return predict_inputs(self.posterior, x, like=self._example, **self._settings)
+        batches = predict_inputs(self.posterior, x, like=self._example, **self._settings)
+        return (prediction for prediction, _ in batches)
 
 
 class ConformalSets(_SplitConformal):

@@ -22,7 +22,7 @@ from pyro_bnn.diagnostics.scoring.shift import ShiftedScores, ShiftLike
 from pyro_bnn.diagnostics.scoring.similarity import disagreement
 from pyro_bnn.distributed import processes
 from pyro_bnn.inputs import Data, Inputs
-from pyro_bnn.predicting import kept, labelled, predict_batches, predict_labelled, row_density, with_draws
+from pyro_bnn.predicting import kept, labelled, predict_batches, predict_inputs, row_density, with_draws
 from pyro_bnn.randomness import some_seed
 
 if TYPE_CHECKING:
@@ -138,8 +138,7 @@ def evaluate(
     """
     return evaluate_with(
         lambda x, prediction, y: None,
-        *(posterior, data, ood),
-        shift=shift,
+        *(posterior, data, ood, shift),
         num_samples=num_samples,
         batch_size=batch_size,
         seed=seed,
@@ -151,17 +150,16 @@ def evaluate_with(
     posterior: Posterior,
     data: Data,
     ood: Data = None,
-    *,
     shift: ShiftLike | None = None,
-    num_samples: int | None = None,
-    batch_size: int | None = None,
-    seed: int | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """As :func:`evaluate`, and ``each(x, prediction, y)`` is called with every batch of data that this process has."""
+    """As :func:`evaluate`, and ``each(x, prediction, y)`` is called with every batch of data that this process has.
+
+    :param settings: ``num_samples``, ``batch_size`` and ``seed``.
+    """
     together = processes()
-    seed = some_seed(together.shared_seed(seed))
-    posterior = with_draws(posterior, num_samples, seed)
-    settings: dict[str, Any] = {"num_samples": num_samples, "batch_size": batch_size, "seed": seed}
+    settings["seed"] = some_seed(together.shared_seed(settings["seed"]))
+    posterior = with_draws(posterior, settings["num_samples"], settings["seed"])
     quality: ClassificationMetrics | RegressionMetrics | None = None
     shifted = None if shift is None else ShiftedScores(posterior, shift, settings)
     example: Inputs = None
@@ -182,7 +180,7 @@ def evaluate_with(
         raise ValueError("data is empty: evaluate needs at least one row; look at the filter or split that made it")
     if ood is not None and isinstance(quality, ClassificationMetrics):
         rows = counted = 0
-        for prediction, there in predict_labelled(posterior, ood, like=example, **settings, together=together):
+        for prediction, there in predict_inputs(posterior, ood, like=example, **settings, together=together):
             counted += quality.update_ood(prediction, there)
             rows += prediction.mean.shape[0]
         if together.any(rows == 0):

@@ -12,7 +12,7 @@ from pyro_bnn.diagnostics.scoring.ood import ood_scores
 from pyro_bnn.diagnostics.scoring.precision import wide
 from pyro_bnn.diagnostics.scoring.probabilities import class_probabilities
 from pyro_bnn.inputs import Data, Inputs
-from pyro_bnn.predicting import kept, labelled, predict_batches, predict_labelled, row_density
+from pyro_bnn.predicting import kept, labelled, predict_batches, predict_inputs, row_density
 
 if TYPE_CHECKING:
     from pyro_bnn.posterior import Posterior, Prediction
@@ -80,7 +80,7 @@ def score(
     if ood is not None:
         entropies = [
             wide(ood_scores(prediction, there)["entropy"]).cpu()
-            for prediction, there in predict_labelled(posterior, ood, like=example, **settings)
+            for prediction, there in predict_inputs(posterior, ood, like=example, **settings)
         ]
         if not entropies:
             raise ValueError("ood is empty: give at least one row of inputs, or leave out ood=")
