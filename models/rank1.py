@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Unpack
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
@@ -28,7 +27,8 @@ from pyro_bnn.perturb import Perturbation, Rank1Factors, Replacement
 from pyro_bnn.priors import HierarchicalCauchy, Normal, Prior, PriorLike
 from pyro_bnn.program.guide import Family, MixtureGuide
 from pyro_bnn.program.model import BayesianNetwork, Form, NetworkOptions
-from pyro_bnn.program.sites import Site, sample_local, sample_scales, sample_share
+from pyro_bnn.program.sites import Site, log_density, sample_local, sample_share
+from pyro_bnn.program.statements import sample
 from pyro_bnn.registry import storable
 from pyro_bnn.selection import Select
 
@@ -206,7 +206,7 @@ class Rank1(BayesianNetwork):
             w = parameters[weight].detach()
             shared = self._shared_tau(weight)
             for name, prior in self._tau_names(weight).items():
-                tau[name] = values[self.site(f"{name}_tau")] = sample_scales(prior, w, self.site(name))  # type: ignore
+                tau[name] = values[self.site(f"{name}_tau")] = self.sample_scale(prior, w, self.site(name))  # type: ignore
             for factor, size in zip("sr", self._sizes(weight, w), strict=True):
                 name = f"{weight}.{factor}"
                 like[name] = w.new_empty(()).expand(size)
@@ -219,13 +219,13 @@ class Rank1(BayesianNetwork):
                 if local[name] is not None:
                     values[self.site(f"{name}_lambda")] = local[name]  # type: ignore[assignment]
         for bias in self.biases:
-            values[self.site(bias)] = pyro.sample(self.site(bias), self._bias_prior(parameters[bias].detach()))
+            values[self.site(bias)] = sample(self.site(bias), self._bias_prior(bias, parameters[bias].detach()))
         values |= self.sample_noise()
         with self.rows_plate():
             for name, one in like.items():
                 site = self.site(name)
                 d = self.prior_of(site, given[name], 1.0, one, tau.get(name), local.get(name))
-                values[site] = pyro.sample(site, d)
+                values[site] = sample(site, d)
         return values
 
     def _require_complete(self, x: Inputs) -> None:
@@ -242,19 +242,17 @@ class Rank1(BayesianNetwork):
             )
         self._complete = True
 
-    def _bias_prior(self, like: Tensor) -> dist.TorchDistribution:
+    def _bias_prior(self, name: str, like: Tensor) -> dist.TorchDistribution:
         if self.weight_prior is None:
             return dist.ImproperUniform(dist.constraints.real, (), like.shape)
-        return self.weight_prior.elements(0.0, like, None).expand(like.shape).to_event(1)
+        return self.prior_of(self.site(name), self.weight_prior, 0.0, like, None, None)
 
     def log_prior(self) -> Tensor | None:
         if self.weight_prior is None:
             return None
         parameters = self.core().parameters_by_name()
         weights = self.core().held({name: parameters[name] for name in self.weights})  # padding has no gradient
-        total = sum(self.weight_prior.elements(0.0, w.detach(), None).log_prob(w).sum() for w in weights.values())
-        assert isinstance(total, Tensor)
-        return total
+        return log_density(self.weight_prior, [*weights.values()])
 
     def decayed(self) -> list[nn.Parameter]:
         parameters = self.core().parameters_by_name()

@@ -13,6 +13,7 @@ from torch.func import vmap
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
+from pyro_bnn.freed_memory import keep_freed_memory
 from pyro_bnn.given.copying import copy_of
 from pyro_bnn.given.fixed import padding_rows, with_row_of
 from pyro_bnn.inputs import EXPECTED, Inputs, describe
@@ -89,6 +90,7 @@ class Network(nn.Module):
 
     def __init__(self, net: nn.Module, output: Output = None, share: bool = False) -> None:
         super().__init__()
+        keep_freed_memory()
         self.net = copy_of(net, share)
         self.output = output
         self._slots = find_slots(self.net)

@@ -6,6 +6,7 @@ Everything here is for a chain of linear layers with tanh between them, in float
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -89,6 +90,14 @@ def log_prior(prior: Any, value: Array, center: float, scale: Array | float | No
     raise NotImplementedError(prior)
 
 
+def expectation(function: Callable[[Array], Array], loc: Array, scale: Array) -> Array:
+    """``E function(loc + scale e)``, e ~ N(0, 1), by the trapezoidal rule, which is exact here as all poles of the
+    functions are further than a hundredth of ``scale`` away."""
+    e = np.linspace(-12, 12, 12_001)
+    weight = np.exp(-e * e / 2)
+    return (function(loc[..., None] + scale[..., None] * e) * weight).sum(-1) / weight.sum()
+
+
 def log_prior_of_tau(prior: Any, tau: Array) -> Array:
     if isinstance(prior, priors.HierarchicalNormal):  # of the variance, times d tau^2 / d tau
         return stats.invgamma.logpdf(tau**2, prior.concentration, scale=prior.rate) + np.log(2 * tau)
@@ -98,7 +107,7 @@ def log_prior_of_tau(prior: Any, tau: Array) -> Array:
 def divergence(
     prior: Any, family: str, value: Array, loc: Array, scale: Array, center: float, by: Array | float | None
 ) -> Array:
-    """KL(q || p) of every element: in closed form for three pairs, else log q - log p at the draw."""
+    """KL(q || p) of every element: in closed form or by an integral, else log q - log p at the draw."""
     m = center if getattr(prior, "loc", None) is None else prior.loc
     if family == "normal":
         if isinstance(prior, (priors.Normal, priors.HierarchicalNormal, priors.Horseshoe)):
@@ -111,6 +120,11 @@ def divergence(
             )
             entropy = 0.5 * np.log(2 * math.pi * math.e * scale**2)
             return np.broadcast_to(np.log(2 * prior.scale) + folded / prior.scale - entropy, value.shape)
+        if isinstance(prior, (priors.Cauchy, priors.StudentT, priors.HierarchicalCauchy)):
+            cross = expectation(
+                lambda w: log_prior(prior, w, center, None if by is None else by[..., None]), loc, scale
+            )
+            return np.broadcast_to(-cross - stats.norm.entropy(loc, scale), value.shape)
         return stats.norm.logpdf(value, loc, scale) - log_prior(prior, value, center, by)
     if isinstance(prior, (priors.Cauchy, priors.HierarchicalCauchy)):
         s = prior.scale if isinstance(prior, priors.Cauchy) else by
@@ -166,13 +180,13 @@ def parts(
         if site.role == "bias":
             terms = -log_prior(model.weight_prior, value, 0.0, None)
         elif site.role == "scale":
-            log_q = stats.lognorm.logpdf(value, scale[:, None], scale=np.exp(loc))
-            if site.name == "noise":
-                terms = log_q - stats.halfcauchy.logpdf(value, scale=model.likelihood.noise_prior_scale)
-            elif site.name.endswith("_lambda"):
+            if site.name.endswith("_lambda"):  # at the draw
+                log_q = stats.lognorm.logpdf(value, scale[:, None], scale=np.exp(loc))
                 terms = log_q - stats.halfcauchy.logpdf(value)
             else:
-                terms = log_q - log_prior_of_tau(prior, value)
+                noise = priors.HierarchicalCauchy(model.likelihood.noise_prior_scale) if site.name == "noise" else prior
+                own = lambda u, p=noise: log_prior_of_tau(p, np.exp(u))  # noqa: E731
+                terms = -loc - stats.norm.entropy(loc, scale[:, None]) - expectation(own, loc, scale[:, None])
         else:
             weight = site.name.removesuffix(".s").removesuffix(".r")
             by: Any = None

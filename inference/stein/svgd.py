@@ -42,6 +42,8 @@ OfStep = float | Callable[[int], float]
 
 #: glibc gives tensors from this size on back to the system, and gets fresh pages for the next
 FRESH_PAGES = 2**25
+#: bytes of activations that pass from one operation to the next in the cache of a processor
+CACHE = 2**23
 
 _SPACES = ("factor", "product", "function")
 _SCOPES = ("joint", "layer", "tensor")
@@ -381,15 +383,22 @@ class SVGD:
         return self._parts
 
     def _in_turn(self, args: tuple[Any, ...]) -> bool:
-        """What ``sequential`` says."""
+        """What ``sequential`` says.
+
+        Together, all particles read the shared weights once, but their activations may not stay in the cache. One after
+        the other is the faster way where activations are more than fits and more than the weights are (measured by
+        ``python -m tests.benchmarks.particles``).
+        """
         if self.sequential != "auto":
             return self.sequential
         model = self.model
         if not isinstance(model, BayesianNetwork) or model.like().device.type != "cpu":
             return False
         size = batch_size(*args[:2])
-        largest = model.core().activation_elements(args[0], size) * size * self.guide.num_members
-        return largest * model.like().element_size() > FRESH_PAGES
+        largest = model.core().activation_elements(args[0], size) * size
+        of_all = largest * self.guide.num_members * model.like().element_size()
+        weights = max(p.numel() for p in model.core().net.parameters())
+        return of_all > FRESH_PAGES or of_all > CACHE and largest > weights
 
 
 def _check_repulsion(value: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,11 @@ from torch.distributions import kl_divergence
 
 from pyro_bnn import display
 from pyro_bnn.entry import checks
-from pyro_bnn.program.factorised import FactorisedNormal, kl_of_block
+from pyro_bnn.program.divergences import closed_form, kl_of_sites
+from pyro_bnn.program.factorised import FactorisedNormal
+from pyro_bnn.program.guide import MixtureGuide
+from pyro_bnn.program.model import BayesianNetwork
+from pyro_bnn.program.statements import NotTraceableError, traced
 
 
 class ScaleLatents(Messenger):
@@ -97,6 +102,9 @@ class MixtureELBO(TraceMeanField_ELBO):
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> tuple[poutine.Trace, poutine.Trace]:
         """Traces without log densities: which of them are needed is known only once closed forms have been tried."""
         with ScaleLatents(per_member=True) if self.mixture_kl == "sum" else contextlib.nullcontext():
+            found = _traces_of_statements(model, guide, args, kwargs)
+            if found is not None:
+                return found
             guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
             model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
         if is_validation_enabled():
@@ -156,23 +164,53 @@ class MixtureELBO(TraceMeanField_ELBO):
         return -elbo
 
 
+#: classes of models and guides that make statements of Pyro which only Pyro's own trace can record
+_OWN_STATEMENTS: weakref.WeakSet[type] = weakref.WeakSet()
+
+
+def _traces_of_statements(
+    model: Any, guide: Any, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[poutine.Trace, poutine.Trace] | None:
+    """The traces of a guide and a model of this package, which take less time than Pyro's; ``None`` where these differ.
+
+    They do when a handler of Pyro is at work beside those of this file, and when Pyro is to validate.
+    """
+    handlers = poutine.runtime._PYRO_STACK
+    if (
+        is_validation_enabled()
+        or not (isinstance(model, BayesianNetwork) and isinstance(guide, MixtureGuide))
+        or not {type(model), type(guide)}.isdisjoint(_OWN_STATEMENTS)
+        or any(type(handler) is not ScaleLatents for handler in handlers)
+    ):
+        return None
+    innermost_first: Any = handlers[::-1]
+    program: type = type(guide)
+    try:
+        guide_trace = traced(guide, args, kwargs, handlers=innermost_first)
+        program = type(model)
+        model_trace = traced(model, args, kwargs, guide_trace, innermost_first)
+    except NotTraceableError:
+        _OWN_STATEMENTS.add(program)
+        return None
+    return model_trace, guide_trace
+
+
 def _closed_form_of_blocks(guide_sites: dict[str, Any], latent: dict[str, Any]) -> tuple[Any, set[str]]:
-    """Minus the KL divergences of the blocks that have one for all their sites together, and the names of those."""
-    blocks: dict[int, list[str]] = {}
-    for name in latent:
-        fn = guide_sites[name]["fn"]
-        if isinstance(fn, FactorisedNormal):
-            blocks.setdefault(id(fn.block), []).append(name)
+    """Minus the KL divergences of sites that have one for all of a block together, and the names of those."""
+    groups: dict[object, list[str]] = {}
+    for name, site in latent.items():
+        own = guide_sites[name]
+        form = closed_form(own["fn"], site["fn"])
+        if form is not None and own["mask"] is None:
+            groups.setdefault((id(own["fn"].block), form), []).append(name)
     total: Any = 0.0
     done: set[str] = set()
-    for names in blocks.values():
+    for names in groups.values():
         own = [guide_sites[name] for name in names]
         first = own[0]
-        if any(site["mask"] is not None or not _same_number(site["scale"], first["scale"]) for site in own):
+        if not all(_same_number(site["scale"], first["scale"]) for site in own):
             continue
-        kl = kl_of_block([site["fn"] for site in own], [latent[name]["fn"] for name in names])
-        if kl is None:
-            continue
+        kl = kl_of_sites([site["fn"] for site in own], [latent[name]["fn"] for name in names])
         total = total - (kl.expand(first["fn"].batch_shape) * first["scale"]).sum()
         done.update(names)
     return total, done
@@ -227,7 +265,7 @@ def kolchinsky_tracey(guide_trace: poutine.Trace) -> Tensor:
 
 def _pairwise(name: str, fn: Any, dim: int) -> Tensor:
     """Bhattacharyya distances ``[K, K]`` between the members of one site."""
-    base = fn.normal if isinstance(fn, FactorisedNormal) else fn
+    base = fn.in_full if isinstance(fn, FactorisedNormal) else fn
     while isinstance(base, torch.distributions.Independent):
         base = base.base_dist
     if isinstance(base, Delta):

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -139,7 +140,9 @@ class Perturb(TorchFunctionMode):
         """``[members | 1, rows | 1, n] -> [members * rows, n]``, or ``[1, n]`` when all rows share one draw."""
         if values.shape[:2] == (1, 1):
             return values[0]
-        return values.expand(*self.fold, -1).reshape(self.fold.members * self.fold.rows, -1)
+        if values.shape[:2] != self.fold:
+            values = values.expand(*self.fold, -1)
+        return values.flatten(0, 1)
 
     def combine(self, op: Callable[..., Tensor], x: Tensor, values: Tensor, dim: int, layout: Layout) -> Tensor:
         """``op(x, values)`` with every entry of ``x`` meeting the values of its own row along the axis ``dim``."""
@@ -158,7 +161,8 @@ class Perturb(TorchFunctionMode):
         if behind:
             values = values.t()
         if layout.outer == layout.inner == 1:
-            return op(x, values.reshape(shape_of(x.dim(), {layout.dim: rows, dim: n})))
+            shape = shape_of(x.dim(), {layout.dim: rows, dim: n})
+            return op(x, values if [*values.shape] == shape else values.reshape(shape))
         split = x.unflatten(layout.dim, (layout.outer, rows, layout.inner))
         shape = shape_of(split.dim(), {layout.dim + 1: rows, dim - 2 * behind: n})
         return op(split, values.reshape(shape)).flatten(layout.dim, layout.dim + 2)
@@ -192,10 +196,14 @@ class Perturb(TorchFunctionMode):
             layout = self.locate(x, weight if factors is not None else bias)  # type: ignore[arg-type]
         if isinstance(factors, (LowRankFactors, Shift)):
             shared = all(f.shape[0] == 1 for f in factors if isinstance(f, Tensor))
-            y = op(x, weight, bias if offset is None else None)
-            if not shared:
-                x, layout = with_rows(self.fold, x, layout)
-            y = y + factors.term(self.fold, ungrouped or op, x, layout, dims, transposed, groups).to(y.dtype)
+            own_bias, of_rows = bias if offset is None else None, shared or layout.dim is not None
+            if op is F.linear and of_rows and isinstance(factors, LowRankFactors) and factors.sums_for(x):
+                y = factors.linear(self.fold, x, weight, own_bias, layout)
+            else:
+                y = op(x, weight, own_bias)
+                if not shared:
+                    x, layout = with_rows(self.fold, x, layout)
+                y = y + factors.term(self.fold, ungrouped or op, x, layout, dims, transposed, groups).to(y.dtype)
         elif factors is not None:
             assert isinstance(factors, Rank1Factors)
             if transposed:

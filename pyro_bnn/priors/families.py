@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
+import torch
 from torch import Tensor
 
 from pyro_bnn import display
@@ -28,10 +30,21 @@ def require_numbers(owner: object, **positive: float) -> None:
         object.__setattr__(owner, "loc", checks.finite(f"{type(owner).__name__}.loc", loc))
 
 
-def root_of_inverse_gamma(like: Tensor, concentration: float, rate: float) -> dist.TorchDistribution:
+class RootInverseGamma(dist.TransformedDistribution):
     """The distribution of a standard deviation whose square is ``InverseGamma(concentration, rate)``."""
-    variance = dist.InverseGamma(like.new_full((), concentration), like.new_full((), rate))
-    return dist.TransformedDistribution(variance, [dist.transforms.PowerTransform(like.new_full((), 0.5))])
+
+    def __init__(self, concentration: Tensor, rate: Tensor) -> None:
+        self.concentration, self.rate = concentration, rate
+        root = dist.transforms.PowerTransform(concentration.new_full((), 0.5))
+        super().__init__(dist.InverseGamma(concentration, rate), [root])
+
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> RootInverseGamma:
+        return RootInverseGamma(*(v.expand(torch.Size(batch_shape)) for v in (self.concentration, self.rate)))
+
+
+def root_of_inverse_gamma(like: Tensor, concentration: float, rate: float) -> RootInverseGamma:
+    """The prior of a layer's standard deviation, on the device and with the dtype of ``like``."""
+    return RootInverseGamma(like.new_full((), concentration), like.new_full((), rate))
 
 
 def location(loc: float | None, center: float | Tensor, like: Tensor) -> Tensor:
@@ -111,6 +124,10 @@ class Prior:
         """
         raise TypeError(f"{type(self).__name__} has no inclusion")
 
+    def constants(self, center: float) -> dict[str, float]:
+        """Those parameters of the distribution of the elements that are one number for all, by name."""
+        return {}
+
     def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
         """The distribution of the elements, with a batch shape that broadcasts against the site.
 
@@ -133,6 +150,9 @@ class _LocationScale(Prior):
 
     def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
         return self.family(location(self.loc, center, like), like.new_full((), self.scale))
+
+    def constants(self, center: float) -> dict[str, float]:
+        return {"loc": center if self.loc is None else self.loc, "scale": self.scale}
 
 
 @dataclass(frozen=True)
@@ -199,6 +219,9 @@ class StudentT(Prior):
         loc = location(self.loc, center, like)
         return dist.StudentT(like.new_full((), self.df), loc, like.new_full((), self.scale))
 
+    def constants(self, center: float) -> dict[str, float]:
+        return {"df": self.df, "loc": center if self.loc is None else self.loc, "scale": self.scale}
+
 
 @dataclass(frozen=True)
 class HierarchicalCauchy(Prior):
@@ -226,6 +249,9 @@ class HierarchicalCauchy(Prior):
     def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
         assert scale is not None
         return dist.Cauchy(location(self.loc, center, like), scale)
+
+    def constants(self, center: float) -> dict[str, float]:
+        return {"loc": center if self.loc is None else self.loc}
 
 
 @dataclass(frozen=True)
@@ -259,6 +285,9 @@ class HierarchicalNormal(Prior):
     def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
         assert scale is not None
         return dist.Normal(location(self.loc, center, like), scale)
+
+    def constants(self, center: float) -> dict[str, float]:
+        return {"loc": center if self.loc is None else self.loc}
 
 
 @dataclass(frozen=True)
@@ -294,3 +323,6 @@ class Horseshoe(Prior):
     def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
         assert scale is not None
         return dist.Normal(location(self.loc, center, like), scale)
+
+    def constants(self, center: float) -> dict[str, float]:
+        return {"loc": center if self.loc is None else self.loc}

@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
@@ -20,11 +19,12 @@ from pyro_bnn.entry import checks
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.modes import enter_mode
 from pyro_bnn.network import batch_size
-from pyro_bnn.program.factorised import NormalBlock, split
+from pyro_bnn.program.factorised import LogNormalBlock, NormalBlock, PointBlock, split
 from pyro_bnn.program.model import BayesianNetwork, Form
 from pyro_bnn.program.module import ProgramModule, picklable_state, register_parameters
 from pyro_bnn.program.positive import inverse_softplus, positive
 from pyro_bnn.program.sites import Site
+from pyro_bnn.program.statements import plate, sample
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -232,12 +232,12 @@ class MixtureGuide(ProgramModule):
             before |= self._distributions("share_loc", _share_points if points else _logit_normals, take)
             before |= self._distributions("point", _points, take)
             for name in self._before_rows:
-                values[name] = pyro.sample(name, before[name])
+                values[name] = sample(name, before[name])
             if self._in_rows:
                 rows = batch_size(x, y) if self.training and self.per_row and not self._every else 1
                 stack.enter_context(self._plate("rows", rows, -1, device))
             for name, d in self._weights(take).items():
-                values[name] = pyro.sample(name, d)
+                values[name] = sample(name, d)
         return values
 
     def _weights(self, take: _Take) -> dict[str, dist.TorchDistribution]:
@@ -303,19 +303,17 @@ class MixtureGuide(ProgramModule):
             if p is not None
         ]
 
-    def _plate(self, name: str, size: int, dim: int, device: torch.device) -> pyro.plate:
-        full = f"{self.prefix}.{name}" if self.prefix else name
-        return pyro.plate(full, 1, subsample=torch.arange(size, device=device), dim=dim, device=str(device))
+    def _plate(self, name: str, size: int, dim: int, device: torch.device) -> contextlib.AbstractContextManager[object]:
+        return plate(f"{self.prefix}.{name}" if self.prefix else name, 1, dim, device, count=size)
 
-    def _component(self, members: pyro.plate) -> Tensor | None:
+    def _component(self, members: contextlib.AbstractContextManager[object]) -> Tensor | None:
         """The index of a random component for every draw, ``[..., 1 ...]``."""
         if self.num_members == 1:
             return None
         name = f"{self.prefix}.component" if self.prefix else "component"
         with members:
             weights = dist.Categorical(logits=self.like().new_zeros(self.num_members))
-            index: Tensor = pyro.sample(name, weights, infer={"is_auxiliary": True})
-        return index
+            return sample(name, weights, infer={"is_auxiliary": True})
 
 
 _Take = Callable[[Tensor], Tensor]
@@ -345,8 +343,7 @@ def _cauchys(shapes: list[torch.Size], loc: Tensor, rho: Tensor) -> Sequence[dis
 
 
 def _log_normals(shapes: list[torch.Size], loc: Tensor, rho: Tensor) -> Sequence[dist.TorchDistribution]:
-    parts = zip(split(loc, shapes), split(positive(rho), shapes), shapes, strict=True)
-    return [dist.LogNormal(m, s).to_event(len(shape)) for m, s, shape in parts]
+    return LogNormalBlock(loc, positive(rho), shapes).parts()
 
 
 def _logit_normals(shapes: list[torch.Size], loc: Tensor, rho: Tensor) -> Sequence[dist.TorchDistribution]:
@@ -356,8 +353,7 @@ def _logit_normals(shapes: list[torch.Size], loc: Tensor, rho: Tensor) -> Sequen
 
 
 def _points(shapes: list[torch.Size], value: Tensor) -> Sequence[dist.TorchDistribution]:
-    parts = zip(split(value, shapes), shapes, strict=True)
-    return [dist.Delta(v, event_dim=len(shape)) for v, shape in parts]
+    return PointBlock(value, shapes).parts()
 
 
 def _positive_points(shapes: list[torch.Size], log: Tensor) -> Sequence[dist.TorchDistribution]:

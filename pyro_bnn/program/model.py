@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, Self, TypedDict
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -33,7 +32,8 @@ from pyro_bnn.network import Network, Output, batch_size
 from pyro_bnn.precision import widened
 from pyro_bnn.priors import Prior, PriorLike
 from pyro_bnn.program.module import ProgramModule, picklable_state, register_parameters, require_network
-from pyro_bnn.program.sites import ConstantPrior, Site, sample_local, sample_scales, sample_share, site_distribution
+from pyro_bnn.program.sites import Site, SitePrior, sample_local, sample_share, site_distribution
+from pyro_bnn.program.statements import factor, is_traced, plate, sample, scale
 from pyro_bnn.selection import Select, select_parameters
 
 #: see :meth:`BayesianNetwork.forms`
@@ -274,8 +274,9 @@ class BayesianNetwork(ProgramModule):
         event = value.shape[value.dim() - event_dim :]
         own = _plates(value, event_dim, self.members_dim)
         rows = value.shape[-event_dim - 1] if value.dim() > event_dim else 1
-        if own.numel() == 1:
-            return value.reshape((1, rows) + event)
+        if own.numel() == 1 or own == lead:
+            shape = (own.numel(), rows) + event
+            return value if value.shape == shape else value.reshape(shape)
         value = value.reshape(own + (rows,) + event)
         return value.expand(lead + (rows,) + event).reshape((-1, rows) + event)
 
@@ -320,7 +321,7 @@ class BayesianNetwork(ProgramModule):
         given: dict[str, tuple[Prior, Tensor | None, Tensor | None]] = {}
         for name, like in likes.items():
             site = self.site(name)
-            tau = sample_scales(priors[name], like, site)
+            tau = self.sample_scale(priors[name], like, site)
             prior, share = sample_share(priors[name], like, site)
             local = sample_local(prior, like, site)
             given[name] = prior, tau, local
@@ -331,8 +332,14 @@ class BayesianNetwork(ProgramModule):
         for name, like in likes.items():
             prior, tau, local = given[name]
             site = self.site(name)
-            values[site] = pyro.sample(site, self.prior_of(site, prior, centers.get(name, 0.0), like, tau, local))
+            values[site] = sample(site, self.prior_of(site, prior, centers.get(name, 0.0), like, tau, local))
         return values
+
+    def sample_scale(self, prior: Prior, like: Tensor, site: str) -> Tensor | None:
+        """Samples the layer's ``<site>_tau``; ``None`` if the prior has none."""
+        if not prior.has_tau:
+            return None
+        return sample(site := f"{site}_tau", self._constant(site, like, lambda: SitePrior(prior.tau(like), ())))
 
     def sample_noise(self) -> dict[str, Tensor]:
         """The latent noise scale of a :class:`~pyro_bnn.likelihoods.Gaussian` that learns it, else empty."""
@@ -340,27 +347,30 @@ class BayesianNetwork(ProgramModule):
         if not isinstance(likelihood, Gaussian) or not likelihood.learns_noise:
             return {}
         name = self.site("noise")
-        return {name: pyro.sample(name, likelihood.noise_prior(self.like()))}
+        like = self.like()
+        return {name: sample(name, self._constant(name, like, lambda: SitePrior(likelihood.noise_prior(like), ())))}
 
     # ------------------------------------------------------------------------------------------- the program
 
     def prior_of(
         self, name: str, prior: Prior, center: float | Tensor, like: Tensor, tau: Tensor | None, local: Tensor | None
     ) -> dist.TorchDistribution:
-        """The prior of the site of this name given its scales, built once if it is constant.
+        """The prior of the site of this name given its scales.
 
         :param center: see :meth:`~pyro_bnn.priors.Prior.elements`; a tensor holds the values of frozen parameters.
         """
         if not prior.is_constant:
             return site_distribution(prior, center, like, tau, local)
+        return self._constant(name, like, lambda: site_distribution(prior, center, like, None, None))
+
+    def _constant(self, name: str, like: Tensor, build: Callable[[], dist.TorchDistribution]) -> dist.TorchDistribution:
+        """The distribution of a site that nothing but device and dtype can change, built once for each of these."""
         validate = torch.distributions.Distribution._validate_args
         key = (like.device, like.dtype, torch.is_inference_mode_enabled(), validate)
-        known = self.__dict__["_constants"].get(name)
-        if known is None or known[0] != key:
-            elements = prior.elements(center, like, None).expand(like.shape)
-            known = self.__dict__["_constants"][name] = key, ConstantPrior(elements, like.dim())
-        built: dist.TorchDistribution = known[1]
-        return built
+        constants: dict[str, tuple[object, dist.TorchDistribution]] = self.__dict__["_constants"]
+        if name not in constants or constants[name][0] != key:
+            constants[name] = key, build()
+        return constants[name][1]
 
     def members_plate(self) -> pyro.plate:
         """The members plate of the last call, to be entered around your own observation."""
@@ -385,9 +395,9 @@ class BayesianNetwork(ProgramModule):
         finally:
             del self.__dict__["_outputs"]
 
-    def rows_plate(self) -> pyro.plate:
+    def rows_plate(self) -> contextlib.AbstractContextManager[object]:
         """The plate of latents that a guide may draw separately for every row of a batch."""
-        return pyro.plate(self.site("rows"), 1, dim=-1, device=str(self.like().device))
+        return plate(self.site("rows"), 1, -1, self.like().device)
 
     def forward(self, x: Inputs, y: Tensor | None = None) -> Tensor:
         enter_mode(self)
@@ -401,13 +411,10 @@ class BayesianNetwork(ProgramModule):
                 "training set"
             )
         # outside inference nothing reads this factor, and Pyro would warn about it
-        log_prior = self.log_prior() if poutine.runtime.am_i_wrapped() else None
-        if log_prior is not None:
-            pyro.factor(self.site("weight_prior"), log_prior)
-        self.__dict__["_members"] = plate = pyro.plate(
-            self.site("members"), 1, dim=self.members_dim, device=str(like.device)
-        )
-        with plate:
+        if is_traced() and (log_prior := self.log_prior()) is not None:
+            factor(self.site("weight_prior"), log_prior)
+        self.__dict__["_members"] = members = plate(self.site("members"), 1, self.members_dim, like.device)
+        with members:
             latents = self.sample_latents()
         f = widened(self.function(x, latents, size), like)
         if (outputs := self.__dict__.get("_outputs")) is not None:
@@ -415,19 +422,12 @@ class BayesianNetwork(ProgramModule):
         likelihood = self.likelihood
         if likelihood is None:
             return f
-        data = pyro.plate(
-            self.site("data"),
-            self.num_data,
-            subsample_size=size,
-            subsample=torch.arange(size, device=like.device),
-            dim=-1,
-            device=str(like.device),
-        )
+        data = plate(self.site("data"), self.num_data, -1, like.device, count=size)
         noise = latents.get(self.site("noise"))
         lead = len(self.lead_shape(latents)) - self.members_dim - 1
-        tempered = poutine.scale(scale=1.0 / likelihood.temperature)
-        with plate, data, tempered if likelihood.temperature != 1 else contextlib.nullcontext():
-            return pyro.sample(self.site("obs"), likelihood.given(f, y, noise, lead), obs=y)
+        tempered = scale(1.0 / likelihood.temperature) if likelihood.temperature != 1 else contextlib.nullcontext()
+        with members, data, tempered:
+            return sample(self.site("obs"), likelihood.given(f, y, noise, lead), obs=y)
 
 
 def like_of(model: object) -> Tensor | None:

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule
 from torch import nn
+
+from pyro_bnn.program.statements import declares_parameters
 
 
 def register_parameters(owner: PyroModule, named: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -18,7 +19,7 @@ def register_parameters(owner: PyroModule, named: Iterable[tuple[str, nn.Paramet
     They replace whatever the parameter store holds under these names: an entry left by an earlier model would otherwise
     be optimised instead, silently.
     """
-    if not poutine.runtime.am_i_wrapped():
+    if not declares_parameters():
         return
     store = pyro.get_param_store()
     for name, parameter in named:

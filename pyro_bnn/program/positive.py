@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALLEST_SCALE = 1e-7
-#: elements from which on the softplus of this file is the faster one on a CPU
-_LARGE = 4096
+#: elements from which on what works in the cache of a CPU is faster than one pass after the other
+LARGE = 4096
 #: where softplus(rho) is rho, for ``torch.nn.functional.softplus`` and here
 _THRESHOLD = 20.0
 #: elements of a part of a tensor that stays in the cache of a processor from one operation to the next
@@ -20,7 +20,7 @@ _PART = 2**16
 
 def positive(rho: Tensor) -> Tensor:
     """``softplus(rho) + 1e-7``, element by element."""
-    large = rho.device.type == "cpu" and rho.numel() >= _LARGE
+    large = rho.device.type == "cpu" and rho.numel() >= LARGE
     value: Tensor = _Softplus.apply(rho) if large else F.softplus(rho)
     return value.add_(SMALLEST_SCALE)
 

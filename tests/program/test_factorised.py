@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from pyro_bnn.program.factorised import NormalBlock, kl_of_block
+from pyro_bnn.program.divergences import kl_of_sites
+from pyro_bnn.program.factorised import NormalBlock
 
 SHAPES = [torch.Size([300, 400]), torch.Size([400]), torch.Size([7, 90, 100])]  # three parts, of which none ends a site
 PRIORS = [(0.0, 1.0), (0.5, 0.1), (-1.0, 3.0)]
@@ -39,7 +40,7 @@ def test_a_large_block_has_the_divergence_and_gradients_of_its_elements(members:
         dist.Normal(torch.tensor(m).double(), torch.tensor(s).double()).expand(shape).to_event(len(shape))
         for (m, s), shape in zip(priors, shapes, strict=True)
     ]
-    kl, reference = kl_of_block(parts, whole), expected(loc, scale, shapes, priors)
+    kl, reference = kl_of_sites(parts, whole), expected(loc, scale, shapes, priors)
     assert kl is not None
     assert kl.shape == (members,)
     assert torch.allclose(kl, reference, rtol=1e-12)
