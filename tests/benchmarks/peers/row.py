@@ -18,7 +18,7 @@ Figure = Callable[[Seconds, Seconds], float]
 STEP = "step"
 PLAIN = "plain"
 OURS = "ours"
-TIME, MEMORY = "time / plain step", "memory / plain step"
+TIME, MEMORY = "time / plain step", "memory / plain"
 
 
 class Cannot(Exception):

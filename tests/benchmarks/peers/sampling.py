@@ -1,7 +1,7 @@
 """SGHMC: sixteen chains of a small network, and one of ResNet-18.
 
-All have the update of :mod:`pyro_bnn.inference.sgmcmc.sghmc` with a step size of .01 and a friction of .1; ``posteriors``
-has its own form of it.
+All have the update of :mod:`pyro_bnn.inference.sgmcmc.sghmc` with a step size of .01 and a friction of .1, which
+``posteriors`` writes in another form.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ CHAIN_WAYS: dict[str, Build] = {
 
 
 def large_posteriors() -> Step:
-    """Statistics of normalisation layers are copied in each step: its gradient is that of a function without effects."""
+    """Statistics of normalisation layers are copied in each step: a gradient of functorch allows no side effects."""
     from pyro_bnn.models.architectures import resnet18
 
     x, y = images(64)

@@ -26,7 +26,7 @@ ROWS = (
     ),
     Row(
         "sghmc_chains",
-        "16 SGHMC chains of a 13-50-1 network on all of 400 rows; a plain step is one of SGD with momentum, one network",
+        "16 SGHMC chains of a 13-50-1 network on all of 400 rows; a plain step is one of SGD on one network",
         sampling.CHAIN_WAYS,
         figures={TIME: over_plain(), "steps a second": sampling.steps_a_second},
         rounds=8,
