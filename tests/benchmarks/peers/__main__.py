@@ -43,6 +43,7 @@ def measured(row: Row, threads: int, processes: int, rounds: int, beside: Path |
         "before": None if beside is None else commit_of(beside),
         "targets": dict(row.targets),
         "ways": ways,
+        "fact": row.fact,
         "facts": facts,
     }
 
@@ -62,7 +63,7 @@ def lines(row: dict[str, Any]) -> list[str]:
         seconds = "  ".join(f"{part} {1e3 * value:.3g} ms" for part, value in found["seconds"].items())
         shown = [f"{n} {f['median']:.3g} ({f['min']:.3g} to {f['max']:.3g})" for n, f in found["figures"].items()]
         texts.append(f"  {way}: " + "  ".join([*shown, seconds]))
-    return texts + [f"  {way}: {fact}" for way, fact in row["facts"].items()]
+    return texts + [f"  {way}: {row['fact']}: {text}" for way, text in row["facts"].items()]
 
 
 def main() -> None:

@@ -34,7 +34,7 @@ class Row:
     :param figures: what is computed from the seconds of each alternative.
     :param targets: of figures, for ours: at most that much, or at least, for a figure in :data:`MORE_IS_BETTER`.
     :param has_memory: whether peak memory is measured too.
-    :param facts: what else is to be known of an alternative, as text.
+    :param facts: what else is to be known of the alternatives, as texts under the title ``fact``.
     :param rounds: turns of each alternative in a process, of ``burst`` runs each.
     """
 
@@ -44,6 +44,7 @@ class Row:
     figures: Mapping[str, Figure] = field(default_factory=lambda: {TIME: over_plain()})
     targets: Mapping[str, float] = field(default_factory=dict)
     has_memory: bool = False
+    fact: str = ""
     facts: Callable[[], Mapping[str, str]] = dict
     rounds: int = 12
     burst: int = 1
