@@ -1,8 +1,9 @@
 """How time and memory grow with the size of the work: ``python -m tests.benchmarks.growth``.
 
-A training step against layers, members and rows, ``predict`` against draws, and a step of SVGD against particles; of a
-chain of layers with 64 units, AdamW. ``slope`` is that of the line of least squares through the logarithms: 1 is growth
-in proportion, 0 none. ``last slope`` is that between the two largest sizes, where the fixed part of a step weighs least.
+A training step against layers, members and rows, ``predict`` against draws, layers and rows, and a step of SVGD against
+particles; of a chain of layers with 64 units, AdamW. ``slope`` is that of the line of least squares through the
+logarithms: 1 is growth in proportion, 0 none. ``last slope`` is that between the two largest sizes, where the fixed
+part of a step weighs least.
 """
 
 from __future__ import annotations

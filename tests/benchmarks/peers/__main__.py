@@ -10,12 +10,10 @@ from typing import Any
 
 import tests.benchmarks.peers as package
 from tests.benchmarks.measure import read_results, write_results
-from tests.benchmarks.peers.row import OURS, PLAIN, Row
+from tests.benchmarks.peers.row import BEFORE, OURS, PLAIN, Row
 from tests.benchmarks.peers.rows import ROWS
 from tests.benchmarks.peers.running import gathered, in_new_process
 from tests.benchmarks.peers.versions import versions
-
-BEFORE = f"{OURS} (before)"
 
 
 def measured(row: Row, threads: int, processes: int, rounds: int, beside: Path | None) -> dict[str, Any]:

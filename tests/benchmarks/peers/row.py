@@ -18,6 +18,8 @@ Figure = Callable[[Seconds, Seconds], float]
 STEP = "step"
 PLAIN = "plain"
 OURS = "ours"
+#: ours, of another checkout
+BEFORE = f"{OURS} (before)"
 TIME, MEMORY = "time / plain step", "memory / plain"
 
 
@@ -32,7 +34,7 @@ class Row:
     :param title: what is measured, and what one plain step is.
     :param ways: the alternatives; :data:`PLAIN` is the reference, and names that begin with :data:`OURS` are ours.
     :param figures: what is computed from the seconds of each alternative.
-    :param targets: of figures, for ours: at most that much, or at least, for a figure in :data:`MORE_IS_BETTER`.
+    :param targets: of figures, for ours: at most that much.
     :param has_memory: whether peak memory is measured too.
     :param facts: what else is to be known of the alternatives, as texts under the title ``fact``.
     :param rounds: turns of each alternative in a process, of ``burst`` runs each.
@@ -48,10 +50,6 @@ class Row:
     facts: Callable[[], Mapping[str, str]] = dict
     rounds: int = 12
     burst: int = 1
-
-
-#: figures of which more is better
-MORE_IS_BETTER = ("steps a second",)
 
 
 def is_ours(way: str) -> bool:
