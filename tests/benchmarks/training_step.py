@@ -115,7 +115,7 @@ class HandRank1(nn.Module):
         bias, self.layer.bias = self.layer.bias, None  # type: ignore[assignment]
         y = self.layer(x * s.view(*s.shape, *ones)) * r.view(*r.shape, *ones)
         self.layer.bias = bias
-        return y if bias is None else y + bias.view(-1, *ones)
+        return y + bias.view(-1, *ones) if isinstance(bias, Tensor) else y
 
 
 def hand_rank1(rows: bool) -> Step:

@@ -53,7 +53,7 @@ def _gradients(f: Callable[[], Tensor], weights: dict[str, Tensor]) -> Step:
     def step() -> None:
         for weight in weights.values():
             weight.grad = None
-        f().square().mean().backward()  # type: ignore[no-untyped-call]
+        f().square().mean().backward()
 
     return step
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -36,7 +36,7 @@ class Converted:
     """
 
     net: nn.Module
-    kl: dict[str, Callable[[], Tensor]]
+    kl: Mapping[str, Callable[[], Tensor]]
     normals: list[tuple[Tensor, Tensor]]
     deviation: Callable[[Tensor], Tensor] = field(default=F.softplus)
 
@@ -136,8 +136,9 @@ def blitz(net: nn.Module) -> Converted:
         nn.Conv2d: lambda one: BayesianConv2d(**convolution(one), **prior),
     }
     swapped(net, layers)
+    with_bias = nn.ModuleList(m for m in net.modules() if getattr(m, "bias", None) is True)
     normals = pairs(net, (BayesianLinear, BayesianConv2d), [("weight_mu", "weight_rho")])
-    normals += [(m.bias_mu, m.bias_rho) for m in net.modules() if getattr(m, "bias", None) is True]
+    normals += pairs(with_bias, (BayesianLinear, BayesianConv2d), [("bias_mu", "bias_rho")])
     return Converted(net, {"": partial(kl_divergence_from_nn, net)}, normals)
 
 

@@ -37,13 +37,14 @@ def many_rows() -> Tensor:
     return torch.randn(1000, 784)
 
 
-Net, Rows = Callable[[], nn.Module], Callable[[], Tensor]
+Net = Callable[[], nn.Module]
+Rows = Callable[[], Tensor]
 
 
 def plain(net: Net, rows: Rows) -> Step:
     """One pass."""
     made, x = net().eval(), rows()
-    return torch.no_grad()(lambda: made(x).softmax(-1))  # type: ignore[no-any-return]
+    return torch.no_grad()(lambda: made(x).softmax(-1))
 
 
 def posterior_of(form: str, net: Net) -> pb.Posterior:
@@ -110,8 +111,9 @@ def one_pass() -> dict[str, Step]:
     return {"step": plain(wide, partial(torch.randn, 10 * BATCH, 784))}
 
 
-EVALUATION_WAYS: dict[str, Build] = {PLAIN: one_pass} | {
-    f"{OURS}, {name}": partial(evaluated, name) for name in ("Dense", "Rank1, 4 components")
+EVALUATION_WAYS: dict[str, Build] = {
+    PLAIN: one_pass,
+    **{f"{OURS}, {name}": partial(evaluated, name) for name in ("Dense", "Rank1, 4 components")},
 }
 
 
@@ -173,7 +175,7 @@ def looped(mean_field: bool) -> dict[str, Step]:
                 optimizer.zero_grad(set_to_none=True)
                 pred = net(x[rows])
                 loss = F.cross_entropy(pred, y[rows]) + kl() / SIZE
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 losses.append(float(loss.detach()))
         return losses

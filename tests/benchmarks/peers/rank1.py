@@ -56,7 +56,7 @@ def by_hand(task: Task, layer: type[HandRank1]) -> Step:
     layers = [m for m in net.modules() if isinstance(m, layer)]
 
     def kl() -> Tensor:
-        weights = torch.stack([m.layer.weight.square().sum() for m in layers]).sum() / 2  # type: ignore[union-attr]
+        weights = torch.stack([p.square().sum() for m in layers for p in m.layer.parameters() if p.dim() > 1]).sum() / 2
         return torch.stack([m.kl for m in layers]).sum() + weights
 
     return step_of(task, net, kl, MEMBERS)

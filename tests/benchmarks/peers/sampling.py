@@ -60,7 +60,7 @@ def plain() -> Step:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        F.mse_loss(net(x).squeeze(-1), y).backward()  # type: ignore[no-untyped-call]
+        F.mse_loss(net(x).squeeze(-1), y).backward()
         optimizer.step()
 
     return repeated(step)
