@@ -25,6 +25,7 @@ from tests.benchmarks.training_step import NUM_DATA, Step, pyro_step
 
 #: where deviations start: softplus(-4.6) and exp(-4.6) are 0.01
 RHO = -4.6
+IVON = "IVON, an optimiser of its own"
 
 
 @dataclass(frozen=True)
@@ -196,10 +197,10 @@ def autonormal(task: Task) -> Step:
 
 def ivon(task: Task) -> Step:
     """The optimiser that holds a Normal around the weights; the prior is its weight decay."""
-    from ivon import IVON
+    import ivon as library
 
     net, (x, y) = task.net(), task.batch()
-    optimizer = IVON(net.parameters(), lr=0.1, ess=NUM_DATA, weight_decay=1 / NUM_DATA)
+    optimizer = library.IVON(net.parameters(), lr=0.1, ess=NUM_DATA, weight_decay=1 / NUM_DATA)
 
     def step() -> None:
         with optimizer.sampled_params(train=True):
@@ -214,7 +215,7 @@ def ways(task: Task) -> dict[str, Build]:
     """Every mean field of a task."""
     found: dict[str, Build] = {PLAIN: partial(plain, task), OURS: partial(ours, task)}
     found |= {library: partial(library_step, library, task) for library in LIBRARIES}
-    return found | {"IVON": partial(ivon, task), "AutoNormal (Pyro)": partial(autonormal, task)}
+    return found | {IVON: partial(ivon, task), "AutoNormal (Pyro)": partial(autonormal, task)}
 
 
 def divergences() -> dict[str, str]:
@@ -225,7 +226,7 @@ def divergences() -> dict[str, str]:
             found[library] = _of_library(convert)
         except ModuleNotFoundError:  # the figures of the row say so too
             found[library] = "not installed"
-    return found | {"IVON": "none: it is within the update"}
+    return found | {IVON: "none: it is within the update"}
 
 
 def _small() -> nn.Module:

@@ -37,7 +37,7 @@ ROWS = (
             "check / predict": over_part("check", "predict"),
         },
         targets={"evaluate / predict": 1.1, "check / predict": 1.3},
-        rounds=6,
+        rounds=4,
     ),
     Row(
         "fit",
