@@ -73,8 +73,9 @@ def test_what_fails_of_ours_ends_the_run() -> None:
         measure(Row("some", "Some step", {PLAIN: absent}), rounds=1)
 
 
-def test_only_ours_runs_from_another_checkout() -> None:
-    assert set(measure(Row("some", "Some step", WAYS), rounds=1, ours_only=True)) == {PLAIN, OURS}
+def test_another_checkout_may_lack_what_a_row_needs() -> None:
+    found = measure(Row("some", "Some step", {PLAIN: idle, OURS: broken}), rounds=1, may_fail=True)
+    assert found[OURS] == {"reason": "fails: RuntimeError: sizes do not match"}
 
 
 def test_the_page_has_median_and_range_and_whether_a_target_is_met() -> None:

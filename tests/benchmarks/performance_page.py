@@ -49,6 +49,8 @@ python -m tests.benchmarks.performance_page
 - A figure is the median of several fresh processes, with the smallest and the largest of them in brackets.
 - "ours (before)" is an older version, measured in processes that alternate with the others.
 - "target" says what we want of our own figure, and whether it is met.
+- All alternatives of a table share a process, and with it the state of its memory allocator. A small step alone in a
+  process may take twice as long, when glibc gives its memory back to the system after every step.
 - Times are comparable within a table. Another machine has other ratios.
 """
 

@@ -4,5 +4,6 @@ A row is one piece of work. Its alternatives take turns in one process, and ever
 torch with the same network and optimiser in that process, unless the row says otherwise; several fresh processes give
 the range. The peers are the extra ``benchmarks``; one that is not installed, or cannot do the work, says so in the row.
 
-``--beside PATH`` measures our alternatives of another checkout too, in processes of its own that alternate with these.
+``--beside PATH`` measures our alternatives of another checkout too, in processes of its own that alternate with these
+and in which the same peers run.
 """

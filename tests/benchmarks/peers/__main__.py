@@ -10,7 +10,7 @@ from typing import Any
 
 import tests.benchmarks.peers as package
 from tests.benchmarks.measure import read_results, write_results
-from tests.benchmarks.peers.row import BEFORE, OURS, PLAIN, Row
+from tests.benchmarks.peers.row import BEFORE, OURS, Row, is_ours
 from tests.benchmarks.peers.rows import ROWS
 from tests.benchmarks.peers.running import gathered, in_new_process
 from tests.benchmarks.peers.versions import versions
@@ -29,7 +29,7 @@ def measured(row: Row, threads: int, processes: int, rounds: int, beside: Path |
             before.append(in_new_process(row, threads, rounds, beside)["ways"])
     ways = gathered(runs)
     for way, found in gathered(before).items():
-        if way != PLAIN:
+        if is_ours(way):
             ways[way.replace(OURS, BEFORE, 1)] = found
     return {
         "row": row.name,
@@ -38,6 +38,7 @@ def measured(row: Row, threads: int, processes: int, rounds: int, beside: Path |
         "processes": processes,
         "rounds": rounds,
         "load average": load,
+        "allocator": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         "before": None if beside is None else commit_of(beside),
         "targets": dict(row.targets),
         "ways": ways,
