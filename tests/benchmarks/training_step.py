@@ -27,6 +27,7 @@ from pyro_bnn.priors import Normal
 from tests.benchmarks.measure import interleaved, peak_memory, report
 
 Step = Callable[[], Any]
+Optimizers = Callable[[Any], torch.optim.Optimizer]
 NUM_DATA = 50_000
 MEMBERS = 4
 
@@ -55,10 +56,10 @@ def plain() -> Step:
     return stepper(sgd(net.parameters()), lambda: F.cross_entropy(net(x), y))
 
 
-def pyro_step(model: Any, guide: Any, x: Tensor, y: Tensor, elbo: Any) -> Step:
+def pyro_step(model: Any, guide: Any, x: Tensor, y: Tensor, elbo: Any, optimizer_of: Optimizers = sgd) -> Step:
     with pyro.get_param_store().scope():
         guide(x, y)  # an AutoGuide gets its parameters on the first call
-    optimizer = sgd([*model.parameters(), *guide.parameters()])
+    optimizer = optimizer_of([*model.parameters(), *guide.parameters()])
 
     def loss() -> Tensor:
         with pyro.validation_enabled(False), pyro.get_param_store().scope():
@@ -98,8 +99,13 @@ class HandRank1(nn.Module):
     def factor(self, name: str, batch: int) -> Tensor:
         loc, scale = getattr(self, f"{name}_loc"), F.softplus(getattr(self, f"{name}_rho"))
         noise = torch.randn(MEMBERS, batch if self.rows else 1, loc.shape[-1])
-        self.kl = self.kl + ((scale**2 + (loc - 1) ** 2) / 0.02 - 0.5 - (scale / 0.1).log()).sum() / MEMBERS
-        return (loc + scale * noise).expand(MEMBERS, batch, -1).reshape(MEMBERS * batch, -1)
+        draws = loc + scale * noise
+        self.kl = self.kl + self.divergence(loc, scale, draws) / MEMBERS
+        return draws.expand(MEMBERS, batch, -1).reshape(MEMBERS * batch, -1)
+
+    def divergence(self, loc: Tensor, scale: Tensor, draws: Tensor) -> Tensor:
+        """The KL divergence to N(1, 0.1^2), summed over members and elements."""
+        return ((scale**2 + (loc - 1) ** 2) / 0.02 - 0.5 - (scale / 0.1).log()).sum()
 
     def forward(self, x: Tensor) -> Tensor:
         self.kl = torch.zeros(())
@@ -109,7 +115,7 @@ class HandRank1(nn.Module):
         bias, self.layer.bias = self.layer.bias, None  # type: ignore[assignment]
         y = self.layer(x * s.view(*s.shape, *ones)) * r.view(*r.shape, *ones)
         self.layer.bias = bias
-        return y if bias is None else y + bias
+        return y + bias.view(-1, *ones) if isinstance(bias, Tensor) else y
 
 
 def hand_rank1(rows: bool) -> Step:
@@ -187,14 +193,22 @@ def small_autonormal() -> Step:
     return pyro_step(model, AutoNormal(model), x, y, TraceMeanField_ELBO())
 
 
-def deep(rank_one: bool) -> Step:
+def deep_net() -> nn.Module:
     """ResNet-50's depth (54 products) with so little arithmetic that what is left is Python."""
-    torch.manual_seed(0)
     layers: list[nn.Module] = []
     for _ in range(53):
         layers += [nn.Conv2d(4, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()]
-    net = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
-    x, y = torch.randn(4, 4, 2, 2), torch.randint(10, (4,))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+
+def deep_data() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(4, 4, 2, 2), torch.randint(10, (4,))
+
+
+def deep(rank_one: bool) -> Step:
+    x, y = deep_data()
+    net = deep_net()
     if not rank_one:
         return stepper(sgd(net.parameters()), lambda: F.cross_entropy(net(x), y))
     model = Rank1(net, pb.likelihoods.Categorical(), NUM_DATA)
