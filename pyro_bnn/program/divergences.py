@@ -82,7 +82,8 @@ class _ConstantNormal(torch.autograd.Function):
 
 def _alike(value: Tensor, *others: Tensor) -> list[Tensor]:
     """The value, and others with an axis for every one of its own, as long as the last."""
-    return [value, *(other.expand(torch.broadcast_shapes(other.shape, value.shape[-1:])) for other in others)]
+    n = value.shape[-1]
+    return [value, *(v if v.dim() and v.shape[-1] == n else v.expand(*v.shape[:-1], n) for v in others)]
 
 
 def _normal(loc: Tensor, scale: Tensor, m: Tensor, s: Tensor) -> Tensor:

@@ -36,7 +36,9 @@ def in_cache(value: Tensor) -> Sequence[Tensor]:
     On a CPU a dozen passes over a large tensor take longer to fetch memory, and fresh pages for every result, than to
     compute.
     """
-    return value.split(_PART, -1) if value.device.type == "cpu" else (value,)
+    if value.shape[-1] <= _PART or value.device.type != "cpu":
+        return (value,)
+    return value.split(_PART, -1)
 
 
 class _Softplus(torch.autograd.Function):

@@ -181,9 +181,20 @@ class _Tracer:
         if value is None:
             value = fn()
         node = {
-            **{"type": "sample", "name": name, "fn": fn, "is_observed": obs is not None, "args": (), "kwargs": {}},
-            **{"value": value, "infer": infer, "scale": self.scale, "mask": None, "cond_indep_stack": self.frames},
-            **{"done": True, "stop": False, "continuation": None},
+            "type": "sample",
+            "name": name,
+            "fn": fn,
+            "is_observed": obs is not None,
+            "args": (),
+            "kwargs": {},
+            "value": value,
+            "infer": infer,
+            "scale": self.scale,
+            "mask": None,
+            "cond_indep_stack": self.frames,
+            "done": True,
+            "stop": False,
+            "continuation": None,
         }
         for handler in self.handlers:
             handler._pyro_sample(node)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -72,13 +73,15 @@ def batch_ensemble(task: Task) -> Step:
     return step_of(task, swapped(task.net(), layers), partial(torch.zeros, ()), MEMBERS)
 
 
-def repeated(task: Task) -> Step:
-    """The plain network on as many rows as all members together see."""
-    return step_of(task, task.net(), partial(torch.zeros, ()), MEMBERS)
+def rows_of_a_member(task: Task) -> tuple[Tensor, Tensor]:
+    x, y = task.batch()
+    return x[::MEMBERS], y[::MEMBERS]
 
 
 def ways(task: Task) -> dict[str, Build]:
-    found: dict[str, Build] = {PLAIN: partial(plain, task), f"plain, {MEMBERS} times the rows": partial(repeated, task)}
+    """A plain step sees all rows of the task, each member its share of them."""
+    found: dict[str, Build] = {PLAIN: partial(plain, task)}
+    task = replace(task, batch=partial(rows_of_a_member, task))
     found |= {f"{OURS}, {prior}": partial(ours, task, prior) for prior in PRIORS}
     found |= {f"by hand, {p}": partial(by_hand, task, h) for p, h in zip(PRIORS, (HandCauchy, HandRank1), strict=True)}
     return found | {"BatchEnsemble (torch-uncertainty), no prior": partial(batch_ensemble, task)}
