@@ -141,12 +141,16 @@ class _SVI:
         if together.are_several:
             self.loss = DistributedDataParallel(objective, broadcast_buffers=False)
 
-    def add_gradient(self, batch: tuple[object, ...], run: TrainingRun, weight: Tensor | float) -> float:
+    def add_gradient(self, batch: tuple[object, ...], run: TrainingRun, weight: Tensor | float) -> Tensor | float:
         model, guide, objective = run.model, run.guide, self.objective
         objective.step = run.step
         cause = None
+        waits = run.device.type == "cpu" or self.together.are_several or run.step == 0
         try:
             loss = self.loss(*batch)
+            if not waits:
+                self._add(loss, weight)
+                return loss.detach()
             value = float(loss.detach())
         except ValueError as error:  # validation stops at NaN, but not only there
             if _offending_site(model, guide, batch) is None:
@@ -159,9 +163,13 @@ class _SVI:
                 f"the loss became {value} at step {run.step + 1} (epoch {run.epoch + 1}), {site}. A smaller lr, "
                 "clip_norm= or a longer kl_annealing usually helps"
             ) from cause
+        self._add(loss, weight)
+        return value
+
+    @staticmethod
+    def _add(loss: Tensor, weight: Tensor | float) -> None:
         with full_precision():  # autocast is for the pass forward
             (loss if isinstance(weight, float) and weight == 1.0 else weight * loss).backward()
-        return value
 
     def _of_all(self, loss: float, batch: tuple[object, ...], weight: Tensor | float) -> tuple[float, Tensor | float]:
         """The loss of all rows of a batch, and by what that of this process is to be multiplied."""

@@ -56,7 +56,7 @@ class Callback:
         return None
 
     def after_step(self, state: FitState) -> bool | None:
-        """Called after each step of the optimiser. It costs time at each step: keep it short."""
+        """Called after each step of the optimiser. It costs time at each step, as the loss of a GPU is waited for."""
         return None
 
 
@@ -101,9 +101,9 @@ class Callbacks:
         """Calls those of an epoch; whether one ends the training."""
         return self._call(self._after_epoch, run, loss, validation)
 
-    def after_step(self, run: TrainingRun, loss: float) -> bool:
+    def after_step(self, run: TrainingRun) -> bool:
         """Calls those of a step; whether one ends the training."""
-        return bool(self._after_step) and self._call(self._after_step, run, loss, None)
+        return bool(self._after_step) and self._call(self._after_step, run, run.losses[-1], None)
 
     @staticmethod
     def _call(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -41,8 +41,10 @@ class Engine(Protocol):
 
     label: str
 
-    def add_gradient(self, batch: tuple[Any, ...], run: TrainingRun, weight: Tensor | float) -> float:
+    def add_gradient(self, batch: tuple[Any, ...], run: TrainingRun, weight: Tensor | float) -> Tensor | float:
         """Adds ``weight`` times the gradient of the loss, in nats per datum, to ``.grad``; returns the loss.
+
+        A scalar tensor is a loss that was not looked at, so that nothing waits for its device.
 
         :raises FloatingPointError: when the loss is not finite, with the reason.
         """
@@ -87,6 +89,7 @@ class _Loop:
         if self.precision.scaler is not None:
             run.parts["factor of the loss"] = self.precision.scaler
         self.is_over = False
+        self._shows = options["progress"] and run.together.is_first
         self._began_at, self._began_with, self._shown_at = time.monotonic(), 0, 0.0
 
     def run_all(self) -> None:
@@ -97,9 +100,8 @@ class _Loop:
         self._began_at, self._began_with = time.monotonic(), run.step
         self.is_over = self._is_at_the_last_step() or self._has_lost_patience()
         path = None if self.file is None else self.file.path
-        shows = self.options["progress"] and run.together.is_first
         with (
-            progress_bar(self.engine.label, self.epochs, done=run.epoch, progress=shows) as bar,
+            progress_bar(self.engine.label, self.epochs, done=run.epoch, progress=self._shows) as bar,
             stop_requests(path) as stop,
         ):
             while run.epoch < self.epochs and not self.is_over:
@@ -126,13 +128,11 @@ class _Loop:
         """Makes the steps that are left of an epoch; whether it has come to its end."""
         run, options = self.run, self.options
         for parts in run.rest_of_epoch(self.batches, options["accumulate"]):
-            loss = self._step(parts)
-            run.step += 1
-            run.losses.append(loss)
-            ends = self.callbacks.after_step(run, loss) or self._is_out_of_time()
+            run.add_loss(self._step(parts))
+            ends = self.callbacks.after_step(run) or self._is_out_of_time()
             if options["log_every"] is not None and run.step % options["log_every"] == 0:
-                self.write_log({"step_loss": loss, "learning_rate": self._rate()}, run.step)
-            self._show(bar, loss)
+                self.write_log({"step_loss": run.losses[-1], "learning_rate": self._rate()}, run.step)
+            self._show(bar)
             due = self.file is not None and self.file.is_due_after_step(run.step)
             ends, stops, due = (flag > 0 for flag in run.together.total([ends, bool(stop), due]))
             self.is_over = ends or self._is_at_the_last_step()
@@ -143,11 +143,11 @@ class _Loop:
                     run.write(self.file)
         return True
 
-    def _step(self, parts: list[tuple[Any, ...]]) -> float:
+    def _step(self, parts: list[tuple[Any, ...]]) -> Tensor | float:
         """One update from one batch or several; returns the loss of all their rows."""
         run, precision = self.run, self.precision
         run.optimizer.zero_grad(set_to_none=True)
-        factor, loss = precision.factor(), 0.0
+        factor, loss = precision.factor(), cast(Tensor | float, 0.0)
         for batch, share in zip(parts, self._shares(parts), strict=True):
             with precision.autocast():
                 loss += share * self.engine.add_gradient(batch, run, share * factor)
@@ -223,6 +223,7 @@ class _Loop:
             raise FloatingPointError(f"{error}. {where}") from (error.__cause__ or error)
 
     def _require_finite(self) -> None:
+        _ = self.run.losses
         wrong = self.run.not_finite()
         if wrong is not None:  # the last update, after which no loss was computed
             raise FloatingPointError(f"{wrong} became NaN or infinite at step {self.run.step}. A smaller lr helps")
@@ -235,14 +236,14 @@ class _Loop:
     def _steps_per_second(self) -> float:
         return (self.run.step - self._began_with) / max(1e-9, time.monotonic() - self._began_at)
 
-    def _show(self, bar: Bar, loss: float) -> None:
+    def _show(self, bar: Bar) -> None:
         now = time.monotonic()
-        if now < self._shown_at + _REFRESH:
+        if not self._shows or now < self._shown_at + _REFRESH:
             return
         self._shown_at = now
         part = min(1.0, self.run.batch / self.batches.steps)
         text = f"batch {self.run.batch}/{self.batches.steps}, {self._steps_per_second():.3g} steps/s"
-        bar.move(self.run.epoch + part, f"{self.engine.describe(loss)}, {text}")
+        bar.move(self.run.epoch + part, f"{self.engine.describe(self.run.losses[-1])}, {text}")
 
 
 def rows_of(batch: tuple[Any, ...]) -> int:

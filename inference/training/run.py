@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +24,9 @@ from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.program.module import ProgramModule
 from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import random_states, set_random_states
+
+#: steps after which the losses of a device are read, to see whether they are finite
+READ_AFTER = 100
 
 
 @runtime_checkable
@@ -77,7 +81,8 @@ class TrainingRun:
         self.batch, self.steps_before_epoch = 0, 0
         self.together = together
         self.settings = {**settings, "processes": str(together.size)}
-        self.losses: list[float] = []
+        self._losses: list[float] = []
+        self._unread: list[Tensor] = []
         self.best: Best | None = None
         #: what else a checkpoint holds, by name
         self.parts: dict[str, Stateful] = {}
@@ -90,6 +95,34 @@ class TrainingRun:
     @property
     def device(self) -> torch.device:
         return self.parameters[0].device if self.parameters else torch.device("cpu")
+
+    @property
+    def losses(self) -> list[float]:
+        """The loss of each step, in nats per datum. Reading it waits for the device, once for all steps since.
+
+        :raises FloatingPointError: when one of them is not finite, with the number of its step.
+        """
+        if self._unread:
+            self._losses += torch.stack(self._unread).tolist()
+            number = len(self._unread)
+            self._unread.clear()
+            for i, value in enumerate(self._losses[-number:], 1 - number):
+                if not math.isfinite(value):
+                    raise FloatingPointError(
+                        f"the loss became {value} at step {self.step + i} (epoch {self.epoch + 1}), and was read at "
+                        f"step {self.step}. A smaller lr, clip_norm= or a longer kl_annealing usually helps"
+                    )
+        return self._losses
+
+    def add_loss(self, loss: Tensor | float) -> None:
+        """Counts a step; a loss on a device is read later, at the latest after so many steps as a check can wait."""
+        self.step += 1
+        if not isinstance(loss, Tensor):
+            self._losses.append(loss)
+            return
+        self._unread.append(loss)
+        if len(self._unread) >= READ_AFTER:
+            _ = self.losses
 
     def rest_of_epoch(self, batches: Minibatches, together: int) -> Iterator[list[tuple[Any, ...]]]:
         """The batches of this epoch that are still to come, in lists of so many; ``batch`` counts what was given.
@@ -275,7 +308,7 @@ class TrainingRun:
 
     def _take(self, state: Mapping[str, Any]) -> None:
         self._set(state["values"])
-        self.epoch, self.step, self.losses = state["epoch"], state["step"], list(state["losses"])
+        self.epoch, self.step, self._losses = state["epoch"], state["step"], list(state["losses"])
         self.batch, self.steps_before_epoch = state.get("batch", 0), state.get("steps_before_epoch", 0)
         best = state.get("best")
         self.best = None if best is None else Best(*best)
