@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
@@ -81,18 +80,20 @@ def test_every_batch_has_the_bits_of_predict(make: Callable[[], pb.Posterior]) -
 
 def test_draws_are_made_once_where_they_fit_and_anew_where_not(monkeypatch: pytest.MonkeyPatch) -> None:
     posterior, made = mean_field(), 0
-    traced = poutine.trace
+    traced = draw_source._traced
 
-    def counted(*args: object, **kwargs: object) -> object:
+    def counted(draw: Callable[[], None]) -> object:
         nonlocal made
         made += 1
-        return traced(*args, **kwargs)
+        return traced(draw)
 
-    monkeypatch.setattr(draw_source.poutine, "trace", counted)
+    monkeypatch.setattr(draw_source, "_traced", counted)
     settings = {"num_samples": 3, "batch_size": 2, "seed": 7}
     whole = [p.outputs for _, p, _ in predict_batches(posterior, (X, Y), **settings)]
     assert len(whole) == 5 and made == 1
-    monkeypatch.setattr(draw_source, "MAX_ELEMENTS", 100)  # of 43 numbers, two draws fit, but not three
+    monkeypatch.setattr(draw_source, "MAX_ELEMENTS", 100)  # of 43 numbers, two draws are a group
+    assert with_draws(posterior, 8, 7) is not posterior and with_draws(posterior, 9, 7) is posterior
+    monkeypatch.setattr(draw_source, "HELD_GROUPS", 1)
     assert with_draws(posterior, 3, 7) is posterior
     made = 0
     assert len(list(predict_batches(posterior, (X, Y), **settings))) == 5

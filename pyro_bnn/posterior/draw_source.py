@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyro
@@ -22,10 +22,13 @@ from pyro_bnn.precision import full_precision
 from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.program.model import BayesianNetwork, like_of
 from pyro_bnn.program.sites import Program
+from pyro_bnn.program.statements import NotTraceableError, plate, traced
 from pyro_bnn.randomness import derive_seeds, device_of, seeded
 
 #: numbers held at once by one pass of prediction: weights of a group of draws, or the largest activation
-MAX_ELEMENTS = 2**24
+MAX_ELEMENTS = 2**22
+#: groups of draws that are held for all batches of a data set instead of being made anew for each
+HELD_GROUPS = 4
 # Default numbers of draws of each member (``num_samples=None``). See DrawSource.count and count_all.
 #: for predictions, where every draw costs a pass of the network: the error of an average over S draws is 1 / sqrt(S) of
 #: their standard deviation, a quarter with 16
@@ -145,14 +148,14 @@ class DrawSource:
         return DrawsGuide(draws, self.model, num_chains, statistics, self.stored.is_sampled)
 
     def makes_all_at_once(self, n: int) -> bool:
-        """Whether a guide makes n draws of each member from a seed alone, and they fit the budget of one group.
+        """Whether a guide makes n draws of each member from a seed alone, in few enough groups to hold them all.
 
         Not so for points, which are no draws and cost none.
         """
         makes = isinstance(self.model, BayesianNetwork) and isinstance(self.guide, MixtureGuide)
         if not makes or self.is_deterministic:
             return False
-        return len(list(self._plan(n, 0))) == 1
+        return len(list(self._plan(n, 0))) <= HELD_GROUPS
 
     def by_chain(self) -> list[DrawSource]:
         """The draws of each chain on their own; all draws, once, where a guide makes them."""
@@ -219,10 +222,14 @@ class DrawSource:
                 return [poutine.trace(guide).get_trace(*args) for _ in range(n)]
             assert isinstance(model, BayesianNetwork)
             every = guide.every_member() if isinstance(guide, MixtureGuide) else contextlib.nullcontext()
-            if isinstance(guide, MixtureGuide):
-                args = (model.like(),)  # these guides do not use x
-            with every, pyro.plate("_draws", n, dim=model.members_dim - 1, device=str(model.like().device)):
-                return [poutine.trace(guide).get_trace(*args)]
+            like = model.like()
+
+            def draw() -> None:
+                with plate("_draws", n, model.members_dim - 1, like.device):
+                    guide(*(like,) if isinstance(guide, MixtureGuide) else args)  # these guides do not use x
+
+            with every:
+                return [_traced(draw) if isinstance(guide, MixtureGuide) else poutine.trace(draw).get_trace()]
 
     def _values(self, n: int, traces: list[poutine.Trace]) -> dict[str, Tensor]:
         """``{site: [n, members, *event]}``."""
@@ -269,6 +276,14 @@ def with_members(model: Program, draws: dict[str, Tensor]) -> dict[str, Tensor]:
     if missing:
         raise ValueError(f"the draws lack {len(missing)} sites of the model, the first is {missing[0]!r}")
     return {name: draws[name].reshape((draws[name].shape[0], -1) + shape) for name, shape in shapes.items()}
+
+
+def _traced(draw: Callable[[], None]) -> poutine.Trace:
+    """The trace of a guide of this package, by Pyro itself beside other handlers and for statements of Pyro in it."""
+    if not poutine.runtime.am_i_wrapped():
+        with contextlib.suppress(NotTraceableError):
+            return traced(draw, (), {})
+    return poutine.trace(draw).get_trace()
 
 
 def _latents(trace: poutine.Trace) -> dict[str, Tensor]:
