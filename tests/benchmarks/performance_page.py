@@ -26,8 +26,9 @@ python -m tests.benchmarks.performance_page
 
 ## What to choose when
 
-- **Nearly the cost of one network, better calibrated:** `Rank1`. Members share the batch (a fourth of the rows for
-  each of four) or all see it; the second costs as many passes as there are members, whoever writes them.
+- **Several members at little more than the cost of one network:** `Rank1`, where convolutions or large products take
+  the time. Members share the batch in these tables (a fourth of the rows for each of four); where all see all rows, a
+  step costs as many passes as there are members.
 - **Small layers:** Python's part of a rank-1 layer is larger than its arithmetic there. The prior `Normal(1, .1)`
   takes less of it than the default prior, which has a scale to draw for every layer.
 - **A mean field of all weights:** `Dense` with `MeanFieldGuide`. Look at the column of the KL divergence before you
@@ -49,8 +50,9 @@ python -m tests.benchmarks.performance_page
 - A figure is the median of several fresh processes, with the smallest and the largest of them in brackets.
 - "ours (before)" is an older version, measured in processes that alternate with the others.
 - "target" says what we want of our own figure, and whether it is met.
-- All alternatives of a table share a process, and with it the state of its memory allocator. A small step alone in a
-  process may take twice as long, when glibc gives its memory back to the system after every step.
+- All alternatives of a table share a process, and with it the memory that models of this library make the GNU C
+  library keep (`pyro_bnn/freed_memory.py`). Alone in a process, a small step of another library may take twice as
+  long, as its memory goes back to the system after every step.
 - Times are comparable within a table. Another machine has other ratios.
 """
 
