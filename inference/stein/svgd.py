@@ -205,15 +205,19 @@ class SVGD:
         """
         _, optimizer, _ = self._set_up(args)
         optimizer.zero_grad(set_to_none=True)
-        energy = self._add_gradient(args, 1.0)
+        energy = float(self._add_gradient(args, 1.0))
         self._interact_all()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.steps += 1
         return energy
 
-    def _add_gradient(self, args: tuple[object, ...], weight: Tensor | float) -> float:
-        """Adds ``weight gamma grad U / N`` to the gradient of each particle; returns the mean of U / N."""
+    def _add_gradient(self, args: tuple[object, ...], weight: Tensor | float, waits: bool = True) -> Tensor | float:
+        """Adds ``weight gamma grad U / N`` to the gradient of each particle; returns the mean of U / N.
+
+        :param waits: whether to look at the energies, which waits for their device.
+        :raises FloatingPointError: when one of them is not finite.
+        """
         particles, optimizer, _ = self._set_up(args)
         gamma = 1.0 if self.annealing is None else self.annealing(self.steps)
         if not 0 < gamma <= 1:
@@ -225,9 +229,8 @@ class SVGD:
             energies = particles.backward(args, gamma, force, weight)
         else:
             energies = particles.backward(args, gamma, weight)
-        wrong = (~torch.isfinite(energies)).nonzero()
-        if len(wrong):
-            i = int(wrong[0])
+        if waits and not bool(torch.isfinite(energies).all()):
+            i = int((~torch.isfinite(energies)).nonzero()[0])
             optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(
                 f"the energy of particle {i} became {float(energies[i])} at step {self.steps + 1}, the first site that "
@@ -238,11 +241,13 @@ class SVGD:
                 parameter.grad /= size
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
-        return float(energies.mean()) / size
+        mean = energies.mean() / size
+        return float(mean) if waits else mean
 
-    def _interact_all(self) -> None:
+    def _interact_all(self, waits: bool = True) -> None:
         """Turns the gradients of all particles into ``-phi / N``.
 
+        :param waits: whether to look at them, which waits for their device.
         :raises FloatingPointError: when one is not finite; no particle has moved then.
         """
         particles, optimizer, groups = self._parts_there
@@ -252,7 +257,7 @@ class SVGD:
                 for group in groups:
                     interact(self.kernel, particles.blocks, group, strength / size, self.method)
         finite = [torch.isfinite(p.grad).all() for p in particles.blocks if p.grad is not None]
-        if not bool(torch.stack(finite).all()):
+        if waits and not bool(torch.stack(finite).all()):
             optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError(
                 f"the gradient of the energies is not finite at step {self.steps + 1}, although the energies are; "
@@ -418,12 +423,12 @@ class _Stein:
         self._engine, self._example = engine, example
         self.label = engine.method.upper()
 
-    def add_gradient(self, batch: tuple[object, ...], run: TrainingRun, weight: Tensor | float) -> float:
+    def add_gradient(self, batch: tuple[object, ...], run: TrainingRun, weight: Tensor | float) -> Tensor | float:
         self._engine.steps = run.step
-        return self._engine._add_gradient(batch, weight)
+        return self._engine._add_gradient(batch, weight, run.waits)
 
     def direct(self, run: TrainingRun) -> None:
-        self._engine._interact_all()
+        self._engine._interact_all(run.waits)
 
     def describe(self, loss: float) -> str:
         return f"U {loss:.4f} nats/datum"

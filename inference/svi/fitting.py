@@ -145,10 +145,9 @@ class _SVI:
         model, guide, objective = run.model, run.guide, self.objective
         objective.step = run.step
         cause = None
-        waits = run.device.type == "cpu" or self.together.are_several or run.step == 0
         try:
             loss = self.loss(*batch)
-            if not waits:
+            if not run.waits:
                 self._add(loss, weight)
                 return loss.detach()
             value = float(loss.detach())

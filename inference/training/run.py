@@ -110,7 +110,7 @@ class TrainingRun:
                 if not math.isfinite(value):
                     raise FloatingPointError(
                         f"the loss became {value} at step {self.step + i} (epoch {self.epoch + 1}), and was read at "
-                        f"step {self.step}. A smaller lr, clip_norm= or a longer kl_annealing usually helps"
+                        f"step {self.step}. A smaller lr or clip_norm= usually helps"
                     )
         return self._losses
 
@@ -123,6 +123,11 @@ class TrainingRun:
         self._unread.append(loss)
         if len(self._unread) >= READ_AFTER:
             _ = self.losses
+
+    @property
+    def waits(self) -> bool:
+        """Whether a step may wait for its loss: on a processor, among several processes, and at the first step."""
+        return self.device.type == "cpu" or self.together.are_several or self.step == 0
 
     def rest_of_epoch(self, batches: Minibatches, together: int) -> Iterator[list[tuple[Any, ...]]]:
         """The batches of this epoch that are still to come, in lists of so many; ``batch`` counts what was given.

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_bnn.inference import fit
+from pyro_bnn.inference import SVGD, fit
 from pyro_bnn.inference.training import run as run_file
 from pyro_bnn.likelihoods import Categorical
-from pyro_bnn.models import Dense, MeanFieldGuide, Rank1, Rank1Guide
+from pyro_bnn.models import Bella, Dense, MeanFieldGuide, ParticleGuide, Rank1, Rank1Guide
 from pyro_bnn.priors import Horseshoe
 from tests.pretend_device import DEVICE, PretendDevice, PretendTensor
 
@@ -74,6 +74,18 @@ def waits_of(programs: Callable[[int], tuple[Any, Any]], steps: int, **options: 
         posterior = fit(model, guide, data(rows), **own)
         assert len(posterior.losses) == steps * own["epochs"]
     return waits.count
+
+
+def test_no_step_of_particles_waits() -> None:
+    """As above, for SVGD on products, which finds bandwidths and checks energies and gradients."""
+    found = []
+    for steps in (4, 12):
+        rows = BATCH * steps
+        with PretendDevice(), Waits() as waits, patch.object(PretendTensor, "tolist", lambda own: waits.reading(own)):
+            model = Bella(net().to(DEVICE), Categorical(), rows)
+            SVGD(model, ParticleGuide(model, 3)).fit(data(rows), epochs=1, batch_size=BATCH, progress=False, seed=0)
+        found.append(waits.count)
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0, "kl_annealing": 6}], ids=["plain", "clipped, annealed"])
