@@ -10,6 +10,7 @@ import pyro
 import torch
 import torch.nn.functional as F
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor, nn
 
 from pyro_bnn.distributed import ALONE, Processes
@@ -17,10 +18,13 @@ from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inference.potential import LogJoint
 from pyro_bnn.inference.stein.particles import Segment
 from pyro_bnn.modes import RunningStatistics, keeping_modes, training_mode
-from pyro_bnn.precision import full_precision
+from pyro_bnn.precision import asked, full_precision
+from pyro_bnn.program.divergences import closed_form, kl_of_sites
+from pyro_bnn.program.factorised import PointBlock
 from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.program.sites import Program
+from pyro_bnn.program.statements import NotTraceableError, StatementTrace, traced
 from pyro_bnn.randomness import RandomState
 
 #: ``outputs of the networks on a batch [n, d] -> force on them [n, d]``, which is treated as a constant
@@ -125,8 +129,7 @@ class MemberParticles:
         for segment in self.segments:
             value = rows[segment.block][:, segment.start : segment.stop]
             kind = self.kinds[segment.block]
-            natural = value.exp() if kind == "scale_loc" else value.sigmoid() if kind == "share_loc" else value
-            values[segment.name] = natural.reshape(plates + segment.shape)
+            values[segment.name] = _in_units(kind, value).reshape(plates + segment.shape)
         return values
 
     def log_jacobian(self, rows: Sequence[Tensor]) -> Tensor:
@@ -138,6 +141,43 @@ class MemberParticles:
             elif kind == "share_loc":
                 total = total + (F.logsigmoid(values) + F.logsigmoid(-values)).sum(1)
         return total
+
+    def _log_joint(self, rows: Sequence[Tensor], args: tuple[object, ...]) -> Tensor | None:
+        """log p(y, z) of the member in each row of the blocks, ``[n]``; ``None`` where only Pyro can trace the model.
+
+        The log densities of all points of a block that have one kind of prior are computed together.
+        """
+        if not isinstance(self.model, BayesianNetwork) or asked():
+            return None
+        draw = StatementTrace()
+        draw.counts[self.plate] = len(rows[0])
+        for block, row in zip(self.guide.blocks(), rows, strict=True):
+            value = _in_units(block.kind, row).reshape(len(row), *(1,) * (-self.guide.members_dim - 1), -1)
+            for site, fn in zip(block.sites, PointBlock(value, [s.shape for s in block.sites]).parts(), strict=True):
+                draw.add_node(site.name, fn=fn, value=fn.v)
+        try:
+            trace = traced(self.model, args, {}, draw)
+        except NotTraceableError:
+            return None
+        total: Any = 0.0
+        groups: dict[object, list[str]] = {}
+        points: dict[str, Any] = {name: site["fn"] for name, site in draw.nodes.items()}
+        nodes: dict[str, Any] = trace.nodes
+        for name, site in nodes.items():
+            _require_particles(name, site, points)
+            own: Any = points.get(name)
+            form = None if own is None else closed_form(own, site["fn"])
+            if form is None:
+                with full_precision():
+                    density = site["fn"].log_prob(site["value"])
+                    total = total + _of_members(scale_and_mask(density, site["scale"], site["mask"]), site, self.plate)
+            else:
+                groups.setdefault((id(own.block), form), []).append(name)
+        for names in groups.values():
+            kl = kl_of_sites([points[name] for name in names], [nodes[name]["fn"] for name in names])
+            total = total - kl.reshape(-1)
+        joint: Tensor = total
+        return joint
 
     @contextlib.contextmanager
     def outputs(self) -> Iterator[list[Tensor]]:
@@ -155,10 +195,15 @@ class Together(MemberParticles):
     def _differentiate(
         self, args: tuple[object, ...], attraction: float, force: Force | None, weight: Tensor | float
     ) -> Tensor:
-        draw = poutine.trace(self.guide).get_trace(*args)
-        with self.outputs() as outputs, _MemberDensities(self.plate, draw.nodes) as joint:
-            poutine.replay(self.model, trace=draw)(*args)
-        energies: Tensor = -(joint.total + self.log_jacobian(self.blocks))
+        with self.outputs() as outputs:
+            joint = self._log_joint(self.blocks, args)
+            if joint is None:
+                outputs.clear()
+                draw = poutine.trace(self.guide).get_trace(*args)
+                with _MemberDensities(self.plate, draw.nodes) as densities:
+                    poutine.replay(self.model, trace=draw)(*args)
+                joint = densities.total
+        energies = -(joint + self.log_jacobian(self.blocks))
         pull = None if force is None else weight * force(_rows(outputs, self.guide.num_members).detach())
         self._pull(weight * attraction * energies.sum(), outputs, pull, self.blocks)
         return energies
@@ -218,10 +263,15 @@ class OneByOne(MemberParticles):
         if noise is not None:
             noise.restore()
         rows = [block.detach()[i : i + 1].requires_grad_() for block in self.blocks]
-        values = self.natural(rows)
-        with self.outputs() as outputs, _MemberDensities(self.plate, values) as joint:
-            poutine.condition(self.model, data=values)(*args)
-        energy = -(joint.total.sum() + self.log_jacobian(rows).sum())
+        with self.outputs() as outputs:
+            joint = self._log_joint(rows, args)
+            if joint is None:
+                outputs.clear()
+                values = self.natural(rows)
+                with _MemberDensities(self.plate, values) as densities:
+                    poutine.condition(self.model, data=values)(*args)
+                joint = densities.total
+        energy = -(joint.sum() + self.log_jacobian(rows).sum())
         return energy, outputs, rows
 
     def _moving_layers(self) -> list[nn.Module]:
@@ -239,19 +289,32 @@ class _MemberDensities(LogJoint):
         self._plate, self._known = plate, known
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        latent = not msg["is_observed"] and not poutine.util.site_is_subsample(msg)
-        if latent and msg["name"] not in self._known:
-            raise ValueError(
-                f"the guide has no particles of the latent site {msg['name']!r}: use AutoParticles, which has "
-                "particles of all latent sites of a model"
-            )
+        _require_particles(msg["name"], msg, self._known)
         super()._pyro_post_sample(msg)
 
     def _sum(self, density: Tensor, msg: Any) -> Tensor:
-        frame = next((f for f in msg["cond_indep_stack"] if f.name == self._plate), None)
-        if frame is None:
-            return density.sum()
-        return density.movedim(frame.dim, 0).reshape(frame.size, -1).sum(1) * frame.size
+        return _of_members(density, msg, self._plate)
+
+
+def _of_members(density: Tensor, site: Any, plate: str) -> Tensor:
+    """The log density of each member, ``[n]``, in full, of a site in their plate; the sum of one outside."""
+    frame = next((f for f in site["cond_indep_stack"] if f.name == plate), None)
+    if frame is None:
+        return density.sum()
+    return density.movedim(frame.dim, 0).reshape(frame.size, -1).sum(1) * frame.size
+
+
+def _require_particles(name: str, site: Any, known: Collection[str]) -> None:
+    if not site["is_observed"] and not poutine.util.site_is_subsample(site) and name not in known:
+        raise ValueError(
+            f"the guide has no particles of the latent site {name!r}: use AutoParticles, which has particles of all "
+            "latent sites of a model"
+        )
+
+
+def _in_units(kind: str, value: Tensor) -> Tensor:
+    """Coordinates of a block in the units of the model."""
+    return value.exp() if kind == "scale_loc" else value.sigmoid() if kind == "share_loc" else value
 
 
 def _rows(outputs: list[Tensor], n: int) -> Tensor:
