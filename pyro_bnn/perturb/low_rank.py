@@ -98,11 +98,14 @@ class LowRankFactors(NamedTuple):
         """Whether :meth:`linear` takes fewer passes over memory than a separate term does, for all members in ``x``.
 
         It takes four over a weight ``[out, in]`` of every member, forward and backward, and saves three over results
-        and gradients. In half precision the sum would round a small term away.
+        and gradients. In half precision the sum would round a small term away, and a graph for any number of rows
+        cannot depend on it.
         """
         members, (outputs, inputs) = max(self.A.shape[0], self.B.shape[0]), (self.B.shape[1], self.A.shape[2])
         rows = x.numel() // inputs // members
-        return not torch.is_autocast_enabled(x.device.type) and rows * (2 * outputs + inputs) > 4 * outputs * inputs
+        if torch.is_autocast_enabled(x.device.type) or not isinstance(rows, int):
+            return False
+        return rows * (2 * outputs + inputs) > 4 * outputs * inputs
 
     def linear(self, fold: Fold, x: Tensor, weight: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
         """``x (W + scale B A)^T + b`` with a weight that is summed for each member, and again in the backward pass."""
