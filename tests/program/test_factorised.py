@@ -55,3 +55,17 @@ def test_a_large_block_has_the_divergence_and_gradients_of_its_elements(members:
         assert torch.allclose(own, other, rtol=1e-12)
     twice = torch.autograd.grad(sum(g.sum() for g in found), scale)[0]
     assert torch.allclose(twice, torch.autograd.grad(sum(g.sum() for g in exact), scale)[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_priors_that_vary_along_some_axes_alone(axis: int) -> None:
+    """Parameters that are expanded along members, rows of a weight or its columns are those of every element."""
+    loc, scale = block(3, [torch.Size([4, 5])])
+    (part,) = NormalBlock(loc, scale, [torch.Size([4, 5])]).parts()
+    sizes = [3, 4, 5]
+    shape = [n if i == axis else 1 for i, n in enumerate(sizes)]
+    m, s = (torch.rand(shape, dtype=torch.float64).add(0.5).expand(sizes) for _ in range(2))
+    prior = dist.Normal(m, s).to_event(2)
+    reference = kl_divergence(Normal(loc.view(3, 4, 5), scale.view(3, 4, 5)), Normal(m, s)).sum((1, 2))
+    torch.testing.assert_close(kl_of_sites([part], [prior]), reference)
+    torch.testing.assert_close(kl_divergence(part, prior), reference)
