@@ -97,3 +97,17 @@ def test_training_is_that_of_pyro(monkeypatch: pytest.MonkeyPatch) -> None:
         found.append([block.parameter.detach().clone() for block in guide.blocks()])
     for own, other in zip(*found, strict=True):
         torch.testing.assert_close(own, other, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "rows", "in_turn"),
+    [(64, 4096, 300, True), (64, 4096, 4, False), (2048, 4096, 300, False), (64, 4096, 3000, True)],
+    ids=["large activations", "few rows", "larger weights", "more than the allocator keeps"],
+)
+def test_which_way_auto_takes_on_a_processor(inputs: int, outputs: int, rows: int, in_turn: bool) -> None:
+    """One particle after the other where activations exceed a cache and the weights, or what the allocator keeps."""
+    model = Bella(nn.Sequential(nn.Linear(inputs, outputs), nn.Linear(outputs, 2)), Categorical(), rows, rank=2)
+    engine = SVGD(model, ParticleGuide(model, 2))
+    args = (torch.randn(rows, inputs), torch.arange(rows) % 2)
+    assert engine._in_turn(args) is in_turn
+    assert SVGD(model, ParticleGuide(model, 2), sequential=not in_turn)._in_turn(args) is not in_turn
