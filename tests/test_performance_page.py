@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
-import torch
 
 from tests.benchmarks import performance_page
 from tests.benchmarks.measure import read_results
+from tests.benchmarks.peers import running
 from tests.benchmarks.peers.row import MEMORY, OURS, PLAIN, TIME, Cannot, Row
 from tests.benchmarks.peers.running import gathered, measure
 
@@ -19,9 +18,8 @@ def idle() -> Callable[[], Any]:
     return lambda: None
 
 
-def holding(size: int) -> Callable[[], Any]:
-    numbers = torch.ones(size)
-    return lambda: float(numbers[0])
+def working() -> Callable[[], Any]:
+    return lambda: sum(range(100))
 
 
 def absent() -> Callable[[], Any]:
@@ -93,7 +91,8 @@ def test_the_page_has_median_and_range_and_whether_a_target_is_met() -> None:
     assert any("commit abcdef0" in line for line in lines)
 
 
-def test_memory_is_measured_beside_time() -> None:
-    ways = {PLAIN: partial(holding, 2**24), OURS: partial(holding, 2**25)}
-    found = measure(Row("some", "Some step", ways, has_memory=True), rounds=1)
-    assert found[OURS]["figures"][MEMORY] == pytest.approx(2.0, rel=0.2)
+def test_memory_is_measured_beside_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    megabytes = {idle: 64.0, working: 128.0}
+    monkeypatch.setattr(running, "peak_memory", lambda build, *_: megabytes[build])
+    found = measure(Row("some", "Some step", {PLAIN: idle, OURS: working}, has_memory=True), rounds=1)
+    assert found[OURS]["figures"][MEMORY] == 2.0

@@ -65,30 +65,31 @@ class NormalBlock(SiteBlock):
         """The distribution of each site."""
         return [FactorisedNormal(self, i, self.loc.shape[:-1]) for i in range(len(self.shapes))]
 
-    def link(self, value: Tensor) -> Tensor:
-        """What a site holds, from a Normal number."""
-        return value
-
     def draw(self, index: int, batch: torch.Size) -> Tensor:
         """``[*batch, *shape]``: a draw of one site, new for every call; the sites next to it are drawn with it."""
         key = batch, torch.is_grad_enabled(), torch.is_inference_mode_enabled()
         parts = self._draws.get(key)
         if parts is None or parts[index] is None:
             noise = torch.randn(batch + self.loc.shape[-1:], dtype=self.loc.dtype, device=self.loc.device)
-            parts = self._draws[key] = [*split(self.link(torch.addcmul(self.loc, self.scale, noise)), self.shapes)]
+            parts = self._draws[key] = [*split(torch.addcmul(self.loc, self.scale, noise), self.shapes)]
         value, parts[index] = parts[index], None
         assert value is not None
         return value
 
 
 class LogNormalBlock(NormalBlock):
-    """Sites whose logarithms are a :class:`NormalBlock`."""
+    """Sites whose logarithms are a :class:`NormalBlock`.
+
+    Each is drawn on its own, so that a seed gives the draws that it gave when they had no block.
+    """
 
     def parts(self) -> Sequence[FactorisedLogNormal]:
         return [FactorisedLogNormal(self, i, self.loc.shape[:-1]) for i in range(len(self.shapes))]
 
-    def link(self, value: Tensor) -> Tensor:
-        return value.exp()
+    def draw(self, index: int, batch: torch.Size) -> Tensor:
+        loc, scale = (parts[index] for parts in self.of_sites)
+        noise = torch.randn(batch + self.shapes[index], dtype=loc.dtype, device=loc.device)
+        return torch.addcmul(loc, scale, noise).exp()
 
 
 class FactorisedNormal(dist.TorchDistribution):
