@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
-from torch import nn
+from torch import Tensor, nn
 
 import pyro_bnn as pb
 from pyro_bnn.inference import LastLayerLaplace, MCDropout
@@ -82,10 +82,10 @@ def test_draws_are_made_once_where_they_fit_and_anew_where_not(monkeypatch: pyte
     posterior, made = mean_field(), 0
     traced = draw_source._traced
 
-    def counted(draw: Callable[[], None]) -> object:
+    def counted(draw: Callable[[], None], like: Tensor) -> object:
         nonlocal made
         made += 1
-        return traced(draw)
+        return traced(draw, like)
 
     monkeypatch.setattr(draw_source, "_traced", counted)
     settings = {"num_samples": 3, "batch_size": 2, "seed": 7}

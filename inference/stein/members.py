@@ -24,7 +24,7 @@ from pyro_bnn.program.factorised import PointBlock
 from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.program.sites import Program
-from pyro_bnn.program.statements import NotTraceableError, StatementTrace, traced
+from pyro_bnn.program.statements import NotTraceableError, StatementTrace, is_traceable, traced
 from pyro_bnn.randomness import RandomState
 
 #: ``outputs of the networks on a batch [n, d] -> force on them [n, d]``, which is treated as a constant
@@ -147,7 +147,7 @@ class MemberParticles:
 
         The log densities of all points of a block that have one kind of prior are computed together.
         """
-        if not isinstance(self.model, BayesianNetwork) or asked():
+        if not isinstance(self.model, BayesianNetwork) or not is_traceable(self.model) or asked():
             return None
         draw = StatementTrace()
         draw.counts[self.plate] = len(rows[0])

@@ -392,7 +392,7 @@ class SVGD:
 
         Together, all particles read the shared weights once, but their activations may not stay in the cache. One after
         the other is the faster way where activations are more than fits and more than the weights are (measured by
-        ``python -m tests.benchmarks.particles``).
+        ``python -m tests.benchmarks.peers --rows bella_encoder`` and the like with other widths).
         """
         if self.sequential != "auto":
             return self.sequential

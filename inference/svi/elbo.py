@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import weakref
 from typing import Any, Literal
 
 import torch
@@ -26,7 +25,7 @@ from pyro_bnn.program.divergences import closed_form, kl_of_sites
 from pyro_bnn.program.factorised import FactorisedNormal
 from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.program.model import BayesianNetwork
-from pyro_bnn.program.statements import NotTraceableError, traced
+from pyro_bnn.program.statements import NotTraceableError, is_traceable, traced
 
 
 class ScaleLatents(Messenger):
@@ -164,10 +163,6 @@ class MixtureELBO(TraceMeanField_ELBO):
         return -elbo
 
 
-#: classes of models and guides that make statements of Pyro which only Pyro's own trace can record
-_OWN_STATEMENTS: weakref.WeakSet[type] = weakref.WeakSet()
-
-
 def _traces_of_statements(
     model: Any, guide: Any, args: tuple[object, ...], kwargs: dict[str, object]
 ) -> tuple[poutine.Trace, poutine.Trace] | None:
@@ -179,20 +174,16 @@ def _traces_of_statements(
     if (
         is_validation_enabled()
         or not (isinstance(model, BayesianNetwork) and isinstance(guide, MixtureGuide))
-        or not {type(model), type(guide)}.isdisjoint(_OWN_STATEMENTS)
+        or not (is_traceable(model) and is_traceable(guide))
         or any(type(handler) is not ScaleLatents for handler in handlers)
     ):
         return None
     innermost_first: Any = handlers[::-1]
-    program: type = type(guide)
     try:
         guide_trace = traced(guide, args, kwargs, handlers=innermost_first)
-        program = type(model)
-        model_trace = traced(model, args, kwargs, guide_trace, innermost_first)
+        return traced(model, args, kwargs, guide_trace, innermost_first), guide_trace
     except NotTraceableError:
-        _OWN_STATEMENTS.add(program)
         return None
-    return model_trace, guide_trace
 
 
 def _closed_form_of_blocks(guide_sites: dict[str, Any], latent: dict[str, Any]) -> tuple[Any, set[str]]:

@@ -23,7 +23,7 @@ from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.program.model import BayesianNetwork, like_of
 from pyro_bnn.program.sites import Program
 from pyro_bnn.program.statements import NotTraceableError, plate, traced
-from pyro_bnn.randomness import derive_seeds, device_of, seeded
+from pyro_bnn.randomness import RandomState, derive_seeds, device_of, seeded
 
 #: numbers held at once by one pass of prediction: weights of a group of draws, or the largest activation
 MAX_ELEMENTS = 2**22
@@ -229,7 +229,7 @@ class DrawSource:
                     guide(*(like,) if isinstance(guide, MixtureGuide) else args)  # these guides do not use x
 
             with every:
-                return [_traced(draw) if isinstance(guide, MixtureGuide) else poutine.trace(draw).get_trace()]
+                return [_traced(draw, like) if isinstance(guide, MixtureGuide) else poutine.trace(draw).get_trace()]
 
     def _values(self, n: int, traces: list[poutine.Trace]) -> dict[str, Tensor]:
         """``{site: [n, members, *event]}``."""
@@ -278,11 +278,14 @@ def with_members(model: Program, draws: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: draws[name].reshape((draws[name].shape[0], -1) + shape) for name, shape in shapes.items()}
 
 
-def _traced(draw: Callable[[], None]) -> poutine.Trace:
+def _traced(draw: Callable[[], None], like: Tensor) -> poutine.Trace:
     """The trace of a guide of this package, by Pyro itself beside other handlers and for statements of Pyro in it."""
     if not poutine.runtime.am_i_wrapped():
-        with contextlib.suppress(NotTraceableError):
+        before = RandomState(like)
+        try:
             return traced(draw, (), {})
+        except NotTraceableError:
+            before.restore()  # a seed gives the draws of Pyro's trace
     return poutine.trace(draw).get_trace()
 
 

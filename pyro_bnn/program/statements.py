@@ -9,6 +9,7 @@ for each site, in the guide and in the model, in every step of training. The tra
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +20,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Handler(Protocol):
@@ -29,6 +30,10 @@ class Handler(Protocol):
 
 
 _tracer: ContextVar[_Tracer | None] = ContextVar("tracer", default=None)
+
+
+#: classes of models and guides that make statements of Pyro itself
+_not_traceable: weakref.WeakSet[type] = weakref.WeakSet()
 
 
 class NotTraceableError(Exception):
@@ -87,6 +92,14 @@ def plate(
     return made
 
 
+def is_traceable(program: nn.Module) -> bool:
+    """Whether :func:`traced` has met no statement of Pyro itself in a program of this class.
+
+    Who asks first does not run it in vain: a network that ran would have moved its statistics.
+    """
+    return type(program) not in _not_traceable
+
+
 def traced(
     program: Callable[..., object],
     args: tuple[object, ...],
@@ -105,6 +118,10 @@ def traced(
     try:
         with _Refusing():
             program(*args, **kwargs)
+    except NotTraceableError:
+        if isinstance(program, nn.Module):
+            _not_traceable.add(type(program))
+        raise
     finally:
         _tracer.reset(token)
     return tracer.trace

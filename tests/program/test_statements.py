@@ -11,11 +11,16 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+import pyro_bnn as pb
 from pyro_bnn import likelihoods
 from pyro_bnn.inference import MixtureELBO, ScaleLatents, fit
+from pyro_bnn.inference.stein.members import OneByOne
 from pyro_bnn.inference.svi import elbo as elbo_file
 from pyro_bnn.models import CodebookGuide, Dense, MeanFieldGuide, Rank1, Rank1Guide, WeightSharing
+from pyro_bnn.posterior import draw_source
 from pyro_bnn.priors import Cauchy, HierarchicalCauchy, Horseshoe, Normal, SpikeAndSlab
+from pyro_bnn.program import statements
+from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.program.statements import NotTraceableError, plate, sample, traced
 
 ROWS = 6
@@ -176,7 +181,7 @@ def test_statements_of_pyro_in_a_subclass_count(monkeypatch: pytest.MonkeyPatch)
     """Proves that a site which only Pyro sees is not left out: its divergence is in the loss, at every call."""
     model = Shifted(network(), likelihoods.Categorical(), 20)
     guide = ShiftedGuide(model)
-    monkeypatch.setattr(elbo_file, "_OWN_STATEMENTS", set())
+    monkeypatch.setattr(statements, "_not_traceable", set())
     with pytest.raises(NotTraceableError, match="shift"):
         traced(guide, data(), {})
     plain = Dense(network(), likelihoods.Categorical(), 20)
@@ -190,7 +195,51 @@ def test_statements_of_pyro_in_a_subclass_count(monkeypatch: pytest.MonkeyPatch)
             torch.manual_seed(0)
             found = MixtureELBO().differentiable_loss(model, guide, *data())
             torch.testing.assert_close(found, base + more, rtol=1e-5, atol=0)
-    assert ShiftedGuide in elbo_file._OWN_STATEMENTS
+    assert ShiftedGuide in statements._not_traceable
+
+
+def test_draws_of_a_guide_with_statements_of_pyro_are_those_of_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same at every call, and those of Pyro's own trace: what was drawn in vain does not count."""
+    monkeypatch.setattr(statements, "_not_traceable", set())
+    model = Shifted(network(), likelihoods.Categorical(), 20)
+    guide = ShiftedGuide(model)
+    x, _ = data()
+    posterior = pb.Posterior(model.eval(), guide.eval())
+    found = [posterior.draws(3, seed=5)["0.weight"] for _ in range(2)]
+    monkeypatch.setattr(draw_source, "_traced", lambda draw, _: poutine.trace(draw).get_trace())
+    for draws in found:
+        assert torch.equal(draws, posterior.draws(3, seed=5)["0.weight"])
+
+
+class Late(Dense):
+    """Makes a statement of Pyro after the network has run, and counts its runs."""
+
+    runs = 0
+
+    def function(self, *args: Any) -> Tensor:
+        self.__dict__["runs"] = self.runs + 1
+        return super().function(*args)
+
+    def forward(self, x: Any, y: Any = None) -> Tensor:
+        f = super().forward(x, y)
+        pyro.sample("late", dist.Delta(torch.zeros(())), obs=torch.zeros(()))
+        return f
+
+
+def test_a_program_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that such a class does not run its network twice in every step, for particles and objectives: it would
+    take twice the time, and move the statistics of normalisation twice."""
+    monkeypatch.setattr(statements, "_not_traceable", set())
+    model = Late(network(), likelihoods.Categorical(), 20)
+    guide = MixtureGuide(model, 2, family="point")
+    particles = OneByOne(model, guide)
+    with pyro.validation_enabled(False), pyro.get_param_store().scope():
+        particles.backward(data())  # the first of two members is tried
+        assert model.runs == 3
+        particles.backward(data())
+        assert model.runs == 5
+        MixtureELBO().differentiable_loss(model, guide, *data())
+        assert model.runs == 6
 
 
 def test_training_takes_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
