@@ -123,6 +123,8 @@ def _join() -> None:
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group(backend)
+    # waits for all: one that is refused now and ends would leave those that still connect with an error of the network
+    dist.all_reduce(torch.zeros(()))
     atexit.register(_leave)
 
 

@@ -289,7 +289,7 @@ class Network(nn.Module):
         """
         members = next(iter(values.values())).shape[0]
         if members == 1:
-            return run({name: value[0] for name, value in values.items()}).unsqueeze(0)
+            return run({name: value.squeeze(0) for name, value in values.items()}).unsqueeze(0)
 
         def in_turn() -> Tensor:
             return self._in_turn(lambda i: run({name: value[i] for name, value in values.items()}), members)

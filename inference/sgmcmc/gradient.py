@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal
 
 import torch
@@ -11,9 +12,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from pyro_bnn.inference.potential import Potential
-from pyro_bnn.inference.sgmcmc.recorded import CAPTURE_SIZE, Recorded
 from pyro_bnn.perturb.vectoriser import Vectoriser
 from pyro_bnn.program.model import BayesianNetwork
+from pyro_bnn.recording.recorded import CAPTURE_SIZE, Recorded
 
 
 class Gradient:
@@ -28,7 +29,7 @@ class Gradient:
     :param kwargs: keyword arguments of the model that never change.
     :param chains: number of chains; ``None`` for one chain without a chain axis.
     :param own_batches: whether every chain has a minibatch of its own, on axis 0 of every tensor.
-    :param capture: see :class:`~pyro_bnn.inference.SGHMC`.
+    :param capture, compile: see :class:`~pyro_bnn.inference.SGHMC`.
     :raises ValueError: for several chains of a network whose normalisation layers gather statistics.
     """
 
@@ -39,6 +40,7 @@ class Gradient:
         chains: int | None,
         own_batches: bool,
         capture: bool | Literal["auto"],
+        compile: bool = False,
     ) -> None:
         self.potential, self.chains, self.kwargs = potential, chains, kwargs
         self._own_batches = own_batches
@@ -52,9 +54,16 @@ class Gradient:
                 f"the layer {moving!r} gathers statistics while it trains, which vectorised chains cannot do: run one "
                 "chain at a time (num_chains=1, with different seeds), or use a normalisation without statistics"
             )
-        if capture == "auto" and (potential.dim > CAPTURE_SIZE or moving):
+        if moving and compile:
+            warnings.warn(
+                f"the gradient is not compiled, because the layer {moving!r} gathers statistics in each step. "
+                "compile=False silences this",
+                stacklevel=4,
+            )
+        if capture == "auto" and (moving or potential.dim > CAPTURE_SIZE and not compile):
             capture = False
-        self._recorded = Recorded(self._vectorised, "the gradient", capture)
+        silence = "compile=False" if compile else "capture=False"
+        self._recorded = Recorded(self._vectorised, "the gradient", capture, compiles=compile, silence=silence)
         self._vectoriser = Vectoriser("the model", "chains")
         self._buffer = torch.zeros_like(self.theta)
         self._leaves: dict[str, Tensor] = {}
@@ -75,7 +84,9 @@ class Gradient:
         found = self._recorded(self.theta, self.power, *batch)
         if found is None:
             return self._eager(*batch)
-        gradient, self.energy = found
+        gradient, energy = found
+        assert gradient is not None and energy is not None
+        self.energy = energy
         return self._buffer.copy_(gradient)
 
     def verify(self, *batch: object) -> None:

@@ -33,7 +33,8 @@ class MinibatchKernel(MCMCKernel):
     ``[chains, dim]`` for vectorised chains; ``potential``, the energy U; ``gradient``, which computes its gradient;
     ``streams``, which deals minibatches; ``num_data``, N; and the counts ``steps``, ``draws`` and ``warmup_draws``.
 
-    :param model, data, batch_size, num_data, thinning, check_every, capture: see :class:`~pyro_bnn.inference.SGHMC`.
+    :param model, data, batch_size, num_data, thinning, check_every, capture, compile: see
+        :class:`~pyro_bnn.inference.SGHMC`.
     """
 
     theta: Tensor
@@ -48,6 +49,7 @@ class MinibatchKernel(MCMCKernel):
         thinning: int = 1,
         check_every: int = 100,
         capture: bool | Literal["auto"] = "auto",
+        compile: bool = False,
     ) -> None:
         batch_size = checks.count("batch_size", batch_size)
         thinning = checks.count("thinning", thinning)
@@ -55,7 +57,9 @@ class MinibatchKernel(MCMCKernel):
         num_data = checks.optional(checks.count, "num_data", num_data)
         self.model, self.data = model, data
         self.batch_size, self.thinning, self.check_every = batch_size, thinning, check_every
-        self.capture = checks.truth_or_auto("capture", capture)
+        self.capture, self.compile = checks.truth_or_auto("capture", capture), checks.truth("compile", compile)
+        if compile and capture is False:
+            raise ValueError("compile=True with capture=False: expected capture='auto', as a recording is compiled")
         self._asked_num_data = num_data
         self._users_start: dict[str, Tensor] | None = None
         self.chains: int | None = None
@@ -120,11 +124,12 @@ class MinibatchKernel(MCMCKernel):
         modules = self.model.modules() if isinstance(self.model, nn.Module) else ()
         self._modes = [(module, module.training) for module in modules]
         self.streams = Streams(self.model, self.data, batch_size=self.batch_size, arguments=args, chains=self.chains)
-        kwargs = {} if self.streams.own_batches else kwargs
+        kwargs = {} if self.streams.have_data else kwargs
         self.num_data = self._find_num_data()
         self.potential = self._make_potential(self.streams.first, kwargs)
         self.transforms = {name: t.inv for name, t in self.potential.transforms.items()}  # as Pyro's runner has them
-        self.gradient = Gradient(self.potential, kwargs, self.chains, self.streams.own_batches, self.capture)
+        own = self.streams.differ
+        self.gradient = Gradient(self.potential, kwargs, self.chains, own, self.capture, self.compile)
         self.theta = self.gradient.theta
         self.warmup_draws, self.draws, self.steps = warmup_steps, 0, 0
         self._energy = self.theta.new_zeros(())

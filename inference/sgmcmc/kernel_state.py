@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.inference.sgmcmc.kernel import MinibatchKernel
-from pyro_bnn.inference.sgmcmc.recorded import Recorded
 from pyro_bnn.inference.sgmcmc.streams import Streams
 from pyro_bnn.inference.sgmcmc.tuned.tuner import ByAcceptance, ByEnergyError
 from pyro_bnn.perturb.vectoriser import Vectoriser
+from pyro_bnn.recording.recorded import Recorded
 
 #: whose attributes are part of the state
 _OURS = ("pyro_bnn.inference.sgmcmc", "pyro.ops.")

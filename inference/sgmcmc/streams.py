@@ -49,6 +49,8 @@ class Streams:
         #: of every chain: the random states before its pass over the data, and the batches of it that were taken
         self._places: list[tuple[list[Tensor], int]] = [([], 0) for _ in range(chains or 1)]
         self._device = device_of(model)
+        #: whether every batch is all rows, whose order is nothing to a sum over them
+        self._is_whole = self._batches is not None and self._batches.in_memory and self._batches.steps == 1
 
     @property
     def first(self) -> tuple[object, ...]:
@@ -66,16 +68,21 @@ class Streams:
         return 1 if self._batches is None else self._batches.size
 
     @property
-    def own_batches(self) -> bool:
-        """Whether :meth:`next` gives minibatches, one for each chain, and not the arguments that all share."""
+    def have_data(self) -> bool:
+        """Whether :meth:`next` gives rows of data, and not the arguments of the model."""
         return self._batches is not None
 
+    @property
+    def differ(self) -> bool:
+        """Whether chains have minibatches of their own, and not the arguments or all rows, which they share."""
+        return self._batches is not None and not self._is_whole
+
     def next(self) -> tuple[object, ...]:
-        """The next minibatch; with several chains one for each, stacked on axis 0.
+        """The next minibatch; with several chains that :meth:`differ` one for each, stacked on axis 0.
 
         :raises ValueError: with several chains, for a batch of another length from a loader that does not shuffle.
         """
-        if self.chains is None or self._batches is None:
+        if self.chains is None or self._batches is None or self._is_whole:
             return self.single()
         each = [self._full_rows(self._batches, chain) for chain in range(self.chains)]
         together = (
@@ -86,7 +93,9 @@ class Streams:
 
     def single(self) -> tuple[object, ...]:
         """The next minibatch of the first chain alone."""
-        return self._arguments if self._batches is None else self._batches.take(*self._rows(self._batches, 0))
+        if self._batches is None:
+            return self._arguments
+        return self.first if self._is_whole else self._batches.take(*self._rows(self._batches, 0))
 
     @property
     def is_in_memory(self) -> bool:

@@ -58,9 +58,9 @@ class MemberParticles:
     def backward(
         self,
         args: tuple[object, ...],
-        attraction: float = 1.0,
-        force: Force | None = None,
+        attraction: Tensor | float = 1.0,
         weight: Tensor | float = 1.0,
+        force: Force | None = None,
     ) -> Tensor:
         """Sets the gradient of every block to that of ``attraction * U - <force(f), f>``, times ``weight``.
 
@@ -87,7 +87,7 @@ class MemberParticles:
         return energies.detach()
 
     def _differentiate(
-        self, args: tuple[object, ...], attraction: float, force: Force | None, weight: Tensor | float
+        self, args: tuple[object, ...], attraction: Tensor | float, force: Force | None, weight: Tensor | float
     ) -> Tensor:
         """Adds the gradients of ``weight (attraction sum_i U_i - <force(f), f>)``; returns U of each, ``[n]``."""
         raise NotImplementedError(f"{type(self).__name__} must define _differentiate()")
@@ -193,7 +193,7 @@ class Together(MemberParticles):
     """Runs all members in one pass, in Pyro's members plate."""
 
     def _differentiate(
-        self, args: tuple[object, ...], attraction: float, force: Force | None, weight: Tensor | float
+        self, args: tuple[object, ...], attraction: Tensor | float, force: Force | None, weight: Tensor | float
     ) -> Tensor:
         with self.outputs() as outputs:
             joint = self._log_joint(self.blocks, args)
@@ -216,7 +216,7 @@ class OneByOne(MemberParticles):
     """
 
     def _differentiate(
-        self, args: tuple[object, ...], attraction: float, force: Force | None, weight: Tensor | float
+        self, args: tuple[object, ...], attraction: Tensor | float, force: Force | None, weight: Tensor | float
     ) -> Tensor:
         n = self.guide.num_members
         # another Pyro program may draw a subsample, which must be the same for all members

@@ -47,7 +47,9 @@ class AnyParticles:
         self._in_turn = sequential
         self._vectoriser = Vectoriser("the model", "particles", ". sequential=True silences this")
 
-    def backward(self, args: tuple[object, ...], attraction: float = 1.0, weight: Tensor | float = 1.0) -> Tensor:
+    def backward(
+        self, args: tuple[object, ...], attraction: Tensor | float = 1.0, weight: Tensor | float = 1.0
+    ) -> Tensor:
         """Sets the gradient of the block to that of ``weight attraction U``; returns U of each in nats, ``[n]``."""
         (block,) = self.blocks
         mine = slice(self.together.rank, None, self.together.size)

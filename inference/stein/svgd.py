@@ -24,6 +24,8 @@ from pyro_bnn.inference.stein.interaction import force_in_outputs, interact
 from pyro_bnn.inference.stein.kernels import RBF, Kernel
 from pyro_bnn.inference.stein.members import MemberParticles, OneByOne, Together, prior_and_guide
 from pyro_bnn.inference.stein.particles import AnyParticles
+from pyro_bnn.inference.stein.turns import faster_in_turn
+from pyro_bnn.inference.training.compiled import CompiledStep, compiled_step
 from pyro_bnn.inference.training.loop import train
 from pyro_bnn.inference.training.optimizers import Optim, build_optimizer
 from pyro_bnn.inference.training.options import Training, checked, settings_of_loop
@@ -31,7 +33,6 @@ from pyro_bnn.inference.training.requirements import first_row, require_epochs, 
 from pyro_bnn.inference.training.run import TrainingRun
 from pyro_bnn.inputs import Data
 from pyro_bnn.modes import keeping_modes, settle
-from pyro_bnn.network import batch_size
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.program.model import BayesianNetwork
@@ -39,11 +40,6 @@ from pyro_bnn.program.sites import Program
 from pyro_bnn.randomness import device_of, forked, seeded
 
 OfStep = float | Callable[[int], float]
-
-#: glibc gives tensors from this size on back to the system, and gets fresh pages for the next
-FRESH_PAGES = 2**25
-#: bytes of activations that pass from one operation to the next in the cache of a processor
-CACHE = 2**23
 
 _SPACES = ("factor", "product", "function")
 _SCOPES = ("joint", "layer", "tensor")
@@ -166,6 +162,7 @@ class SVGD:
         self._size = num_data
         self.steps = 0
         self._parts: _Parts | None = None
+        self._compiled: CompiledStep | None = None
 
     @one_at_a_time
     def setup(self, *args: object) -> None:
@@ -224,11 +221,7 @@ class SVGD:
             raise ValueError(f"annealing gave {gamma!r} at step {self.steps}: expected a number in (0, 1]")
         size, parameters = self._size or 1, [*particles.blocks, *particles.shared]
         before = [parameter.grad for parameter in parameters]
-        if isinstance(particles, MemberParticles):
-            force = force_in_outputs(self.kernel, self._strength()) if self._is_in_outputs else None
-            energies = particles.backward(args, gamma, force, weight)
-        else:
-            energies = particles.backward(args, gamma, weight)
+        energies = self._energies(particles, args, gamma, weight)
         if waits and not bool(torch.isfinite(energies).all()):
             i = int((~torch.isfinite(energies)).nonzero()[0])
             optimizer.zero_grad(set_to_none=True)
@@ -243,6 +236,21 @@ class SVGD:
                 parameter.grad = gradient if parameter.grad is None else gradient.add_(parameter.grad)
         mean = energies.mean() / size
         return float(mean) if waits else mean
+
+    def _energies(
+        self, particles: AnyParticles | MemberParticles, args: tuple[object, ...], gamma: float, weight: Tensor | float
+    ) -> Tensor:
+        """The energies of all particles, whose gradients it sets."""
+        if self._is_in_outputs and isinstance(particles, MemberParticles):
+            return particles.backward(args, gamma, weight, force_in_outputs(self.kernel, self._strength()))
+        if self._compiled is not None:
+            for parameter in (*particles.blocks, *particles.shared):
+                parameter.grad = None
+            both = particles.blocks[0].new_full((), gamma), torch.as_tensor(weight)
+            found = self._compiled(*both, *args)
+            if found is not None:
+                return found
+        return particles.backward(args, gamma, weight)
 
     def _interact_all(self, waits: bool = True) -> None:
         """Turns the gradients of all particles into ``-phi / N``.
@@ -329,6 +337,8 @@ class SVGD:
             run = TrainingRun(
                 self.model, self.guide, parameters, optimizer, scheduler, self.steps, settings, processes()
             )
+            self._compile(options, particles)
+            stack.callback(setattr, self, "_compiled", None)
             try:
                 train(run, batches, _Stein(self, first_row(batches.first)), options, epochs=epochs)
             except FloatingPointError:
@@ -338,6 +348,13 @@ class SVGD:
             self.steps = run.step
         settle(self.model, self.guide)
         return self._posterior(run.losses, first_row(batches.first))
+
+    def _compile(self, options: Training, particles: AnyParticles | MemberParticles) -> None:
+        """Energies and their gradients are compiled from here on, if so asked."""
+        why = "particles repel each other by their outputs" if self._is_in_outputs else None
+        blocks, programs = [*particles.blocks, *particles.shared], [self.model, self.guide]
+        step: Callable[..., Tensor] = lambda gamma, weight, *args: particles.backward(args, gamma, weight)  # noqa: E731
+        self._compiled = compiled_step(options, step, blocks, programs, processes(), why)
 
     def _begin_alike(self, parameters: Sequence[Tensor]) -> None:
         """Several processes start at the particles of the first."""
@@ -378,7 +395,9 @@ class SVGD:
             else:
                 with forked(device_of(self.model)):  # the draw is no step of the run
                     require_supports(*prior_and_guide(self.model, self.guide, args))
-                kind = OneByOne if together.are_several or self._in_turn(args) else Together
+                auto = self.sequential == "auto"
+                in_turn = faster_in_turn(self.model, self.guide, args) if auto else self.sequential
+                kind = OneByOne if together.are_several or in_turn else Together
                 particles = kind(self.model, self.guide, together)
             pairs = self._pairs() if self.space == "product" else []
             groups = list(divide(particles.segments, pairs, self.scope))
@@ -386,24 +405,6 @@ class SVGD:
             optimizer = build_optimizer(self.optim, parameters, self.lr, default="adam")
             self._parts = _Parts(particles, optimizer, groups)
         return self._parts
-
-    def _in_turn(self, args: tuple[Any, ...]) -> bool:
-        """What ``sequential`` says.
-
-        Together, all particles read the shared weights once, but their activations may not stay in the cache. One after
-        the other is the faster way where activations are more than fits and more than the weights are (measured by
-        ``python -m tests.benchmarks.peers --rows bella_encoder`` and the like with other widths).
-        """
-        if self.sequential != "auto":
-            return self.sequential
-        model = self.model
-        if not isinstance(model, BayesianNetwork) or model.like().device.type != "cpu":
-            return False
-        size = batch_size(*args[:2])
-        largest = model.core().activation_elements(args[0], size) * size
-        of_all = largest * self.guide.num_members * model.like().element_size()
-        weights = max(p.numel() for p in model.core().net.parameters())
-        return of_all > FRESH_PAGES or of_all > CACHE and largest > weights
 
 
 def _check_repulsion(value: object) -> None:

@@ -36,13 +36,15 @@ class ScaleLatents(Messenger):
     It must enclose both programs, because analytic KL terms use the scale of the guide, and sampled KL terms the scales
     of both.
 
-    :param scale: the factor beta of the KL divergence.
+    :param scale: the factor beta of the KL divergence, a number or a scalar tensor, which is not looked at.
     :param per_member: also multiply by the number of members, which turns a mean over members into a sum.
     """
 
-    def __init__(self, scale: float = 1.0, per_member: bool = False) -> None:
+    def __init__(self, scale: float | Tensor = 1.0, per_member: bool = False) -> None:
         super().__init__()
-        self.scale, self.per_member = checks.not_negative("scale", scale), checks.truth("per_member", per_member)
+        self.scale = scale if isinstance(scale, Tensor) else checks.not_negative("scale", scale)
+        self.per_member = checks.truth("per_member", per_member)
+        self._products: dict[float, Tensor] = {}  # sites with one scale share one tensor, and have one sum
 
     def __repr__(self) -> str:
         return display.call(self, scale=self.scale, per_member=self.per_member)
@@ -52,7 +54,13 @@ class ScaleLatents(Messenger):
             return
         frame = _members_frame(msg)
         size = frame.size if self.per_member and frame is not None else 1
-        msg["scale"] = msg["scale"] * (self.scale * size)
+        if not isinstance(self.scale, Tensor) or isinstance(msg["scale"], Tensor):
+            msg["scale"] = msg["scale"] * (self.scale * size)
+            return
+        factor = msg["scale"] * size
+        if factor not in self._products:
+            self._products[factor] = factor * self.scale
+        msg["scale"] = self._products[factor]
 
 
 def _members_frames(site: Any) -> list[Any]:

@@ -23,6 +23,7 @@ from pyro_bnn.inference.batches import minibatches
 from pyro_bnn.inference.schedules import Schedule, scheduler_of
 from pyro_bnn.inference.settings import settings_of
 from pyro_bnn.inference.svi.objective import Objective, require_trainable
+from pyro_bnn.inference.training.compiled import compiled_step
 from pyro_bnn.inference.training.loop import rows_of, train
 from pyro_bnn.inference.training.optimizers import Optim, build_optimizer
 from pyro_bnn.inference.training.options import Training, checked, settings_of_loop
@@ -82,8 +83,8 @@ def fit(
     :param elbo: the objective, :class:`~pyro_bnn.inference.MixtureELBO` by default, or any ELBO of Pyro.
     :param seed: makes the run reproducible and leaves the global random state unchanged.
     :param training: options of the loop, which all engines share: ``validation``, ``patience``, ``precision``,
-        ``accumulate``, ``clip_norm``, ``callbacks``, ``log``, ``log_every``, ``max_steps``, ``max_time``, ``progress``
-        and ``checkpoint``; see :class:`~pyro_bnn.inference.Training`.
+        ``accumulate``, ``clip_norm``, ``callbacks``, ``log``, ``log_every``, ``max_steps``, ``max_time``, ``compile``,
+        ``progress`` and ``checkpoint``; see :class:`~pyro_bnn.inference.Training`.
     :raises TypeError: for a model or guide that is not a program, labels of the wrong type, or an ``optim`` or ``elbo``
         of the wrong type.
     :raises ValueError: for empty or inconsistent data, labels outside the likelihood's range, NaN in the data, options
@@ -122,7 +123,7 @@ def fit(
             settings = settings_of(model, guide, optimizer, data, **own, method="SVI", seed=seed)
         scheduler = scheduler_of(schedule, optimizer, steps, epochs)
         run = TrainingRun(model, guide, parameters, optimizer, scheduler, settings=settings, together=together)
-        train(run, batches, _SVI(objective, together), options, epochs=epochs)
+        train(run, batches, _SVI(objective, together, options), options, epochs=epochs)
     return objective.posterior(losses=run.losses)
 
 
@@ -135,20 +136,23 @@ class _SVI:
 
     label = "SVI"
 
-    def __init__(self, objective: Objective, together: Processes) -> None:
+    def __init__(self, objective: Objective, together: Processes, options: Training) -> None:
         self.objective, self.together = objective, together
         self.loss: Callable[..., Tensor] = objective.loss
         if together.are_several:
             self.loss = DistributedDataParallel(objective, broadcast_buffers=False)
+        self.compiled = compiled_step(options, self._differentiate, objective.trained(), [objective], together)
 
     def add_gradient(self, batch: tuple[object, ...], run: TrainingRun, weight: Tensor | float) -> Tensor | float:
         model, guide, objective = run.model, run.guide, self.objective
         objective.step = run.step
         cause = None
         try:
-            loss = self.loss(*batch)
+            compiled = self._compiled_loss(batch, run, weight)
+            loss = self.loss(*batch) if compiled is None else compiled
             if not run.waits:
-                self._add(loss, weight)
+                if compiled is None:
+                    self._add(loss, weight)
                 return loss.detach()
             value = float(loss.detach())
         except ValueError as error:  # validation stops at NaN, but not only there
@@ -162,8 +166,27 @@ class _SVI:
                 f"the loss became {value} at step {run.step + 1} (epoch {run.epoch + 1}), {site}. A smaller lr, "
                 "clip_norm= or a longer kl_annealing usually helps"
             ) from cause
-        self._add(loss, weight)
+        if compiled is None:
+            self._add(loss, weight)
         return value
+
+    def _compiled_loss(self, batch: tuple[object, ...], run: TrainingRun, weight: Tensor | float) -> Tensor | None:
+        """The loss, with its gradient added; ``None`` for a first step, which validates, and where none is compiled."""
+        if self.compiled is None or not self.objective.has_begun:
+            return None
+        like = run.parameters[0]
+        numbers = (
+            like.new_full((), self.objective.beta) if self.objective.kl_annealing else None,
+            weight if isinstance(weight, Tensor) else None if weight == 1.0 else like.new_full((), weight),
+        )
+        return self.compiled(*numbers, *batch, is_first_of_epoch=run.batch == 0)
+
+    def _differentiate(self, beta: Tensor | None, weight: Tensor | None, *batch: object) -> Tensor:
+        step = self.objective.step
+        loss = self.objective.loss(*batch, beta=beta)
+        self.objective.step = step
+        self._add(loss, 1.0 if weight is None else weight)
+        return loss
 
     @staticmethod
     def _add(loss: Tensor, weight: Tensor | float) -> None:

@@ -91,7 +91,9 @@ class Objective(nn.Module):
         self.elbo, self.kl_annealing, self.step = MixtureELBO() if elbo is None else elbo, kl_annealing, 0
         self.num_data = _number_of_data(model, num_data)
         self._store: StateDict = {"params": {}, "constraints": {}}
-        self._is_open, self._is_declared, self._has_begun = False, False, False
+        #: whether a loss was computed: the first has its arguments validated
+        self.has_begun = False
+        self._is_open, self._is_declared = False, False
         self._idle: list[Tensor] | None = None  # those that no loss depends on; not known before one has a gradient
         self._example: object = None
         if example is not None:
@@ -133,21 +135,25 @@ class Objective(nn.Module):
         :param batch: x and y, as :func:`~pyro_bnn.inference.fit` takes them; of a model that is not of this package,
             all that it is to be called with.
         """
-        first = not self._has_begun
+        first = not self.has_begun
         given = self._tensors(batch, check=first)
         if not self._is_declared:
             with forked(device_of(self.model)):  # a run that resumes has the draws that it would have had
                 self._declare(given, may_add=False)
         return self.loss(*given)
 
-    def loss(self, *batch: object) -> Tensor:
-        """As ``objective(*batch)``, for tensors that were checked before and lie on the device of the model."""
+    def loss(self, *batch: object, beta: float | Tensor | None = None) -> Tensor:
+        """As ``objective(*batch)``, for tensors that were checked before and lie on the device of the model.
+
+        :param beta: the factor of the KL divergence, by default that of this step.
+        """
         # distributions validate their arguments in the first loss; later ones have the same shapes
-        first = not self._has_begun and self.step == 0
+        first = not self.has_begun and self.step == 0
         types = asked()
         model = in_mixed_precision(self.model, types)
         with one_at_a_time, self.store(), pyro.validation_enabled(first), training_mode(self.training):
-            with full_precision(), FullDensities() if types else contextlib.nullcontext(), ScaleLatents(self.beta):
+            scaled = ScaleLatents(self.beta if beta is None else beta)
+            with full_precision(), FullDensities() if types else contextlib.nullcontext(), scaled:
                 loss: Tensor = self.elbo.differentiable_loss(model, self.guide, *batch)  # type: ignore[attr-defined]
         if self._idle is None and torch.is_grad_enabled() and _is_one_of_several():
             trained = self.trained()
@@ -155,7 +161,7 @@ class Objective(nn.Module):
             self._idle = [p for p, gradient in zip(trained, found, strict=True) if gradient is None]
         for parameter in self._idle or ():
             loss = loss + 0.0 * parameter.sum()  # DistributedDataParallel waits for a gradient of each
-        self._has_begun = True
+        self.has_begun = True
         self.step += self.training
         return loss / self.num_data
 

@@ -35,6 +35,10 @@ class Training(TypedDict, total=False):
     :param log_every: log ``step_loss`` and ``learning_rate`` after so many steps too.
     :param max_steps: end after so many steps, also within an epoch; those before an interruption count.
     :param max_time: end after so many seconds of this call, also within an epoch.
+    :param compile: whether ``torch.compile`` makes machine code of a step, loss and gradient, once for each form of
+        batch: seconds for a small network, minutes for a large one, and a C++ compiler is needed. Draws are the same
+        and results equal but for rounding. Where it cannot, it warns, and steps are those of the model itself; see
+        :class:`~pyro_bnn.inference.training.compiled.CompiledStep`.
     :param progress: whether to show a progress bar.
     :param checkpoint: a file, or a :class:`~pyro_bnn.inference.Checkpoint`, which says how often to write and how many
         to keep. If the file exists, the run resumes from it, to the same bits on the CPU; it must have the same
@@ -51,6 +55,7 @@ class Training(TypedDict, total=False):
     log_every: int | None
     max_steps: int | None
     max_time: float | None
+    compile: bool
     progress: bool
     checkpoint: str | os.PathLike[str] | Checkpoint | None
 
@@ -79,6 +84,7 @@ def checked(training: Training, engine: str) -> Training:
         "log_every": None,
         "max_steps": None,
         "max_time": None,
+        "compile": False,
         "progress": True,
         "checkpoint": None,
     }
@@ -86,6 +92,7 @@ def checked(training: Training, engine: str) -> Training:
     checks.count("accumulate", options["accumulate"])
     checks.optional(checks.positive, "clip_norm", options["clip_norm"])
     checks.truth("progress", options["progress"])
+    checks.truth("compile", options["compile"])
     checks.optional(checks.positive, "max_time", options["max_time"])
     for name in ("patience", "log_every", "max_steps"):
         checks.optional(checks.count, name, training.get(name))

@@ -46,7 +46,8 @@ def copy_of(net: nn.Module, share: bool = False) -> nn.Module:
         kind = f"{type(net).__name__} around it" if is_parallel else "compilation"
         warnings.warn(
             f"the model works on a plain copy of the network, without the {kind}: members with different weights "
-            "cannot run through it",
+            "cannot run through it"
+            + ("" if is_parallel else ". fit(..., compile=True) and posterior.compile() compile what runs instead"),
             stacklevel=4,
         )
     known: dict[int, Any] = {}

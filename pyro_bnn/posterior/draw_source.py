@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inputs import Inputs, inputs
 from pyro_bnn.modes import keeping_modes, settle, training_mode
+from pyro_bnn.posterior.statistics import Statistics, held_by
 from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.precision import full_precision
 from pyro_bnn.program.guide import MixtureGuide
@@ -40,6 +42,9 @@ TAIL_DRAWS = 1000
 #: for the functions that a prior implies: 10 draws lie beyond their 5 % quantiles, enough to detect a factor of 2
 PRIOR_DRAWS = 200
 
+#: ``(x, latents, size) -> outputs`` of a network, as :meth:`~pyro_bnn.program.model.BayesianNetwork.function`
+Function = Callable[[Inputs, dict[str, Tensor], int], Tensor]
+
 
 class DrawSource:
     """Draws of all latent sites of a model, ``{site: [n, members, *event]}``, in groups that fit a memory budget.
@@ -52,6 +57,21 @@ class DrawSource:
 
     def __init__(self, model: Program, guide: Program, example: Inputs = None, store: Any = None) -> None:
         self.model, self.guide, self.example, self.store = model, guide, example, store
+        #: what gives draws their statistics of normalisation layers, where that is not how they were stored
+        self.gathered: Statistics | None = None
+        #: in the place of the function of a model of this package
+        self.function: Function | None = None
+
+    def with_guide(self, guide: Program) -> DrawSource:
+        """The draws of another guide, for the same model in every other respect."""
+        source = copy.copy(self)
+        source.guide = guide
+        return source
+
+    @property
+    def statistics(self) -> Statistics:
+        """The statistics of normalisation layers with which each draw predicts."""
+        return held_by(self.stored) if self.gathered is None else self.gathered
 
     @property
     def stored(self) -> DrawsGuide | None:

@@ -16,7 +16,6 @@ from pyro_bnn.modes import evaluating
 from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS, DrawSource
 from pyro_bnn.posterior.network_outputs import predict_network
-from pyro_bnn.posterior.statistics import OfNetwork, Stored
 from pyro_bnn.posterior.stored_draws import DrawsGuide
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.sparsity.inclusion import group_densities, inclusion_log_odds
@@ -177,8 +176,7 @@ def log_predictive(source: DrawSource, x: Inputs, y: Tensor, batch_size: int | N
     """Log of the mean density of each row over stored draws and members, ``[rows]``, in nats."""
     guide = source.stored
     assert guide is not None
-    statistics = Stored(guide.statistics()) if guide.statistics() else OfNetwork()
-    density = predict_network(source, statistics, x, len(guide), batch_size).log_prob(y).flatten(0, 1).double()
+    density = predict_network(source, x, len(guide), batch_size).log_prob(y).flatten(0, 1).double()
     return density.logsumexp(0) - math.log(len(density))
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from pyro_bnn import display
 from pyro_bnn.given.next_tokens import require_next_tokens
 from pyro_bnn.inputs import Inputs, naming_shapes
 from pyro_bnn.modes import evaluating
@@ -13,10 +14,13 @@ from pyro_bnn.network import batch_size as count_samples
 from pyro_bnn.perturb.samples import batched
 from pyro_bnn.posterior import draw_source
 from pyro_bnn.posterior.prediction import Prediction
-from pyro_bnn.posterior.statistics import Statistics
 from pyro_bnn.precision import widened
 from pyro_bnn.program.model import BayesianNetwork
 from pyro_bnn.program.sites import Program
+from pyro_bnn.recording.recorded import Recorded
+
+#: predictions of one shape after which the compiled function is compared with the model again
+VERIFY_EVERY = 100
 
 
 def require_network_input(model: Program, x: Inputs, return_site: str | None) -> None:
@@ -53,7 +57,6 @@ def require_observed(model: BayesianNetwork, x: Inputs, y: Tensor, observed_site
 
 def predict_network(
     source: draw_source.DrawSource,
-    statistics: Statistics,
     x: Inputs,
     count: int,
     batch_size: int | None = None,
@@ -67,13 +70,18 @@ def predict_network(
         for group, index in source.indexed_groups(count, seed, example=x):
             if model.site("noise") in group:
                 noise.append(group[model.site("noise")])
-            for part in statistics.parts(model, group, index):
-                outputs.append(network_outputs(model, part, x, source.num_members, batch_size))
+            for part in source.statistics.parts(model, group, index):
+                outputs.append(network_outputs(model, part, x, source.num_members, batch_size, source.function))
     return Prediction(torch.cat(outputs), model.likelihood, torch.cat(noise) if noise else None)
 
 
 def network_outputs(
-    model: BayesianNetwork, latents: dict[str, Tensor], x: Inputs, num_members: int, batch_size: int | None = None
+    model: BayesianNetwork,
+    latents: dict[str, Tensor],
+    x: Inputs,
+    num_members: int,
+    batch_size: int | None = None,
+    function: draw_source.Function | None = None,
 ) -> Tensor:
     """Outputs of the network under every draw, ``[n, members, N, *output]``.
 
@@ -81,7 +89,9 @@ def network_outputs(
     :param x: an input with N samples, on the device of the network.
     :param num_members: members of each draw, for the memory budget.
     :param batch_size: samples in one pass; by default as many as fit the budget.
+    :param function: in the place of that of the model.
     """
+    function = model.function if function is None else function
     size = count_samples(x)
     count = next(iter(latents.values())).shape[0]
     row = model.core().activation_elements(x, size)
@@ -95,7 +105,7 @@ def network_outputs(
         for start in range(0, size, rows):
             stop = min(size, start + rows)
             piece = x if rows == size else _rows(x, size, start, stop)
-            f = widened(model.function(piece, part, stop - start), model.like())
+            f = widened(function(piece, part, stop - start), model.like())
             blocks.append(f.reshape(f.shape[:2] + f.shape[-model.members_dim :]))
         groups.append(torch.cat(blocks, 2) if len(blocks) > 1 else blocks[0])
     return torch.cat(groups) if len(groups) > 1 else groups[0]
@@ -103,3 +113,31 @@ def network_outputs(
 
 def _rows(x: Inputs, size: int, start: int, stop: int) -> object:
     return pytree.tree_map(lambda t: t[start:stop] if batched(t, size) else t, x)
+
+
+def compiled_function(model: Program) -> draw_source.Function:
+    """``model.function``, compiled once for each shape of its arguments.
+
+    :raises TypeError: for a model that is not from this package.
+    """
+    if not isinstance(model, BayesianNetwork):
+        raise TypeError(
+            f"compile() is for models of this package, which know their network, not {display.name_of(model)}"
+        )
+    recorded = Recorded(
+        lambda x, latents, size: (model.function(x, latents, size),),
+        "a prediction",
+        "auto",
+        compiles=True,
+        programs=[model],
+        verify_every=VERIFY_EVERY,
+        silence="Not calling posterior.compile()",
+    )
+
+    def function(x: Inputs, latents: dict[str, Tensor], size: int) -> Tensor:
+        found = recorded(x, latents, size)
+        if found is None or found[0] is None:
+            return model.function(x, latents, size)
+        return found[0]
+
+    return function

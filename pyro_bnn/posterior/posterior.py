@@ -15,14 +15,13 @@ from pyro_bnn import display
 from pyro_bnn.entry import checks
 from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.inputs import Inputs, inputs, require_finite, targets
-from pyro_bnn.posterior import foreign, own_draws, storage
+from pyro_bnn.posterior import foreign, network_outputs, own_draws, storage
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS, DrawSource, with_members
 from pyro_bnn.posterior.export.exporting import export
 from pyro_bnn.posterior.export.plain_networks import plain_networks
 from pyro_bnn.posterior.importance import ChainInclusion, Importance, chain_inclusion, excess_loss, importance
-from pyro_bnn.posterior.network_outputs import predict_network, require_network_input, require_observed
 from pyro_bnn.posterior.prediction import Prediction
-from pyro_bnn.posterior.statistics import Gathered, Statistics, held_by
+from pyro_bnn.posterior.statistics import Gathered
 from pyro_bnn.posterior.stored_draws import DrawsGuide, require_chains
 from pyro_bnn.program.model import BayesianNetwork, like_of
 from pyro_bnn.program.sites import Program
@@ -59,7 +58,6 @@ class Posterior:
         self.losses, self.sampler = list(losses), dict(sampler)
         #: supplies draws in groups, and the traces of the guide
         self.draw_source = DrawSource(model, guide, example, store)
-        self._gathered: Gathered | None = None
 
     @classmethod
     def from_mcmc(cls, mcmc: MCMC, model: Program) -> Posterior:
@@ -180,7 +178,7 @@ class Posterior:
         """
         n = checks.count("n", n)
         checks.seed("seed", seed)
-        return plain_networks(self.draw_source, self._statistics(), self._random_members(n, seed), seed)
+        return plain_networks(self.draw_source, self._random_members(n, seed), seed)
 
     @one_at_a_time
     def export(
@@ -204,7 +202,7 @@ class Posterior:
         :raises ValueError: for an unknown output, more draws than are stored, or an example that does not fit.
         :raises RuntimeError: when the network cannot be traced for any number of samples.
         """
-        return export(self.draw_source, self._statistics(), example, draws, outputs, seed)
+        return export(self.draw_source, example, draws, outputs, seed)
 
     @one_at_a_time
     def as_draws(self, n: int, seed: int | None = None, *, example: Inputs = None) -> Posterior:
@@ -212,11 +210,10 @@ class Posterior:
 
         :param seed, example: see :meth:`draws`, also for the errors.
         """
-        source = self.draw_source
-        guide = source.as_stored(n, seed, example=example)
-        return Posterior(
-            self.model, guide, losses=self.losses, sampler=self.sampler, example=source.example, store=source.store
-        )
+        guide = self.draw_source.as_stored(n, seed, example=example)
+        posterior = Posterior(self.model, guide, losses=self.losses, sampler=self.sampler)
+        posterior.draw_source = self.draw_source.with_guide(guide)
+        return posterior
 
     # -------------------------------------------------------------------------------------------- prediction
 
@@ -248,11 +245,11 @@ class Posterior:
         checks.seed("seed", seed)
         model, source, count = self.model, self.draw_source, self.draw_source.count(num_samples)
         x = inputs(x, like_of(model))
-        require_network_input(model, x, return_site)
+        network_outputs.require_network_input(model, x, return_site)
         if not isinstance(model, BayesianNetwork) or model.likelihood is None and return_site is not None:
             return Prediction(foreign.predict_site(source, x, count, seed, return_site), None)
         require_finite(x)
-        return predict_network(source, self._statistics(), x, count, batch_size, seed)
+        return network_outputs.predict_network(source, x, count, batch_size, seed)
 
     @one_at_a_time
     def log_likelihood(
@@ -277,7 +274,7 @@ class Posterior:
         if not isinstance(self.model, BayesianNetwork):
             count = self.draw_source.count(num_samples)
             return foreign.log_likelihood(self.draw_source, x, y, count, seed, observed_site)
-        require_observed(self.model, x, y, observed_site)
+        network_outputs.require_observed(self.model, x, y, observed_site)
         prediction = self.predict(x, num_samples, batch_size, seed)
         return prediction.log_prob(y)
 
@@ -289,12 +286,16 @@ class Posterior:
 
         :param loader: gives batches (x, y), dicts with ``labels``, or x alone; it must allow repeated passes.
         """
-        self._gathered = None if loader is None else Gathered(loader)
+        self.draw_source.gathered = None if loader is None else Gathered(loader)
 
-    def _statistics(self) -> Statistics:
-        if self._gathered is not None:
-            return self._gathered
-        return held_by(self.draw_source.stored)
+    def compile(self) -> None:
+        """Later predictions are those of machine code of ``torch.compile``, equal but for rounding.
+
+        It is made once for each shape, in seconds or minutes, by a C++ compiler. Where it cannot be, they warn.
+
+        :raises TypeError: for a model that is not from this package.
+        """
+        self.draw_source.function = network_outputs.compiled_function(self.model)
 
     # ----------------------------------------------------------------------------------------------- sparsity
 
@@ -387,8 +388,6 @@ class Posterior:
         posterior = Posterior(sparse.model, kept, losses=self.losses, sampler=self.sampler)
         excess = None if data is None else excess_loss(full, posterior.draw_source, data)
         return Sparsified(posterior, sparse.masks, sparse.before, sparse.after, excess)
-
-    # ------------------------------------------------------------------------------------------------ storage
 
     @one_at_a_time
     def save(self, path: str | os.PathLike[str], *, prior: bool = True) -> None:

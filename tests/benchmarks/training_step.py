@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import pyro_bnn as pb
-from pyro_bnn.inference import MixtureELBO
+from pyro_bnn.inference import MixtureELBO, Objective
 from pyro_bnn.models import Dense, MeanFieldGuide, Rank1, Rank1Guide
 from pyro_bnn.models.architectures import resnet18
 from pyro_bnn.priors import Normal
@@ -66,6 +66,30 @@ def pyro_step(model: Any, guide: Any, x: Tensor, y: Tensor, elbo: Any, optimizer
             return elbo.differentiable_loss(model, guide, x, y) / NUM_DATA
 
     return stepper(optimizer, loss)
+
+
+def compiled_pyro_step(model: Any, guide: Any, x: Tensor, y: Tensor, optimizer_of: Optimizers = sgd) -> Step:
+    """A step of ``fit(..., compile=True)``."""
+    from pyro_bnn.inference.training.compiled import CompiledStep  # which an older checkout does not have
+
+    objective = Objective(model, guide).train()
+    objective(x, y)  # validates
+    optimizer = optimizer_of(objective.parameters())
+
+    def differentiate(x: Tensor, y: Tensor) -> Tensor:
+        loss = objective.loss(x, y)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
+    compiled = CompiledStep(differentiate, objective.trained(), [model, guide], verifies_epochs=False)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        if compiled(x, y) is None:
+            raise RuntimeError("the step was not compiled")
+        optimizer.step()
+
+    return step
 
 
 def rank1(draws: str) -> Step:

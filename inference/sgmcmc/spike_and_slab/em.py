@@ -188,7 +188,7 @@ class SGHMCEM(SpikeAndSlabKernel):
         every = SWAP_EVERY if self.swap_every == "auto" else self.swap_every
         if every == 0:
             return None, 0
-        rows = self.num_data if self.streams.own_batches else 1
+        rows = self.num_data if self.streams.have_data else 1
         groups = sum(site.density.groups.numel() for site in self.sites if site.density.group_size > 1)
         count = groups_per_sweep(groups, self.potential.dim, rows, min(self.batch_size, rows), every)
         reason = self._why_no_swaps()
@@ -197,7 +197,7 @@ class SGHMCEM(SpikeAndSlabKernel):
         if reason is None:
             parts = self.streams.every_row(ROWS)
             shares = [min(ROWS, rows - i * ROWS) / rows for i in range(len(parts))]
-            energy = Energy(self.potential, parts, shares, self.gradient.kwargs, None, self.capture)
+            energy = Energy(self.potential, parts, shares, self.gradient.kwargs, None, self.capture, self.compile)
             reason = self._why_no_energy(energy, rows)
         if reason is None:
             return Swaps(self.theta, self.sites, energy, count, self.temperature), every

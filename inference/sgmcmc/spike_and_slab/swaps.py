@@ -37,10 +37,10 @@ from torch import Tensor
 from torch.func import vmap
 
 from pyro_bnn.inference.potential import Potential
-from pyro_bnn.inference.sgmcmc.recorded import CAPTURE_SIZE, Recorded
 from pyro_bnn.inference.sgmcmc.spike_and_slab.indicators import SpikeAndSlabState
 from pyro_bnn.perturb.vectoriser import Vectoriser
 from pyro_bnn.priors import SpikeAndSlabDistribution
+from pyro_bnn.recording.recorded import CAPTURE_SIZE, Recorded
 
 #: rows in one call of the model
 ROWS = 8192
@@ -58,7 +58,7 @@ class Energy:
     :param parts: arguments of the model for each part of the data. The model scales its likelihood by N / B.
     :param shares: the share of the rows in each part.
     :param power: b, which may be written into; ``None`` for 1.
-    :param capture: see :class:`~pyro_bnn.inference.SGHMC`.
+    :param capture, compile: see :class:`~pyro_bnn.inference.SGHMC`.
     """
 
     def __init__(
@@ -69,11 +69,14 @@ class Energy:
         kwargs: dict[str, object],
         power: Tensor | None,
         capture: bool | Literal["auto"],
+        compile: bool = False,
     ) -> None:
         self.potential, self.parts, self.shares, self.kwargs, self.power = potential, parts, shares, kwargs, power
-        if capture == "auto" and potential.dim > CAPTURE_SIZE:
+        if capture == "auto" and potential.dim > CAPTURE_SIZE and not compile:
             capture = False
-        self._recorded = Recorded(self._of_chains, "the energy of all rows", capture)
+        silence = "compile=False" if compile else "capture=False"
+        what = "the energy of all rows"
+        self._recorded = Recorded(self._of_chains, what, capture, compiles=compile, silence=silence)
         self._vectoriser = Vectoriser("the model", "chains")
 
     def __call__(self, theta: Tensor) -> Tensor:
@@ -84,7 +87,9 @@ class Energy:
                 found = self._vectoriser(
                     lambda: self._of_chains(theta, self.power), lambda: self._in_turn(theta), theta
                 )
-        return found[0]
+        (energies,) = found
+        assert energies is not None
+        return energies
 
     def verify(self, theta: Tensor) -> None:
         """Compares the recording with the model, which may have changed since."""

@@ -22,13 +22,11 @@ from pyro_bnn.posterior import draw_source
 from pyro_bnn.posterior.export.arguments import Arguments
 from pyro_bnn.posterior.export.averaged import OUTPUTS, Averaged
 from pyro_bnn.posterior.export.graph import plain_module
-from pyro_bnn.posterior.statistics import Statistics
 from pyro_bnn.program.model import BayesianNetwork
 
 
 def export(
     source: draw_source.DrawSource,
-    statistics: Statistics,
     example: Inputs,
     draws: int | None,
     outputs: str | Iterable[str],
@@ -52,7 +50,7 @@ def export(
     arguments = Arguments.of(x, model.core().net, size)
     with _undisturbed(model), naming_shapes(x):
         with torch.no_grad():
-            found, own = _draws_and_statistics(source, statistics, x, count, seed)
+            found, own = _draws_and_statistics(source, x, count, seed)
         row = model.core().activation_elements(x, size)
         step = max(1, draw_source.MAX_ELEMENTS // (row * source.num_members * size))
         averaged = Averaged(model, found, own, arguments, names, step)
@@ -87,7 +85,7 @@ def _require_outputs(outputs: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def _draws_and_statistics(
-    source: draw_source.DrawSource, statistics: Statistics, x: Inputs, count: int, seed: int | None
+    source: draw_source.DrawSource, x: Inputs, count: int, seed: int | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """``{site: [n, members, *event]}``, and ``{buffer: [n, *shape]}`` of the buffers that differ between draws.
 
@@ -98,7 +96,7 @@ def _draws_and_statistics(
     parts: list[dict[str, Tensor]] = []
     held: list[dict[str, Tensor]] = []
     for group, index in source.indexed_groups(count, seed, example=x):
-        for part in statistics.parts(model, group, index):
+        for part in source.statistics.parts(model, group, index):
             buffers = {name: buffer.clone() for name, buffer in model.core().net.named_buffers()}
             held += [buffers] * len(next(iter(part.values())))
             parts.append(part)

@@ -9,11 +9,10 @@ from pyro_bnn import display
 from pyro_bnn.given.copying import copy_of
 from pyro_bnn.modes import evaluating
 from pyro_bnn.posterior.draw_source import DrawSource
-from pyro_bnn.posterior.statistics import Statistics
 from pyro_bnn.program.model import BayesianNetwork
 
 
-def plain_networks(source: DrawSource, statistics: Statistics, members: Tensor, seed: int | None) -> list[nn.Module]:
+def plain_networks(source: DrawSource, members: Tensor, seed: int | None) -> list[nn.Module]:
     """n networks: network i has the weights of draw i of member ``members[i]``, with the statistics of that draw.
 
     :param members: ``[n]``.
@@ -27,7 +26,7 @@ def plain_networks(source: DrawSource, statistics: Statistics, members: Tensor, 
         )
     with torch.no_grad(), evaluating(model):
         for group, index in source.indexed_groups(len(members), seed):
-            for part in statistics.parts(model, group, index):
+            for part in source.statistics.parts(model, group, index):
                 for i in range(len(next(iter(part.values())))):
                     member = int(members[len(made)])
                     latents = {name: value[i, member % value.shape[1]] for name, value in part.items()}

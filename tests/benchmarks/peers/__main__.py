@@ -29,7 +29,7 @@ def measured(row: Row, threads: int, processes: int, rounds: int, beside: Path |
             before.append(in_new_process(row, threads, rounds, beside)["ways"])
     ways = gathered(runs)
     for way, found in gathered(before).items():
-        if is_ours(way):
+        if is_ours(way) and "reason" not in found:
             ways[way.replace(OURS, BEFORE, 1)] = found
     return {
         "row": row.name,

@@ -13,7 +13,7 @@ from torch.func import functional_call, vmap
 import pyro_bnn as pb
 from pyro_bnn.models import Dense
 from tests.benchmarks.peers import mean_field, rank1
-from tests.benchmarks.peers.row import OURS, PLAIN, Build, Seconds
+from tests.benchmarks.peers.row import COMPILED, OURS, PLAIN, Build, Seconds
 from tests.benchmarks.peers.tasks import Task, chain, chain_batch, plain
 from tests.benchmarks.training_step import Step, sgd
 
@@ -34,6 +34,7 @@ def layer_ways() -> dict[str, Build]:
     steps |= {f"{OURS}, rank-1, {prior}": partial(rank1.ours, prior=prior) for prior in rank1.PRIORS}
     steps |= {
         f"{OURS}, Dense": mean_field.ours,
+        f"{OURS}, Dense, {COMPILED}": mean_field.ours_compiled,
         "bayesian-torch, reparameterization": partial(mean_field.library_step, "bayesian-torch, reparameterization"),
         "AutoNormal (Pyro)": mean_field.autonormal,
     }

@@ -19,9 +19,9 @@ from torch.func import functional_call
 import pyro_bnn as pb
 from pyro_bnn.inference import MixtureELBO
 from pyro_bnn.models import Dense, MeanFieldGuide
-from tests.benchmarks.peers.row import OURS, PLAIN, Build
+from tests.benchmarks.peers.row import COMPILED, OURS, PLAIN, Build
 from tests.benchmarks.peers.tasks import Task, plain, step_of, swapped
-from tests.benchmarks.training_step import NUM_DATA, Step, pyro_step
+from tests.benchmarks.training_step import NUM_DATA, Step, compiled_pyro_step, pyro_step
 
 #: where deviations start: softplus(-4.6) and exp(-4.6) are 0.01
 RHO = -4.6
@@ -190,6 +190,11 @@ def ours(task: Task) -> Step:
     return pyro_step(model, MeanFieldGuide(model), *task.batch(), MixtureELBO(), task.optimizer)
 
 
+def ours_compiled(task: Task) -> Step:
+    model = Dense(task.net(), pb.likelihoods.Categorical(), NUM_DATA)
+    return compiled_pyro_step(model, MeanFieldGuide(model), *task.batch(), task.optimizer)
+
+
 def autonormal(task: Task) -> Step:
     model = Dense(task.net(), pb.likelihoods.Categorical(), NUM_DATA)
     return pyro_step(model, AutoNormal(model), *task.batch(), TraceMeanField_ELBO(), task.optimizer)
@@ -211,9 +216,13 @@ def ivon(task: Task) -> Step:
     return step
 
 
-def ways(task: Task) -> dict[str, Build]:
-    """Every mean field of a task."""
+def ways(task: Task, compiles: bool = False) -> dict[str, Build]:
+    """Every mean field of a task.
+
+    :param compiles: whether ours is measured with ``compile=True`` too.
+    """
     found: dict[str, Build] = {PLAIN: partial(plain, task), OURS: partial(ours, task)}
+    found |= {f"{OURS}, {COMPILED}": partial(ours_compiled, task)} if compiles else {}
     found |= {library: partial(library_step, library, task) for library in LIBRARIES}
     return found | {IVON: partial(ivon, task), "AutoNormal (Pyro)": partial(autonormal, task)}
 

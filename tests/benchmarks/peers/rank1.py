@@ -14,9 +14,9 @@ import pyro_bnn as pb
 from pyro_bnn.inference import MixtureELBO
 from pyro_bnn.models import Rank1, Rank1Guide
 from pyro_bnn.priors import HierarchicalCauchy, Normal, Prior
-from tests.benchmarks.peers.row import OURS, PLAIN, Build
+from tests.benchmarks.peers.row import COMPILED, OURS, PLAIN, Build
 from tests.benchmarks.peers.tasks import Task, plain, step_of, swapped
-from tests.benchmarks.training_step import MEMBERS, NUM_DATA, HandRank1, Step, pyro_step
+from tests.benchmarks.training_step import MEMBERS, NUM_DATA, HandRank1, Step, compiled_pyro_step, pyro_step
 
 PRIORS: dict[str, Prior] = {"default prior": HierarchicalCauchy(), "Normal(1, .1)": Normal(1.0, 0.1)}
 
@@ -52,6 +52,11 @@ def ours(task: Task, prior: str) -> Step:
     return pyro_step(model, Rank1Guide(model, MEMBERS), *task.batch(), MixtureELBO(), task.optimizer)
 
 
+def ours_compiled(task: Task, prior: str) -> Step:
+    model = Rank1(task.net(), pb.likelihoods.Categorical(), NUM_DATA, prior=PRIORS[prior])
+    return compiled_pyro_step(model, Rank1Guide(model, MEMBERS), *task.batch(), task.optimizer)
+
+
 def by_hand(task: Task, layer: type[HandRank1]) -> Step:
     net = swapped(task.net(), dict.fromkeys((nn.Linear, nn.Conv2d), partial(layer, rows=True)))
     layers = [m for m in net.modules() if isinstance(m, layer)]
@@ -78,10 +83,15 @@ def rows_of_a_member(task: Task) -> tuple[Tensor, Tensor]:
     return x[::MEMBERS], y[::MEMBERS]
 
 
-def ways(task: Task) -> dict[str, Build]:
-    """A plain step sees all rows of the task, each member its share of them."""
+def ways(task: Task, compiles: bool = False) -> dict[str, Build]:
+    """A plain step sees all rows of the task, each member its share of them.
+
+    :param compiles: whether ours is measured with ``compile=True`` too.
+    """
     found: dict[str, Build] = {PLAIN: partial(plain, task)}
     task = replace(task, batch=partial(rows_of_a_member, task))
     found |= {f"{OURS}, {prior}": partial(ours, task, prior) for prior in PRIORS}
+    if compiles:
+        found |= {f"{OURS}, {prior}, {COMPILED}": partial(ours_compiled, task, prior) for prior in PRIORS}
     found |= {f"by hand, {p}": partial(by_hand, task, h) for p, h in zip(PRIORS, (HandCauchy, HandRank1), strict=True)}
     return found | {"BatchEnsemble (torch-uncertainty), no prior": partial(batch_ensemble, task)}

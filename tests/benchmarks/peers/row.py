@@ -18,6 +18,8 @@ Figure = Callable[[Seconds, Seconds], float]
 STEP = "step"
 PLAIN = "plain"
 OURS = "ours"
+#: after ours, where `torch.compile` makes its steps
+COMPILED = "compile=True"
 #: ours, of another checkout
 BEFORE = f"{OURS} (before)"
 TIME, MEMORY = "time / plain step", "memory / plain"

@@ -21,7 +21,7 @@ from pyro_bnn.inference import SGHMC
 from pyro_bnn.models import Dense
 from pyro_bnn.models.architectures import mlp
 from tests.benchmarks import sghmc
-from tests.benchmarks.peers.row import OURS, PLAIN, Build, Cannot, Seconds
+from tests.benchmarks.peers.row import COMPILED, OURS, PLAIN, Build, Cannot, Seconds
 from tests.benchmarks.sghmc import CHAINS, NUM_DATA, squeezed, stepper
 from tests.benchmarks.training_step import Step, images
 
@@ -66,10 +66,10 @@ def plain() -> Step:
     return repeated(step)
 
 
-def ours() -> Step:
+def ours(**options: Any) -> Step:
     x, y = data()
     model = Dense(network(), pb.likelihoods.Gaussian(NOISE), NUM_DATA, output=squeezed)
-    kernel = SGHMC(model, (x, y), step_size=SIZE, friction=FRICTION, batch_size=NUM_DATA)
+    kernel = SGHMC(model, (x, y), step_size=SIZE, friction=FRICTION, batch_size=NUM_DATA, **options)
     return repeated(stepper(kernel, CHAINS))
 
 
@@ -174,6 +174,7 @@ def numpyro() -> Step:
 CHAIN_WAYS: dict[str, Build] = {
     PLAIN: plain,
     OURS: ours,
+    f"{OURS}, {COMPILED}": partial(ours, compile=True),
     "by hand, vmap": by_hand,
     "posteriors": posteriors,
     "NumPyro's potential in jax.lax.scan": numpyro,

@@ -22,7 +22,7 @@ ROWS = (
     Row(
         "mean_field_mlp",
         "Mean-field step, 784-400-400-10, 128 rows, AdamW",
-        mean_field.ways(WIDE),
+        mean_field.ways(WIDE, compiles=True),
         targets={TIME: 2.5},
         fact="KL / closed form",
         facts=mean_field.divergences,
@@ -39,7 +39,7 @@ ROWS = (
     Row(
         "rank1_mlp",
         f"Rank-1 step, 784-400-400-10, 128 rows, {MEMBERS}. AdamW",
-        rank1.ways(WIDE),
+        rank1.ways(WIDE, compiles=True),
         targets={TIME: 2.2},
         rounds=25,
         burst=2,

@@ -67,7 +67,7 @@ def test_energies_and_gradients_are_those_of_pyro(programs: Any, kind: Any, monk
         if way == "Pyro":
             monkeypatch.setattr(MemberParticles, "_log_joint", lambda *_: None)
         particles = kind(model, guide)
-        energies = particles.backward(batch(model), 0.7, lambda f: f.cos())
+        energies = particles.backward(batch(model), 0.7, force=lambda f: f.cos())
         assert energies.shape == (3,)
         found.append([energies, *(p.grad for p in (*particles.blocks, *particles.shared) if p.grad is not None)])
     assert len(found[0]) == len(found[1]) > 1
@@ -107,7 +107,8 @@ def test_training_is_that_of_pyro(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_which_way_auto_takes_on_a_processor(inputs: int, outputs: int, rows: int, in_turn: bool) -> None:
     """One particle after the other where activations exceed a cache and the weights, or what the allocator keeps."""
     model = Bella(nn.Sequential(nn.Linear(inputs, outputs), nn.Linear(outputs, 2)), Categorical(), rows, rank=2)
-    engine = SVGD(model, ParticleGuide(model, 2))
     args = (torch.randn(rows, inputs), torch.arange(rows) % 2)
-    assert engine._in_turn(args) is in_turn
-    assert SVGD(model, ParticleGuide(model, 2), sequential=not in_turn)._in_turn(args) is not in_turn
+    for sequential, expected in (("auto", in_turn), (not in_turn, not in_turn)):
+        engine = SVGD(model, ParticleGuide(model, 2), sequential=sequential)
+        engine.setup(*args)
+        assert isinstance(engine._parts_there.particles, OneByOne) is expected

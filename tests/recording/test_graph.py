@@ -14,18 +14,24 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_bnn.inference.sgmcmc.graphs import (
+from pyro_bnn.recording.graph import (
+    NotRecordableError,
     drop_identities,
     fill_shapes,
     fold_constants,
+    in_python,
     record,
-    script,
     writes_in_place,
 )
 
 #: what a function reads, which its graph holds as a constant, and what it is given
 WEIGHTS = torch.tensor([1.0, 2.0, 3.0])
 INPUT = torch.tensor([0.1, 0.2, 0.3])
+
+
+def replayed_by_python(function: Any, *inputs: Tensor) -> Any:
+    """The recording of a function, which is replayed one operation after the other."""
+    return in_python(record(function, *inputs)[0])
 
 
 def find_operations(function: Any, x: Tensor, *passes: Any) -> tuple[list[str], GraphModule]:
@@ -73,16 +79,16 @@ def test_what_depends_on_a_shape_alone_is_a_constant() -> None:
 
 
 def test_what_changes_nothing_is_left_out() -> None:
-    """Proves that views to the same shape, all but the last of several views and first powers go, and others stay."""
+    """Proves that views to the same shape, all but the last of several views, factors and powers of 1 go."""
 
     def function(x: Tensor) -> Tensor:
-        same = x.view(3).expand(3) ** 1
-        return same.view(3, 1).view(1, 3).expand(2, 3) ** 2
+        same = x.view(3).expand(3) ** 1 * 1
+        return same.view(3, 1).view(1, 3).expand(2, 3) ** 2 * 3
 
     before, _ = find_operations(function, INPUT)
     after, traced = find_operations(function, INPUT, drop_identities)
-    assert before == ["view", "expand", "pow", "view", "view", "expand", "pow"]
-    assert after == ["view", "expand", "pow"]
+    assert before == ["view", "expand", "pow", "mul", "view", "view", "expand", "pow", "mul"]
+    assert after == ["view", "expand", "pow", "mul"]
     x = torch.tensor([0.5, -1.0, 2.0])
     assert torch.equal(traced(x), function(x))
 
@@ -96,7 +102,7 @@ def test_a_graph_that_writes_into_a_tensor_is_left_alone() -> None:
         return buffer + 1
 
     assert writes_in_place(make_fx(function)(WEIGHTS)) and not writes_in_place(make_fx(torch.exp)(WEIGHTS))
-    replayed = record(function, WEIGHTS)
+    replayed = replayed_by_python(function, WEIGHTS)
     for x in (WEIGHTS, -WEIGHTS, torch.zeros(3)):
         assert torch.equal(replayed(x), function(x))
 
@@ -108,24 +114,59 @@ def test_a_recording_replays_the_function_at_other_inputs() -> None:
         return (x @ y).tanh() * WEIGHTS.sum(), WEIGHTS.cumsum(0)
 
     generator = torch.Generator().manual_seed(0)
-    replayed = record(function, torch.zeros(2, 3), torch.zeros(3, 2))
+    replayed = replayed_by_python(function, torch.zeros(2, 3), torch.zeros(3, 2))
     for _ in range(3):
         x, y = torch.randn(2, 3, generator=generator), torch.randn(3, 2, generator=generator)
         for ours, true in zip(replayed(x, y), function(x, y), strict=True):
             assert torch.equal(ours, true)
 
 
+def test_a_factor_of_one_that_makes_another_type_stays() -> None:
+    """Proves that integers times 1.0, which are floats, do not stay integers."""
+    integers = torch.arange(3)
+    after, traced = find_operations(lambda x: x * 1.0, integers, drop_identities)
+    assert after == ["mul"] and traced(integers).dtype == torch.float32
+
+
 def test_constants_that_are_not_used_are_not_kept() -> None:
     """Proves that a recording does not hold what was folded on the way."""
-    kept = record(lambda x: x + (WEIGHTS.expand(50, 3) * 2).sum(), WEIGHTS)
-    constants = [node.output().toIValue() for node in kept.graph.findAllNodes("prim::Constant")]  # type: ignore[attr-defined]
-    assert sum(value.numel() for value in constants if isinstance(value, Tensor)) <= 3
+    traced, _ = record(lambda x: x + (WEIGHTS.expand(50, 3) * 2).sum(), WEIGHTS)
+    assert sum(value.numel() for value in traced.buffers()) <= 3
+
+
+def test_held_tensors_are_inputs() -> None:
+    """Proves that a graph has the present numbers of parameters, in their order, and writes into buffers."""
+    first, unused, second, buffer = (torch.full((3,), float(i)) for i in range(4))
+
+    def function(x: Tensor) -> Tensor:
+        buffer.add_(1)
+        return second * x + first
+
+    traced, used = record(function, INPUT, held=[first, unused, second, buffer])
+    assert sorted(used) == [0, 2, 3] and buffer[0] == 4
+    held = [torch.tensor([7.0]), None, torch.tensor([2.0]), torch.zeros(3)]
+    assert torch.allclose(in_python(traced)(*(held[i] for i in used), WEIGHTS), 2 * WEIGHTS + 7)
+    assert torch.equal(held[3], torch.ones(3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("read", [Tensor.item, float, bool, Tensor.tolist], ids=["item", "float", "bool", "tolist"])
+def test_a_held_tensor_that_is_read_is_refused(read: Any) -> None:
+    """Proves that the number of a parameter cannot become a constant of a graph, although that of a constant may."""
+    scale = torch.tensor(2.0)
+
+    def function(x: Tensor) -> Tensor:
+        number = read(scale)
+        return x * number
+
+    with pytest.raises(NotRecordableError, match="as a number of Python"):
+        record(function, INPUT, held=[scale])
+    assert torch.equal(replayed_by_python(function, INPUT)(WEIGHTS), function(WEIGHTS))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of the process as Linux tells it")
 def test_a_recording_that_nobody_holds_takes_no_memory() -> None:
-    """Proves that memory is flat over recordings, each of which once stayed for the life of the process (2 MB here)."""
+    """Proves that memory is flat over recordings."""
 
     def deep(x: Tensor) -> Tensor:
         for _ in range(100):
@@ -139,8 +180,8 @@ def test_a_recording_that_nobody_holds_takes_no_memory() -> None:
     sizes = []
     for _ in range(9):
         with torch.no_grad():
-            replayed = record(deep, INPUT)
-            for _ in range(3):  # TorchScript specialises what it runs several times
+            replayed = replayed_by_python(deep, INPUT)
+            for _ in range(3):
                 replayed(INPUT)
         del replayed
         sizes.append(used())
@@ -148,7 +189,7 @@ def test_a_recording_that_nobody_holds_takes_no_memory() -> None:
 
 
 def test_recording_warns_of_nothing() -> None:
-    """Proves that PyTorch's word on its deprecated tracer does not reach the user, and other warnings still do."""
+    """Proves that no word of PyTorch on its tracers reaches the user, and other warnings still do."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         record(lambda x: x * 2, WEIGHTS)
@@ -156,8 +197,14 @@ def test_recording_warns_of_nothing() -> None:
             record(lambda x: warnings.warn("the user's own", stacklevel=1), WEIGHTS)
 
 
-def test_the_gradient_of_a_convolution_stays_in_python() -> None:
-    """Proves that a graph that TorchScript does not take runs all the same."""
+def test_operations_whose_method_has_another_order_are_replayed() -> None:
+    """Proves it for ``where``, a method of its second argument."""
+    x = torch.tensor([-1.0, 2.0, -3.0])
+    assert torch.equal(replayed_by_python(lambda x: torch.where(x > 0, x, -2 * x), INPUT)(x), torch.tensor([2.0, 2, 6]))
+
+
+def test_the_gradient_of_a_convolution_is_replayed() -> None:
+    """Proves it for an operation that is no method of a tensor."""
     kernel = torch.randn(2, 1, 3, 3, generator=torch.Generator().manual_seed(0))
 
     def loss(x: Tensor) -> Tensor:
@@ -165,6 +212,4 @@ def test_the_gradient_of_a_convolution_stays_in_python() -> None:
 
     gradient = torch.func.grad(loss)
     x = torch.randn(1, 1, 5, 5, generator=torch.Generator().manual_seed(1))
-    traced = make_fx(gradient)(x)
-    assert script(traced, (x,)) is traced
-    torch.testing.assert_close(record(gradient, x)(2 * x), gradient(2 * x))
+    torch.testing.assert_close(replayed_by_python(gradient, x)(2 * x), gradient(2 * x))
