@@ -59,6 +59,8 @@ class DrawSource:
         self.model, self.guide, self.example, self.store = model, guide, example, store
         #: what gives draws their statistics of normalisation layers, where that is not how they were stored
         self.gathered: Statistics | None = None
+        #: whether stored draws are lent without a copy, since the network was seen not to write into its weights
+        self.lends_views = False
         #: in the place of the function of a model of this package
         self.function: Function | None = None
 
@@ -123,11 +125,18 @@ class DrawSource:
     def indexed_groups(
         self, n: int, seed: int | None = None, *, example: Inputs = None
     ) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
-        """As :meth:`groups`, with the positions ``[size]`` of stored draws; ``None`` when a guide makes the draws."""
+        """As :meth:`groups`, with the positions ``[size]`` of stored draws; ``None`` when a guide makes the draws.
+
+        All stored draws are views of these where ``lends_views``.
+        """
         for start, size, own_seed in self._plan(n, seed):
             if self.stored is not None:
                 index = torch.linspace(0, len(self.stored) - 1, n).round().long()[start : start + size]
-                draws = {name: value[index.to(value.device)] for name, value in self.stored.draws().items()}
+                some = slice(start, start + size) if n == len(self.stored) and self.lends_views else index
+                draws = {
+                    name: value[some if isinstance(some, slice) else some.to(value.device)]
+                    for name, value in self.stored.draws().items()
+                }
                 yield self._held(draws), index
             else:
                 yield self._values(size, self._trace(size, own_seed, example)), None

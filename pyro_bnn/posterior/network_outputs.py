@@ -70,9 +70,18 @@ def predict_network(
         for group, index in source.indexed_groups(count, seed, example=x):
             if model.site("noise") in group:
                 noise.append(group[model.site("noise")])
+            before = _versions(group)
             for part in source.statistics.parts(model, group, index):
                 outputs.append(network_outputs(model, part, x, source.num_members, batch_size, source.function))
+            source.lends_views = before is not None and before == _versions(group)
     return Prediction(torch.cat(outputs), model.likelihood, torch.cat(noise) if noise else None)
+
+
+def _versions(draws: dict[str, Tensor]) -> list[int] | None:
+    """Numbers that change with each write into a draw; ``None`` for tensors that have none."""
+    if any(value.is_inference() for value in draws.values()):
+        return None
+    return [value._version for value in draws.values()]
 
 
 def network_outputs(

@@ -37,3 +37,34 @@ def test_evaluation_predicts_with_the_statistics_that_were_asked_for() -> None:
     torch.testing.assert_close(posterior.networks(1, seed=0)[0](x), posterior.predict(x, 1, seed=0).outputs[0, 0])
     posterior.recompute_statistics(None)
     assert evaluate(posterior, (x, y), seed=0)["nll"] == pytest.approx(before, rel=1e-5)
+
+
+class Rounding(nn.Module):
+    """A network that writes into its weight in each pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            self.layer.weight.mul_(0.5)
+        f: torch.Tensor = self.layer(x)
+        return f
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_network_that_writes_into_its_weights_does_not_change_stored_draws(writes: bool) -> None:
+    """Proves that stored draws are lent without a copy only after the network was seen not to write into them."""
+    torch.manual_seed(0)
+    x, y = torch.randn(40, 3), torch.randint(0, 2, (40,))
+    model = Dense(Rounding() if writes else nn.Linear(3, 2), pb.likelihoods.Categorical(), 40)
+    draws = {site.name: torch.randn(4, *site.shape) for site in model.sites()}
+    posterior = pb.Posterior.from_draws(model, {name: value.clone() for name, value in draws.items()})
+    first = posterior.predict(x).outputs
+    for _ in range(3):
+        assert torch.equal(posterior.predict(x).outputs, first)
+        evaluate(posterior, (x, y), batch_size=8, seed=0)
+    for name, value in posterior.draws(4).items():
+        assert torch.equal(value[:, 0], draws[name])
+    assert posterior.draw_source.lends_views is not writes
