@@ -508,3 +508,36 @@ def test_a_step_of_the_objective_in_a_cuda_graph() -> None:
     torch.testing.assert_close(loss, expected)
     for gradient, p in zip(captured, objective.trained(), strict=True):
         torch.testing.assert_close(gradient, p.grad)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("precision", [None, "bf16"])
+@pytest.mark.parametrize("method", ["rank1", "dense"])
+def test_compiled_work_on_a_gpu(method: str, precision: Any) -> None:
+    """Proves that compiled training, sampling and prediction on a real device are those of the models themselves."""
+    x, y = torch.randn(96, 3, 8, 8), torch.randint(3, (96,))
+    found = []
+    for compile in (True, False):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).cuda()
+        model = (Rank1 if method == "rank1" else Dense)(net, pb.likelihoods.Categorical(), 96)
+        guide = Rank1Guide(model, components=2) if isinstance(model, Rank1) else MeanFieldGuide(model)
+        options: dict[str, Any] = {"precision": precision, "compile": compile, "kl_annealing": 2}
+        posterior = pb.inference.fit(model, guide, (x, y), epochs=4, batch_size=32, progress=False, seed=0, **options)
+        if compile:
+            posterior.compile()
+        probs = posterior.predict(x, num_samples=2, seed=1).probs
+        chain = pb.inference.SGHMC(
+            Dense(copy.deepcopy(net), pb.likelihoods.Categorical(), 96),
+            (x, y),
+            step_size=0.01,
+            friction=0.1,
+            compile=compile,
+        )
+        draws = pb.inference.sample(chain, 3, 1, seed=0, progress=False).draws(3)
+        found.append((torch.tensor(posterior.losses), probs, *draws.values()))
+    assert found[0][1].is_cuda
+    size = 1e-3 if precision is None else 5e-2
+    for ours, true in zip(*found, strict=True):
+        torch.testing.assert_close(ours, true, rtol=size, atol=size)

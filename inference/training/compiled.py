@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from pyro_bnn.distributed import Processes
@@ -59,9 +60,17 @@ class CompiledStep:
         if found is None:
             return None
         losses, *gradients = found
+        seen: set[int] = set()
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            if gradient is None:
+                continue
+            if parameter.grad is not None:
+                parameter.grad += gradient
+            elif gradient.data_ptr() in seen or 0 in gradient.stride():  # .grad is written into by who clips it
+                parameter.grad = gradient.clone(memory_format=torch.contiguous_format)
+            else:
+                parameter.grad = gradient
+            seen.add(gradient.data_ptr())
         return losses
 
     def _with_gradients(self, *inputs: object) -> Results:

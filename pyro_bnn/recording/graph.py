@@ -39,8 +39,8 @@ class NotRecordableError(Exception):
 def record(function: Callable[..., Any], *inputs: Tensor, held: Sequence[Tensor] = ()) -> tuple[GraphModule, list[int]]:
     """The operations that ``function`` runs on these inputs, for other inputs of the same shapes.
 
-    Everything else that the function reads becomes a constant. Results may share memory with inputs and constants:
-    copy them before writing into them.
+    Everything else that the function reads becomes a constant. Results share no memory with inputs and constants, so
+    that they may be written into; two results that are always equal may be one tensor.
 
     :param held: tensors that the function reads, and perhaps writes into, and that are no constants: parameters.
     :return: the graph, whose inputs are those of ``held`` that the function uses, by their indices in the second
@@ -54,6 +54,7 @@ def record(function: Callable[..., Any], *inputs: Tensor, held: Sequence[Tensor]
         fill_shapes(traced)
         fold_constants(traced)
         drop_identities(traced)
+    copy_shared_results(traced)
     traced.graph.eliminate_dead_code()
     return GraphModule(traced, traced.graph), used  # a new module drops unused constants
 
@@ -131,6 +132,26 @@ def drop_identities(traced: GraphModule) -> None:
         elif node.target in (aten.pow.Tensor_Scalar, aten.mul.Scalar, aten.mul.Tensor) and _is_one(node.args[1]):
             if _value(node.args[0]).dtype == _value(node).dtype:
                 node.replace_all_uses_with(node.args[0])
+
+
+def copy_shared_results(traced: GraphModule) -> None:
+    """Copies results that are inputs or constants, or views of these."""
+    (output,) = traced.graph.find_nodes(op="output")
+    for result in dict.fromkeys(output.all_input_nodes):
+        source = result
+        while isinstance(source.target, OpOverload) and _is_view(source.target):
+            source = source.args[0]
+        if source.op in ("placeholder", "get_attr"):
+            with traced.graph.inserting_before(output):
+                copied = traced.graph.call_function(torch.ops.aten.clone.default, (result,))
+            copied.meta |= result.meta
+            output.replace_input_with(result, copied)
+
+
+def _is_view(operation: OpOverload) -> bool:
+    """Whether the result of an operation shares the memory of its first argument."""
+    returns = operation._schema.returns
+    return len(returns) > 0 and returns[0].alias_info is not None
 
 
 def _is_one(factor: object) -> bool:

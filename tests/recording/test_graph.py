@@ -134,6 +134,25 @@ def test_constants_that_are_not_used_are_not_kept() -> None:
     assert sum(value.numel() for value in traced.buffers()) <= 3
 
 
+def test_results_may_be_written_into() -> None:
+    """Proves that no result is an input, a constant, a held tensor or a view of one."""
+    parameter = torch.ones(3)
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return x, x.view(3, 1), WEIGHTS * 1, WEIGHTS.expand(2, 3), parameter, parameter[:2], x.exp().view(1, 3)
+
+    traced, used = record(function, INPUT, held=[parameter])
+    assert used == [0]
+    x = torch.tensor([0.5, -1.0, 2.0])
+    for _ in range(2):
+        results = in_python(traced)(parameter, x)
+        for result, true in zip(results, function(x), strict=True):
+            assert torch.equal(result, true)
+        for result in results:
+            result.mul_(3)
+    assert torch.equal(parameter, torch.ones(3)) and WEIGHTS[0] == 1 and x[0] == 0.5
+
+
 def test_held_tensors_are_inputs() -> None:
     """Proves that a graph has the present numbers of parameters, in their order, and writes into buffers."""
     first, unused, second, buffer = (torch.full((3,), float(i)) for i in range(4))

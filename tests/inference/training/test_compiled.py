@@ -140,6 +140,40 @@ def test_frozen_weights_and_weights_without_a_gradient_stay() -> None:
     require_same(one, other, 1e-5)
 
 
+class Twins(nn.Module):
+    """Three parameters, of which two have the same gradient and one has itself as its gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+        self.third = nn.Parameter(torch.full((3,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((self.first + self.second) * x).sum() + self.third.square().sum() / 2 + self.third[0].expand(3).sum()
+
+
+@needs_compiler
+def test_gradients_may_be_written_into() -> None:
+    """Proves that who clips or unscales a gradient in place changes no other, no parameter and no later step."""
+    net, x = Twins(), torch.tensor([1.0, 2.0, 3.0])
+
+    def differentiate(x: Tensor) -> Tensor:
+        loss: Tensor = net(x)
+        loss.backward()
+        return loss
+
+    step = compiled.CompiledStep(differentiate, list(net.parameters()), [net], verifies_epochs=False)
+    for _ in range(3):
+        for parameter in net.parameters():
+            parameter.grad = None
+        assert step(x) is not None
+        for parameter in net.parameters():
+            parameter.grad.mul_(10)  # type: ignore[union-attr]
+        for parameter, true in zip(net.parameters(), (10 * x, 10 * x, torch.tensor([50.0, 20, 20])), strict=True):
+            torch.testing.assert_close(parameter.grad, true)
+        torch.testing.assert_close(net.third.detach(), torch.full((3,), 2.0))
+
+
 @needs_compiler
 @pytest.mark.parametrize("sequential", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_particles_are_the_same(sequential: bool, graphs: list[Recorded]) -> None:
