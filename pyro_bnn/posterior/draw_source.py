@@ -270,8 +270,8 @@ class DrawSource:
         shapes = {s.name: s.shape for s in model.sites()}
         plates = (n,) + (1,) * -model.members_dim
         draws = {
-            name: v.expand(torch.broadcast_shapes(v.shape, plates + shapes[name])).reshape((n, -1) + shapes[name])
-            for name, v in values[0].items()
+            name: _broadcast(value, plates + shapes[name]).reshape((n, -1) + shapes[name])
+            for name, value in values[0].items()
             if name in shapes
         }
         return self._held(draws)
@@ -291,6 +291,13 @@ def in_groups(n: int, elements: int, seed: int | None = None) -> Iterator[tuple[
     starts = range(0, n, group)
     for start, own_seed in zip(starts, derive_seeds(seed, len(starts)), strict=True):
         yield start, min(group, n - start), own_seed
+
+
+def _broadcast(value: Tensor, shape: torch.Size) -> Tensor:
+    """The value with the axes of a shape, each as long as the longer of both."""
+    if value.dim() == len(shape) and all(n in (1, own) for own, n in zip(value.shape, shape, strict=True)):
+        return value  # most are: torch.broadcast_shapes takes 40 microseconds
+    return value.expand(torch.broadcast_shapes(value.shape, shape))
 
 
 def with_members(model: Program, draws: dict[str, Tensor]) -> dict[str, Tensor]:
