@@ -1,11 +1,10 @@
 """Stochastic-gradient Markov chains, and ``sample``, which runs them.
 
-``kernel`` is what all kernels share, on ``streams`` of minibatches and the ``gradient`` of a potential, which
-``graphs`` records for small models; ``sghmc`` is SGHMC and SGLD, with ``preconditioners`` and ``noise``.
-``recorded`` decides when a recording is used. The folder ``tuned`` finds the settings of SGHMC in warm-up, and
-``agreement`` says at the end whether chains agree. The folder ``spike_and_slab`` has the kernels for spike-and-slab
-sites, SGHMC within EM and the update that Ke and Fan released, with the rules of ``pruning``. ``draw_files`` has draws
-on disk as they come.
+``kernel`` is what all kernels share, on ``streams`` of minibatches and the ``gradient`` of a potential, which is
+recorded for small models (:mod:`pyro_bnn.recording`); ``sghmc`` is SGHMC and SGLD, with ``preconditioners`` and
+``noise``. The folder ``tuned`` finds the settings of SGHMC in warm-up, and ``agreement`` says at the end whether chains
+agree. The folder ``spike_and_slab`` has the kernels for spike-and-slab sites, SGHMC within EM and the update that Ke
+and Fan released, with the rules of ``pruning``. ``draw_files`` has draws on disk as they come.
 """
 
 from pyro_bnn.inference.sgmcmc.draw_files import load_stream

@@ -246,8 +246,9 @@ class SVGD:
         if self._compiled is not None:
             for parameter in (*particles.blocks, *particles.shared):
                 parameter.grad = None
-            both = particles.blocks[0].new_full((), gamma), torch.as_tensor(weight)
-            found = self._compiled(*both, *args)
+            scalar = particles.blocks[0].detach().new_full
+            factor = weight if isinstance(weight, Tensor) else scalar((), weight)
+            found = self._compiled(scalar((), gamma), factor, *args)
             if found is not None:
                 return found
         return particles.backward(args, gamma, weight)

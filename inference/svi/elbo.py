@@ -49,6 +49,10 @@ class ScaleLatents(Messenger):
     def __repr__(self) -> str:
         return display.call(self, scale=self.scale, per_member=self.per_member)
 
+    def __enter__(self) -> Any:
+        self._products.clear()  # of a tensor that may have been written into since
+        return super().__enter__()
+
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or type(msg["fn"]).__name__ == "_Subsample":
             return

@@ -50,6 +50,7 @@ def record(function: Callable[..., Any], *inputs: Tensor, held: Sequence[Tensor]
     with _NoReads(held):
         traced = make_fx(function)(*inputs)
     used = _lift(traced, held)
+    draw_in_memory_order(traced)
     if not writes_in_place(traced):  # a tensor that is written into is not a constant
         fill_shapes(traced)
         fold_constants(traced)
@@ -132,6 +133,35 @@ def drop_identities(traced: GraphModule) -> None:
         elif node.target in (aten.pow.Tensor_Scalar, aten.mul.Scalar, aten.mul.Tensor) and _is_one(node.args[1]):
             if _value(node.args[0]).dtype == _value(node).dtype:
                 node.replace_all_uses_with(node.args[0])
+
+
+def draw_in_memory_order(traced: GraphModule) -> None:
+    """Draws the zeros of a dropout for a tensor with permuted axes in the order in which these lie in its memory.
+
+    On a CPU ``t.bernoulli_()`` fills the memory of t from its beginning. A compiler that lays t out in another way would
+    give each element the draw of another. So a tensor with its axes in the order of memory is filled, and permuted.
+    """
+    aten = torch.ops.aten
+    for node in traced.graph.nodes:
+        if node.target is not aten.bernoulli_.float or _value(node).device.type != "cpu":
+            continue
+        value = _value(node)
+        order = sorted(range(value.dim()), key=lambda axis: -value.stride()[axis])
+        lengths = [value.shape[axis] for axis in order]
+        is_dense = [value.stride()[axis] for axis in order] == [*torch.empty(lengths, device="meta").stride()]
+        if value.is_contiguous() or not is_dense:
+            continue
+        with traced.graph.inserting_before(node):
+            kind = {"dtype": value.dtype, "device": value.device}
+            fresh = traced.graph.call_function(aten.empty.memory_format, (lengths,), kind)
+            drawn = traced.graph.call_function(node.target, (fresh, *node.args[1:]), node.kwargs)
+            back = [order.index(axis) for axis in range(value.dim())]
+            permuted = traced.graph.call_function(aten.permute.default, (drawn, back))
+        for made in (fresh, drawn):
+            made.meta["val"] = torch.empty(lengths, dtype=value.dtype, device="meta")
+        permuted.meta |= node.meta
+        node.replace_all_uses_with(permuted)
+        traced.graph.erase_node(node)
 
 
 def copy_shared_results(traced: GraphModule) -> None:

@@ -153,6 +153,24 @@ def test_results_may_be_written_into() -> None:
     assert torch.equal(parameter, torch.ones(3)) and WEIGHTS[0] == 1 and x[0] == 0.5
 
 
+def test_dropout_of_permuted_tensors_is_that_of_their_memory() -> None:
+    """Proves that a seed drops the elements that torch drops, whatever a compiler makes of the layout."""
+    aten = torch.ops.aten
+
+    def function(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.nn.functional.dropout(x.permute(2, 0, 1), 0.3), torch.nn.functional.dropout(x, 0.3)
+
+    x = torch.rand(3, 4, 5)
+    traced, _ = record(function, x)
+    filled = [n.args[0].target for n in traced.graph.nodes if n.target is aten.bernoulli_.float]
+    assert filled == [aten.empty.memory_format, aten.empty_like.default]
+    torch.manual_seed(0)
+    ours = in_python(traced)(x)
+    torch.manual_seed(0)
+    for one, true in zip(ours, function(x), strict=True):
+        assert torch.equal(one, true)
+
+
 def test_held_tensors_are_inputs() -> None:
     """Proves that a graph has the present numbers of parameters, in their order, and writes into buffers."""
     first, unused, second, buffer = (torch.full((3,), float(i)) for i in range(4))

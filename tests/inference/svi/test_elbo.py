@@ -615,6 +615,23 @@ def test_annealing_scales_the_divergence_alone(mixture_kl: Any, prior: Any) -> N
         assert value == pytest.approx(p.likelihood + p.log_weights - beta * p.kl, rel=1e-6)
 
 
+@pytest.mark.parametrize("mixture_kl", ["mean", "sum", "kt"])
+@pytest.mark.parametrize("prior", [PRIORS[0], PRIORS[4], PRIORS[6]], ids=name_of)
+def test_annealing_by_a_tensor_is_that_by_its_number(mixture_kl: Any, prior: Any) -> None:
+    """Proves it for one handler whose tensor is written into between losses, as compiled steps need it."""
+    x, y = data()
+    model, guide = rank1(prior, member_bias=mixture_kl != "kt")
+    beta = torch.ones((), dtype=torch.float64)
+    handler = ScaleLatents(beta)
+    for number in (0.3, 1.0, 2.0):
+        beta.fill_(number)
+        with handler:
+            value, _ = at_seed(MixtureELBO(mixture_kl), model, guide, x[:3], y[:3])
+        with ScaleLatents(number):
+            true, _ = at_seed(MixtureELBO(mixture_kl), model, guide, x[:3], y[:3])
+        assert value == pytest.approx(true, rel=1e-12)
+
+
 @pytest.mark.parametrize("kind", [AutoNormal, AutoLowRankMultivariateNormal])
 def test_annealing_of_an_autoguide(kind: Any) -> None:
     """Guides with auxiliary sites too: with beta = 0 only the likelihood is left."""

@@ -49,6 +49,23 @@ def with_statistics() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.3), nn.Linear(5, 3))
 
 
+def with_attention() -> nn.Module:
+    """A layer of a transformer, whose dropout acts on tensors with permuted axes, and which normalises."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.2)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x[:, :, None].expand(-1, -1, 4).transpose(0, 1)
+            f: Tensor = self.head(self.layer(tokens).mean(0))
+            return f
+
+    return Encoder()
+
+
 def data() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return torch.randn(ROWS, 6, generator=generator), torch.randint(3, (ROWS,), generator=generator)
@@ -104,8 +121,10 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
         pytest.param(dense, with_statistics, {"precision": "bf16"}, 2e-2, marks=pytest.mark.slow),
         pytest.param(rank1, plain, {"accumulate": 2}, 1e-5, marks=pytest.mark.slow),
         pytest.param(rank1, with_statistics, {"kl_annealing": 2.0}, 1e-5, marks=pytest.mark.slow),
+        pytest.param(rank1, with_attention, {}, 1e-4, marks=pytest.mark.slow),
+        (dense, with_attention, {}, 1e-4),
     ],
-    ids=["mean field", "half precision", "accumulated", "rank-1"],
+    ids=["mean field", "half precision", "accumulated", "rank-1", "rank-1 attention", "attention"],
 )
 def test_a_compiled_training_is_the_same(
     build: Any, net: Any, options: dict[str, Any], size: float, graphs: list[Recorded]
