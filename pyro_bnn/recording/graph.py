@@ -138,7 +138,7 @@ def drop_identities(traced: GraphModule) -> None:
 def draw_in_memory_order(traced: GraphModule) -> None:
     """Draws the zeros of a dropout for a tensor with permuted axes in the order in which these lie in its memory.
 
-    On a CPU ``t.bernoulli_()`` fills the memory of t from its beginning. A compiler that lays t out in another way would
+    On a CPU ``t.bernoulli_()`` fills the memory of t from its beginning. A compiler that lays t out otherwise would
     give each element the draw of another. So a tensor with its axes in the order of memory is filled, and permuted.
     """
     aten = torch.ops.aten
