@@ -6,8 +6,10 @@ Half a minute of this file is the compiler's.
 from __future__ import annotations
 
 import shutil
+import sysconfig
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -24,7 +26,9 @@ from pyro_bnn.models import Bella, Dense, MeanFieldGuide, ParticleGuide, Rank1, 
 from pyro_bnn.posterior import Posterior
 from pyro_bnn.recording.recorded import Recorded
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+#: torch.compile builds extensions of Python
+HAS_COMPILER = shutil.which("g++") is not None and Path(sysconfig.get_path("include"), "Python.h").exists()
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="torch.compile needs a C++ compiler and Python's headers")
 ROWS = 40
 
 
