@@ -111,7 +111,10 @@ class Gradient:
         found = []
         for i, row in enumerate(self.theta.detach()):
             leaf = row.clone().requires_grad_()
-            own = pytree.tree_map(lambda t, i=i: t[i] if self._own_batches and isinstance(t, Tensor) else t, batch)
+            # shared rows are copied, as a network may write into its input
+            own = pytree.tree_map(
+                lambda t, i=i: (t[i] if self._own_batches else t.clone()) if isinstance(t, Tensor) else t, batch
+            )
             energy = self.potential.energy(self.potential.split(leaf), own, self.kwargs, self.power)
             found.append((torch.autograd.grad(energy, leaf)[0], energy.detach()))
         gradients, energies = (torch.stack(part) for part in zip(*found, strict=True))

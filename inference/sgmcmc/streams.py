@@ -95,7 +95,10 @@ class Streams:
         """The next minibatch of the first chain alone."""
         if self._batches is None:
             return self._arguments
-        return self.first if self._is_whole else self._batches.take(*self._rows(self._batches, 0))
+        if self._is_whole:  # taken anew, as a network may write into its input
+            (rows,) = self.every_row(self._batches.size or 1)
+            return rows
+        return self._batches.take(*self._rows(self._batches, 0))
 
     @property
     def is_in_memory(self) -> bool:

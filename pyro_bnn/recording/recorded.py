@@ -160,9 +160,9 @@ class Recorded:
         """The function as a graph of tensor operations, compared with the function itself before it is used."""
         run = self._of_tensors(leaves, spec)
         with _same_random_state(leaves, held), _same_buffers(held):
-            run(*_tensors(leaves))  # so that what the model builds once is not part of the graph
+            run(*_copies(leaves))  # so that what the model builds once is not part of the graph
             before = self._of_python()
-            traced, used = record(run, *_tensors(leaves), held=held)
+            traced, used = record(run, *_copies(leaves), held=held)
             if self._of_python() != before:
                 raise NotRecordableError(
                     "each call draws random numbers of Python or NumPy, or changes a number that a module keeps "
@@ -181,13 +181,13 @@ class Recorded:
         return numbers, random.getstate(), of_numpy[1].tobytes(), of_numpy[2]
 
     def _compare(self, graph: _Graph, leaves: list[object], spec: object, held: list[Tensor]) -> None:
-        def replay(*_: Tensor) -> Results:
-            return _replay(graph, held, leaves)
+        def replay(*tensors: Tensor) -> Results:
+            return _replay(graph, held, list(tensors))
 
         results = []
         for function in (replay, self._of_tensors(leaves, spec)):
             with _same_random_state(leaves, held), _same_buffers(held) as buffers:
-                found = function(*_tensors(leaves))
+                found = function(*_copies(leaves))
                 results.append([*found, *(buffer.clone() for buffer in buffers)])
         for ours, true in zip(*results, strict=True):
             if true is None or ours is None:
@@ -209,6 +209,11 @@ def _replay(graph: _Graph, held: list[Tensor], leaves: list[object]) -> Results:
 
 def _tensors(leaves: list[object]) -> list[Tensor]:
     return [t for t in leaves if isinstance(t, Tensor)]
+
+
+def _copies(leaves: list[object]) -> list[Tensor]:
+    """Of the tensors, for calls that are not the caller's: a network may write into its input."""
+    return [tensor.detach().clone() for tensor in _tensors(leaves)]
 
 
 def _same_random_state(leaves: list[object], held: list[Tensor]) -> AbstractContextManager[None]:

@@ -108,6 +108,28 @@ def test_what_changes_between_calls_is_noticed() -> None:
         assert run(X) is None
 
 
+class Halving(nn.Module):
+    """A network that writes into its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        f: Tensor = self.layer(x.mul_(0.5))
+        return f
+
+
+def test_an_input_is_written_into_once_a_call() -> None:
+    """Proves that recording and comparing work on copies, and that a replay writes as the network does."""
+    net, x = Halving(), X.clone()
+    run = Recorded(lambda x: (net(x),), "the network", True, programs=[net], verify_every=1)
+    for i in range(1, 4):
+        (found,) = run(x) or (None,)
+        assert torch.equal(x, X * 0.5**i)
+        torch.testing.assert_close(found, net.layer(x).detach())
+
+
 def test_a_comparison_leaves_no_trace() -> None:
     """Proves that recording and verifying draw no random numbers of the caller, and move no statistics."""
     net = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5))

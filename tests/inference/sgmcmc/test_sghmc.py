@@ -474,6 +474,35 @@ def test_every_chain_goes_through_the_data_on_its_own() -> None:
         sample(SGHMC(model, loader, step_size=0.1, friction=0.1), 2, num_chains=3, progress=False)
 
 
+@pytest.mark.filterwarnings("ignore:.*could not be:UserWarning")
+@pytest.mark.parametrize("chains", [1, 2])
+@pytest.mark.parametrize("capture", [False, "auto"])
+def test_all_rows_are_those_of_the_data_at_every_step(chains: int, capture: Any) -> None:
+    """Proves that a network that writes into its input has the chain of one that does not, where batches are all rows.
+
+    All rows are one batch, which is not made anew for every step.
+    """
+
+    class Halving(nn.Module):
+        def __init__(self, writes: bool) -> None:
+            super().__init__()
+            self.layer, self.writes = nn.Linear(3, 1), writes
+
+        def forward(self, x: Tensor) -> Tensor:
+            f: Tensor = self.layer(x.mul_(0.5) if self.writes else x * 0.5)
+            return f
+
+    x, y = torch.randn(20, 3).double(), torch.randn(20, 1).double()
+    found = []
+    for writes in (True, False):
+        torch.manual_seed(0)
+        model = Dense(Halving(writes).double(), pb.likelihoods.Gaussian(1.0), 20)
+        kernel = SGHMC(model, (x, y), step_size=0.1, friction=0.1, batch_size=20, capture=capture, thinning=3)
+        found.append(sample(kernel, 4, 1, num_chains=chains, seed=0, progress=False).draws(4 * chains))
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.filterwarnings("error")
 def test_networks_with_convolutions_are_recorded() -> None:
     """Proves that the chain of a small convolutional network is the same from the recording and from the model."""
