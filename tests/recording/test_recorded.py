@@ -68,6 +68,16 @@ def test_each_form_has_a_graph_and_no_more() -> None:
     assert len(run) == MAX_GRAPHS and run(X, 50) is None and run.is_on
 
 
+def test_autocast_is_a_form() -> None:
+    """Proves that a graph of full precision is not replayed where half is asked for."""
+    net = nn.Linear(3, 1)
+    run = recorded(net)
+    run(X)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = run(X) or (None,)
+    assert len(run) == 2 and found is not None and found.dtype == torch.bfloat16
+
+
 def of_python(x: Tensor) -> Tensor:
     return x * random.random()
 

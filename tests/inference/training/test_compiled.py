@@ -197,6 +197,17 @@ def test_gradients_may_be_written_into() -> None:
         torch.testing.assert_close(net.third.detach(), torch.full((3,), 2.0))
 
 
+def test_results_that_are_one_tensor_become_gradients_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves it for one result of two parameters, and for one whose elements lie in one place."""
+    net, both = Twins(), torch.ones(3)
+    step = compiled.CompiledStep(lambda: both, list(net.parameters()), [net], verifies_epochs=False)
+    monkeypatch.setattr(step, "_recorded", lambda: (both.sum(), both, both, torch.ones(1).expand(3)))
+    step()
+    for parameter in net.parameters():
+        parameter.grad.mul_(10)  # type: ignore[union-attr]
+        assert torch.equal(parameter.grad, torch.full((3,), 10.0))  # type: ignore[arg-type]
+
+
 @needs_compiler
 @pytest.mark.parametrize("sequential", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_particles_are_the_same(sequential: bool, graphs: list[Recorded]) -> None:
