@@ -32,6 +32,8 @@ def milliseconds_a_layer(own: Seconds, _: Seconds) -> float:
 def layer_ways() -> dict[str, Build]:
     steps: dict[str, Callable[[Task], Step]] = {PLAIN: plain}
     steps |= {f"{OURS}, rank-1, {prior}": partial(rank1.ours, prior=prior) for prior in rank1.PRIORS}
+    compiled = rank1.ours_compiled
+    steps |= {f"{OURS}, rank-1, {prior}, {COMPILED}": partial(compiled, prior=prior) for prior in rank1.PRIORS}
     steps |= {
         f"{OURS}, Dense": mean_field.ours,
         f"{OURS}, Dense, {COMPILED}": mean_field.ours_compiled,

@@ -14,10 +14,10 @@ import pyro_bnn as pb
 from pyro_bnn.inference import SVGD
 from pyro_bnn.models import Bella, ParticleGuide
 from tests.benchmarks import particles
-from tests.benchmarks.peers.row import OURS, PLAIN, Build
+from tests.benchmarks.peers.row import COMPILED, OURS, PLAIN, Build
 from tests.benchmarks.peers.tasks import Task
 from tests.benchmarks.peers.tasks import plain as plain_step
-from tests.benchmarks.training_step import NUM_DATA, Step, stepper
+from tests.benchmarks.training_step import COMPARED, NUM_DATA, Step, stepper
 
 PARTICLES, RANK = 5, 4
 
@@ -55,6 +55,23 @@ def ours(sequential: Any) -> Step:
     return lambda: engine.step(x, y)
 
 
+def ours_compiled(sequential: bool) -> Step:
+    """A step of ``SVGD.fit(..., compile=True)`` between two comparisons with the model."""
+    from pyro_bnn.inference.training.options import checked  # which an older checkout does not have
+
+    x, y = batch()
+    model = Bella(Encoder(), pb.likelihoods.Categorical(), NUM_DATA, rank=RANK, head="head")
+    engine: Any = SVGD(model, ParticleGuide(model, PARTICLES), sequential=sequential)
+    engine.step(x, y)
+    particles, _, _ = engine._parts_there
+    engine._compile(checked({"compile": True}, "SVGD.fit"), particles)
+    for _ in range(COMPARED):
+        engine.step(x, y)
+    if not len(engine._compiled):
+        raise RuntimeError("the step was not compiled")
+    return lambda: engine.step(x, y)
+
+
 def of_peft() -> Step:
     """One step of each model, one after the other: no repulsion between them."""
     from peft import LoraConfig, get_peft_model
@@ -81,6 +98,8 @@ ENCODER_WAYS: dict[str, Build] = {
     OURS: partial(ours, "auto"),
     f"{OURS}, sequential=True": partial(ours, True),
     f"{OURS}, sequential=False": partial(ours, False),
+    f"{OURS}, sequential=True, {COMPILED}": partial(ours_compiled, True),
+    f"{OURS}, sequential=False, {COMPILED}": partial(ours_compiled, False),
     f"PEFT, {PARTICLES} LoRA models in turn": of_peft,
 }
 
