@@ -514,11 +514,12 @@ def test_a_step_of_the_objective_in_a_cuda_graph() -> None:
 @needs_gpu
 @pytest.mark.parametrize("precision", [None, "bf16"])
 @pytest.mark.parametrize("method", ["rank1", "dense"])
-def test_compiled_work_on_a_gpu(method: str, precision: Any) -> None:
+@pytest.mark.parametrize("how", [True, "reduce-overhead"])
+def test_compiled_work_on_a_gpu(how: Any, method: str, precision: Any) -> None:
     """Proves that compiled training, sampling and prediction on a real device are those of the models themselves."""
     x, y = torch.randn(96, 3, 8, 8), torch.randint(3, (96,))
     found = []
-    for compile in (True, False):
+    for compile in (how, False):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).cuda()
         model = (Rank1 if method == "rank1" else Dense)(net, pb.likelihoods.Categorical(), 96)
@@ -526,7 +527,7 @@ def test_compiled_work_on_a_gpu(method: str, precision: Any) -> None:
         options: dict[str, Any] = {"precision": precision, "compile": compile, "kl_annealing": 2}
         posterior = pb.inference.fit(model, guide, (x, y), epochs=4, batch_size=32, progress=False, seed=0, **options)
         if compile:
-            posterior.compile()
+            posterior.compile("default" if compile is True else compile)
         probs = posterior.predict(x, num_samples=2, seed=1).probs
         chain = pb.inference.SGHMC(
             Dense(copy.deepcopy(net), pb.likelihoods.Categorical(), 96),

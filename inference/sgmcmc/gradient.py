@@ -11,6 +11,7 @@ from torch.func import grad_and_value, vmap
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
+from pyro_bnn.entry.checks import Compile
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.perturb.vectoriser import Vectoriser
 from pyro_bnn.program.model import BayesianNetwork
@@ -40,7 +41,7 @@ class Gradient:
         chains: int | None,
         own_batches: bool,
         capture: bool | Literal["auto"],
-        compile: bool = False,
+        compile: Compile = False,
     ) -> None:
         self.potential, self.chains, self.kwargs = potential, chains, kwargs
         self._own_batches = own_batches

@@ -49,7 +49,7 @@ class MinibatchKernel(MCMCKernel):
         thinning: int = 1,
         check_every: int = 100,
         capture: bool | Literal["auto"] = "auto",
-        compile: bool = False,
+        compile: checks.Compile = False,
     ) -> None:
         batch_size = checks.count("batch_size", batch_size)
         thinning = checks.count("thinning", thinning)
@@ -57,9 +57,11 @@ class MinibatchKernel(MCMCKernel):
         num_data = checks.optional(checks.count, "num_data", num_data)
         self.model, self.data = model, data
         self.batch_size, self.thinning, self.check_every = batch_size, thinning, check_every
-        self.capture, self.compile = checks.truth_or_auto("capture", capture), checks.truth("compile", compile)
+        self.capture, self.compile = checks.truth_or_auto("capture", capture), checks.compiling("compile", compile)
         if compile and capture is False:
-            raise ValueError("compile=True with capture=False: expected capture='auto', as a recording is compiled")
+            raise ValueError(
+                f"compile={compile!r} with capture=False: expected capture='auto', as a recording is compiled"
+            )
         self._asked_num_data = num_data
         self._users_start: dict[str, Tensor] | None = None
         self.chains: int | None = None

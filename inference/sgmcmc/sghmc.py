@@ -117,6 +117,7 @@ class SGHMC(MinibatchKernel):
         models most of their time; ``"auto"`` does so when the model is small and the recording is verified.
     :param compile: whether ``torch.compile`` makes machine code of the recording, of any size: some ten seconds for
         each form of minibatch, after which a step of a small model takes less. Where it cannot, it warns and goes on.
+        ``"reduce-overhead"`` launches it by CUDA graphs.
     :raises ValueError: for numbers out of range, a model without latents or with a discrete one, unknown N, or fewer
         than 200 steps of warm-up for ``step_size="auto"``.
     :raises FloatingPointError: when a chain diverges; the message names the site, and the kernel returns to its last
@@ -143,7 +144,7 @@ class SGHMC(MinibatchKernel):
         thinning: int | Literal["auto"] = "auto",
         check_every: int = 100,
         capture: bool | Literal["auto"] = "auto",
-        compile: bool = False,
+        compile: checks.Compile = False,
     ) -> None:
         is_tuned = isinstance(step_size, str) and step_size == "auto"
         if not is_tuned:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_bnn.distributed import Processes
+from pyro_bnn.entry.checks import Compile
 from pyro_bnn.inference.training.options import Training
 from pyro_bnn.recording.recorded import Recorded, Results
 
@@ -27,6 +28,7 @@ class CompiledStep:
     :param parameters: those that may get a gradient.
     :param programs: modules that ``differentiate`` runs.
     :param verifies_epochs: whether to compare at the first step of each epoch too, as callbacks may change a model.
+    :param compiles: ``"reduce-overhead"`` for CUDA graphs.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class CompiledStep:
         parameters: Sequence[Tensor],
         programs: Sequence[object],
         verifies_epochs: bool,
+        compiles: Compile = True,
     ) -> None:
         self._differentiate, self._parameters = differentiate, list(parameters)
         self._verifies_epochs = verifies_epochs
@@ -42,7 +45,7 @@ class CompiledStep:
             self._with_gradients,
             "a step of training",
             "auto",
-            compiles=True,
+            compiles=compiles,
             programs=programs,
             verify_every=VERIFY_EVERY,
             silence="compile=False",
@@ -105,4 +108,4 @@ def compiled_step(
             f"a step of training is not compiled, because {why_not}. compile=False silences this", stacklevel=4
         )
         return None
-    return CompiledStep(differentiate, parameters, programs, verifies_epochs=bool(options["callbacks"]))
+    return CompiledStep(differentiate, parameters, programs, bool(options["callbacks"]), options["compile"])

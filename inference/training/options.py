@@ -38,7 +38,7 @@ class Training(TypedDict, total=False):
     :param compile: whether ``torch.compile`` makes machine code of a step, loss and gradient, once for each form of
         batch: seconds for a small network, minutes for a large one, and a C++ compiler is needed. Draws are the same
         and results equal but for rounding. Where it cannot, it warns, and steps are those of the model itself; see
-        :class:`~pyro_bnn.inference.training.compiled.CompiledStep`.
+        :class:`~pyro_bnn.inference.training.compiled.CompiledStep`. ``"reduce-overhead"`` launches it by CUDA graphs.
     :param progress: whether to show a progress bar.
     :param checkpoint: a file, or a :class:`~pyro_bnn.inference.Checkpoint`, which says how often to write and how many
         to keep. If the file exists, the run resumes from it, to the same bits on the CPU; it must have the same
@@ -55,7 +55,7 @@ class Training(TypedDict, total=False):
     log_every: int | None
     max_steps: int | None
     max_time: float | None
-    compile: bool
+    compile: checks.Compile
     progress: bool
     checkpoint: str | os.PathLike[str] | Checkpoint | None
 
@@ -92,7 +92,7 @@ def checked(training: Training, engine: str) -> Training:
     checks.count("accumulate", options["accumulate"])
     checks.optional(checks.positive, "clip_norm", options["clip_norm"])
     checks.truth("progress", options["progress"])
-    checks.truth("compile", options["compile"])
+    checks.compiling("compile", options["compile"])
     checks.optional(checks.positive, "max_time", options["max_time"])
     for name in ("patience", "log_every", "max_steps"):
         checks.optional(checks.count, name, training.get(name))

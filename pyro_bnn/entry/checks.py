@@ -15,6 +15,8 @@ from typing import Literal, TypeVar
 Number = TypeVar("Number", int, float)
 Callback = TypeVar("Callback", bound=Callable[..., object])
 
+#: whether ``torch.compile`` makes machine code of a function, and whether CUDA graphs launch it
+Compile = bool | Literal["reduce-overhead"]
 #: the largest seed: some functions use the next as well, which is still one for torch
 LARGEST_SEED = 2**63 - 1
 
@@ -96,6 +98,16 @@ def truth_or_auto(name: str, value: object) -> bool | Literal["auto"]:
         return "auto"
     if not isinstance(value, bool):
         raise TypeError(f"{name}={value!r}: expected True, False or 'auto', not {type(value).__name__}")
+    return value
+
+
+def compiling(name: str, value: object) -> Compile:
+    """``True``, ``False`` or ``"reduce-overhead"``, the mode of ``torch.compile`` that uses CUDA graphs."""
+    if value == "reduce-overhead":
+        return "reduce-overhead"
+    if not isinstance(value, bool):
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"{name}={value!r}: expected True, False or 'reduce-overhead', which uses CUDA graphs")
     return value
 
 

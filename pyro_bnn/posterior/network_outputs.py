@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from pyro_bnn import display
+from pyro_bnn.entry.checks import Compile
 from pyro_bnn.given.next_tokens import require_next_tokens
 from pyro_bnn.inputs import Inputs, naming_shapes
 from pyro_bnn.modes import evaluating
@@ -124,7 +125,7 @@ def _rows(x: Inputs, size: int, start: int, stop: int) -> object:
     return pytree.tree_map(lambda t: t[start:stop] if batched(t, size) else t, x)
 
 
-def compiled_function(model: Program) -> draw_source.Function:
+def compiled_function(model: Program, compiles: Compile) -> draw_source.Function:
     """``model.function``, compiled once for each shape of its arguments.
 
     :raises TypeError: for a model that is not from this package.
@@ -137,7 +138,7 @@ def compiled_function(model: Program) -> draw_source.Function:
         lambda x, latents, size: (model.function(x, latents, size),),
         "a prediction",
         "auto",
-        compiles=True,
+        compiles=compiles,
         programs=[model],
         verify_every=VERIFY_EVERY,
         silence="Not calling posterior.compile()",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 import torch
 from pyro.infer import MCMC
@@ -288,14 +289,16 @@ class Posterior:
         """
         self.draw_source.gathered = None if loader is None else Gathered(loader)
 
-    def compile(self) -> None:
+    def compile(self, mode: Literal["default", "reduce-overhead"] = "default") -> None:
         """Later predictions are those of machine code of ``torch.compile``, equal but for rounding.
 
         It is made once for each shape, in seconds or minutes, by a C++ compiler. Where it cannot be, they warn.
 
+        :param mode: ``"reduce-overhead"`` launches it by CUDA graphs.
         :raises TypeError: for a model that is not from this package.
         """
-        self.draw_source.function = network_outputs.compiled_function(self.model)
+        checks.choice("mode", mode, ("default", "reduce-overhead"))
+        self.draw_source.function = network_outputs.compiled_function(self.model, True if mode == "default" else mode)
 
     # ----------------------------------------------------------------------------------------------- sparsity
 

@@ -206,16 +206,31 @@ def in_python(traced: GraphModule) -> Callable[..., Any]:
     return replay
 
 
-def compiled(traced: GraphModule) -> Callable[..., Any]:
+def compiled(traced: GraphModule, launches_graphs: bool = False) -> Callable[..., Any]:
     """The graph as machine code, which ``torch.compile`` makes in the first call: seconds to minutes.
 
     Random numbers are those of the operations themselves, and half precision rounds where they round.
 
+    :param launches_graphs: whether a CUDA graph launches all of it at once. Its inputs are copied, and its results,
+        whose memory the next call would write into.
+    :raises NotRecordableError: for CUDA graphs of what is not on a CUDA device.
     :raises Exception: in the first call, what the compiler raises; without a C++ compiler it has nothing to work with.
     """
     options: dict[str, Any] = {"fallback_random": True, "emulate_precision_casts": True}
-    made: Callable[..., Any] = torch.compile(traced, dynamic=False, fullgraph=True, options=options)
-    return made
+    if not launches_graphs:
+        made: Callable[..., Any] = torch.compile(traced, dynamic=False, fullgraph=True, options=options)
+        return made
+    devices = {_value(node).device for node in traced.graph.find_nodes(op="placeholder")}
+    if {device.type for device in devices} != {"cuda"}:
+        names = " and ".join(sorted(map(str, devices)))
+        raise NotRecordableError(f"CUDA graphs are for tensors on a CUDA device, and these are on {names}")
+    launched = torch.compile(traced, dynamic=False, fullgraph=True, options=options | {"triton.cudagraphs": True})
+
+    def call(*inputs: Tensor) -> tuple[Tensor | None, ...]:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        return tuple(None if result is None else result.clone() for result in launched(*inputs))
+
+    return call
 
 
 def _value(node: Node) -> Any:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from pyro_bnn.entry.checks import Compile
 from pyro_bnn.precision import asked
 from pyro_bnn.recording.graph import NotRecordableError, compiled, in_python, record
 
@@ -52,7 +53,7 @@ class Recorded:
     :param function: of any inputs; it gives a tuple of tensors.
     :param what: the function, for warnings.
     :param capture: ``True`` raises what forbids a recording, ``"auto"`` warns of it; ``False`` records nothing.
-    :param compiles: whether ``torch.compile`` makes machine code of a recording.
+    :param compiles: whether ``torch.compile`` makes machine code of a recording, and CUDA graphs launch it.
     :param programs: modules whose parameters and buffers the function reads as they are now. It may write into
         buffers, and must not change numbers that a module keeps outside of tensors.
     :param verify_every: number of calls after which :meth:`verify` is made by itself; early on at 2, 4, 8, ... too.
@@ -66,7 +67,7 @@ class Recorded:
         what: str,
         capture: bool | Literal["auto"],
         *,
-        compiles: bool = False,
+        compiles: Compile = False,
         programs: Sequence[object] = (),
         verify_every: int | None = None,
         silence: str = "capture=False",
@@ -168,7 +169,9 @@ class Recorded:
                     "each call draws random numbers of Python or NumPy, or changes a number that a module keeps "
                     "outside of tensors"
                 )
-        graph = _Graph(compiled(traced) if self._compiles else in_python(traced), used)
+        graph = _Graph(
+            compiled(traced, self._compiles == "reduce-overhead") if self._compiles else in_python(traced), used
+        )
         self._compare(graph, leaves, spec, held)
         return graph
 

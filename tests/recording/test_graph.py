@@ -5,17 +5,20 @@ from __future__ import annotations
 import gc
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_bnn.recording.graph import (
     NotRecordableError,
+    compiled,
     drop_identities,
     fill_shapes,
     fold_constants,
@@ -202,6 +205,29 @@ def test_a_held_tensor_that_is_read_is_refused(read: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of the process as Linux tells it")
+def test_results_of_a_cuda_graph_are_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that CUDA graphs are asked for, and that results outlive a next call, which writes into their memory."""
+    asked: dict[str, Any] = {}
+
+    def compiler(traced: Any, options: dict[str, Any], **_: Any) -> Callable[..., Any]:
+        asked.update(options)
+        memory = torch.zeros(3)
+
+        def launch(x: Tensor) -> tuple[Tensor, None]:
+            return memory.copy_(2 * x), None
+
+        return launch
+
+    with FakeTensorMode():
+        traced = make_fx(lambda x: (2 * x, None))(torch.empty(3, device="cuda"))
+    monkeypatch.setattr("torch.compile", compiler)
+    launched = compiled(traced, launches_graphs=True)
+    (first, nothing), _ = launched(torch.ones(3)), launched(torch.zeros(3))
+    assert asked["triton.cudagraphs"]
+    assert nothing is None
+    torch.testing.assert_close(first, torch.full((3,), 2.0))
+
+
 def test_a_recording_that_nobody_holds_takes_no_memory() -> None:
     """Proves that memory is flat over recordings."""
 

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from pyro_bnn.entry.checks import Compile
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.inference.sgmcmc.spike_and_slab.indicators import SpikeAndSlabState
 from pyro_bnn.perturb.vectoriser import Vectoriser
@@ -69,7 +70,7 @@ class Energy:
         kwargs: dict[str, object],
         power: Tensor | None,
         capture: bool | Literal["auto"],
-        compile: bool = False,
+        compile: Compile = False,
     ) -> None:
         self.potential, self.parts, self.shares, self.kwargs, self.power = potential, parts, shares, kwargs, power
         if capture == "auto" and potential.dim > CAPTURE_SIZE and not compile:

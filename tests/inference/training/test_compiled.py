@@ -312,8 +312,13 @@ def test_where_compile_does_not_apply() -> None:
         sample(SGHMC(model, data(), step_size=0.05, friction=0.1, compile=True), 2, 1, seed=0, progress=False)
     with pytest.raises(ValueError, match="capture='auto'"):
         SGHMC(model, data(), step_size=0.05, friction=0.1, compile=True, capture=False)
-    with pytest.raises(TypeError, match="compile"):
+    with pytest.raises(ValueError, match="compile='yes': expected True, False or 'reduce-overhead'"):
         trained(dense, plain, compile="yes")
+    with pytest.raises(TypeError, match="compile=1"):
+        trained(dense, plain, compile=1)
+    with pytest.warns(UserWarning, match="CUDA graphs are for tensors on a CUDA device, and these are on cpu"):
+        one = trained(dense, plain, compile="reduce-overhead")
+    require_same(one, trained(dense, plain), 0.0)
 
 
 @needs_compiler
