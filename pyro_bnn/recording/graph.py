@@ -227,7 +227,7 @@ def compiled(traced: GraphModule, launches_graphs: bool = False) -> Callable[...
     launched = torch.compile(traced, dynamic=False, fullgraph=True, options=options | {"triton.cudagraphs": True})
 
     def call(*inputs: Tensor) -> tuple[Tensor | None, ...]:
-        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+        torch.compiler.cudagraph_mark_step_begin()
         return tuple(None if result is None else result.clone() for result in launched(*inputs))
 
     return call

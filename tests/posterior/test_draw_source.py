@@ -1,4 +1,4 @@
-"""How many draws are taken when nobody says."""
+"""How many draws are taken when nobody says, and of which shape they are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import pyro_bnn as pb
+from pyro_bnn.posterior import draw_source
 from pyro_bnn.posterior.draw_source import POSTERIOR_DRAWS, PREDICTION_DRAWS
 
 
@@ -52,3 +53,17 @@ def test_no_draws_at_all_are_refused() -> None:
     draws = {site.name: torch.zeros(4, *site.shape) for site in dense.sites()}
     with pytest.raises(ValueError, match="num_samples=0: expected a whole number, at least 1"):
         pb.Posterior.from_draws(dense, draws).inclusion_probabilities(0)
+
+
+def test_draws_that_a_guide_does_not_repeat_are_repeated() -> None:
+    """Proves that values without the axes of draws and members, or with one for all, get them, and others are kept."""
+    shape = torch.Size((4, 2, 1, 3))
+    for own in ((3,), (2, 1, 3), (1, 2, 1, 3), (4, 1, 1, 3)):
+        value = torch.randn(own)
+        found = draw_source._broadcast(value, shape)
+        assert found.shape == shape
+        assert torch.equal(found, value + torch.zeros(shape))
+    wider = torch.randn(4, 5, 1, 3)  # members of which the model has not been told
+    assert draw_source._broadcast(wider, torch.Size((4, 1, 1, 3))).shape == wider.shape
+    whole = torch.randn(shape)
+    assert draw_source._broadcast(whole, shape) is whole
