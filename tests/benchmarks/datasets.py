@@ -113,9 +113,30 @@ def uci(name: str, split: int) -> Table:
 
     :raises FileNotFoundError: when the file is missing; the message says what it holds.
     """
+    x, y, masks = _uci_file(name)
+    return _standardised(x, y, masks[split])
+
+
+def uci_gap(name: str, column: int) -> Table:
+    """A table of UCI whose test rows are the middle third by one of its inputs (Foong et al. 2019).
+
+    :raises FileNotFoundError: when the file is missing; the message says what it holds.
+    """
+    x, y, _ = _uci_file(name)
+    order = np.argsort(x[:, column], kind="stable")
+    test = np.zeros(len(x), bool)
+    test[order[len(x) // 3 : 2 * len(x) // 3]] = True
+    return _standardised(x, y, test)
+
+
+def _uci_file(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Inputs, targets, and a mask of the test rows of each published split."""
     _check("uci", _root() / "uci", [f"{name}.npz"])
     with np.load(_root() / "uci" / f"{name}.npz") as file:
-        x, y, test = file["x"].astype(np.float64), file["y"].astype(np.float64), file["test_mask"][split].astype(bool)
+        return file["x"].astype(np.float64), file["y"].astype(np.float64), file["test_mask"].astype(bool)
+
+
+def _standardised(x: np.ndarray, y: np.ndarray, test: np.ndarray) -> Table:
     scale = float(y[~test].std())
     x, y = (x - x[~test].mean(0)) / np.maximum(x[~test].std(0), 1e-12), (y - y[~test].mean()) / scale
     parts = (torch.tensor(part, dtype=torch.float32) for rows in (~test, test) for part in (x[rows], y[rows, None]))

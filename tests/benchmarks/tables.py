@@ -1,0 +1,210 @@
+"""Writes docs/results.md and its pictures from the committed results: ``python -m tests.benchmarks.tables``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.benchmarks.uci import published
+from tests.benchmarks.uci.methods import METHODS
+from tests.benchmarks.uci.rows import SPLITS, known
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = DOCS / "results.md"
+#: chosen on each split among our methods by the NLL of the validation rows
+BEST = "best of ours, by validation"
+
+START = """\
+# What the methods reach
+
+This page is made of the results of the benchmarks; do not edit it by hand.
+
+```
+python -m tests.benchmarks.uci
+python -m tests.benchmarks.uci --gaps
+python -m tests.benchmarks.tables
+```
+
+Settings are chosen within the training rows, never on test rows, and a rival has as many of them as ours. A figure is
+the mean over splits, with its standard error; the lowest of a column is bold, and so are those within a standard
+error of it.
+"""
+
+UCI = """\
+## Regression: UCI
+
+One hidden layer of 50 ReLU units (100 for protein), on the published splits. NLL and RMSE of the test rows are in the
+units of y. Each method chooses among four settings (SGHMC: two) by the NLL of a fifth of the training rows, the
+likelihood among them: one noise for all rows, or a noise that the network predicts. The last row of ours takes on
+each split the method of ours whose validation NLL was lowest. Published rows are those of their papers, which have
+one noise for all rows, but for deep ensembles, whose networks predict it.
+"""
+
+GAPS = """\
+### Gaps
+
+The test rows are the middle third by one input, which is missing in training; a figure is the mean over the inputs.
+"""
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def of_parts(rows: Rows, kind: str) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """``{method: {part: row}}`` of the splits or of the gaps, with the best of ours as a method of its own."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["part"].startswith(kind):
+            found.setdefault(row["method"], {})[row["part"]] = row
+    ours = [name for name, method in METHODS.items() if method.is_ours and name in found]
+    if not ours:
+        return found
+    parts = set.intersection(*(set(found[name]) for name in ours))
+    best = {part: min((found[name][part] for name in ours), key=validated) for part in sorted(parts)}
+    return {name: found[name] for name in METHODS if name in found} | {BEST: best}
+
+
+def validated(row: Mapping[str, Any]) -> float:
+    return min(row["validation"].values())
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def digits(figure: str, table: str) -> int:
+    return 4 if (figure, table) == ("rmse", "naval") else 2
+
+
+def shown(value: float, error: float, places: int) -> str:
+    if not math.isfinite(value):
+        return "diverges"
+    return f"{value:.{places}f}" if math.isnan(error) else f"{value:.{places}f} ± {error:.{places}f}"
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def columns(kind: str) -> dict[str, dict[str, dict[str, Mapping[str, Any]]]]:
+    """What was measured of each table that has rows."""
+    found = {name: of_parts(known(name), kind) for name in SPLITS}
+    return {name: methods for name, methods in found.items() if methods}
+
+
+def uci_table(figure: str, kind: str, theirs: Mapping[str, Sequence[float]]) -> str:
+    """One row for each method, and one column for each table."""
+    measured = columns(kind)
+    methods = [name for name in (*METHODS, BEST) if any(name in of for of in measured.values())]
+    texts: dict[str, list[str]] = {name: [] for name in methods}
+    for name, of in measured.items():
+        found = {method: mean_and_error([row[figure] for row in parts.values()]) for method, parts in of.items()}
+        lowest = min(found.items(), key=lambda item: item[1][0])[1]
+        reach = lowest[0] + (0.0 if math.isnan(lowest[1]) else lowest[1])
+        for method in methods:
+            if method not in found:
+                texts[method].append("")
+                continue
+            text = shown(*found[method], digits(figure, name))
+            texts[method].append(f"**{text}**" if found[method][0] <= reach else text)
+    lines = [[method, *cells] for method, cells in texts.items()]
+    order = [published.TABLES.index(name) for name in measured]
+    for rival, values in theirs.items():
+        numbers = [f"{values[i]:.{2}f}" for i in order]
+        lines.append([f"published: {rival}", *numbers])
+    counts = [max(len(parts) for parts in of.values()) for of in measured.values()]
+    what = "split" if kind == "split" else "input"
+    heads = [f"{name} ({n} {what}{'s' * (n > 1)})" for name, n in zip(measured, counts, strict=True)]
+    return table(["", *heads], lines)
+
+
+def wins() -> str:
+    """How often the best of ours is better than the best published figure of the rivals."""
+    texts = []
+    sides: tuple[tuple[str, dict[str, tuple[float, ...]]], ...] = (("NLL", published.NLL), ("RMSE", published.RMSE))
+    for title, theirs in sides:
+        better = []
+        measured = columns("split")
+        for name, of in measured.items():
+            own, _ = mean_and_error([row[title.lower()] for row in of.get(BEST, {}).values()] or [math.inf])
+            if own < published.best(theirs, name):
+                better.append(name)
+        texts.append(f"{title} of {len(better)} of {len(measured)} tables ({', '.join(better) or 'none'})")
+    rivals = ", ".join(published.RIVALS)
+    return f"The best of ours is better than the best published figure of {rivals}: {'; '.join(texts)}."
+
+
+def chosen() -> str:
+    """How often validation chose each of our methods as the best of ours."""
+    lines = []
+    for name, of in columns("split").items():
+        names = [row["method"] for row in of.get(BEST, {}).values()]
+        lines.append([name, ", ".join(f"{method} {names.count(method)}" for method in METHODS if method in names)])
+    return table(["table", "the best of ours, by splits"], lines)
+
+
+def seconds() -> str:
+    """What the last fit of each method took."""
+    measured = columns("split")
+    lines = []
+    for method in METHODS:
+        cells = []
+        for of in measured.values():
+            times = [row["seconds of the last fit"] for row in of.get(method, {}).values()]
+            cells.append(f"{statistics.median(times):.0f}" if times else "")
+        lines.append([method, *cells])
+    return table(["seconds of a fit, one core", *measured], lines)
+
+
+def uci_section() -> list[str]:
+    texts = [UCI, wins(), "**NLL**", uci_table("nll", "split", published.NLL)]
+    texts += ["**RMSE**", uci_table("rmse", "split", published.RMSE), "![NLL beside the ensemble](uci.png)"]
+    texts += [chosen(), seconds()]
+    if columns("gap"):
+        texts += [GAPS, "**NLL**", uci_table("nll", "gap", {}), "**RMSE**", uci_table("rmse", "gap", {})]
+    return texts
+
+
+def page() -> str:
+    return "\n\n".join(text.strip() for text in [START, *uci_section()]) + "\n"
+
+
+def draw_uci(path: Path) -> None:
+    """The NLL of each method less that of the ensemble on the same split: means and standard errors."""
+    from matplotlib import pyplot
+
+    control = "ensemble of 5"
+    measured = {name: of for name, of in columns("split").items() if control in of}
+    others = [name for name in METHODS if name != control]
+    figure, axes = pyplot.subplots(1, len(measured), figsize=(2.2 * len(measured), 3.2), sharey=True, squeeze=False)
+    for axis, (name, of) in zip(axes[0], measured.items(), strict=True):
+        for i, method in enumerate(others):
+            parts = set(of.get(method, {})) & set(of[control])
+            gaps = [of[method][part]["nll"] - of[control][part]["nll"] for part in parts]
+            if gaps and all(map(math.isfinite, gaps)):
+                value, error = mean_and_error(gaps)
+                axis.errorbar(value, i, xerr=None if math.isnan(error) else error, fmt="o", color=f"C{i}")
+        axis.axvline(0.0, color="grey", linewidth=0.8)
+        axis.set_xscale("symlog", linthresh=0.1)
+        axis.set_title(name)
+        axis.set_yticks(range(len(others)), others)
+    figure.supxlabel("NLL less that of the ensemble of 5, in nats (left is better)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(draw: Callable[[Path], None] = draw_uci) -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    PAGE.write_text(page())
+    draw(DOCS / "uci.png")
+    print(f"written to {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""The ways to a posterior that are compared, and the settings that validation chooses among for each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from torch import Tensor, nn
+
+import pyro_bnn as pb
+from pyro_bnn.inference import SGHMC, SGHMCEM, SVGD, SWAG, DeepEnsemble, LastLayerLaplace, MCDropout
+from pyro_bnn.models import Bella, CodebookGuide, Dense, MeanFieldGuide, ParticleGuide, Rank1, Rank1Guide, SpikeSlab
+from tests.benchmarks.datasets import Table
+
+Settings = Mapping[str, Any]
+Fit = Callable[[Table, Settings, int, float], pb.Posterior]
+
+#: optimiser steps of a whole training, and rows of a batch in small tables and in others
+STEPS, BATCHES, SMALL = 5000, (128, 512), 5000
+#: a table of more training rows has a network of 100 units
+LARGE = 30_000
+LIKELIHOODS = {"gaussian": pb.likelihoods.Gaussian, "heteroscedastic": pb.likelihoods.HeteroscedasticGaussian}
+PARTICLES, COMPONENTS, NETWORKS = 5, 4, 5
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to a posterior.
+
+    :param fit: ``(table, settings, seed, share)``; share is that of the usual number of steps.
+    :param grid: the settings among which validation chooses.
+    :param draws: of each member, in a prediction.
+    :param is_ours: whether it is one of the methods that this library is for, and not a baseline.
+    """
+
+    fit: Fit
+    grid: tuple[Settings, ...]
+    draws: int
+    is_ours: bool = False
+
+
+def grid(**values: Any) -> tuple[Settings, ...]:
+    """All combinations with both likelihoods."""
+    combined = product(LIKELIHOODS, *values.values())
+    return tuple(dict(zip(("likelihood", *values), combination, strict=True)) for combination in combined)
+
+
+def pair(table: Table) -> tuple[Tensor, Tensor]:
+    return table.x_train, table.y_train
+
+
+def network(table: Table, settings: Settings, dropout: float | None = None) -> nn.Module:
+    """One hidden layer; two outputs, mean and log scale, where the noise depends on the input."""
+    units = 100 if len(table.x_train) > LARGE else 50
+    outputs = 1 if settings["likelihood"] == "gaussian" else 2
+    between = [] if dropout is None else [nn.Dropout(dropout)]
+    return nn.Sequential(nn.Linear(table.x_train.shape[1], units), nn.ReLU(), *between, nn.Linear(units, outputs))
+
+
+def given(table: Table, settings: Settings, dropout: float | None = None) -> tuple[Any, Any, int]:
+    """Network, likelihood and number of rows: what every model and baseline begins with."""
+    return network(table, settings, dropout), LIKELIHOODS[settings["likelihood"]](), len(table.x_train)
+
+
+def batch_size(table: Table) -> int:
+    return min(len(table.x_train), BATCHES[len(table.x_train) > SMALL])
+
+
+def epochs(table: Table, share: float, steps: int = STEPS) -> int:
+    return max(1, round(share * steps / math.ceil(len(table.x_train) / batch_size(table))))
+
+
+def training(table: Table, share: float, steps: int = STEPS) -> dict[str, Any]:
+    """What all trainings by gradients have in common."""
+    common: dict[str, Any] = {"schedule": pb.inference.cosine(), "progress": False}
+    return {"epochs": epochs(table, share, steps), "batch_size": batch_size(table), "lr": 1e-2, **common}
+
+
+def networks(table: Table, settings: Settings, seed: int, share: float, number: int = NETWORKS) -> pb.Posterior:
+    """Networks by MAP from different starting values."""
+    ensemble = DeepEnsemble(*given(table, settings), num_networks=number)
+    return ensemble.fit(pair(table), seed=seed, **training(table, share, settings["steps"]))
+
+
+def one_network(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
+    return networks(table, settings, seed, share, 1)
+
+
+def trained(table: Table, settings: Settings, seed: int, share: float, steps: int = STEPS) -> nn.Module:
+    """One network by MAP, for methods that start at one."""
+    (net,) = one_network(table, {**settings, "steps": steps}, seed, share).networks(1)
+    return net
+
+
+def dropout(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
+    method = MCDropout(*given(table, settings, settings["p"]))
+    return method.fit(pair(table), seed=seed, **training(table, share))
+
+
+def swag(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
+    _, likelihood, size = given(table, settings)
+    method = SWAG(trained(table, settings, seed, share, STEPS // 2), likelihood, size)
+    rate = {"lr": settings["lr"], "num_samples": 100, "batch_size": batch_size(table), "progress": False}
+    return method.fit(pair(table), epochs=epochs(table, share, STEPS // 2), seed=seed, **rate)
+
+
+def laplace(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
+    method = LastLayerLaplace(*given(table, settings))
+    return method.fit(pair(table), seed=seed, **training(table, share, settings["steps"]))
+
+
+def mean_field_model(table: Table, settings: Settings) -> Dense:
+    return Dense(*given(table, settings), prior=pb.priors.Normal(0.0, settings["scale"]))
+
+
+def mean_field(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
+    model = mean_field_model(table, settings)
+    return pb.inference.fit(model, MeanFieldGuide(model), pair(table), seed=seed, **training(table, share))
+
+
+def codebook(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
+    model = mean_field_model(table, settings)
+    field = MeanFieldGuide(model)
+    pb.inference.fit(model, field, pair(table), seed=seed, **training(table, share))
+    guide = CodebookGuide.from_mean_field(model, field, codes=64)
+    tuning = training(table, share, STEPS // 2) | {"lr": 1e-3}
+    return pb.inference.fit(model, guide, pair(table), seed=seed, **tuning)
+
+
+def rank1(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
+    model = Rank1(*given(table, settings))
+    guide = Rank1Guide(model, COMPONENTS, init_dropout_rate=1e-2)
+    options = training(table, share, settings["steps"]) | {"compile": share == 1.0}
+    return pb.inference.fit(model, guide, pair(table), seed=seed, **options)
+
+
+def bella(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
+    model = Bella(trained(table, settings, seed, share, STEPS // 2), *given(table, settings)[1:], **settings["room"])
+    options = training(table, share, STEPS // 2)
+    engine = SVGD(model, ParticleGuide(model, PARTICLES, init_scale=0.1), lr=options.pop("lr"))
+    return engine.fit(pair(table), seed=seed, **options)
+
+
+def chains(kernel: Any, share: float, seed: int, draws: int, warmup: int | None = None) -> pb.Posterior:
+    """Four chains of so many draws each."""
+    lengths = (draws, warmup) if share == 1 else (max(10, round(share * draws)), 200)
+    return pb.inference.sample(kernel, *lengths, num_chains=4, seed=seed, progress=False)
+
+
+def sghmc(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
+    model = Dense(*given(table, settings))
+    return chains(SGHMC(model, pair(table), batch_size=batch_size(table)), share, seed, 250)
+
+
+def spike_slab(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
+    """By the recipe of docs/spike_slab.md: inputs are in the spike or in the slab."""
+    net, likelihood, size = given(table, settings)
+    prior = {
+        r"0\.weight": pb.priors.SpikeAndSlab.for_inputs(table.x_train.shape[1], size),
+        r"2\.weight": pb.priors.Normal(0.0, net[2].in_features ** -0.5),
+        ".*": pb.priors.Normal(0.0, 1.0),
+    }
+    model = SpikeSlab(net, likelihood, size, prior=prior)
+    options: dict[str, Any] = {"batch_size": min(size, 256), "thinning": 10}
+    kernel = SGHMCEM(model, pair(table), step_size=settings["step size"], friction=0.1, **options)
+    return chains(kernel, share, seed, 100, 750)
+
+
+TRAINED = grid(steps=(STEPS // 5, STEPS))
+SCALED = grid(scale=(0.3, 1.0))
+METHODS: dict[str, Method] = {
+    "one network": Method(one_network, TRAINED, 1),
+    "ensemble of 5": Method(networks, TRAINED, NETWORKS),
+    "MC dropout": Method(dropout, grid(p=(0.01, 0.1)), 100),
+    "SWAG": Method(swag, grid(lr=(1e-5, 1e-3)), 100),
+    "last-layer Laplace": Method(laplace, TRAINED, 100),
+    "mean field": Method(mean_field, SCALED, 100),
+    "codebook": Method(codebook, SCALED, 100, is_ours=True),
+    "rank-1": Method(rank1, TRAINED, 100, is_ours=True),
+    "Bella": Method(bella, grid(room=({"product_scale": 0.1}, {"product_scale": 1.0})), 1, is_ours=True),
+    "spike and slab": Method(spike_slab, grid(**{"step size": (0.02, 0.05)}), 400, is_ours=True),
+    "SGHMC": Method(sghmc, grid(), 1000, is_ours=True),
+}
