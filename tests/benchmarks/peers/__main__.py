@@ -76,13 +76,14 @@ def main() -> None:
     asked = parser.parse_args()
     processes, threads, rounds = (1, [1], 1) if asked.quick else (asked.processes, asked.threads, asked.rounds)
     for name in asked.rows:
-        known = [row for row in read_results("peers").get("rows", []) if row["row"] in ROWS and row["row"] != name]
-        new = []
         for count in threads:
-            new.append(measured(ROWS[name], count, processes, rounds or ROWS[name].rounds, asked.beside))
-            print("\n".join(lines(new[-1])), flush=True)
-        rows = sorted(known + new, key=lambda row: (list(ROWS).index(row["row"]), row["threads"]))
-        write_results("peers", {"versions": versions(), "rows": rows}, seeds=[0], part=name, keep=True)
+            new = measured(ROWS[name], count, processes, rounds or ROWS[name].rounds, asked.beside)
+            print("\n".join(lines(new)), flush=True)
+            known = [row for row in read_results("peers").get("rows", []) if row["row"] in ROWS]
+            others = [row for row in known if (row["row"], row["threads"]) != (name, count)]
+            rows = sorted([*others, new], key=lambda row: (list(ROWS).index(row["row"]), row["threads"]))
+            part = f"{name}, threads: {count}"
+            write_results("peers", {"versions": versions(), "rows": rows}, seeds=[0], part=part, keep=True)
 
 
 if __name__ == "__main__":
