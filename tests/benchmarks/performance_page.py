@@ -31,9 +31,9 @@ python -m tests.benchmarks.performance_page
   step costs as many passes as there are members.
 - **Small layers:** Python's part of a rank-1 layer is larger than its arithmetic there. The prior `Normal(1, .1)`
   takes less of it than the default prior, which has a scale to draw for every layer.
-- **A small network, many small layers, or a mean field or rank-1 network of dense layers that trains for long:**
-  `compile=True` ([training.md](training.md)). A step then has no Python in it, after seconds to a minute in which it is
-  made for each shape of batch. Where convolutions take the time it changes little.
+- **A small network, many small layers, a transformer, or a mean field or rank-1 network of dense layers that trains for
+  long:** `compile=True` ([training.md](training.md)). A step then has no Python in it, after seconds to two minutes in
+  which it is made for each shape of batch. A ResNet-18, where large convolutions take the time, is no faster for it.
 - **A mean field of all weights:** `Dense` with `MeanFieldGuide`. Look at the column of the KL divergence before you
   compare times: a library that takes a mean where the evidence lower bound has a sum trains another objective, in
   which the prior counts for almost nothing.

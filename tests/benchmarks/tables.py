@@ -1,4 +1,7 @@
-"""Writes docs/results.md and its pictures from the committed results: ``python -m tests.benchmarks.tables``."""
+"""Writes docs/results.md, its pictures and a table of the README from the committed results.
+
+``python -m tests.benchmarks.tables``.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,11 @@ from tests.benchmarks.uci.methods import METHODS
 from tests.benchmarks.uci.rows import SPLITS, known
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE = DOCS / "results.md"
+PAGE, README = DOCS / "results.md", DOCS.parent / "README.md"
+#: between these lines of the README stands what this program writes
+BEGIN, END = "<!-- results: made by python -m tests.benchmarks.tables -->", "<!-- end of results -->"
+#: what the README shows
+SHORT = ("one network", "ensemble of 5", "MC dropout", "rank-1")
 #: chosen on each split among our methods by the NLL of the validation rows
 BEST = "best of ours, by validation"
 
@@ -97,29 +104,32 @@ def columns(kind: str) -> dict[str, dict[str, dict[str, Mapping[str, Any]]]]:
     return {name: methods for name, methods in found.items() if methods}
 
 
-def uci_table(figure: str, kind: str, theirs: Mapping[str, Sequence[float]]) -> str:
+def uci_table(
+    figure: str, kind: str, theirs: Mapping[str, Sequence[float]], among: Sequence[str] = (*METHODS, BEST)
+) -> str:
     """One row for each method, and one column for each table."""
     measured = columns(kind)
-    methods = [name for name in (*METHODS, BEST) if any(name in of for of in measured.values())]
-    texts: dict[str, list[str]] = {name: [] for name in methods}
+    methods = [name for name in among if any(name in of for of in measured.values())]
+    counts = {name: max(map(len, of.values())) for name, of in measured.items()}
+    texts: dict[str, list[str]] = {method: [] for method in methods}
     for name, of in measured.items():
-        found = {method: mean_and_error([row[figure] for row in parts.values()]) for method, parts in of.items()}
-        lowest = min(found.items(), key=lambda item: item[1][0])[1]
-        reach = lowest[0] + (0.0 if math.isnan(lowest[1]) else lowest[1])
+        found = {m: mean_and_error([row[figure] for row in parts.values()]) for m, parts in of.items() if m in methods}
+        lowest, error = min((found[m] for m in found if len(of[m]) == counts[name]), default=(-math.inf, math.nan))
+        reach = lowest + (0.0 if math.isnan(error) else error)
         for method in methods:
             if method not in found:
                 texts[method].append("")
                 continue
-            text = shown(*found[method], digits(figure, name))
-            texts[method].append(f"**{text}**" if found[method][0] <= reach else text)
+            text, number = shown(*found[method], digits(figure, name)), len(of[method])
+            text = f"**{text}**" if found[method][0] <= reach and number == counts[name] else text
+            texts[method].append(text if number == counts[name] else f"{text} ({number} of them)")
     lines = [[method, *cells] for method, cells in texts.items()]
     order = [published.TABLES.index(name) for name in measured]
     for rival, values in theirs.items():
-        numbers = [f"{values[i]:.{2}f}" for i in order]
+        numbers = [f"{values[i]:.2f}" for i in order]
         lines.append([f"published: {rival}", *numbers])
-    counts = [max(len(parts) for parts in of.values()) for of in measured.values()]
     what = "split" if kind == "split" else "input"
-    heads = [f"{name} ({n} {what}{'s' * (n > 1)})" for name, n in zip(measured, counts, strict=True)]
+    heads = [f"{name} ({n} {what}{'s' * (n > 1)})" for name, n in counts.items()]
     return table(["", *heads], lines)
 
 
@@ -174,6 +184,14 @@ def page() -> str:
     return "\n\n".join(text.strip() for text in [START, *uci_section()]) + "\n"
 
 
+def readme(text: str) -> str:
+    """The README with the present table between its two lines."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    rivals = {name: published.NLL[name] for name in published.RIVALS}
+    return f"{before}{BEGIN}\n{uci_table('nll', 'split', rivals, (*SHORT, BEST))}\n{END}{after}"
+
+
 def draw_uci(path: Path) -> None:
     """The NLL of each method less that of the ensemble on the same split: means and standard errors."""
     from matplotlib import pyplot
@@ -202,8 +220,9 @@ def draw_uci(path: Path) -> None:
 def main(draw: Callable[[Path], None] = draw_uci) -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     PAGE.write_text(page())
+    README.write_text(readme(README.read_text()))
     draw(DOCS / "uci.png")
-    print(f"written to {PAGE}")
+    print(f"written to {PAGE} and {README}")
 
 
 if __name__ == "__main__":

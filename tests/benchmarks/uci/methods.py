@@ -75,7 +75,7 @@ def epochs(table: Table, share: float, steps: int = STEPS) -> int:
 
 def training(table: Table, share: float, steps: int = STEPS) -> dict[str, Any]:
     """What all trainings by gradients have in common."""
-    common: dict[str, Any] = {"schedule": pb.inference.cosine(), "progress": False}
+    common: dict[str, Any] = {"schedule": pb.inference.cosine(), "progress": False, "compile": share == 1}
     return {"epochs": epochs(table, share, steps), "batch_size": batch_size(table), "lr": 1e-2, **common}
 
 
@@ -133,8 +133,7 @@ def codebook(table: Table, settings: Settings, seed: int, share: float) -> pb.Po
 def rank1(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
     model = Rank1(*given(table, settings))
     guide = Rank1Guide(model, COMPONENTS, init_dropout_rate=1e-2)
-    options = training(table, share, settings["steps"]) | {"compile": share == 1.0}
-    return pb.inference.fit(model, guide, pair(table), seed=seed, **options)
+    return pb.inference.fit(model, guide, pair(table), seed=seed, **training(table, share, settings["steps"]))
 
 
 def bella(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
@@ -150,19 +149,23 @@ def chains(kernel: Any, share: float, seed: int, draws: int, warmup: int | None 
     return pb.inference.sample(kernel, *lengths, num_chains=4, seed=seed, progress=False)
 
 
+def by_width(net: Any) -> dict[str, pb.priors.Prior]:
+    """A prior under which functions do not grow with the number of units."""
+    return {r"2\.weight": pb.priors.Normal(0.0, net[2].in_features ** -0.5), ".*": pb.priors.Normal(0.0, 1.0)}
+
+
 def sghmc(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
-    model = Dense(*given(table, settings))
-    return chains(SGHMC(model, pair(table), batch_size=batch_size(table)), share, seed, 250)
+    """With the gradient of all rows where these are few, and nothing set."""
+    net, likelihood, size = given(table, settings)
+    model = Dense(net, likelihood, size, prior=by_width(net))
+    rows = size if size <= SMALL else batch_size(table)
+    return chains(SGHMC(model, pair(table), batch_size=rows), share, seed, 250)
 
 
 def spike_slab(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
     """By the recipe of docs/spike_slab.md: inputs are in the spike or in the slab."""
     net, likelihood, size = given(table, settings)
-    prior = {
-        r"0\.weight": pb.priors.SpikeAndSlab.for_inputs(table.x_train.shape[1], size),
-        r"2\.weight": pb.priors.Normal(0.0, net[2].in_features ** -0.5),
-        ".*": pb.priors.Normal(0.0, 1.0),
-    }
+    prior = {r"0\.weight": pb.priors.SpikeAndSlab.for_inputs(table.x_train.shape[1], size), **by_width(net)}
     model = SpikeSlab(net, likelihood, size, prior=prior)
     options: dict[str, Any] = {"batch_size": min(size, 256), "thinning": 10}
     kernel = SGHMCEM(model, pair(table), step_size=settings["step size"], friction=0.1, **options)
