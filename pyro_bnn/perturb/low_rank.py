@@ -231,7 +231,8 @@ class _Convolution(torch.autograd.Function):
         )
         of_a = of_b = None
         if wants_a:
-            narrow = torch.matmul(b.t(), grad.flatten(2)).unflatten(-1, grad.shape[2:])
+            # matmul of a matrix and a batch would copy the gradient, with its axes permuted
+            narrow = torch.bmm(b.t().expand(len(grad), -1, -1), grad.flatten(2)).unflatten(-1, grad.shape[2:])
             of_a = into(narrow, x, a, None, *rest, output_mask=[False, True, False])[1]
         if wants_b:
             narrow = torch.convolution(x, a, None, *rest)
