@@ -1,0 +1,94 @@
+"""The page of results is what its generator makes of the committed ones, and test rows choose no setting."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import pyro_bnn as pb
+from tests.benchmarks import measure as measuring
+from tests.benchmarks import tables
+from tests.benchmarks.datasets import Table, uci, uci_gap
+from tests.benchmarks.uci import rows
+from tests.benchmarks.uci.methods import METHODS, Method
+
+
+def test_the_committed_page_is_what_the_generator_makes_of_the_committed_results() -> None:
+    assert tables.PAGE.read_text(encoding="utf-8") == tables.page(), "run: python -m tests.benchmarks.tables"
+    text = tables.README.read_text(encoding="utf-8")
+    assert text == tables.readme(text), "run: python -m tests.benchmarks.tables"
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table of 60 rows in the place of yacht, and a folder of its own for results."""
+    r = np.random.default_rng(0)
+    x = r.normal(size=(60, 3))
+    (tmp_path / "uci").mkdir()
+    mask = np.arange(60)[None] % 6 == np.arange(2)[:, None]
+    np.savez(tmp_path / "uci" / "yacht.npz", x=x, y=x[:, 0] + 0.1 * r.normal(size=60), test_mask=mask)
+    monkeypatch.setenv("PYRO_BNN_DATA", str(tmp_path))
+    monkeypatch.setattr(measuring, "RESULTS", tmp_path / "results")
+
+
+def mean_of_y(calls: list[int]) -> Any:
+    """A fit that keeps how many rows it was given, and whose posterior is that of a network of no weights."""
+
+    def fit(table: Table, settings: Any, seed: int, share: float) -> pb.Posterior:
+        calls.append(len(table.x_train))
+        if settings["scale"] > 2:
+            raise FloatingPointError("it diverged")
+        net = torch.nn.Linear(3, 1)
+        torch.nn.init.zeros_(net.weight), torch.nn.init.zeros_(net.bias)
+        model = pb.models.Dense(net, pb.likelihoods.Gaussian(settings["scale"]), len(table.x_train))
+        draws = {site.name: torch.zeros(1, *site.shape) for site in model.sites()}
+        return pb.Posterior.from_draws(model, draws)
+
+    return fit
+
+
+@pytest.mark.usefixtures("small")
+def test_test_rows_choose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that settings are compared on a fifth of the training rows, and that one which diverges is not chosen."""
+    calls: list[int] = []
+    grid = tuple({"scale": scale} for scale in (1.0, 0.01, 3.0))
+    monkeypatch.setitem(METHODS, "mean", Method(mean_of_y(calls), grid, 1))
+    row = rows.measure("yacht", "split 1", "mean")
+    assert calls == [40, 40, 40, 50]
+    assert row["settings"] == {"scale": 1.0}
+    assert row["validation"]["{'scale': 3.0}"] == math.inf
+    table = uci("yacht", 1)
+    expected = 0.5 * math.log(2 * math.pi) + 0.5 * float(table.y_test.square().mean()) + math.log(table.scale)
+    assert row["nll"] == pytest.approx(expected, rel=1e-5)
+    assert row["rmse"] == pytest.approx(table.scale * float(table.y_test.square().mean().sqrt()), rel=1e-5)
+    inner = rows.for_validation(table, 1)
+    seen = torch.cat([inner.x_train, inner.x_test])
+    assert torch.equal(seen.sort(0).values, table.x_train.sort(0).values)
+    rows.add("yacht", row)
+    assert rows.known("yacht") == [row]
+
+
+@pytest.mark.usefixtures("small")
+def test_a_gap_is_the_middle_third_of_an_input() -> None:
+    table = uci_gap("yacht", 2)
+    inside, outside = table.x_test[:, 2], table.x_train[:, 2]
+    assert len(inside) == 20
+    assert not bool(((outside > inside.min()) & (outside < inside.max())).any())
+    torch.testing.assert_close(table.x_train.mean(0), torch.zeros(3), atol=1e-6, rtol=0.0)
+
+
+def test_the_best_of_ours_is_chosen_by_validation_alone() -> None:
+    """Proves that a method with a lower NLL on test rows is not chosen for it, and that a baseline is never chosen."""
+
+    def one(method: str, validation: float, nll: float) -> dict[str, Any]:
+        return {"part": "split 0", "method": method, "validation": {"": validation}, "nll": nll, "rmse": 1.0}
+
+    found = tables.of_parts([one("rank-1", 1.0, 3.0), one("SGHMC", 2.0, 0.0), one("ensemble of 5", 0.0, 0.0)], "split")
+    assert found[tables.BEST]["split 0"]["method"] == "rank-1"
+    assert tables.mean_and_error([1.0, 3.0]) == (2.0, 1.0)
+    assert tables.shown(math.inf, math.nan, 2) == "diverges"
