@@ -203,11 +203,13 @@ def readme(text: str) -> str:
 def draw_uci(path: Path) -> None:
     """The NLL of each method less that of the ensemble on the same split: means and standard errors."""
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     control = "ensemble of 5"
     measured = {name: of for name, of in columns("split").items() if control in of}
-    others = [name for name in METHODS if name != control]
-    figure, axes = pyplot.subplots(1, len(measured), figsize=(2.2 * len(measured), 3.2), sharey=True, squeeze=False)
+    others = [name for name in METHODS if name != control and any(name in of for of in measured.values())]
+    size = (2.2 * len(measured), 3.2)
+    figure, axes = pyplot.subplots(1, len(measured), figsize=size, sharey=True, squeeze=False, layout="constrained")
     for axis, (name, of) in zip(axes[0], measured.items(), strict=True):
         for i, method in enumerate(others):
             parts = set(of.get(method, {})) & set(of[control])
@@ -216,11 +218,11 @@ def draw_uci(path: Path) -> None:
                 value, error = mean_and_error(gaps)
                 axis.errorbar(value, i, xerr=None if math.isnan(error) else error, fmt="o", color=f"C{i}")
         axis.axvline(0.0, color="grey", linewidth=0.8)
-        axis.set_xscale("symlog", linthresh=0.1)
+        axis.xaxis.set_major_locator(MaxNLocator(3))
+        axis.margins(0.15)
         axis.set_title(name)
         axis.set_yticks(range(len(others)), others)
     figure.supxlabel("NLL less that of the ensemble of 5, in nats (left is better)")
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
