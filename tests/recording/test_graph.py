@@ -203,8 +203,6 @@ def test_a_held_tensor_that_is_read_is_refused(read: Any) -> None:
     assert torch.equal(replayed_by_python(function, INPUT)(WEIGHTS), function(WEIGHTS))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of the process as Linux tells it")
 def test_results_of_a_cuda_graph_are_copies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves that CUDA graphs are asked for, and that results outlive a next call, which writes into their memory."""
     asked: dict[str, Any] = {}
@@ -228,6 +226,8 @@ def test_results_of_a_cuda_graph_are_copies(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(first, torch.full((3,), 2.0))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory of the process as Linux tells it")
 def test_a_recording_that_nobody_holds_takes_no_memory() -> None:
     """Proves that memory is flat over recordings."""
 
