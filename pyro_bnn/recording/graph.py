@@ -217,20 +217,23 @@ def compiled(traced: GraphModule, launches_graphs: bool = False) -> Callable[...
     :raises Exception: in the first call, what the compiler raises; without a C++ compiler it has nothing to work with.
     """
     options: dict[str, Any] = {"fallback_random": True, "emulate_precision_casts": True}
-    if not launches_graphs:
-        made: Callable[..., Any] = torch.compile(traced, dynamic=False, fullgraph=True, options=options)
-        return made
+    if launches_graphs:
+        _require_cuda(traced)
+        options["triton.cudagraphs"] = True
+    made: Callable[..., Any] = torch.compile(traced, dynamic=False, fullgraph=True, options=options)
+
+    def launched(*inputs: Tensor) -> tuple[Tensor | None, ...]:
+        torch.compiler.cudagraph_mark_step_begin()
+        return tuple(None if result is None else result.clone() for result in made(*inputs))
+
+    return launched if launches_graphs else made
+
+
+def _require_cuda(traced: GraphModule) -> None:
     devices = {_value(node).device for node in traced.graph.find_nodes(op="placeholder")}
     if {device.type for device in devices} != {"cuda"}:
         names = " and ".join(sorted(map(str, devices)))
         raise NotRecordableError(f"CUDA graphs are for tensors on a CUDA device, and these are on {names}")
-    launched = torch.compile(traced, dynamic=False, fullgraph=True, options=options | {"triton.cudagraphs": True})
-
-    def call(*inputs: Tensor) -> tuple[Tensor | None, ...]:
-        torch.compiler.cudagraph_mark_step_begin()
-        return tuple(None if result is None else result.clone() for result in launched(*inputs))
-
-    return call
 
 
 def _value(node: Node) -> Any:

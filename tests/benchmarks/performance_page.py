@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks.markdown import table
 from tests.benchmarks.measure import read_results
 from tests.benchmarks.peers.row import BEFORE, OURS, PLAIN, is_ours
 
@@ -33,7 +34,7 @@ python -m tests.benchmarks.performance_page
   takes less of it than the default prior, which has a scale to draw for every layer.
 - **A small network, many small layers, a transformer, or a mean field or rank-1 network of dense layers that trains for
   long:** `compile=True` ([training.md](training.md)). A step then has no Python in it, after seconds to two minutes in
-  which it is made for each shape of batch. A ResNet-18, where large convolutions take the time, is no faster for it.
+  which it is made for each shape of batch. Where large convolutions take the time it changes little.
 - **A mean field of all weights:** `Dense` with `MeanFieldGuide`. Look at the column of the KL divergence before you
   compare times: a library that takes a mean where the evidence lower bound has a sum trains another objective, in
   which the prior counts for almost nothing.
@@ -69,11 +70,6 @@ def figure(found: Mapping[str, float]) -> str:
     if found["min"] == found["max"]:
         return number(found["median"])
     return f"{number(found['median'])} ({number(found['min'])} to {number(found['max'])})"
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def in_order(ways: Sequence[str]) -> list[str]:

@@ -20,8 +20,8 @@ Fit = Callable[[Table, Settings, int, float], pb.Posterior]
 
 #: optimiser steps of a whole training, and rows of a batch in small tables and in others
 STEPS, BATCHES, SMALL = 5000, (128, 512), 5000
-#: a table of more training rows has a network of 100 units
-LARGE = 30_000
+#: a table of more training rows has a network of 100 units: protein, also without a gap and the rows of validation
+LARGE = 20_000
 LIKELIHOODS = {"gaussian": pb.likelihoods.Gaussian, "heteroscedastic": pb.likelihoods.HeteroscedasticGaussian}
 PARTICLES, COMPONENTS, NETWORKS = 5, 4, 5
 

@@ -319,6 +319,13 @@ def test_where_compile_does_not_apply() -> None:
     with pytest.warns(UserWarning, match="CUDA graphs are for tensors on a CUDA device, and these are on cpu"):
         one = trained(dense, plain, compile="reduce-overhead")
     require_same(one, trained(dense, plain), 0.0)
+    posterior, (x, _) = one[0], data()
+    before = posterior.predict(x, seed=0).probs
+    posterior.compile("reduce-overhead")
+    with pytest.warns(UserWarning, match="a prediction could not be compiled.*CUDA graphs"):
+        assert torch.equal(posterior.predict(x, seed=0).probs, before)
+    with pytest.raises(ValueError, match="mode='fast'"):
+        posterior.compile("fast")  # type: ignore[arg-type]
 
 
 @needs_compiler
