@@ -116,7 +116,9 @@ class Bella(BayesianNetwork):
                 self.priors[name] = priors.resolve(self.prior, (name, weight), like)
         for name in self.own_parameters():
             self._likes[name] = parameters[name]
-            self.priors[name] = head_prior if name in self.head_parameters else affine_prior
+            is_head = name in self.head_parameters
+            own = head_prior if is_head else affine_prior
+            self.priors[name] = priors.resolve(own, (name,), parameters[name].detach(), not is_head)
         self._sites = self.list_weight_sites(self.priors, self._likes | self._centers())
         self.train(self.training)
 

@@ -79,10 +79,11 @@ class Rank1(BayesianNetwork):
         super().__init__(net, likelihood, num_data, **options)
         core = self.core()
         parameters = core.parameters_by_name()
-        if weight_prior is not None and (not isinstance(weight_prior, Prior) or weight_prior.has_tau):
+        own = isinstance(weight_prior, Prior) and not weight_prior.has_tau and not weight_prior.is_pretrained
+        if weight_prior is not None and not own:
             raise TypeError(
-                f"weight_prior={weight_prior!r}: expected a prior of pyro_bnn.priors without latent scales "
-                "(Normal, Cauchy, Laplace or StudentT), or None for a flat prior"
+                f"weight_prior={weight_prior!r}: expected a prior of pyro_bnn.priors without latent scales or given "
+                "weights (Normal, Cauchy, Laplace or StudentT), or None for a flat prior"
             )
         clip = checks.optional(checks.positive, "clip", clip)
         checks.truth("member_bias", member_bias)

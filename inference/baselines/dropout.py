@@ -67,6 +67,7 @@ class MCDropout(Baseline):
         everything = next((name for name, module in dropouts.items() if module.p >= 1), None)
         if everything is not None:
             raise ValueError(f"the dropout {everything!r} has p=1 and drops everything: choose p below 1")
+        self._require_own_location("the posterior keeps only those that training ends at")
 
     @one_at_a_time
     def fit(

@@ -56,6 +56,7 @@ class DeepEnsemble(Baseline):
         if self.build is not None:
             checks.function("build", self.build)
         self.num_networks = checks.count("num_networks", self.num_networks)
+        self._require_own_location("the networks of an ensemble start at new ones")
 
     def repr_arguments(self) -> dict[str, object]:
         return super().repr_arguments() | {"num_networks": self.num_networks}

@@ -69,6 +69,18 @@ class Baseline:
         net = self.net if net is None else net
         return Dense(net, self.likelihood, self.num_data, prior=self.prior, select=is_trainable, output=self.output)
 
+    def _require_own_location(self, why: str) -> None:
+        """Refuses priors around the weights of the given network.
+
+        :raises ValueError: for such a prior; the message gives the reason ``why``.
+        """
+        around = next((name for name, prior in self._model().priors.items() if prior.is_pretrained), None)
+        if around is not None:
+            raise ValueError(
+                f"{type(self).__name__}: the prior of {around!r} is around the weights of the given network, but {why}"
+                ": use a prior with a location of its own, such as Normal()"
+            )
+
     def _mode(self, data: Data, epochs: int, net: nn.Module | None = None, **options: Any) -> Posterior:
         """A posterior of one point: the mode after so many epochs of training, or the given network without training.
 

@@ -69,8 +69,7 @@ class WeightSharing(Dense):
         return now
 
     def sample_latents(self) -> dict[str, Tensor]:
-        parameters = self.core().parameters_by_name()
-        return self.sample_weights(self._priors_now(), {name: parameters[name].detach() for name in self.random})
+        return self.sample_under(self._priors_now())
 
     def log_prior(self) -> Tensor | None:
         if not self._under_codebook or not self._codebook:

@@ -254,7 +254,9 @@ def _draws(description: Mapping[str, Any], values: Mapping[str, Tensor], model: 
 
 def _implied(model: BayesianNetwork, guide: nn.Module) -> dict[str, Tensor]:
     """Values of those network parameters that are not stored because they follow from model and guide."""
-    return model.implied_parameters() | (guide.means_of_network() if isinstance(guide, MixtureGuide) else {})
+    implied = model.implied_parameters() | (guide.means_of_network() if isinstance(guide, MixtureGuide) else {})
+    pretrained = {name for name, prior in getattr(model, "priors", {}).items() if prior.is_pretrained}
+    return {name: value for name, value in implied.items() if name not in pretrained}
 
 
 def _kept_buffers(net: nn.Module) -> list[tuple[str, Tensor]]:

@@ -4,7 +4,8 @@ A prior is an object of one of these classes, a Pyro distribution, a function ``
 mapping ``{pattern: prior}``. A pattern is the name of a parameter, the name of a module (for all parameters below it),
 or a regular expression that matches such a name completely; the first pattern that matches is used. ``loc=None`` means
 the centre that the model sets: 1 for a factor that multiplies a weight (rank-1), 0 for a weight itself, and the given
-value for a gain or bias of a normalisation layer (``affine_prior`` of ``Bella``).
+value for a gain or bias of a normalisation layer (``affine_prior`` of ``Bella``). :func:`pretrained` is a prior around
+the given values of weights.
 
 Hierarchical priors add latent sites: ``<site>_tau`` (a scale for a whole layer), ``<site>_lambda`` (a scale for each
 element) and ``<site>_inclusion`` (the share of the slab).
@@ -18,8 +19,10 @@ from pyro_bnn.priors.families import (
     Horseshoe,
     Laplace,
     Normal,
+    Pretrained,
     Prior,
     StudentT,
+    pretrained,
 )
 from pyro_bnn.priors.gaussian_mixture import CodebookPrior, GaussianMixture
 from pyro_bnn.priors.spike_and_slab import SpikeAndSlab
@@ -34,6 +37,7 @@ __all__ = [
     "Horseshoe",
     "Laplace",
     "Normal",
+    "Pretrained",
     "Prior",
     "PriorLike",
     "SpikeAndSlab",
@@ -41,5 +45,6 @@ __all__ = [
     "StudentT",
     "describe",
     "from_description",
+    "pretrained",
     "resolve",
 ]

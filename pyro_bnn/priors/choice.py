@@ -65,21 +65,22 @@ PriorLike = (
 )
 
 
-def resolve(prior: PriorLike, names: tuple[str, ...], like: Tensor) -> Prior:
+def resolve(prior: PriorLike, names: tuple[str, ...], like: Tensor, is_weight: bool = False) -> Prior:
     """The prior of one site.
 
     :param prior: what the user gave as ``prior=``.
     :param names: the names that a pattern may match, the most specific first (``fc.weight.s``, ``fc.weight``); it may
         also match a module that they are in (``fc``), see :func:`~pyro_bnn.selection.pattern_matches`.
     :param like: a tensor with the shape of the site.
+    :param is_weight: whether the site is a parameter of the network, which has a given value.
     :raises ValueError: when a mapping has no pattern for the site, or an invalid one, or a distribution does not have
-        its shape.
+        its shape, or the prior is around given weights and the site is none.
     :raises TypeError: when the prior is not of a type in ``PriorLike``, or a function returns something else.
     """
     if isinstance(prior, Mapping):
         for pattern, one in prior.items():
             if any(pattern_matches(pattern, name) for name in names):
-                return resolve(one, names, like)
+                return resolve(one, names, like, is_weight)
         raise ValueError(
             f"no pattern of the prior matches {names[0]!r} (patterns: {', '.join(map(repr, prior))}); a pattern "
             "must match its whole name, or that of a module that it is in. Add a last pattern '.*' for all others."
@@ -87,6 +88,11 @@ def resolve(prior: PriorLike, names: tuple[str, ...], like: Tensor) -> Prior:
     if isinstance(prior, type):
         raise TypeError(f"prior={prior.__name__}: expected an object and not its class, as {prior.__name__}() is")
     if isinstance(prior, Prior):
+        if prior.is_pretrained and not is_weight:
+            raise ValueError(
+                f"the prior of {names[0]!r} is {prior!r}, around weights of the given network, but {names[0]!r} is no "
+                "weight of it: use a prior with a location of its own, such as Normal()"
+            )
         prior.require_fit(names[0], like)
         return prior
     if isinstance(prior, TorchDistributionMixin):
@@ -94,7 +100,7 @@ def resolve(prior: PriorLike, names: tuple[str, ...], like: Tensor) -> Prior:
     elif callable(prior):
         result = prior(names[0], like)
         if isinstance(result, Prior):
-            return resolve(result, names, like)
+            return resolve(result, names, like, is_weight)
         if not isinstance(result, TorchDistributionMixin):
             raise TypeError(f"the prior function returned {type(result).__name__} for {names[0]!r}, not a distribution")
         fixed = _Fixed(names[0], result)

@@ -69,6 +69,8 @@ class Prior:
     is_constant: ClassVar[bool] = False
     #: whether the KL divergence of a Cauchy from this prior is finite
     has_heavy_tails: ClassVar[bool] = True
+    #: whether the elements are centred at the values that the network has when it is given to a model
+    is_pretrained: ClassVar[bool] = False
 
     def __repr__(self) -> str:
         return display.call(self)
@@ -167,6 +169,45 @@ class Normal(_LocationScale):
 
     family = dist.Normal
     has_heavy_tails: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Pretrained(Prior):
+    """``N(w*, scale^2)``, independent elements, around the weights w* of the given network; see :func:`pretrained`."""
+
+    scale: float = 0.1
+    is_constant: ClassVar[bool] = True
+    has_heavy_tails: ClassVar[bool] = False
+    is_pretrained: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_numbers(self, scale=self.scale)
+
+    def elements(self, center: float | Tensor, like: Tensor, scale: Tensor | None) -> dist.TorchDistribution:
+        if not isinstance(center, Tensor):
+            raise ValueError(
+                "pretrained() is a prior around weights of the given network, and what has it here is no such weight: "
+                "use Normal(loc, scale) for factors, shared values and point estimates"
+            )
+        return dist.Normal(center, like.new_full((), self.scale))
+
+
+def pretrained(scale: float = 0.1) -> Pretrained:
+    """A prior around the weights w* that the network has when it is given to a model::
+
+        w_i ~ N(w*_i, scale^2)
+
+    For networks that were trained before: the posterior then starts, and without data stays, at what they have learned
+    (MOPED; Krishnan, Subedar and Tickoo 2020, *AAAI*). It keeps w* as part of the model, in saved posteriors too. It
+    is a prior for parameters of the network themselves: of ``Dense``, ``WeightSharing`` and ``SpikeSlab``, and for the
+    gains and biases of ``Bella``.
+
+    :param scale: the standard deviation, in the units of the weights; a mapping ``{pattern: pretrained(scale)}`` sets
+        it by layer.
+    :raises TypeError: for a scale that is not a number.
+    :raises ValueError: for a scale that is not positive.
+    """
+    return Pretrained(scale)
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ class SitePrior(dist.Independent):
         batch: torch.Size | None = None,
     ) -> None:
         self.elements, self.constants = elements, constants
+        elements._validate_args = elements._validate_args  # as now, also where base_dist is first asked for later
         self._expanded: SitePrior | None = None
         self.reinterpreted_batch_ndims = len(shape) - len(elements.event_shape)
         if batch is None:

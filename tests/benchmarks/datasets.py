@@ -19,6 +19,8 @@ from torchvision.io import ImageReadMode, read_image
 CLASSES = {"mnist": MNIST, "fashion": FashionMNIST}
 FILES = [f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+#: a table of more rows has a network of 100 units: protein
+LARGE = 40_000
 CIFAR10 = [*(f"data_batch_{i}.png" for i in range(1, 6)), "train_lables.json", "test_batch.png", "test_lables.json"]
 HELP = {
     "fashion": f"install the Debian package dataset-fashion-mnist, whose {DEBIAN} is read as well,",
@@ -99,13 +101,17 @@ def minilm() -> Path:
 
 
 class Table(NamedTuple):
-    """``x``: ``[N, D]``, ``y``: ``[N, 1]``, each of mean 0 and deviation 1 by the training rows; ``scale`` of y."""
+    """``x``: ``[N, D]``, ``y``: ``[N, 1]``, each of mean 0 and deviation 1 by the training rows; ``scale`` of y.
+
+    ``units`` is how many the hidden layer of its network has.
+    """
 
     x_train: Tensor
     y_train: Tensor
     x_test: Tensor
     y_test: Tensor
     scale: float
+    units: int = 50
 
 
 def uci(name: str, split: int) -> Table:
@@ -115,6 +121,14 @@ def uci(name: str, split: int) -> Table:
     """
     x, y, masks = _uci_file(name)
     return _standardised(x, y, masks[split])
+
+
+def uci_splits(name: str) -> int:
+    """How many splits a table has.
+
+    :raises FileNotFoundError: when the file is missing; the message says what it holds.
+    """
+    return len(_uci_file(name)[2])
 
 
 def uci_gap(name: str, column: int) -> Table:
@@ -140,7 +154,7 @@ def _standardised(x: np.ndarray, y: np.ndarray, test: np.ndarray) -> Table:
     scale = float(y[~test].std())
     x, y = (x - x[~test].mean(0)) / np.maximum(x[~test].std(0), 1e-12), (y - y[~test].mean()) / scale
     parts = (torch.tensor(part, dtype=torch.float32) for rows in (~test, test) for part in (x[rows], y[rows, None]))
-    return Table(*parts, scale)
+    return Table(*parts, scale, 100 if len(x) > LARGE else 50)
 
 
 def _root() -> Path:

@@ -8,14 +8,15 @@ import warnings
 import torch
 
 import tests.benchmarks.uci as package
-from tests.benchmarks.datasets import uci
+from tests.benchmarks.datasets import uci, uci_splits
 from tests.benchmarks.uci.methods import METHODS
 from tests.benchmarks.uci.rows import SPLITS, add, known, measure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=package.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", nargs="+", choices=list(SPLITS), default=list(SPLITS), metavar="NAME")
+    what = "files of the folder uci, a table of your own among them (default: the seven)"
+    parser.add_argument("--tables", nargs="+", default=list(SPLITS), metavar="NAME", help=what)
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME")
     parser.add_argument("--splits", type=int, help="the first so many of each table; by default all")
     parser.add_argument("--gaps", action="store_true", help="leave out the middle third of each input instead")
@@ -25,7 +26,7 @@ def main() -> None:
     tables = ["yacht"] if asked.quick else asked.tables
     parts = []
     for name in tables:
-        kind, number = ("gap", uci(name, 0).x_train.shape[1]) if asked.gaps else ("split", SPLITS[name])
+        kind, number = ("gap", uci(name, 0).x_train.shape[1]) if asked.gaps else ("split", uci_splits(name))
         parts += [(i, name, f"{kind} {i}") for i in range(number)[: 1 if asked.quick else asked.splits]]
     for _, name, part in sorted(parts, key=lambda one: one[0]):  # the first split of every table, then the second
         for method in asked.methods:

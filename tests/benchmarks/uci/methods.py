@@ -20,9 +20,13 @@ Fit = Callable[[Table, Settings, int, float], pb.Posterior]
 
 #: optimiser steps of a whole training, and rows of a batch in small tables and in others
 STEPS, BATCHES, SMALL = 5000, (128, 512), 5000
-#: a table of more training rows has a network of 100 units: protein, also without a gap and the rows of validation
-LARGE = 20_000
-LIKELIHOODS = {"gaussian": pb.likelihoods.Gaussian, "heteroscedastic": pb.likelihoods.HeteroscedasticGaussian}
+#: up to so many training rows a chain has the gradient of all, and with it a Metropolis test of each step
+EXACT = 12_000
+LIKELIHOODS: dict[str, tuple[type[pb.likelihoods.Likelihood], int]] = {
+    "gaussian": (pb.likelihoods.Gaussian, 1),
+    "heteroscedastic": (pb.likelihoods.HeteroscedasticGaussian, 2),
+    "categorical": (pb.likelihoods.Categorical, 10),
+}
 PARTICLES, COMPONENTS, NETWORKS = 5, 4, 5
 
 
@@ -43,8 +47,8 @@ class Method:
 
 
 def grid(**values: Any) -> tuple[Settings, ...]:
-    """All combinations with both likelihoods."""
-    combined = product(LIKELIHOODS, *values.values())
+    """All combinations with both likelihoods of a table: one noise, or a noise that the network predicts."""
+    combined = product(("gaussian", "heteroscedastic"), *values.values())
     return tuple(dict(zip(("likelihood", *values), combination, strict=True)) for combination in combined)
 
 
@@ -54,15 +58,16 @@ def pair(table: Table) -> tuple[Tensor, Tensor]:
 
 def network(table: Table, settings: Settings, dropout: float | None = None) -> nn.Module:
     """One hidden layer; two outputs, mean and log scale, where the noise depends on the input."""
-    units = 100 if len(table.x_train) > LARGE else 50
-    outputs = 1 if settings["likelihood"] == "gaussian" else 2
+    _, outputs = LIKELIHOODS[settings["likelihood"]]
+    first, last = nn.Linear(table.x_train.shape[1], table.units), nn.Linear(table.units, outputs)
     between = [] if dropout is None else [nn.Dropout(dropout)]
-    return nn.Sequential(nn.Linear(table.x_train.shape[1], units), nn.ReLU(), *between, nn.Linear(units, outputs))
+    return nn.Sequential(first, nn.ReLU(), *between, last)
 
 
 def given(table: Table, settings: Settings, dropout: float | None = None) -> tuple[Any, Any, int]:
     """Network, likelihood and number of rows: what every model and baseline begins with."""
-    return network(table, settings, dropout), LIKELIHOODS[settings["likelihood"]](), len(table.x_train)
+    likelihood, _ = LIKELIHOODS[settings["likelihood"]]
+    return network(table, settings, dropout), likelihood(), len(table.x_train)
 
 
 def batch_size(table: Table) -> int:
@@ -155,11 +160,11 @@ def by_width(net: Any) -> dict[str, pb.priors.Prior]:
 
 
 def sghmc(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
-    """With the gradient of all rows where these are few, and nothing set."""
+    """With the gradient of all rows where these are few, and nothing set but a long warm-up."""
     net, likelihood, size = given(table, settings)
     model = Dense(net, likelihood, size, prior=by_width(net))
-    rows = size if size <= SMALL else batch_size(table)
-    return chains(SGHMC(model, pair(table), batch_size=rows), share, seed, 250)
+    rows = size if size <= EXACT else batch_size(table)
+    return chains(SGHMC(model, pair(table), batch_size=rows), share, seed, 50, 600)
 
 
 def spike_slab(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
@@ -185,5 +190,5 @@ METHODS: dict[str, Method] = {
     "rank-1": Method(rank1, TRAINED, 100, is_ours=True),
     "Bella": Method(bella, grid(room=({"product_scale": 0.1}, {"product_scale": 1.0})), 1, is_ours=True),
     "spike and slab": Method(spike_slab, grid(**{"step size": (0.02, 0.05)}), 400, is_ours=True),
-    "SGHMC": Method(sghmc, grid(), 1000, is_ours=True),
+    "SGHMC": Method(sghmc, grid(), 200, is_ours=True),
 }

@@ -25,6 +25,7 @@ from pyro_bnn.inference.potential import Potential
 from pyro_bnn.inference.sgmcmc.gradient import Gradient
 from pyro_bnn.inference.sgmcmc.sghmc import sghmc_step
 from pyro_bnn.inference.sgmcmc.streams import Streams
+from pyro_bnn.likelihoods import Gaussian, HeteroscedasticGaussian
 from pyro_bnn.models import Dense, Rank1
 
 CURVATURES = torch.tensor([0.3, 1.0, 2.5], dtype=torch.float64)
@@ -834,3 +835,14 @@ def test_a_recording_of_a_model_that_writes_into_a_buffer() -> None:
         torch.testing.assert_close(gradient(), expected)
         gradient.theta.add_(1.0)
     assert gradient.num_graphs == 1
+
+
+@pytest.mark.parametrize("likelihood", [Gaussian(), HeteroscedasticGaussian(), Gaussian(0.3)], ids=repr)
+def test_gradients_of_all_likelihoods_of_tables_are_recorded(likelihood: Any) -> None:
+    """Proves that a learned noise, whose support is asked for before chains start, leaves no check of values behind."""
+    outputs = 2 if isinstance(likelihood, HeteroscedasticGaussian) else 1
+    torch.manual_seed(0)
+    model = Dense(nn.Linear(2, outputs), likelihood, 20)
+    kernel = SGHMC(model, (torch.randn(20, 2), torch.randn(20, 1)), batch_size=20, capture=True)
+    sample(kernel, 20, 20, seed=0, num_chains=2, progress=False)
+    assert kernel.gradient.num_graphs == 1
