@@ -132,8 +132,8 @@ LIKELIHOOD = pb.likelihoods.Categorical()
 EPOCHS = (20, 80)
 #: how a method is fitted, draws of each member in a prediction, and its settings
 METHODS: dict[str, tuple[Callable[..., pb.Posterior], int, tuple[Settings, ...]]] = {
-    "one network": (networks(1), 1, grid(epochs=(20, 40, 80, 160))),
-    "ensemble of 4": (networks(NETWORKS), NETWORKS, grid(epochs=(20, 40, 80, 160))),
+    "one network": (networks(1), 1, grid(epochs=(10, 20, 40, 80))),
+    "ensemble of 4": (networks(NETWORKS), NETWORKS, grid(epochs=(10, 20, 40, 80))),
     "MC dropout": (dropout, DRAWS, grid(epochs=EPOCHS, dropout=(0.1, 0.4))),
     "rank-1, Normal": (rank1, DRAWS, grid(epochs=EPOCHS, prior=(pb.priors.Normal(1.0, 0.3),), noise=(0.01, 0.1))),
     "rank-1, Cauchy": (rank1, DRAWS, grid(epochs=EPOCHS, prior=(pb.priors.HierarchicalCauchy(),), noise=(0.01, 0.1))),
