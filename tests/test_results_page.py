@@ -12,16 +12,17 @@ import torch
 
 import pyro_bnn as pb
 from tests.benchmarks import measure as measuring
-from tests.benchmarks import tables
 from tests.benchmarks.datasets import Table, uci, uci_gap
+from tests.benchmarks.tables import figures, page
+from tests.benchmarks.tables import uci as section
 from tests.benchmarks.uci import rows
 from tests.benchmarks.uci.methods import METHODS, Method
 
 
 def test_the_committed_page_is_what_the_generator_makes_of_the_committed_results() -> None:
-    assert tables.PAGE.read_text(encoding="utf-8") == tables.page(), "run: python -m tests.benchmarks.tables"
-    text = tables.README.read_text(encoding="utf-8")
-    assert text == tables.readme(text), "run: python -m tests.benchmarks.tables"
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(), "run: python -m tests.benchmarks.tables"
+    text = page.README.read_text(encoding="utf-8")
+    assert text == page.readme(text), "run: python -m tests.benchmarks.tables"
 
 
 @pytest.fixture
@@ -85,9 +86,9 @@ def test_a_gap_is_the_middle_third_of_an_input() -> None:
 def test_a_tie_at_the_digits_of_a_published_figure_is_no_win(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proves that 2.826 is not below the published 2.83, and that a table without methods of ours does not count."""
     rows = {"protein": 2.826, "yacht": 1.17}
-    found = {name: {tables.BEST: {"split 0": {"nll": nll, "rmse": 9.0}}} for name, nll in rows.items()}
-    monkeypatch.setattr(tables, "columns", lambda kind: found | {"wine": {"one network": {}}})
-    assert "NLL of 1 of 2 tables (yacht); RMSE of 0 of 2 tables (none)" in tables.wins()
+    found = {name: {section.BEST: {"split 0": {"nll": nll, "rmse": 9.0}}} for name, nll in rows.items()}
+    monkeypatch.setattr(section, "columns", lambda kind: found | {"wine": {"one network": {}}})
+    assert "NLL of 1 of 2 tables (yacht); RMSE of 0 of 2 tables (none)" in section.wins()
 
 
 def test_the_best_of_ours_is_chosen_by_validation_alone() -> None:
@@ -96,7 +97,7 @@ def test_the_best_of_ours_is_chosen_by_validation_alone() -> None:
     def one(method: str, validation: float, nll: float) -> dict[str, Any]:
         return {"part": "split 0", "method": method, "validation": {"": validation}, "nll": nll, "rmse": 1.0}
 
-    found = tables.of_parts([one("rank-1", 1.0, 3.0), one("SGHMC", 2.0, 0.0), one("ensemble of 5", 0.0, 0.0)], "split")
-    assert found[tables.BEST]["split 0"]["method"] == "rank-1"
-    assert tables.mean_and_error([1.0, 3.0]) == (2.0, 1.0)
-    assert tables.shown(math.inf, math.nan, 2) == "diverges"
+    found = section.of_parts([one("rank-1", 1.0, 3.0), one("SGHMC", 2.0, 0.0), one("ensemble of 5", 0.0, 0.0)], "split")
+    assert found[section.BEST]["split 0"]["method"] == "rank-1"
+    assert figures.mean_and_error([1.0, 3.0]) == (2.0, 1.0)
+    assert figures.shown(math.inf, math.nan, 2) == "diverges"

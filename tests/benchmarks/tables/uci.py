@@ -1,11 +1,7 @@
-"""Writes docs/results.md, its pictures and a table of the README from the committed results.
-
-``python -m tests.benchmarks.tables``.
-"""
+"""The section of UCI tables: NLL and RMSE, gaps, wins over published figures, and a picture."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -13,34 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from tests.benchmarks.markdown import table
+from tests.benchmarks.tables.figures import mean_and_error, shown
 from tests.benchmarks.uci import published
 from tests.benchmarks.uci.methods import METHODS
 from tests.benchmarks.uci.rows import SPLITS, known
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGE, README = DOCS / "results.md", DOCS.parent / "README.md"
-#: between these lines of the README stands what this program writes
-BEGIN, END = "<!-- results: made by python -m tests.benchmarks.tables -->", "<!-- end of results -->"
-#: what the README shows
-SHORT = ("one network", "ensemble of 5", "MC dropout", "rank-1")
 #: chosen on each split among our methods by the NLL of the validation rows
 BEST = "best of ours, by validation"
-
-START = """\
-# What the methods reach
-
-This page is made of the results of the benchmarks; do not edit it by hand.
-
-```
-python -m tests.benchmarks.uci
-python -m tests.benchmarks.uci --gaps
-python -m tests.benchmarks.tables
-```
-
-Settings are chosen within the training rows, never on test rows, and a rival has as many of them as ours. A figure is
-the mean over splits, with its standard error; the lowest of a column is bold, and so are those within a standard
-error of it.
-"""
 
 UCI = """\
 ## Regression: UCI
@@ -80,19 +55,8 @@ def validated(row: Mapping[str, Any]) -> float:
     return min(row["validation"].values())
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return statistics.fmean(values), error
-
-
 def digits(figure: str, table: str) -> int:
     return 4 if (figure, table) == ("rmse", "naval") else 2
-
-
-def shown(value: float, error: float, places: int) -> str:
-    if not math.isfinite(value):
-        return "diverges"
-    return f"{value:.{places}f}" if math.isnan(error) else f"{value:.{places}f} ± {error:.{places}f}"
 
 
 def columns(kind: str) -> dict[str, dict[str, dict[str, Mapping[str, Any]]]]:
@@ -177,7 +141,7 @@ def progress() -> str:
     return text if done == whole else f"{text} What stands here is a first look: one split decides nothing."
 
 
-def uci_section() -> list[str]:
+def section() -> list[str]:
     texts = [UCI, progress(), wins(), "**NLL**", uci_table("nll", "split", published.NLL)]
     texts += ["**RMSE**", uci_table("rmse", "split", published.RMSE), "![NLL beside the ensemble](uci.png)"]
     texts += [chosen(), seconds()]
@@ -186,19 +150,7 @@ def uci_section() -> list[str]:
     return texts
 
 
-def page() -> str:
-    return "\n\n".join(text.strip() for text in [START, *uci_section()]) + "\n"
-
-
-def readme(text: str) -> str:
-    """The README with the present table between its two lines."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    rivals = {name: published.NLL[name] for name in published.RIVALS}
-    return f"{before}{BEGIN}\n{progress()}\n\n{uci_table('nll', 'split', rivals, (*SHORT, BEST))}\n{END}{after}"
-
-
-def draw_uci(path: Path) -> None:
+def draw(path: Path) -> None:
     """The NLL of each method less that of the ensemble on the same split: means and standard errors."""
     from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
@@ -223,15 +175,3 @@ def draw_uci(path: Path) -> None:
     figure.supxlabel("NLL less that of the ensemble of 5, in nats (left is better)")
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    PAGE.write_text(page())
-    README.write_text(readme(README.read_text()))
-    draw_uci(DOCS / "uci.png")
-    print(f"written to {PAGE} and {README}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,40 @@
+"""How a figure of several splits or seeds is written."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error, which is NaN for a single value."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def shown(value: float, error: float, places: int) -> str:
+    if not math.isfinite(value):
+        return "diverges"
+    return f"{value:.{places}f}" if math.isnan(error) else f"{value:.{places}f} ± {error:.{places}f}"
+
+
+def with_best(
+    columns: Sequence[Sequence[tuple[float, float] | None]], places: Sequence[int], highest: Sequence[bool]
+) -> list[list[str]]:
+    """The texts of a table by columns; the best of a column, and what is within a standard error of it, is bold.
+
+    :param columns: a mean and its error for each line, or ``None`` for an empty cell.
+    :param highest: whether the highest of a column is its best.
+    """
+    texts = []
+    for column, digits, up in zip(columns, places, highest, strict=True):
+        sign = -1 if up else 1
+        best, error = min(((sign * value, error) for value, error in filter(None, column)), default=(0.0, math.nan))
+        reach = best + (0.0 if math.isnan(error) else error)
+        cells = []
+        for cell in column:
+            text = "" if cell is None else shown(*cell, digits)
+            cells.append(f"**{text}**" if cell is not None and sign * cell[0] <= reach else text)
+        texts.append(cells)
+    return texts
