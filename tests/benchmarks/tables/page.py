@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.benchmarks.tables import reference, sequences, uci
+from tests.benchmarks.tables import images, reference, sequences, uci
 from tests.benchmarks.uci import published
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -22,6 +22,7 @@ This page is made of the results of the benchmarks; do not edit it by hand.
 ```
 python -m tests.benchmarks.uci
 python -m tests.benchmarks.uci --gaps
+python -m tests.benchmarks.images
 python -m tests.benchmarks.reference
 python -m tests.benchmarks.sequences
 python -m tests.benchmarks.tables
@@ -34,7 +35,7 @@ error of it.
 
 
 def page() -> str:
-    sections = [*uci.section(), *sequences.section(), *reference.section()]
+    sections = [*uci.section(), *images.section(), *sequences.section(), *reference.section()]
     return "\n\n".join(text.strip() for text in [START, *sections]) + "\n"
 
 

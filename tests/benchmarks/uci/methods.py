@@ -168,9 +168,11 @@ def sghmc(table: Table, settings: Settings, seed: int, share: float) -> pb.Poste
 
 
 def spike_slab(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
-    """By the recipe of docs/spike_slab.md: inputs are in the spike or in the slab."""
+    """By the recipe of docs/spike_slab.md: inputs are in the spike or in the slab, or single weights of many pixels."""
     net, likelihood, size = given(table, settings)
-    prior = {r"0\.weight": pb.priors.SpikeAndSlab.for_inputs(table.x_train.shape[1], size), **by_width(net)}
+    inputs = table.x_train.shape[1]
+    first = pb.priors.SpikeAndSlab.for_inputs(inputs, size) if inputs < size / 5 else pb.priors.SpikeAndSlab()
+    prior = {r"0\.weight": first, **by_width(net)}
     model = SpikeSlab(net, likelihood, size, prior=prior)
     options: dict[str, Any] = {"batch_size": min(size, 256), "thinning": 10}
     kernel = SGHMCEM(model, pair(table), step_size=settings["step size"], friction=0.1, **options)

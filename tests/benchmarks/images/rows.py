@@ -1,0 +1,169 @@
+"""One row of the results: a method with one seed, and what it reaches."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import pyro_bnn as pb
+from pyro_bnn.data.corruptions import image_shift
+from tests.benchmarks.datasets import CLASSES, images, not_mnist
+from tests.benchmarks.images.methods import METHODS, ONE, Fit, Pair, Settings, Start, fresh, network_of, point
+from tests.benchmarks.measure import read_results, write_results
+from tests.benchmarks.sparse_images import HELD_OUT
+
+RUNS = Path("runs/images")
+METRICS = ("accuracy", "nll", "brier", "ece", "aurc")
+#: the first test images, which are corrupted
+SHIFTED = 500
+
+
+class Study:
+    """The methods on one data set.
+
+    :param share: of the usual number of epochs; below 1 for a quick look, of which nothing is written.
+    """
+
+    def __init__(self, data: str, share: float = 1.0) -> None:
+        self.data, self.share = data, share
+        loaded = images(data)
+        some = slice(None) if share == 1 else slice(100)
+        self.train: Pair = loaded.x_train[:-HELD_OUT][some], loaded.y_train[:-HELD_OUT][some]
+        self.held: Pair = loaded.x_train[-HELD_OUT:][some], loaded.y_train[-HELD_OUT:][some]
+        self.test: Pair = loaded.x_test[some], loaded.y_test[some]
+        self.std = 255 / float(loaded.x_train.max() - loaded.x_train.min())
+        self.mean = -float(loaded.x_train.min()) * self.std
+        other = next(name for name in CLASSES if name != data)
+        pixels = {other: self.as_ours(raw(other)[some]), "notMNIST": self.as_ours(not_mnist()[some])}
+        self.ood: dict[str, Tensor] = pixels
+        self.quick: dict[str, Any] = {"rows": [], "chosen": {}}
+
+    def as_ours(self, pixels: Tensor) -> Tensor:
+        """Pixels from 0 to 255 as the images of this set are: less its mean, in units of its deviation."""
+        return ((pixels.float() - self.mean) / self.std).unsqueeze(1)
+
+    # ------------------------------------------------------------------------------------------ what is kept
+
+    @property
+    def name(self) -> str:
+        return f"images_{self.data}"
+
+    def known(self) -> dict[str, Any]:
+        return {"rows": [], "chosen": {}} | read_results(self.name) if self.share == 1 else self.quick
+
+    def keep(self, **parts: Any) -> None:
+        if self.share < 1:
+            self.quick |= parts
+            return
+        held = {key: self.known()[key] for key in ("rows", "chosen")} | parts
+        with contextlib.redirect_stdout(None):
+            write_results(self.name, held, sorted({row["seed"] for row in held["rows"]}))
+
+    # ----------------------------------------------------------------------------------------------- fitting
+
+    def network(self, seed: int, number: int) -> tuple[nn.Module, float]:
+        """The network of this number, trained with the settings that validation chose, from a file if it is there."""
+        path = RUNS / f"{self.data}-{seed}-{number}{'' if self.share == 1 else '-quick'}.pt"
+        net = fresh(0)
+        if not path.exists():
+            found = point(self.start(seed), self.chosen(ONE), number)
+            RUNS.mkdir(parents=True, exist_ok=True)
+            torch.save({"state": network_of(found).state_dict(), "seconds": found.seconds}, path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+        kept = torch.load(path, weights_only=True)
+        net.load_state_dict(kept["state"])
+        return net, kept["seconds"]
+
+    def start(self, seed: int) -> Start:
+        return Start(self.train, seed, lambda number: self.network(seed, number), self.share)
+
+    def fitted(self, method: str, settings: Settings, seed: int) -> Fit:
+        if method == ONE and dict(settings) == self.known()["chosen"].get(ONE, {}).get("settings"):
+            net, seconds = self.network(seed, 0)
+            model = pb.models.Dense(net, pb.likelihoods.Categorical(), len(self.train[1]))
+            return Fit(pb.Posterior(model.eval(), pb.models.PointGuide(model).eval()), seconds)
+        return METHODS[method].run(self.start(seed), settings)
+
+    def chosen(self, method: str) -> dict[str, Any]:
+        """The settings with the lowest NLL on held-out training images, with the first seed; tried once."""
+        known = self.known()["chosen"]
+        if method not in known:
+            grid = METHODS[method].grid
+            tried = {str(dict(one)): self.validated(method, one) for one in grid} if len(grid) > 1 else {}
+            best = min(grid, key=lambda one: tried.get(str(dict(one)), 0.0))
+            self.keep(chosen={**known, method: {"settings": dict(best), "validation": tried}})
+        settings: dict[str, Any] = self.known()["chosen"][method]["settings"]
+        return settings
+
+    def validated(self, method: str, settings: Settings) -> float:
+        try:
+            posterior = METHODS[method].run(self.start(0), settings).posterior
+        except FloatingPointError:
+            return math.inf
+        draws = draws_of(method, posterior)
+        nll: float = pb.diagnostics.evaluate(posterior, self.held, num_samples=draws, seed=0)["nll"]
+        print(f"  {self.data} {method} {dict(settings)}: validation NLL {nll:.4f}", flush=True)
+        return nll
+
+    # ----------------------------------------------------------------------------------------------- scoring
+
+    def rows(self, methods: list[str], seeds: list[int]) -> Iterator[dict[str, Any]]:
+        for seed in seeds:
+            for method in methods:
+                if any((row["method"], row["seed"]) == (method, seed) for row in self.known()["rows"]):
+                    continue
+                settings = self.chosen(method)
+                row = {"method": method, "seed": seed, "settings": settings, **self.scored(method, settings, seed)}
+                self.keep(rows=[*self.known()["rows"], row])
+                yield row
+
+    def scored(self, method: str, settings: Settings, seed: int) -> dict[str, Any]:
+        found = self.fitted(method, settings, seed)
+        draws = draws_of(method, found.posterior)
+        options: dict[str, Any] = {"num_samples": draws, "seed": 0, "batch_size": 1000}
+        began = time.perf_counter()
+        found.posterior.predict(self.test[0], draws, batch_size=1000, seed=0)
+        predicting = time.perf_counter() - began
+        row: dict[str, Any] = {}
+        for name, x in self.ood.items():
+            scores = pb.diagnostics.evaluate(found.posterior, self.test, x, **options)
+            row |= {key: scores[key] for key in METRICS} | {f"AUROC, {name}": scores["ood_auroc"]}
+        shift = image_shift(mean=(self.mean / 255,), std=(self.std / 255,))
+        some = tuple(part[: SHIFTED if self.share == 1 else 20] for part in self.test)
+        shifted = pb.diagnostics.evaluate(found.posterior, some, **options, shift=shift)
+        row |= {key: shifted[key] for key in ("cA", "cNLL", "cECE")}
+        size = bytes_of(found.posterior)
+        row |= {"bytes": size, "numbers": size // 4 if found.numbers is None else found.numbers}
+        return row | {"seconds of training": found.seconds, "seconds of predicting": predicting}
+
+
+def draws_of(method: str, posterior: pb.Posterior) -> int:
+    """How many draws of each member a prediction has: not more than are stored."""
+    return min(METHODS[method].draws, posterior.num_stored or METHODS[method].draws)
+
+
+def raw(name: str) -> Tensor:
+    """The test images with pixels from 0 to 255."""
+    loaded = images(name)
+    low, high = float(loaded.x_train.min()), float(loaded.x_train.max())
+    return ((loaded.x_test - low) * (255 / (high - low))).squeeze(1)
+
+
+def bytes_of(posterior: pb.Posterior) -> int:
+    """What a posterior takes on disk."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "posterior"
+        try:
+            posterior.save(path)
+        except TypeError:
+            posterior.save(path, prior=False)
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -1,0 +1,82 @@
+"""The section of LeNet-5 on MNIST and Fashion-MNIST."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tests.benchmarks.images.methods import METHODS
+from tests.benchmarks.markdown import table
+from tests.benchmarks.measure import read_results
+from tests.benchmarks.tables.figures import mean_and_error, with_best
+
+TEXT = """\
+## Images: LeNet-5
+
+`python -m tests.benchmarks.images`: 431,080 parameters, 50,000 training images without augmentation, ten epochs or
+fewer; four networks in an ensemble, four members of BatchEnsemble and rank-1, four particles of Bella. Settings were
+chosen on the other 10,000 training images. Out of distribution are notMNIST and the other of the two sets; cA, cNLL and
+cECE are means over eight corruptions at five severities. Means over seeds, with standard errors. Published, with ten
+networks: NLL .016 (MNIST) and .200 (Fashion-MNIST) for an ensemble, .037 and .321 for one network
+(uncertainty-baselines).
+"""
+TITLES = {"mnist": "MNIST", "fashion": "Fashion-MNIST"}
+#: ``{key: (title, decimal places, whether the highest is the best)}``
+QUALITY = {
+    "accuracy": ("accuracy", 4, True),
+    "nll": ("NLL", 4, False),
+    "brier": ("Brier", 4, False),
+    "ece": ("ECE", 4, False),
+    "aurc": ("AURC", 5, False),
+}
+BEYOND = {
+    "AUROC, notMNIST": ("AUROC, notMNIST", 3, True),
+    "AUROC, other": ("AUROC, the other set", 3, True),
+    "cA": ("cA", 3, True),
+    "cNLL": ("cNLL", 3, False),
+    "cECE": ("cECE", 3, False),
+}
+COSTS = {
+    "numbers": "numbers",
+    "bytes": "bytes",
+    "seconds of training": "seconds",
+    "seconds of predicting": "prediction",
+}
+Row = Mapping[str, Any]
+
+
+def section() -> list[str]:
+    parts = []
+    for name, title in TITLES.items():
+        rows = [with_other(row, name) for row in read_results(f"images_{name}").get("rows", [])]
+        if not rows:
+            continue
+        seeds = len({row["seed"] for row in rows})
+        parts += [f"**{title}** ({seeds} seed{'s' * (seeds > 1)})", figures(rows, QUALITY), figures(rows, BEYOND)]
+        parts.append(costs(rows))
+    return [TEXT, *parts] if parts else []
+
+
+def with_other(row: Row, data: str) -> Row:
+    """The row with the other of the two sets under a name of its own."""
+    other = next(name for name in TITLES if name != data)
+    return {**row, "AUROC, other": row[f"AUROC, {other}"]}
+
+
+def figures(rows: list[Row], columns: Mapping[str, tuple[str, int, bool]]) -> str:
+    methods = [name for name in METHODS if any(row["method"] == name for row in rows)]
+    values = [
+        [mean_and_error([row[key] for row in rows if row["method"] == method]) for method in methods] for key in columns
+    ]
+    texts = with_best(values, [places for _, places, _ in columns.values()], [up for *_, up in columns.values()])
+    lines = [[method, *cells] for method, cells in zip(methods, zip(*texts, strict=True), strict=True)]
+    return table(["", *(title for title, *_ in columns.values())], lines)
+
+
+def costs(rows: list[Row]) -> str:
+    lines = []
+    for method in METHODS:
+        own = [row for row in rows if row["method"] == method]
+        if own:
+            lines.append([method, *(f"{mean_and_error([row[key] for row in own])[0]:,.0f}" for key in COSTS)])
+    return table(["cost", *COSTS.values()], lines)

@@ -1,0 +1,126 @@
+"""What the benchmarks compare with is right: Hamiltonian Monte Carlo, BatchEnsemble, distances of predictions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pyro_bnn as pb
+from pyro_bnn.inference.potential import Potential
+from pyro_bnn.models import Dense
+from tests.benchmarks import hmc, reference
+from tests.benchmarks.images.batch_ensemble import BatchEnsemble
+from tests.benchmarks.tables.figures import with_best
+
+N, D, UNITS = 12, 3, 4
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_the_energy_of_the_reference_is_that_of_the_model(outputs: int) -> None:
+    """Up to a constant, for the same prior, whose code it does not share; and so are its gradients."""
+    torch.manual_seed(0)
+    x = torch.randn(N, D).double()
+    y = torch.randn(N, 1).double() if outputs == 1 else torch.randint(outputs, (N,))
+    net = nn.Sequential(nn.Linear(D, UNITS), nn.ReLU(), nn.Linear(UNITS, outputs)).double()
+    names = ["0.weight", "0.bias", "2.weight", "2.bias"]
+    deviations = (0.7, 1.0, 0.5, 2.0)
+    prior = {name: pb.priors.Normal(0.0, s) for name, s in zip(names, deviations, strict=True)}
+    likelihood = pb.likelihoods.Gaussian() if outputs == 1 else pb.likelihoods.Categorical()
+    potential = Potential(Dense(net, likelihood, N, prior=prior), x, y)
+    ours = hmc.Posterior(x, y, UNITS, outputs, deviations)
+    states = [torch.randn(2, *shape).double() for shape in ours.shapes]
+    log_noise = torch.randn(2, 1).double()
+    z = torch.cat([*(state.flatten(1) for state in states), *([log_noise] if outputs == 1 else [])], 1)
+    true = []
+    for i in range(2):
+        values = {name: s * state[i] for name, s, state in zip(names, deviations, states, strict=True)}
+        if outputs == 1:
+            values["noise"] = log_noise[i, 0]
+        true.append(potential(values, x, y))
+    energies = ours.energy(z)
+    assert float(energies[0] - energies[1]) == pytest.approx(float(true[0] - true[1]), rel=1e-9)
+    numeric = (ours.energy(z + 1e-6) - ours.energy(z - 1e-6)) / 2e-6
+    torch.testing.assert_close(ours.gradient(z)[0].sum(1), numeric, rtol=1e-5, atol=1e-5)
+
+
+def test_trajectories_are_reversible_and_keep_the_energy() -> None:
+    def gradient(z: Tensor) -> tuple[Tensor, Tensor]:
+        return z**3, z.pow(4).sum(1) / 4
+
+    z, p = torch.tensor([[0.3, -1.0]]).double(), torch.tensor([[0.5, 0.2]]).double()
+    there, momentum, grad, energy = hmc.leapfrog(gradient, z, p, gradient(z)[0], 0.01, 50)
+    before = gradient(z)[1] + p.square().sum() / 2
+    assert float(energy + momentum.square().sum() / 2 - before) == pytest.approx(0.0, abs=1e-4)
+    back, momentum, *_ = hmc.leapfrog(gradient, there, -momentum, grad, 0.01, 50)
+    torch.testing.assert_close(back, z)
+    torch.testing.assert_close(momentum, -p)
+
+
+class Standard:
+    """Independent standard normals in the place of a posterior, whose output is its first coordinate."""
+
+    dim, is_regression = 5, True
+
+    def forward(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return z[:, None, :1], z[:, -1].exp()
+
+    def energy(self, z: Tensor) -> Tensor:
+        return z.square().sum(1) / 2
+
+    def gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z, self.energy(z)
+
+
+def test_chains_have_the_moments_of_their_target() -> None:
+    """400 draws of 8 chains, whose mean and variance are within four standard errors of 0 and 1, if draws are apart."""
+    posterior: Any = Standard()
+    found = hmc.draw(posterior, torch.zeros(1, 1), chains=8, warmup=100, draws=400, seed=1)
+    values = found.outputs.flatten()
+    assert 0.6 < found.acceptance <= 1.0
+    assert abs(float(values.mean())) < 4 / math.sqrt(len(values))
+    assert abs(float(values.var()) - 1) < 4 * math.sqrt(2 / len(values))
+    assert found.noise.shape == (8, 400)
+
+
+def test_members_of_a_batch_ensemble_are_the_networks_of_their_explicit_weights() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4)).double()
+    for spread in (0.0, 0.5):
+        ensemble = BatchEnsemble(net, 3, spread).double()
+        for layer in (ensemble.net[0], ensemble.net[3]):  # type: ignore[index]
+            nn.init.normal_(layer.bias)
+        x = torch.randn(5, 2, 4, 4).double()
+        weights = ensemble.explicit()
+        for member, logits in enumerate(ensemble(x)):
+            own = {name: value[member].double() for name, value in weights.items()}
+            torch.testing.assert_close(torch.func.functional_call(net, own, (x,)), logits)
+        signs = ensemble.net[0].r.detach().abs()  # type: ignore[index]
+        assert bool((signs == 1).all()) == (spread == 0)
+        shared, factors, biases = 2 * 3 * 9 + 12 * 4, 3 * (2 + 3 + 12 + 4), 3 * (3 + 4)
+        assert ensemble.numbers() == shared + factors + biases
+
+
+def test_distance_of_two_normals_is_the_closed_form() -> None:
+    """TV of N(0, 1) and N(m, 1) is 2 Phi(m / 2) - 1; and a variance ratio of 4 is found."""
+    likelihood = pb.likelihoods.Gaussian()
+    noise = torch.ones(1, 1)
+    zero, moved = (pb.Prediction(torch.full((1, 1, 2, 1), m), likelihood, noise) for m in (0.0, 1.5))
+    expected = math.erf(1.5 / 2 / math.sqrt(2))
+    assert reference.distance(zero, moved) == pytest.approx(expected, abs=1e-4)
+    draws = torch.randn(50, 1, 2, 1, generator=torch.Generator().manual_seed(0))
+    wide, narrow = (pb.Prediction(s * draws, likelihood, torch.ones(50, 1)) for s in (2.0, 1.0))
+    of: Any = type("Of", (), {"likelihood": "gaussian"})
+    found = reference.compared(wide, narrow, of)
+    assert found["variance_ratio"] == pytest.approx(4.0, rel=1e-5)
+    assert found["agreement"] is None
+    assert found["total_variation"] == pytest.approx(reference.distance(narrow, wide), rel=1e-5)
+
+
+def test_the_best_of_a_column_is_bold_with_what_is_within_its_error() -> None:
+    column = [(0.50, 0.02), (0.51, 0.001), (0.60, 0.01), None]
+    assert with_best([column], [2], [False])[0] == ["**0.50 ± 0.02**", "**0.51 ± 0.00**", "0.60 ± 0.01", ""]
+    assert with_best([column], [2], [True])[0][2] == "**0.60 ± 0.01**"
