@@ -28,6 +28,9 @@ from pyro_bnn.precision import full_precision
 from pyro_bnn.program.sites import Site
 from pyro_bnn.randomness import derive_seeds, device_of, seeded
 
+#: nats per datum by which the loss may rise above that of the first step: more is no neighbourhood of a mode
+LOST = 1.0
+
 
 class Moments:
     r"""Mean, variance and last deviations of the iterates theta_1 ... theta_T.
@@ -174,7 +177,7 @@ class SWAG(Baseline):
             checkpoints. ``validation`` is not one of them: the iterates of one epoch alone are no result.
         :return: a posterior of ``num_samples`` stored draws.
         :raises ValueError: for counts out of range, ``validation``, or when the run ends before its second iterate.
-        :raises FloatingPointError: when SGD diverges.
+        :raises FloatingPointError: when SGD diverges, or its loss rises by more than a nat per datum.
         """
         epochs = checks.count("epochs", epochs, 2)
         warmup_epochs = checks.count("warmup_epochs", warmup_epochs, 0)
@@ -208,6 +211,7 @@ class SWAG(Baseline):
         )
         if moments.count < 2:
             raise ValueError(f"the run ended after {moments.count} iterates that count: two are needed")
+        _require_near(run.losses, warmup_epochs / (warmup_epochs + moments.count), lr)
         posterior = self._draw(model, guide, data, batch_size, num_samples, drawing_seed)
         posterior.losses = run.losses
         return posterior
@@ -223,6 +227,23 @@ class SWAG(Baseline):
             parts = moments.draw(z1, z2).split([site.shape.numel() for site in order], -1)
             draws = {s.name: _constrained(s, part.reshape(n, *s.shape)) for s, part in zip(order, parts, strict=True)}
             return _with_statistics(Posterior.from_draws(model, draws, is_sampled=False), data, batch_size)
+
+
+def _require_near(losses: list[float], before: float, lr: float) -> None:
+    """SGD that has left the mode for good, without becoming infinite, has no Gaussian around it.
+
+    :param losses: of all steps, in nats per datum.
+    :param before: the share of the steps before the first iterate that counts.
+    :raises FloatingPointError: when the loss of those that count is far above that of the first step.
+    """
+    counted = losses[round(before * len(losses)) :]
+    reached = sum(counted) / max(1, len(counted))
+    if losses and reached > losses[0] + LOST:
+        raise FloatingPointError(
+            f"SGD has left the mode: the loss is {losses[0]:.3g} nats per datum at its start, and {reached:.3g} on "
+            f"average where iterates count. Give a smaller lr (it is {lr:g}), clip_norm=1.0, or a network that was "
+            "trained longer"
+        )
 
 
 def _with_statistics(posterior: Posterior, data: Data, batch_size: int) -> Posterior:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import pyro_bnn as pb
 from pyro_bnn.inference.baselines.swag import SWAG, Moments
-from pyro_bnn.likelihoods import Categorical, Gaussian
+from pyro_bnn.likelihoods import Categorical, Gaussian, HeteroscedasticGaussian
 from pyro_bnn.models.architectures import digits_cnn
 from pyro_bnn.priors import Normal
 
@@ -193,3 +193,24 @@ def test_bad_input() -> None:
             fitted(**options)
     with pytest.raises(FloatingPointError, match="became"):
         fitted(lr=1e8)
+
+
+def test_leaving_the_mode_is_refused() -> None:
+    """A network that predicts its noise, trained until that is small, under a rate at which SGD jumps far."""
+    torch.manual_seed(0)
+    x = torch.randn(N, 2)
+    y = x[:, :1] * 0.5
+    net = nn.Sequential(nn.Linear(2, 20), nn.ReLU(), nn.Linear(20, 2))
+    ensemble = pb.inference.DeepEnsemble(net, HeteroscedasticGaussian(), N, num_networks=1)
+    point = ensemble.fit((x, y), epochs=300, batch_size=N, lr=1e-2, seed=0, progress=False)
+    (trained,) = point.networks(1)
+    options: dict[str, Any] = {"epochs": 20, "batch_size": 20, "seed": 0, "progress": False}
+    with pytest.raises(FloatingPointError, match=r"SGD has left the mode: .* Give a smaller lr \(it is 0.001\)"):
+        SWAG(trained, HeteroscedasticGaussian(), N).fit((x, y), lr=1e-3, **options)
+    near = SWAG(trained, HeteroscedasticGaussian(), N).fit((x, y), lr=1e-5, **options)
+    assert max(near.losses) < near.losses[0] + 1
+
+
+def test_a_network_that_warm_up_trains_may_start_anywhere() -> None:
+    _, posterior = fitted(warmup_epochs=6)
+    assert posterior.losses[-1] < posterior.losses[0]
