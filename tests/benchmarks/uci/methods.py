@@ -164,7 +164,7 @@ def sghmc(table: Table, settings: Settings, seed: int, share: float) -> pb.Poste
     net, likelihood, size = given(table, settings)
     model = Dense(net, likelihood, size, prior=by_width(net))
     rows = size if size <= EXACT else batch_size(table)
-    return chains(SGHMC(model, pair(table), batch_size=rows), share, seed, 50, 600)
+    return chains(SGHMC(model, pair(table), batch_size=rows, compile=share == 1), share, seed, 50, 600)
 
 
 def spike_slab(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
