@@ -99,7 +99,10 @@ class MinibatchKernel(MCMCKernel):
 
     def _completed(self, given: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
         """Where a chain starts: ``given`` is what the user asked for, ``own`` is where it would start otherwise."""
-        return given
+        unknown = next((name for name in given if name not in own), None)
+        if unknown is not None:
+            raise ValueError(f"initial_params has {unknown!r}, which is no latent of the model: {', '.join(own)}")
+        return own | given
 
     def state_was_set(self) -> None:
         """Called after a checkpoint gave the kernel its state: derives what follows from it."""
@@ -172,10 +175,22 @@ class MinibatchKernel(MCMCKernel):
     def initial_params(self) -> dict[str, Tensor]:
         """Where the chain starts, unconstrained: the network's own weights, and draws from the prior for other latents.
 
-        Once the chain has moved, its last good state.
+        Set it to start elsewhere, ``{site: [*chains, *shape]}``, with or without the axes of plates; latents that are
+        left out start as before. Once the chain has moved, it is its last good state.
         """
         own = self._state(self._good.clone())
-        return own if self._users_start is None else self._completed(self._users_start, own)
+        if self._users_start is None:
+            return own
+        return self._completed({name: self._placed(name, v, own) for name, v in self._users_start.items()}, own)
+
+    def _placed(self, name: str, value: Tensor, own: dict[str, Tensor]) -> Tensor:
+        """A user's state of a latent, with the axes of plates."""
+        shape = value.shape if name not in own else own[name].shape
+        if [size for size in value.shape if size != 1] != [size for size in shape if size != 1]:
+            event = [size for size in shape[1 if self.chains else 0 :] if size != 1]
+            chains = f"{self.chains} chains times " if self.chains else ""
+            raise ValueError(f"initial_params has {name!r} of shape {tuple(value.shape)}, expected {chains}{event}")
+        return value.reshape(shape)
 
     @initial_params.setter
     def initial_params(self, params: dict[str, Tensor]) -> None:

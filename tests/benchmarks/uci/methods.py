@@ -27,7 +27,7 @@ LIKELIHOODS: dict[str, tuple[type[pb.likelihoods.Likelihood], int]] = {
     "heteroscedastic": (pb.likelihoods.HeteroscedasticGaussian, 2),
     "categorical": (pb.likelihoods.Categorical, 10),
 }
-PARTICLES, COMPONENTS, NETWORKS = 5, 4, 5
+PARTICLES, COMPONENTS, NETWORKS, CHAINS = 5, 4, 5, 4
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,9 @@ def bella(table: Table, settings: Settings, seed: int, share: float) -> pb.Poste
 
 
 def chains(kernel: Any, share: float, seed: int, draws: int, warmup: int | None = None) -> pb.Posterior:
-    """Four chains of so many draws each."""
+    """So many draws of each chain."""
     lengths = (draws, warmup) if share == 1 else (max(10, round(share * draws)), 200)
-    return pb.inference.sample(kernel, *lengths, num_chains=4, seed=seed, progress=False)
+    return pb.inference.sample(kernel, *lengths, num_chains=CHAINS, seed=seed, progress=False)
 
 
 def by_width(net: Any) -> dict[str, pb.priors.Prior]:
@@ -160,11 +160,19 @@ def by_width(net: Any) -> dict[str, pb.priors.Prior]:
 
 
 def sghmc(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
-    """With the gradient of all rows where these are few, and nothing set but a long warm-up."""
+    """With the gradient of all rows where these are few, and nothing set but a long warm-up.
+
+    A predicted noise can explain what a chain has not learned yet, and keep it there: such chains start at trained
+    networks.
+    """
     net, likelihood, size = given(table, settings)
     model = Dense(net, likelihood, size, prior=by_width(net))
     rows = size if size <= EXACT else batch_size(table)
-    return chains(SGHMC(model, pair(table), batch_size=rows, compile=share == 1), share, seed, 50, 600)
+    kernel = SGHMC(model, pair(table), batch_size=rows, compile=share == 1)
+    if settings["likelihood"] == "heteroscedastic":
+        trained = networks(table, {**settings, "steps": STEPS // 5}, seed, share, CHAINS)
+        kernel.initial_params = {name: value[:, 0] for name, value in trained.draws(CHAINS).items()}
+    return chains(kernel, share, seed, 50, 600)
 
 
 def spike_slab(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:

@@ -846,3 +846,30 @@ def test_gradients_of_all_likelihoods_of_tables_are_recorded(likelihood: Any) ->
     kernel = SGHMC(model, (torch.randn(20, 2), torch.randn(20, 1)), batch_size=20, capture=True)
     sample(kernel, 20, 20, seed=0, num_chains=2, progress=False)
     assert kernel.gradient.num_graphs == 1
+
+
+def test_chains_start_where_the_user_says() -> None:
+    """Proves that weights may have the shapes of the network, that what is left out starts as before, and the refusals."""
+    torch.manual_seed(0)
+    model = Dense(nn.Linear(2, 1), Gaussian(), 20)
+    data = torch.randn(20, 2), torch.randn(20, 1)
+
+    def begun(**start: Any) -> dict[str, Any]:
+        kernel = SGHMC(model, data)
+        kernel.chains, kernel.initial_params = 3, start
+        kernel.setup(30)
+        try:
+            return kernel.initial_params
+        finally:
+            kernel.cleanup()
+
+    weight = torch.randn(3, 1, 2)
+    found = begun(weight=weight)
+    assert found.keys() == {"weight", "bias", "noise"}
+    assert torch.equal(found["weight"].reshape(3, 1, 2), weight)
+    assert torch.equal(found["bias"][0].reshape(1), model.core().net.bias)  # type: ignore[arg-type]
+    assert torch.equal(begun(weight=found["weight"])["weight"], found["weight"])
+    with pytest.raises(ValueError, match=r"'weight' of shape \(2, 1, 2\), expected 3 chains times \[2\]"):
+        begun(weight=weight[:2])
+    with pytest.raises(ValueError, match="'wieght', which is no latent of the model: noise, weight, bias"):
+        begun(wieght=weight)
