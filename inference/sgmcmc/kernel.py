@@ -97,13 +97,6 @@ class MinibatchKernel(MCMCKernel):
         """A draw, unconstrained, from the flat vector of its numbers."""
         return self.potential.split(theta)
 
-    def _completed(self, given: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Where a chain starts: ``given`` is what the user asked for, ``own`` is where it would start otherwise."""
-        unknown = next((name for name in given if name not in own), None)
-        if unknown is not None:
-            raise ValueError(f"initial_params has {unknown!r}, which is no latent of the model: {', '.join(own)}")
-        return own | given
-
     def state_was_set(self) -> None:
         """Called after a checkpoint gave the kernel its state: derives what follows from it."""
 
@@ -181,20 +174,23 @@ class MinibatchKernel(MCMCKernel):
         own = self._state(self._good.clone())
         if self._users_start is None:
             return own
-        return self._completed({name: self._placed(name, v, own) for name, v in self._users_start.items()}, own)
+        given = {name: self._placed(name, value, own) for name, value in self._users_start.items()}
+        return own | given
+
+    @initial_params.setter
+    def initial_params(self, params: dict[str, Tensor]) -> None:
+        self._users_start = params
 
     def _placed(self, name: str, value: Tensor, own: dict[str, Tensor]) -> Tensor:
         """A user's state of a latent, with the axes of plates."""
-        shape = value.shape if name not in own else own[name].shape
+        if name not in own:
+            raise ValueError(f"initial_params has {name!r}, which is no latent of the model: {', '.join(own)}")
+        shape = own[name].shape
         if [size for size in value.shape if size != 1] != [size for size in shape if size != 1]:
             event = [size for size in shape[1 if self.chains else 0 :] if size != 1]
             chains = f"{self.chains} chains times " if self.chains else ""
             raise ValueError(f"initial_params has {name!r} of shape {tuple(value.shape)}, expected {chains}{event}")
         return value.reshape(shape)
-
-    @initial_params.setter
-    def initial_params(self, params: dict[str, Tensor]) -> None:
-        self._users_start = params
 
     def begin_at(self, params: dict[str, Tensor]) -> None:
         """Starts the chain at a state, and resets everything else. :meth:`sample` calls this when needed.

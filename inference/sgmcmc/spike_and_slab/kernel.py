@@ -154,10 +154,6 @@ class SpikeAndSlabKernel(SGHMC):
             state[name] = self.potential.transforms[name].inv(inside)
         return state
 
-    def _completed(self, given: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As in the base class, but the sites of theta and sigma may be left out."""
-        return {name: own[name] for name in self._hyper} | given
-
     def begin_at(self, params: dict[str, Tensor]) -> None:
         super().begin_at(params)
         with torch.no_grad():

@@ -849,7 +849,7 @@ def test_gradients_of_all_likelihoods_of_tables_are_recorded(likelihood: Any) ->
 
 
 def test_chains_start_where_the_user_says() -> None:
-    """Proves that weights may have the shapes of the network, that what is left out starts as before, and the refusals."""
+    """Proves that weights may have the shapes of the network, and that what is left out starts as before."""
     torch.manual_seed(0)
     model = Dense(nn.Linear(2, 1), Gaussian(), 20)
     data = torch.randn(20, 2), torch.randn(20, 1)
