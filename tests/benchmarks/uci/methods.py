@@ -159,7 +159,7 @@ def by_width(net: Any) -> dict[str, pb.priors.Prior]:
     return {r"2\.weight": pb.priors.Normal(0.0, net[2].in_features ** -0.5), ".*": pb.priors.Normal(0.0, 1.0)}
 
 
-def sghmc(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
+def sghmc(table: Table, settings: Settings, seed: int, share: float, draws: int = 50) -> pb.Posterior:
     """With the gradient of all rows where these are few, and nothing set but a long warm-up.
 
     A predicted noise can explain what a chain has not learned yet, and keep it there: such chains start at trained
@@ -172,7 +172,7 @@ def sghmc(table: Table, settings: Settings, seed: int, share: float) -> pb.Poste
     if settings["likelihood"] == "heteroscedastic":
         trained = networks(table, {**settings, "steps": STEPS // 5}, seed, share, CHAINS)
         kernel.initial_params = {name: value[:, 0] for name, value in trained.draws(CHAINS).items()}
-    return chains(kernel, share, seed, 50, 600)
+    return chains(kernel, share, seed, draws, 600)
 
 
 def spike_slab(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
