@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +103,24 @@ def test_the_best_of_ours_is_chosen_by_validation_alone() -> None:
     assert found[section.BEST]["split 0"]["method"] == "rank-1"
     assert figures.mean_and_error([1.0, 3.0]) == (2.0, 1.0)
     assert figures.shown(math.inf, math.nan, 2) == "diverges"
+
+
+def test_the_recipe_of_the_docs_runs() -> None:
+    """The lines of docs/sghmc.md that users copy, with a few steps, for both kinds of noise."""
+    text = (page.DOCS / "sghmc.md").read_text(encoding="utf-8")
+    (lines,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "def chains" in block)
+    for old, new in (
+        ("compile=True", "compile=False"),
+        ("50, 600", "4, 20"),
+        ("epochs=200", "epochs=2, progress=False"),
+    ):
+        assert old in lines
+        lines = lines.replace(old, new)
+    torch.manual_seed(0)
+    x = torch.randn(40, 3)
+    names: dict[str, Any] = {"pb": pb, "torch": torch, "x": x, "y": x[:, :1] + 0.1 * torch.randn(40, 1)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        exec(lines, names)
+    for found in ("one_noise", "predicted_noise"):
+        assert names[found].predict(x, num_samples=16).mean.shape == (40, 1)
