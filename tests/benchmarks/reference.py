@@ -41,8 +41,12 @@ DIGITS, TEST_DIGITS, TABLES = 1000, 2000, ("boston", "wine")
 #: chains, trajectories of warm-up, draws of each chain, and trajectories for each
 LONG, QUICK = (4, 500, 250, 3), (2, 50, 20, 1)
 NAMES = ("digits", *TABLES)
-#: those of the tables, chains with four times as many draws
-METHODS = {**methods.METHODS, "SGHMC": replace(methods.METHODS["SGHMC"], fit=partial(methods.sghmc, draws=200))}
+#: those of the tables; SGHMC has four times as many draws, and spike and slab may take larger steps
+METHODS = {
+    **methods.METHODS,
+    "spike and slab": replace(methods.METHODS["spike and slab"], grid=methods.grid(**{"step size": (0.05, 0.2)})),
+    "SGHMC": replace(methods.METHODS["SGHMC"], fit=partial(methods.sghmc, draws=200)),
+}
 
 
 class Problem(NamedTuple):
