@@ -13,7 +13,7 @@ from pyro_bnn.given.fixed import not_frozen, require_random
 from pyro_bnn.inputs import Inputs
 from pyro_bnn.likelihoods import Likelihood
 from pyro_bnn.perturb.probe import require_rows
-from pyro_bnn.priors import Normal, Prior, PriorLike
+from pyro_bnn.priors import Normal, PriorLike
 from pyro_bnn.program.guide import MixtureGuide
 from pyro_bnn.program.model import BayesianNetwork, Form, NetworkOptions
 from pyro_bnn.program.sites import Site
@@ -81,13 +81,8 @@ class Dense(BayesianNetwork):
         return {name: latents[self.site(name)] for name in self.random}
 
     def sample_latents(self) -> dict[str, Tensor]:
-        return self.sample_under(self.priors)
-
-    def sample_under(self, given: dict[str, Prior]) -> dict[str, Tensor]:
-        """Samples the weights under priors that may have changed since the model was built."""
         parameters = self.core().parameters_by_name()
-        values = {name: parameters[name].detach() for name in self.random}
-        return self.sample_weights(given, values, {n: v for n, v in values.items() if given[n].is_pretrained})
+        return self.sample_weights(self.priors, {name: parameters[name].detach() for name in self.random})
 
     def function(self, x: Inputs, latents: dict[str, Tensor], size: int) -> Tensor:
         lead = self.lead_shape(latents)

@@ -69,7 +69,8 @@ class WeightSharing(Dense):
         return now
 
     def sample_latents(self) -> dict[str, Tensor]:
-        return self.sample_under(self._priors_now())
+        parameters = self.core().parameters_by_name()
+        return self.sample_weights(self._priors_now(), {name: parameters[name].detach() for name in self.random})
 
     def log_prior(self) -> Tensor | None:
         if not self._under_codebook or not self._codebook:

@@ -71,7 +71,9 @@ class SharedWeights(BayesianNetwork):
         self._coded = self.book.parameters_of(self, self.random)
         self.prior, self.chunk_size = prior, chunk_size
         values = self._values()
-        self.priors = {name: priors.resolve(prior, (name,), value) for name, value in values.items()}
+        self.priors = {
+            name: priors.resolve(prior, (name,), value, name in self.random) for name, value in values.items()
+        }
         self._sites = self.list_weight_sites(self.priors, values)
         own = next((n for n, p in self.priors.items() if isinstance(p, CodebookPrior)), None)
         if own is not None:

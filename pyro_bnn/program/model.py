@@ -314,7 +314,7 @@ class BayesianNetwork(ProgramModule):
     ) -> dict[str, Tensor]:
         """Samples the weights given their scales, all inside the members plate; ``{site: value}``.
 
-        :param likes: ``{name: tensor with the shape of the weight}``.
+        :param likes: ``{name: tensor with the shape of the weight}``, under a pretrained prior its given value.
         :param centers: the location that ``loc=None`` stands for, by name, where it is not 0.
         """
         values: dict[str, Tensor] = {}
@@ -330,9 +330,9 @@ class BayesianNetwork(ProgramModule):
                     values[f"{site}_{suffix}"] = value
         values |= self.sample_noise()
         for name, like in likes.items():
-            prior, tau, local = given[name]
-            site = self.site(name)
-            values[site] = sample(site, self.prior_of(site, prior, centers.get(name, 0.0), like, tau, local))
+            site, (prior, tau, local) = self.site(name), given[name]
+            center = centers.get(name, like if prior.is_pretrained else 0.0)
+            values[site] = sample(site, self.prior_of(site, prior, center, like, tau, local))
         return values
 
     def sample_scale(self, prior: Prior, like: Tensor, site: str) -> Tensor | None:

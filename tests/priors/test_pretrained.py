@@ -141,10 +141,22 @@ def test_it_follows_device_and_dtype() -> None:
         assert trace.nodes["0.weight"]["fn"].mean.device == torch.device(DEVICE)
 
 
-def shared() -> SharedWeights:
+def shared(prior: Any = PRIOR) -> SharedWeights:
     model = WeightSharing(network(), Gaussian(NOISE), N)
     guide = CodebookGuide.from_mean_field(model, MeanFieldGuide(model), codes=3)
-    return SharedWeights(network(), Gaussian(NOISE), N, codebook=guide.book, prior=PRIOR)
+    return SharedWeights(network(), Gaussian(NOISE), N, codebook=guide.book, prior=prior)
+
+
+def test_what_shares_no_value_may_stay_near_its_own() -> None:
+    """Proves that biases beside shared weights take it, at their given values."""
+    net = network()
+    x, y = data()
+    trace = poutine.trace(shared({"codes|outliers": Normal(), ".*": PRIOR})).get_trace(x, y)
+    trace.compute_log_prob()
+    for name in ("0.bias", "3.bias"):
+        site = trace.nodes[name]
+        expected = dist.Normal(given(net)[name], SCALE).log_prob(site["value"]).sum()
+        torch.testing.assert_close(site["log_prob_sum"], expected)
 
 
 @pytest.mark.parametrize(
