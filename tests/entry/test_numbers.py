@@ -215,6 +215,7 @@ DOORS = [
     ),
     # priors and likelihoods
     *(Door(p, p, {"loc": FINITE, "scale": POSITIVE}) for p in (priors.Normal, priors.Cauchy, priors.Laplace)),
+    *(Door(p, p, {"scale": POSITIVE}) for p in (priors.Pretrained, priors.pretrained)),
     Door(priors.StudentT, priors.StudentT, {"df": POSITIVE, "loc": FINITE, "scale": POSITIVE}),
     Door(priors.HierarchicalCauchy, priors.HierarchicalCauchy, {"scale": POSITIVE, "loc": FINITE}),
     Door(priors.Horseshoe, priors.Horseshoe, {"scale": POSITIVE, "loc": FINITE}),
