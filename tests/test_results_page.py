@@ -101,6 +101,9 @@ def test_the_best_of_ours_is_chosen_by_validation_alone() -> None:
 
     found = section.of_parts([one("rank-1", 1.0, 3.0), one("SGHMC", 2.0, 0.0), one("ensemble of 5", 0.0, 0.0)], "split")
     assert found[section.BEST]["split 0"]["method"] == "rank-1"
+    later = {**one("SGHMC", 2.0, 0.0), "part": "split 1"}  # where rank-1 was not measured
+    found = section.of_parts([one("rank-1", 1.0, 3.0), one("SGHMC", 2.0, 0.0), later], "split")
+    assert [row["method"] for row in found[section.BEST].values()] == ["rank-1", "SGHMC"]
     assert figures.mean_and_error([1.0, 3.0]) == (2.0, 1.0)
     assert figures.shown(math.inf, math.nan, 2) == "diverges"
 
@@ -124,3 +127,15 @@ def test_the_recipe_of_the_docs_runs() -> None:
         exec(lines, names)
     for found in ("one_noise", "predicted_noise"):
         assert names[found].predict(x, num_samples=16).mean.numel() == 40
+
+
+def test_means_over_other_splits_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that the best is bold where all have the same splits, and nothing where they have not."""
+
+    def of(number: int, nll: float) -> dict[str, dict[str, float]]:
+        return {f"split {i}": {"nll": nll + i} for i in range(number)}
+
+    for number, bold in ((2, True), (1, False)):
+        columns = {"wine": {"one network": of(2, 3.0), "rank-1": of(number, 1.0)}}
+        monkeypatch.setattr(section, "columns", lambda kind, columns=columns: columns)
+        assert ("**" in section.uci_table("nll", "split", {})) == bold

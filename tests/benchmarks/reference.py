@@ -70,13 +70,14 @@ def problem(name: str) -> Problem:
 
 def reference(name: str, quick: bool) -> tuple[Chains, float]:
     """The long chains, from a file if they have been run, and the seconds that they took."""
-    path = RUNS / f"{name}{'-quick' if quick else ''}.pt"
+    lengths = QUICK if quick else LONG
+    path = RUNS / f"{name}-{'-'.join(map(str, lengths))}.pt"
     if path.exists():
         kept = torch.load(path, weights_only=True)
         return Chains(*kept["chains"]), kept["seconds"]
     of = problem(name)
     start = time.perf_counter()
-    chains, warmup, draws, thinning = QUICK if quick else LONG
+    chains, warmup, draws, thinning = lengths
     posterior = Posterior(of.table.x_train, of.table.y_train, of.table.units, of.outputs, of.deviations)
     found = draw(posterior, of.table.x_test, chains, warmup, draws, thinning)
     seconds = time.perf_counter() - start

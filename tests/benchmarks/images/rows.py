@@ -73,13 +73,14 @@ class Study:
     def network(self, seed: int, number: int) -> tuple[nn.Module, float]:
         """The network of this number, trained with the settings that validation chose, from a file if it is there."""
         path = RUNS / f"{self.data}-{seed}-{number}{'' if self.share == 1 else '-quick'}.pt"
-        net = fresh(0)
-        if not path.exists():
-            found = point(self.start(seed), self.chosen(ONE), number)
+        net, settings = fresh(0), self.chosen(ONE)
+        kept = torch.load(path, weights_only=True) if path.exists() else {"settings": None}
+        if kept["settings"] != settings:
+            found = point(self.start(seed), settings, number)
+            kept = {"settings": settings, "state": network_of(found).state_dict(), "seconds": found.seconds}
             RUNS.mkdir(parents=True, exist_ok=True)
-            torch.save({"state": network_of(found).state_dict(), "seconds": found.seconds}, path.with_suffix(".tmp"))
+            torch.save(kept, path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)
-        kept = torch.load(path, weights_only=True)
         net.load_state_dict(kept["state"])
         return net, kept["seconds"]
 

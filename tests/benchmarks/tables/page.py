@@ -30,7 +30,7 @@ python -m tests.benchmarks.tables
 
 Settings are chosen within the training rows, never on test rows, and a rival has as many of them as ours. A figure is
 the mean over splits or seeds, with its standard error; the best of a column is bold, and so are those within a standard
-error of it.
+error of it; none is where methods were measured on different splits.
 """
 
 

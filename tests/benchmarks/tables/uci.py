@@ -81,6 +81,8 @@ def uci_table(
         found = {m: mean_and_error([row[figure] for row in parts.values()]) for m, parts in of.items() if m in methods}
         lowest, error = min((found[m] for m in found if len(of[m]) == counts[name]), default=(-math.inf, math.nan))
         reach = lowest + (0.0 if math.isnan(error) else error)
+        if len({len(of[method]) for method in found}) > 1:  # means over other splits are not compared
+            reach = -math.inf
         for method in methods:
             if method not in found:
                 texts[method].append("")
