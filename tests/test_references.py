@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 import pyro_bnn as pb
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.models import Dense
-from tests.benchmarks import hmc, reference
+from tests.benchmarks import datasets, hmc, reference, sequences
 from tests.benchmarks.images.batch_ensemble import BatchEnsemble
 from tests.benchmarks.tables.figures import with_best
 
@@ -124,3 +125,28 @@ def test_the_best_of_a_column_is_bold_with_what_is_within_its_error() -> None:
     column = [(0.50, 0.02), (0.51, 0.001), (0.60, 0.01), None]
     assert with_best([column], [2], [False])[0] == ["**0.50 ± 0.02**", "**0.51 ± 0.00**", "0.60 ± 0.01", ""]
     assert with_best([column], [2], [True])[0][2] == "**0.60 ± 0.01**"
+
+
+def test_sequences_are_standardised_by_their_training_part_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From files in the format of the archive; steps beyond the end of a sequence stay 0, and halves are shorter."""
+    folder = tmp_path / "JapaneseVowels"
+    folder.mkdir()
+    (folder / "JapaneseVowels_TRAIN.ts").write_text("@classLabel true 1 2\n@data\n1,3,5:0,2,4:1\n7:8:2\n")
+    (folder / "JapaneseVowels_TEST.ts").write_text("@data\n90,110:80,120:2\n")
+    monkeypatch.setenv("PYRO_BNN_DATA", str(tmp_path))
+    data = datasets.vowels()
+    assert data.x.shape == (3, 3, 2)
+    assert data.lengths.tolist() == [3, 1, 2] and data.y.tolist() == [0, 1, 1] and data.group.tolist() == [0, 0, 1]
+    split = sequences.split(data, data.group == 1, torch.ones(3, dtype=torch.bool))
+    (train, labels), (test, _) = split.train, split.test
+    inside = torch.cat([train["x"][0], train["x"][1, :1]])
+    torch.testing.assert_close(inside.mean(0), torch.zeros(2), atol=1e-6, rtol=0.0)
+    torch.testing.assert_close(inside.std(0), torch.ones(2))
+    assert labels.tolist() == [0, 1]
+    assert bool((train["x"][1, 1:] == 0).all()) and bool((test["x"][0, 2:] == 0).all())
+    deviation = torch.tensor([[1.0, 0.0], [3.0, 2.0], [5.0, 4.0], [7.0, 8.0]]).std(0)
+    torch.testing.assert_close(test["x"][0, 0], torch.tensor([90 - 4.0, 80 - 3.5]) / deviation)
+    assert sequences.moved(split.train, "half", 0)[0]["lengths"].tolist() == [2, 1]
+    assert not torch.equal(sequences.moved(split.test, "noise", 0)[0]["x"], test["x"])

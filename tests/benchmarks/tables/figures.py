@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -38,3 +39,17 @@ def with_best(
             cells.append(f"**{text}**" if cell is not None and sign * cell[0] <= reach else text)
         texts.append(cells)
     return texts
+
+
+def by_method(
+    rows: Sequence[Mapping[str, Any]], methods: Sequence[str], columns: Mapping[str, tuple[str, int, bool]]
+) -> list[list[str]]:
+    """The lines of a table: each method, and its means over seeds.
+
+    :param columns: ``{key: (title, decimal places, whether the highest is the best)}``.
+    """
+    values = [
+        [mean_and_error([row[key] for row in rows if row["method"] == method]) for method in methods] for key in columns
+    ]
+    texts = with_best(values, [places for _, places, _ in columns.values()], [up for *_, up in columns.values()])
+    return [[method, *cells] for method, cells in zip(methods, zip(*texts, strict=True), strict=True)]

@@ -8,7 +8,7 @@ from typing import Any
 from tests.benchmarks.images.methods import METHODS
 from tests.benchmarks.markdown import table
 from tests.benchmarks.measure import read_results
-from tests.benchmarks.tables.figures import mean_and_error, with_best
+from tests.benchmarks.tables.figures import by_method, mean_and_error
 
 TEXT = """\
 ## Images: LeNet-5
@@ -65,12 +65,7 @@ def with_other(row: Row, data: str) -> Row:
 
 def figures(rows: list[Row], columns: Mapping[str, tuple[str, int, bool]]) -> str:
     methods = [name for name in METHODS if any(row["method"] == name for row in rows)]
-    values = [
-        [mean_and_error([row[key] for row in rows if row["method"] == method]) for method in methods] for key in columns
-    ]
-    texts = with_best(values, [places for _, places, _ in columns.values()], [up for *_, up in columns.values()])
-    lines = [[method, *cells] for method, cells in zip(methods, zip(*texts, strict=True), strict=True)]
-    return table(["", *(title for title, *_ in columns.values())], lines)
+    return table(["", *(title for title, *_ in columns.values())], by_method(rows, methods, columns))
 
 
 def costs(rows: list[Row]) -> str:

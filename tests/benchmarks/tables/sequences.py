@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.benchmarks.markdown import table
 from tests.benchmarks.measure import read_results
-from tests.benchmarks.tables.figures import mean_and_error, with_best
+from tests.benchmarks.tables.figures import by_method, mean_and_error
 
 TEXT = """\
 ## Sequences of differing lengths
@@ -28,7 +28,6 @@ COLUMNS = {
     "nll, noise": ("NLL, noise", 3, False),
     "accuracy, half": ("accuracy, half", 3, True),
     "nll, half": ("NLL, half", 3, False),
-    "parameters": ("numbers", 0, False),
 }
 
 
@@ -43,11 +42,8 @@ def section() -> list[str]:
 
 def of_set(rows: list[Mapping[str, Any]]) -> str:
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    columns = []
-    for key in COLUMNS:
-        values = [[row[key] for row in rows if row["method"] == method] for method in methods]
-        columns.append([mean_and_error(one) for one in values])
-    texts = with_best(columns, [places for _, places, _ in COLUMNS.values()], [up for *_, up in COLUMNS.values()])
-    texts[-1] = [f"{mean:,.0f}" for mean, _ in columns[-1]]
-    lines = [[method, *cells] for method, cells in zip(methods, zip(*texts, strict=True), strict=True)]
-    return table(["", *(title for title, *_ in COLUMNS.values())], lines)
+    lines = by_method(rows, methods, COLUMNS)
+    for line in lines:
+        mean, _ = mean_and_error([row["parameters"] for row in rows if row["method"] == line[0]])
+        line.append(f"{mean:,.0f}")
+    return table(["", *(title for title, *_ in COLUMNS.values()), "numbers"], lines)
