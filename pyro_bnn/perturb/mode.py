@@ -208,11 +208,18 @@ class Perturb(TorchFunctionMode):
             assert isinstance(factors, Rank1Factors)
             if transposed:
                 factors = factors.transposed()
-            y = op(self.combine(torch.mul, x, factors.s, dims[0], layout), weight, None)
-            if layout.dim is None and factors.s.shape[:2] != (1, 1):
-                layout = Layout(0)  # the product just got an axis for the rows
-            y = self.combine(torch.mul, y, factors.r, dims[1], layout)
-            if layout.dim is None and factors.r.shape[:2] != (1, 1):
+            r, s = factors
+            if (weight.shape[0] // groups if transposed else weight.shape[1]) == 1:
+                # A factor of one input passes through the product, and x needs no gradient for it.
+                y = op(x, weight, None)
+                n = y.shape[dims[1]]
+                r = r.repeat(1, 1, n // r.shape[-1]) * s.repeat_interleave(n // s.shape[-1], -1)
+            else:
+                y = op(self.combine(torch.mul, x, s, dims[0], layout), weight, None)
+                if layout.dim is None and s.shape[:2] != (1, 1):
+                    layout = Layout(0)  # the product just got an axis for the rows
+            y = self.combine(torch.mul, y, r, dims[1], layout)
+            if layout.dim is None and r.shape[:2] != (1, 1):
                 layout = Layout(0)
             if offset is None and bias is not None:
                 return y + bias.view((-1,) + (1,) * (-dims[1] - 1)).to(y.dtype)

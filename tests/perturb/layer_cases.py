@@ -231,6 +231,8 @@ for _i in (1, 2, 3):
         "dilated": {"out_channels": 3, "kernel_size": 2, "dilation": 2, "padding": 1},
     }.items():
         CASES[f"conv_transpose{_i}d, {_name}"] = (lambda m=_back, o=_options: m(4, **o), _x)
+    CASES[f"conv{_i}d of one channel"] = (lambda m=_conv: m(1, 3, 2), _x[:, :1])
+    CASES[f"conv_transpose{_i}d of one channel"] = (lambda m=_back: m(1, 3, 2), _x[:, :1])
 CASES["conv2d, kernel and stride by axis"] = (lambda: nn.Conv2d(4, 3, (3, 1), (1, 2), (0, 1)), randn(ROWS, 4, 6, 5))
 
 QUERY, KEY, VALUE = randn(ROWS, 4, 8), randn(ROWS, 5, 8, seed=1), randn(ROWS, 5, 8, seed=2)

@@ -36,6 +36,7 @@ from perturb.layer_cases import (
 )
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_bnn as pb
 from pyro_bnn.network import Network
@@ -150,6 +151,35 @@ def test_factors_of_one_group_serve_all_groups() -> None:
         assert isinstance(factors, Rank1Factors)
         perturbations["weight"] = Rank1Factors(factors.r, factors.s[..., : net.weight.shape[1]])
         assert_exact(net, randn(ROWS, 4, 5, 5), perturbations=perturbations)
+
+
+class _Gradients(TorchDispatchMode):
+    """Records for which arguments the gradient of a convolution is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.masks: list[list[bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.convolution_backward.default:
+            self.masks.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("channels", "groups", "wanted"), [(1, 1, False), (3, 3, False), (3, 1, True)])
+def test_factors_of_one_input_need_no_gradient_of_the_images(channels: int, groups: int, wanted: bool) -> None:
+    """Proves that s of one channel (of a group) is applied to the result: the gradient of the images is not computed.
+
+    On one core it takes a quarter of a training step of LeNet-5.
+    """
+    net = nn.Conv2d(channels, 6, 3, groups=groups).double()
+    perturbations = perturb(net, ["weight"], ["bias"], MEMBERS, ROWS)
+    leaves = [t.requires_grad_() for p in perturbations.values() for t in p]
+    y = Network(net).perturbed(randn(ROWS, channels, 5, 5), ROWS, perturbations, MEMBERS)
+    with _Gradients() as seen:
+        gradients = torch.autograd.grad(y.square().sum(), leaves)
+    assert any(mask[0] for mask in seen.masks) is wanted
+    assert all(bool(gradient.any()) for gradient in gradients)
 
 
 def test_factors_follow_the_dtype_of_the_network() -> None:

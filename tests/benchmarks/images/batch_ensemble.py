@@ -28,7 +28,11 @@ class Layer(nn.Module):
         members = len(self.r)
         by_member = [value.reshape(members, 1, -1, *space) for value in (self.s, self.r, self.bias)]
         s, r, bias = by_member
-        y = self.layer((x.unflatten(0, (members, -1)) * s).flatten(0, 1))
+        if s.numel() == members:  # of one input: passes through the layer, and the images need no gradient
+            r = r * s
+        else:
+            x = (x.unflatten(0, (members, -1)) * s).flatten(0, 1)
+        y = self.layer(x)
         result: Tensor = (y.unflatten(0, (members, -1)) * r + bias).flatten(0, 1)
         return result
 
