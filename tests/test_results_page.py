@@ -17,7 +17,7 @@ from tests.benchmarks import measure as measuring
 from tests.benchmarks.datasets import Table, uci, uci_gap
 from tests.benchmarks.tables import figures, page
 from tests.benchmarks.tables import uci as section
-from tests.benchmarks.uci import rows
+from tests.benchmarks.uci import methods, rows
 from tests.benchmarks.uci.methods import METHODS, Method
 
 
@@ -106,6 +106,15 @@ def test_the_best_of_ours_is_chosen_by_validation_alone() -> None:
     assert [row["method"] for row in found[section.BEST].values()] == ["rank-1", "SGHMC"]
     assert figures.mean_and_error([1.0, 3.0]) == (2.0, 1.0)
     assert figures.shown(math.inf, math.nan, 2) == "diverges"
+
+
+@pytest.mark.parametrize(("size", "steps"), [(900, 5000), (9000, 20_000)])
+def test_larger_tables_have_more_steps(size: int, steps: int) -> None:
+    """Proves that the epochs of a training are those of the steps that the page names, to half an epoch."""
+    x = torch.zeros(size, 1)
+    table = Table(x, x, x, x, 1.0)
+    of_epoch = math.ceil(size / methods.batch_size(table))
+    assert abs(methods.epochs(table, 1.0) * of_epoch - steps) <= of_epoch / 2
 
 
 def test_the_recipe_of_the_docs_runs() -> None:

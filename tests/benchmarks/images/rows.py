@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import pyro_bnn as pb
 from pyro_bnn.data.corruptions import image_shift
 from tests.benchmarks.datasets import CLASSES, images, not_mnist
-from tests.benchmarks.images.methods import METHODS, ONE, Fit, Pair, Settings, Start, fresh, network_of, point
+from tests.benchmarks.images.methods import DRAWS, METHODS, ONE, Fit, Pair, Settings, Start, fresh, network_of, point
 from tests.benchmarks.measure import read_results, write_results
 from tests.benchmarks.sparse_images import HELD_OUT
 
@@ -106,11 +106,12 @@ class Study:
         return settings
 
     def validated(self, method: str, settings: Settings) -> float:
+        how = METHODS[method]
         try:
-            posterior = METHODS[method].run(self.start(0), settings).posterior
+            posterior = how.run(self.start(0), {**settings, **how.compared}).posterior
         except FloatingPointError:
             return math.inf
-        draws = draws_of(method, posterior)
+        draws = draws_of(method, posterior) if not how.compared else DRAWS
         nll: float = pb.diagnostics.evaluate(posterior, self.held, num_samples=draws, seed=0)["nll"]
         print(f"  {self.data} {method} {dict(settings)}: validation NLL {nll:.4f}", flush=True)
         return nll

@@ -18,8 +18,10 @@ from tests.benchmarks.datasets import Table
 Settings = Mapping[str, Any]
 Fit = Callable[[Table, Settings, int, float], pb.Posterior]
 
-#: optimiser steps of a whole training, and rows of a batch in small tables and in others
-STEPS, BATCHES, SMALL = 5000, (128, 512), 5000
+#: a table of more rows takes larger batches, and more steps
+SMALL = 5000
+#: optimiser steps of a whole training of a small table, by how much larger ones have more, and rows of their batches
+STEPS, MORE, BATCHES = 5000, 4, (128, 512)
 #: up to so many training rows a chain has the gradient of all, and with it a Metropolis test of each step
 EXACT = 12_000
 LIKELIHOODS: dict[str, tuple[type[pb.likelihoods.Likelihood], int]] = {
@@ -75,7 +77,8 @@ def batch_size(table: Table) -> int:
 
 
 def epochs(table: Table, share: float, steps: int = STEPS) -> int:
-    return max(1, round(share * steps / math.ceil(len(table.x_train) / batch_size(table))))
+    more = MORE if len(table.x_train) > SMALL else 1
+    return max(1, round(share * more * steps / math.ceil(len(table.x_train) / batch_size(table))))
 
 
 def training(table: Table, share: float, steps: int = STEPS) -> dict[str, Any]:
@@ -159,19 +162,26 @@ def by_width(net: Any) -> dict[str, pb.priors.Prior]:
     return {r"2\.weight": pb.priors.Normal(0.0, net[2].in_features ** -0.5), ".*": pb.priors.Normal(0.0, 1.0)}
 
 
-def sghmc(table: Table, settings: Settings, seed: int, share: float, draws: int = 50) -> pb.Posterior:
-    """With the gradient of all rows where these are few, and nothing set but a long warm-up.
+def of_learned_scales(net: Any) -> dict[str, pb.priors.Prior]:
+    """A prior of the same kind whose scale, one for a matrix or a bias, is learned."""
+    output = pb.priors.HierarchicalNormal(2.0, 2.0 / net[2].in_features)
+    return {r"2\.weight": output, ".*": pb.priors.HierarchicalNormal(2.0, 2.0)}
 
-    A predicted noise can explain what a chain has not learned yet, and keep it there: such chains start at trained
-    networks.
+
+def sghmc(table: Table, settings: Settings, seed: int, share: float, draws: int = 50) -> pb.Posterior:
+    """With the gradient of all rows where these are not too many, and nothing set but a long warm-up.
+
+    Chains start at trained networks where a predicted noise can explain what a chain has not learned yet, and keep it
+    there, and where warm-up alone does not learn enough, as of large tables. Those determine the scales of the weights,
+    which lowers the validation NLL of power from 2.77 to 2.75 and raises that of the small tables by .01 to .03.
     """
     net, likelihood, size = given(table, settings)
-    model = Dense(net, likelihood, size, prior=by_width(net))
+    model = Dense(net, likelihood, size, prior=by_width(net) if size <= SMALL else of_learned_scales(net))
     rows = size if size <= EXACT else batch_size(table)
     kernel = SGHMC(model, pair(table), batch_size=rows, compile=share == 1)
-    if settings["likelihood"] == "heteroscedastic":
-        trained = networks(table, {**settings, "steps": STEPS // 5}, seed, share, CHAINS)
-        kernel.initial_params = {name: value[:, 0] for name, value in trained.draws(CHAINS).items()}
+    if size > SMALL or settings["likelihood"] == "heteroscedastic":
+        starts = networks(table, {**settings, "steps": STEPS if size > SMALL else STEPS // 5}, seed, share, CHAINS)
+        kernel.initial_params = {name: value[:, 0] for name, value in starts.draws(CHAINS).items()}
     return chains(kernel, share, seed, draws, 600)
 
 
