@@ -118,7 +118,8 @@ def ensemble(start: Start, settings: Settings) -> Fit:
     found = [start.network(number) for number in range(MEMBERS)]
     states = [net.state_dict() for net, _ in found]
     draws = {name: torch.stack([state[name] for state in states]) for name in states[0]}
-    return Fit(of_draws(draws, len(start.pair[1])), sum(seconds for _, seconds in found))
+    seconds, numbers = sum(seconds for _, seconds in found), MEMBERS * numbers_of(found[0][0])
+    return Fit(of_draws(draws, len(start.pair[1])), seconds, numbers)
 
 
 def batch_ensemble(start: Start, settings: Settings) -> Fit:

@@ -17,7 +17,19 @@ from torch import Tensor, nn
 import pyro_bnn as pb
 from pyro_bnn.data.corruptions import image_shift
 from tests.benchmarks.datasets import CLASSES, images, not_mnist
-from tests.benchmarks.images.methods import DRAWS, METHODS, ONE, Fit, Pair, Settings, Start, fresh, network_of, point
+from tests.benchmarks.images.methods import (
+    DRAWS,
+    METHODS,
+    ONE,
+    Fit,
+    Pair,
+    Settings,
+    Start,
+    fresh,
+    network_of,
+    numbers_of,
+    point,
+)
 from tests.benchmarks.measure import read_results, write_results
 from tests.benchmarks.sparse_images import HELD_OUT
 
@@ -91,7 +103,7 @@ class Study:
         if method == ONE and dict(settings) == self.known()["chosen"].get(ONE, {}).get("settings"):
             net, seconds = self.network(seed, 0)
             model = pb.models.Dense(net, pb.likelihoods.Categorical(), len(self.train[1]))
-            return Fit(pb.Posterior(model.eval(), pb.models.PointGuide(model).eval()), seconds)
+            return Fit(pb.Posterior(model.eval(), pb.models.PointGuide(model).eval()), seconds, numbers_of(net))
         return METHODS[method].run(self.start(seed), settings)
 
     def chosen(self, method: str) -> dict[str, Any]:
