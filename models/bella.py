@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, get_args
 
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_bnn import display, priors
@@ -29,10 +30,12 @@ from pyro_bnn.program.sites import Site
 from pyro_bnn.registry import storable
 from pyro_bnn.selection import Select
 
-Init = Literal["kaiming", "gaussian", "orthogonal"]
+Init = Literal["kaiming", "gaussian", "orthogonal", "prior"]
 
 #: default standard deviation of every element of ``scale B A``
 _PRODUCT_SCALE = 0.1
+#: from values of sites to the coordinates of points
+_COORDINATES = {"scale_loc": torch.log, "share_loc": torch.logit}
 
 
 @storable
@@ -289,8 +292,10 @@ class ParticleGuide(MixtureGuide):
         and B zero, so that all particles start at the given network. ``"gaussian"``: the same A, and B normal with
         standard deviation ``init_scale``; heads, gains and biases get noise of this standard deviation too. Particles
         then differ from the start; otherwise a kernel on products, functions or tensors would move them all alike.
-        ``"orthogonal"``: A and B both random with B A = 0, which needs an even rank.
-    :param init_scale: see ``init``.
+        ``"orthogonal"``: A and B both random with B A = 0, which needs an even rank. ``"prior"``: a draw from the
+        prior, of all but the noise of a likelihood, so that particles differ as much as it says and end at different
+        networks.
+    :param init_scale: see ``init``; ``"prior"`` has no use for it.
     :raises TypeError: for a model that is not a :class:`Bella`.
     :raises ValueError: for an unknown ``init``, or an odd rank with ``"orthogonal"``.
     """
@@ -302,14 +307,17 @@ class ParticleGuide(MixtureGuide):
                 f"ParticleGuide takes a pyro_bnn.models.Bella, got {type(model).__name__}: for other models use "
                 "pyro_bnn.inference.AutoParticles"
             )
-        if init not in ("kaiming", "gaussian", "orthogonal"):
-            raise ValueError(f"init={init!r}: expected 'kaiming', 'gaussian' or 'orthogonal'")
+        if init not in get_args(Init):
+            raise ValueError(f"init={init!r}: expected 'kaiming', 'gaussian', 'orthogonal' or 'prior'")
         if init == "orthogonal" and model.rank % 2:
             raise ValueError(f"init='orthogonal' halves the rank between A and B: rank={model.rank} is odd")
         checks.positive("init_scale", init_scale)
         super().__init__(model, checks.count("particles", particles), family="point")
         self._pairs = model.pairs()
         values = self.coordinates()
+        if init == "prior":
+            self._start_at_draws(model)
+            return
         with torch.no_grad():
             for a, b, _ in self._pairs:
                 for own_a, own_b in zip(values[a], values[b], strict=True):
@@ -321,6 +329,17 @@ class ParticleGuide(MixtureGuide):
                         own_b.normal_(0, init_scale)
             for name in model.own_parameters() if init == "gaussian" else ():
                 values[model.site(name)].add_(torch.randn_like(values[model.site(name)]), alpha=init_scale)
+
+    def _start_at_draws(self, model: Bella) -> None:
+        """Puts each particle at a draw from the prior, but for the noise of a likelihood."""
+        values = self.coordinates()
+        kinds = {site.name: block.kind for block in self.blocks() for site in block.sites}
+        kinds.pop(model.site("noise"), None)
+        with torch.no_grad(), poutine.block():
+            for i in range(self.num_members):
+                drawn = model.sample_latents()
+                for name, kind in kinds.items():
+                    values[name][i] = _COORDINATES.get(kind, torch.positive)(drawn[name])
 
     def arguments(self) -> dict[str, object]:
         return {"particles": self.num_members}

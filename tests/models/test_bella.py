@@ -16,7 +16,7 @@ from pyro.infer import MCMC, NUTS, Predictive
 from torch import Tensor, nn
 
 import pyro_bnn as pb
-from pyro_bnn.inference import fit
+from pyro_bnn.inference import SVGD, cosine, fit
 from pyro_bnn.models import Bella, ParticleGuide
 from pyro_bnn.models.architectures import resnet18
 from pyro_bnn.network import NORMALISATIONS
@@ -75,6 +75,53 @@ def test_particles_start_as_the_given_network(init: Any) -> None:
     values = guide.coordinates()
     assert not torch.equal(values["0.weight.A"][0], values["0.weight.A"][1])
     assert bool(values["0.weight.B"].any()) == (init == "orthogonal")
+
+
+def test_particles_start_at_draws_from_the_prior() -> None:
+    """Proves mean and deviation of factors and head over 400 particles, within five standard errors."""
+    _, model = small(product_scale=1.0, head="2", head_prior=pb.priors.Normal(0.5, 2.0))
+    values = ParticleGuide(model, particles=400, init="prior").coordinates()
+    deviation = (1.0 / (model.scale * model.rank**0.5)) ** 0.5  # the product of a row of B and a column of A has 1
+    for name, mean, scale in (("0.weight.A", 0.0, deviation), ("0.weight.B", 0.0, deviation), ("2.weight", 0.5, 2.0)):
+        drawn = values[name].flatten()
+        assert len(drawn.unique()) == len(drawn)
+        assert abs(float(drawn.mean()) - mean) < 5 * scale / len(drawn) ** 0.5
+        assert abs(float(drawn.var()) / scale**2 - 1) < 5 * (2 / len(drawn)) ** 0.5
+
+
+def test_particles_at_draws_have_the_scales_that_were_drawn_with_them() -> None:
+    """Proves that latent scales are drawn with their factors, in logarithms, and that the noise starts where it does.
+
+    Given tau, the root mean square of the n factors is tau within a relative error of 1 / sqrt(2 n).
+    """
+    torch.manual_seed(0)
+    net = nn.Linear(40, 1)
+    model = Bella(net, pb.likelihoods.Gaussian(), 10, prior=pb.priors.HierarchicalNormal(2.0, 2.0))
+    values, usual = (ParticleGuide(model, 50, init=init).coordinates() for init in ("prior", "gaussian"))
+    a, log_tau = values["weight.A"].flatten(1), values["weight.A_tau"]
+    assert float(log_tau.std()) > 0.2
+    error = a.square().mean(1).sqrt().log() - log_tau
+    assert float(error.abs().max()) < 5 / (2 * a.shape[1]) ** 0.5
+    assert torch.equal(values["noise"], usual["noise"])
+
+
+def test_particles_from_the_prior_end_at_different_networks() -> None:
+    """Proves that an ensemble which starts at draws spreads between the data, where one that starts near the given
+    network is one network: 20 points at two ends of a line, and the deviation of eight particles in the middle."""
+    torch.manual_seed(0)
+    x = torch.cat([torch.linspace(-2, -1, 10), torch.linspace(1, 2, 10)])[:, None]
+    y = x.sin() + 0.05 * torch.randn(20, 1)
+    spread = {}
+    for init in ("gaussian", "prior"):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(1, 20), nn.ReLU(), nn.Linear(20, 1))
+        model = Bella(net, pb.likelihoods.Gaussian(0.05), 20, product_scale=1.0)
+        engine = SVGD(model, ParticleGuide(model, 8, init=init), method="ensemble", lr=1e-2)  # type: ignore[arg-type]
+        posterior = engine.fit((x, y), 400, batch_size=20, schedule=cosine(), seed=0, progress=False)
+        means = posterior.predict(torch.zeros(1, 1), 1).per_member
+        spread[init] = float(means.std())
+        assert float((posterior.predict(x, 1).mean - y[:, 0]).square().mean().sqrt()) < 0.1
+    assert spread["prior"] > 3 * spread["gaussian"]
 
 
 def test_small_b_makes_particles_differ() -> None:

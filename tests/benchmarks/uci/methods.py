@@ -145,9 +145,11 @@ def rank1(table: Table, settings: Settings, seed: int, share: float) -> pb.Poste
 
 
 def bella(table: Table, settings: Settings, seed: int, share: float) -> pb.Posterior:
+    """From draws of a wide prior: what starts near the trained network stays one network, with repulsion too."""
     model = Bella(trained(table, settings, seed, share, STEPS // 2), *given(table, settings)[1:], **settings["room"])
     options = training(table, share, STEPS // 2)
-    engine = SVGD(model, ParticleGuide(model, PARTICLES, init_scale=0.1), lr=options.pop("lr"))
+    guide = ParticleGuide(model, PARTICLES, init="prior")
+    engine = SVGD(model, guide, method="ensemble", lr=options.pop("lr"))
     return engine.fit(pair(table), seed=seed, **options)
 
 
@@ -208,7 +210,7 @@ METHODS: dict[str, Method] = {
     "mean field": Method(mean_field, SCALED, 100),
     "codebook": Method(codebook, SCALED, 100, is_ours=True),
     "rank-1": Method(rank1, TRAINED, 100, is_ours=True),
-    "Bella": Method(bella, grid(room=({"product_scale": 0.1}, {"product_scale": 1.0})), 1, is_ours=True),
+    "Bella": Method(bella, grid(room=({"product_scale": 0.6}, {"product_scale": 1.0})), 1, is_ours=True),
     "spike and slab": Method(spike_slab, grid(**{"step size": (0.02, 0.05)}), 400, is_ours=True),
     "SGHMC": Method(sghmc, grid(), 200, is_ours=True),
 }
