@@ -128,8 +128,16 @@ def settings_of(method: str, of: Problem) -> list[Settings]:
     return [one for i, one in enumerate(grid) if one not in grid[:i]]
 
 
-def tried(method: str, table: Table, settings: Settings, seed: int, share: float) -> tuple[float, pb.Prediction]:
-    """The NLL of the test rows, infinite where a run diverges, and the prediction for them."""
+def tried(method: str, table: Table, settings: Settings, seed: int, share: float) -> float:
+    """The NLL of the test rows, infinite where a run diverges."""
+    try:
+        return predicted(method, table, settings, seed, share)[0]
+    except FloatingPointError:
+        return math.inf
+
+
+def predicted(method: str, table: Table, settings: Settings, seed: int, share: float) -> tuple[float, pb.Prediction]:
+    """The NLL of the test rows, and the prediction for them."""
     how = METHODS[method]
     torch.manual_seed(seed)
     posterior = how.fit(table, settings, seed, share)
@@ -154,10 +162,10 @@ def rows(name: str, asked: list[str], seed: int, quick: bool) -> Iterator[dict[s
     inner = for_validation(of.table, seed)
     for method in asked:
         grid = settings_of(method, of)
-        validation = {str(one): tried(method, inner, one, seed, share)[0] for one in grid} if len(grid) > 1 else {}
+        validation = {str(one): tried(method, inner, one, seed, share) for one in grid} if len(grid) > 1 else {}
         chosen = min(grid, key=lambda one: validation.get(str(one), 0.0))
         start = time.perf_counter()
-        nll, found = tried(method, of.table, chosen, seed, share)
+        nll, found = predicted(method, of.table, chosen, seed, share)
         taken = time.perf_counter() - start
         row = {"problem": name, "method": method, **compared(found, true, of), "nll": nll, "seconds": taken}
         yield row | {"settings": dict(chosen), "validation": validation, "seed": seed}

@@ -17,7 +17,7 @@ Monte Carlo that is written out in the benchmark. *Agreement* is the share of te
 class, *total variation* the distance of the predictive distributions, from 0 to 1, and *variance ratio* the variance of
 predictions over draws by that of the reference: below 1 a method is too sure. The first line compares the halves of the
 reference. Methods other than SGHMC have settings of their own, chosen by validation, so that they are as users have
-them, and not the reference's prior. Spike and slab has not converged on digits.
+them, and not the reference's prior.
 """
 TITLES = {
     "digits": "1,000 digits of MNIST, 784-20-10, and 2,000 others to test on",
