@@ -168,10 +168,7 @@ class _Gradients(TorchDispatchMode):
 
 @pytest.mark.parametrize(("channels", "groups", "wanted"), [(1, 1, False), (3, 3, False), (3, 1, True)])
 def test_factors_of_one_input_need_no_gradient_of_the_images(channels: int, groups: int, wanted: bool) -> None:
-    """Proves that s of one channel (of a group) is applied to the result: the gradient of the images is not computed.
-
-    On one core it takes a quarter of a training step of LeNet-5.
-    """
+    """Proves that s of one channel (of a group) is applied to the result: images get no gradient."""
     net = nn.Conv2d(channels, 6, 3, groups=groups).double()
     perturbations = perturb(net, ["weight"], ["bias"], MEMBERS, ROWS)
     leaves = [t.requires_grad_() for p in perturbations.values() for t in p]

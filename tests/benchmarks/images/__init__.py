@@ -1,7 +1,7 @@
 """LeNet-5 on MNIST and Fashion-MNIST, each method beside its rivals: ``python -m tests.benchmarks.images``.
 
 All train on the first 50,000 training images, without augmentation; the other 10,000 choose the settings of a method,
-once for each data set, with the first seed (those of rank-1 with one member, which takes a third of the time). The
+once for each data set, with the first seed (those of rank-1 with one member, which takes less time). The
 networks of an ensemble and the members of rank-1 and of BatchEnsemble are four, and each sees all images in as many
 epochs as one network does, or fewer. Methods that start from a trained network start from the same one.
 
