@@ -18,9 +18,11 @@ import pyro_bnn as pb
 from pyro_bnn.data.corruptions import image_shift
 from tests.benchmarks.datasets import CLASSES, images, not_mnist
 from tests.benchmarks.images.methods import (
+    BATCH,
     DRAWS,
     METHODS,
     ONE,
+    RATE,
     Fit,
     Pair,
     Settings,
@@ -83,13 +85,17 @@ class Study:
     # ----------------------------------------------------------------------------------------------- fitting
 
     def network(self, seed: int, number: int) -> tuple[nn.Module, float]:
-        """The network of this number, trained with the settings that validation chose, from a file if it is there."""
+        """The network of this number, trained with the settings that validation chose, from a file if it is there.
+
+        A file of another network, or of another training, is not taken.
+        """
         path = RUNS / f"{self.data}-{seed}-{number}{'' if self.share == 1 else '-quick'}.pt"
         net, settings = fresh(0), self.chosen(ONE)
-        kept = torch.load(path, weights_only=True) if path.exists() else {"settings": None}
-        if kept["settings"] != settings:
+        recipe = {"network": str(net), "batch_size": BATCH, "lr": RATE, **settings}
+        kept = torch.load(path, weights_only=True) if path.exists() else {}
+        if kept.get("recipe") != recipe:
             found = point(self.start(seed), settings, number)
-            kept = {"settings": settings, "state": network_of(found).state_dict(), "seconds": found.seconds}
+            kept = {"recipe": recipe, "state": network_of(found).state_dict(), "seconds": found.seconds}
             RUNS.mkdir(parents=True, exist_ok=True)
             torch.save(kept, path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)
