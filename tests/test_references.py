@@ -14,6 +14,7 @@ import pyro_bnn as pb
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.models import Dense
 from tests.benchmarks import datasets, hmc, reference, sequences
+from tests.benchmarks.images import methods, rows
 from tests.benchmarks.images.batch_ensemble import BatchEnsemble
 from tests.benchmarks.tables.figures import with_best
 
@@ -150,3 +151,34 @@ def test_sequences_are_standardised_by_their_training_part_alone(
     torch.testing.assert_close(test["x"][0, 0], torch.tensor([90 - 4.0, 80 - 3.5]) / deviation)
     assert sequences.moved(split.train, "half", 0)[0]["lengths"].tolist() == [2, 1]
     assert not torch.equal(sequences.moved(split.test, "noise", 0)[0]["x"], test["x"])
+
+
+def test_the_network_of_the_images_has_a_relu_after_each_layer_but_the_last() -> None:
+    net = methods.fresh(0)
+    layers = list(net.layers)  # type: ignore[arg-type]
+    followed = [isinstance(layers[i + 1], nn.ReLU) for i in range(len(layers) - 1) if list(layers[i].parameters())]
+    assert followed == [True, True, True] and isinstance(layers[-1], nn.Linear)
+    assert sum(p.numel() for p in net.parameters()) == 431_080
+    assert net(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+@pytest.mark.parametrize("changed", ["network", "batch_size", "lr", "epochs"])
+def test_a_kept_network_of_another_recipe_is_trained_again(
+    changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file is taken for the recipe that it was written with, and for no other."""
+    monkeypatch.chdir(tmp_path)
+    study = object.__new__(rows.Study)  # without the images, which are not there for every user
+    study.data, study.share = "fashion", 0.01
+    study.train = torch.randn(4, 1, 28, 28), torch.randint(10, (4,))
+    settings = {"scale": 1.0, "epochs": 10}
+    study.quick = {"rows": [], "chosen": {methods.ONE: {"settings": settings}}}
+    study.network(0, 0)
+    (file,) = (tmp_path / rows.RUNS).iterdir()
+    kept = torch.load(file, weights_only=True)
+    kept["seconds"] = -1.0
+    torch.save(kept, file)
+    assert study.network(0, 0)[1] == -1.0
+    kept["recipe"][changed] = "another"
+    torch.save(kept, file)
+    assert study.network(0, 0)[1] > 0
