@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import pyro_bnn as pb
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.models import Dense
-from tests.benchmarks import datasets, hmc, reference, sequences
+from tests.benchmarks import datasets, hmc, measure, reference, sequences
 from tests.benchmarks.images import methods, rows
 from tests.benchmarks.images.batch_ensemble import BatchEnsemble
 from tests.benchmarks.tables.figures import with_best
@@ -170,15 +170,36 @@ def test_a_kept_network_of_another_recipe_is_trained_again(
     monkeypatch.chdir(tmp_path)
     study = object.__new__(rows.Study)  # without the images, which are not there for every user
     study.data, study.share = "fashion", 0.01
-    study.train = torch.randn(4, 1, 28, 28), torch.randint(10, (4,))
+    pair = torch.randn(4, 1, 28, 28), torch.randint(10, (4,))
     settings = {"scale": 1.0, "epochs": 10}
     study.quick = {"rows": [], "chosen": {methods.ONE: {"settings": settings}}}
-    study.network(0, 0)
+    study.network(0, 0, pair)
     (file,) = (tmp_path / rows.RUNS).iterdir()
     kept = torch.load(file, weights_only=True)
     kept["seconds"] = -1.0
     torch.save(kept, file)
-    assert study.network(0, 0)[1] == -1.0
+    assert study.network(0, 0, pair)[1] == -1.0
     kept["recipe"][changed] = "another"
     torch.save(kept, file)
-    assert study.network(0, 0)[1] > 0
+    assert study.network(0, 0, pair)[1] > 0
+    fewer = pair[0][:2], pair[1][:2]
+    assert study.network(0, 0, fewer)[1] > 0 and len(list((tmp_path / rows.RUNS).iterdir())) == 2
+
+
+@pytest.mark.parametrize("changed", ["network", "images", None])
+def test_rows_of_another_recipe_are_refused(
+    changed: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of one network or training do not stand beside those of another, and none is lost."""
+    monkeypatch.setattr(measure, "RESULTS", tmp_path)
+    study = object.__new__(rows.Study)
+    study.data, study.share, study.recipe = "fashion", 1.0, {**rows.RECIPE, "images": 60_000}
+    study.keep(rows=[{"method": "one network", "seed": 0}])
+    before = (tmp_path / "images_fashion.json").read_text()
+    if changed is None:
+        assert study.known()["rows"]
+        return
+    study.recipe = {**study.recipe, changed: "another"}
+    with pytest.raises(ValueError, match="remove the file to measure anew"):
+        study.keep(rows=[])
+    assert (tmp_path / "images_fashion.json").read_text() == before

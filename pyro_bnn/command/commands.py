@@ -15,6 +15,8 @@ from pyro_bnn.command.fit import fit
 from pyro_bnn.command.options import NetworkName
 from pyro_bnn.command.recipes import find_device, score
 from pyro_bnn.command.terminal import (
+    DEFAULT_DATA,
+    BatchSize,
     CategoryColumns,
     DataOptions,
     DropColumns,
@@ -129,7 +131,7 @@ def report(
 @app.command()
 def compare(
     data: Annotated[
-        str | None, typer.Option(help="as for `fit` [default: that of the first of --runs, or digits]")
+        str | None, typer.Option(help="as for `fit` [default: that of the first of --runs, or digits-100]")
     ] = None,
     target: TargetColumn = None,
     task_: TaskOption = None,
@@ -145,8 +147,8 @@ def compare(
         list[Path] | None, typer.Option("--runs", help="folder of a finished run to include; repeat for several")
     ] = None,
     network: Annotated[NetworkName, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
-    epochs: Annotated[int, typer.Option(min=1, help="passes over the training data, the same for every method")] = 60,
-    batch_size: Annotated[int, typer.Option(min=1, help="rows of a training step")] = 64,
+    epochs: Annotated[int, typer.Option(min=1, help="passes over the training data, the same for every method")] = 100,
+    batch_size: BatchSize = None,
     lr: Annotated[float, typer.Option(help="as for `fit`")] = 1e-2,
     seed: Annotated[int, typer.Option(min=0, help="of weights, batches and draws")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
@@ -170,7 +172,7 @@ def compare(
         given = [runs.read(folder) for folder in runs_ or []]
         if data is None and given:
             data, target = given[0].options.data, target or given[0].options.target
-        source = DataOptions(data or "digits", target, task_, drop, split, category, impute)
+        source = DataOptions(data or DEFAULT_DATA, target, task_, drop, split, category, impute)
         task = source.read(given[0].encoding if given else None)
         folder = out or Path("runs") / f"compare-{task.name}"
         require_folder(folder)

@@ -23,6 +23,8 @@ from pyro_bnn.command.options import (
 )
 from pyro_bnn.command.recipes import Trained, find_device, new_network, train_and_score
 from pyro_bnn.command.terminal import (
+    DEFAULT_DATA,
+    BatchSize,
     CategoryColumns,
     DataOptions,
     DropColumns,
@@ -45,8 +47,12 @@ from pyro_bnn.models.architectures.pretrained import find_weights, image_size
 def fit(
     context: typer.Context,
     data: Annotated[
-        str, typer.Option(help="digits, or a path: .npz, .csv (with --target) or a folder of images")
-    ] = "digits",
+        str,
+        typer.Option(
+            help="digits, digits-100 for so many training images, or a path: .npz, .csv (with --target) or a folder "
+            "of images"
+        ),
+    ] = DEFAULT_DATA,
     target: TargetColumn = None,
     task_: TaskOption = None,
     drop: DropColumns = None,
@@ -63,7 +69,7 @@ def fit(
     network: Annotated[NetworkName, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
     epochs: Annotated[
         int, typer.Option(min=1, help="passes over the training data; spike-slab: of warm-up, then one for each draw")
-    ] = 60,
+    ] = 100,
     components: Annotated[
         int | None, typer.Option(min=1, help="mixture components of the guide [default: rank1 4, dense 1]")
     ] = None,
@@ -106,7 +112,7 @@ def fit(
             help="weight-sharing only: codebook and mixture share Normals, shared shares values [default: codebook]"
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="rows of a training step")] = 64,
+    batch_size: BatchSize = None,
     lr: Annotated[
         float, typer.Option(help="of AdamW, falling to 0 along a cosine; spike-slab: also the step size squared")
     ] = 1e-2,

@@ -52,6 +52,8 @@ METHODS_WITH: dict[str, tuple[MethodName, ...]] = {
 }
 #: the prior that the option ``group`` is for
 GROUPED: PriorName = "spike-and-slab"
+#: rows of a training step, unless few rows would then be passed in fewer steps than this
+LARGEST_BATCH, FEWEST_STEPS = 64, 4
 #: values that are the same as not giving the option
 NEUTRAL: dict[str, Any] = {"family": "normal", "temperature": 1}
 
@@ -146,5 +148,6 @@ def complete(method: MethodName, asked: Mapping[str, Any], task: Task) -> Option
         "samples": 1 if method == "bella" else 16,
     }
     given = {name: value for name, value in asked.items() if value is not None}
-    given["batch_size"] = min(given["batch_size"], len(task.x_train))
+    rows = len(task.x_train)
+    given["batch_size"] = min(given.get("batch_size", max(1, min(LARGEST_BATCH, rows // FEWEST_STEPS))), rows)
     return Options(method=method, **(chosen | given))

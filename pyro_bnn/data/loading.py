@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from pyro_bnn.data.arrays import from_npz, new_rows
-from pyro_bnn.data.digits import digits
+from pyro_bnn.data.digits import digits, number_of_digits
 from pyro_bnn.data.encoding import Encoding
 from pyro_bnn.data.images import IMAGE_SIZE, from_image_folder, new_images
 from pyro_bnn.data.tables import from_csv, inputs_of_table, read_table
@@ -30,7 +30,7 @@ def load(
 ) -> Task:
     """Reads ``"digits"``, an ``.npz`` file, a ``.csv`` file or a folder of images.
 
-    :param spec: ``"digits"``, or the path of a file or folder.
+    :param spec: ``"digits"``, ``"digits-100"`` for a hundred training images of them, or the path of a file or folder.
     :param target: the target column of a ``.csv`` file.
     :param encoding: the encoding of an earlier task, with which this file is read. By default it is learned from the
         training rows; ``task``, ``category`` and ``impute`` then say what the values leave open.
@@ -41,7 +41,8 @@ def load(
     :raises ValueError: when the kind of file is unknown, its content is not valid, or an argument does not apply to it.
     """
     path = Path(spec)
-    is_built_in = str(spec) == "digits"
+    built_in = number_of_digits(str(spec))
+    is_built_in = built_in is not None
     extension = "" if is_built_in or path.is_dir() else path.suffix.lower()
     if target is not None and path.suffix.lower() != ".csv":
         raise ValueError(f"a target column ({target!r}) is for a .csv file, and {str(spec)!r} is not one")
@@ -54,10 +55,12 @@ def load(
             raise ValueError(f"--{name} is for training; {str(spec)!r} is read as the training data were")
         if value and name not in takes and (is_built_in or path.exists()):
             raise ValueError(f"--{name} does not apply to {str(spec)!r}: it is for a .csv file" + _also(name))
-    if is_built_in:
-        return digits()
+    if built_in is not None:
+        return digits(built_in)
     if not path.exists():
-        raise FileNotFoundError(f"no such data: {str(spec)!r} is neither the built-in 'digits' nor a file or folder")
+        raise FileNotFoundError(
+            f"no such data: {str(spec)!r} is neither built in, as 'digits' and 'digits-100' are, nor a file or folder"
+        )
     if path.is_dir():
         if isinstance(split, str):
             raise ValueError(f"--split {split}: expected a share in (0, 1), as a folder of images has no columns")

@@ -1,5 +1,6 @@
 """The command line trains, saves, scores again and refuses, on built-in data and on the user's own."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ MEASURED = {
     ),
     *("cA", "cNLL", "cECE"),
 }
+DIGITS = ("fit", "--data", "digits")
 OF_NUMBERS = {"nll", "rmse", "crps", "coverage", "width", "aleatoric", "epistemic", "cRMSE", "cNLL", "shift"}
 COST = {"seconds", "trainable_parameters"}
 
@@ -40,7 +42,7 @@ COST = {"seconds", "trainable_parameters"}
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run on the digits with an MLP, and what it printed."""
     folder = tmp_path_factory.mktemp("runs") / "digits"
-    return folder, run("fit", "--network", "mlp", "--epochs", 2, "--samples", 4, "--out", folder).output
+    return folder, run(*DIGITS, "--network", "mlp", "--epochs", 2, "--samples", 4, "--out", folder).output
 
 
 def test_fit_writes_the_run_folder_and_prints_both_networks(digits_run: tuple[Path, str]) -> None:
@@ -132,7 +134,7 @@ def test_same_command_gives_the_same_metrics(digits_run: tuple[Path, str], tmp_p
     """Proves that the seed decides everything, whatever was drawn before, and that another seed gives other numbers."""
     folder, _ = digits_run
     torch.rand(3)
-    common = ("fit", "--network", "mlp", "--epochs", 2, "--samples", 4, "--quiet")
+    common = (*DIGITS, "--network", "mlp", "--epochs", 2, "--samples", 4, "--quiet")
     assert run(*common, "--out", tmp_path / "same").output == ""
     assert without_seconds(metrics_of(tmp_path / "same")) == without_seconds(metrics_of(folder))
     run(*common, "--out", tmp_path / "other", "--seed", 1)
@@ -173,7 +175,7 @@ def test_every_prior_trains_under_every_method(tmp_path: Path, method: str, prio
 def test_spike_slab_removes_weights_and_comes_back(tmp_path: Path) -> None:
     """Proves that the sampler starts at the trained twin, removes the share asked for, and is scored again alike."""
     folder = tmp_path / "run"
-    common = ("fit", "--method", "spike-slab", "--epochs", 3, "--samples", 4, "--group", "kernel", "--out", folder)
+    common = (*DIGITS, "--method", "spike-slab", "--epochs", 2, "--samples", 4, "--group", "kernel", "--out", folder)
     output = run(*common, "--sparsity", 0.6).output
     before = metrics_of(folder)
     assert "spike-slab, 4 draws" in output and 0.5 < before["sparsity"] <= 0.6
@@ -184,13 +186,13 @@ def test_spike_slab_removes_weights_and_comes_back(tmp_path: Path) -> None:
     assert without_seconds(metrics_of(folder)) == without_seconds(before)
     posterior = pb.load(folder / "posterior", architectures.digits_cnn())
     assert posterior.inclusion_probabilities()["3.weight"].shape == (32, 32)
-    run(*common, "--sparsity", 0, "--temperature", 0, "--overwrite", "--quiet")
+    run(*common, "--sparsity", 0, "--temperature", 0, "--epochs", 1, "--overwrite", "--quiet")
     assert metrics_of(folder)["sparsity"] == 0
 
 
 def test_bella_starts_at_a_trained_network_and_comes_back(tmp_path: Path) -> None:
     """Proves that particles lie around the twin that is trained first or that another run has, which stays as it is."""
-    common = ("fit", "--method", "bella", "--network", "mlp", "--epochs", 3, "--particles", 3, "--rank", 2)
+    common = (*DIGITS, "--method", "bella", "--network", "mlp", "--epochs", 3, "--particles", 3, "--rank", 2)
     output = run(*common, "--out", tmp_path / "a").output
     assert "No --pretrained: first the deterministic network" in output and "bella, 3 particles by svgd" in output
     first = metrics_of(tmp_path / "a")
@@ -207,7 +209,7 @@ def test_bella_starts_at_a_trained_network_and_comes_back(tmp_path: Path) -> Non
     assert metrics_of(tmp_path / "b")["deterministic"] == first["deterministic"]
     run("evaluate", tmp_path / "a", "--quiet")
     assert without_seconds(metrics_of(tmp_path / "a")) == without_seconds(first)
-    other = ("fit", "--method", "bella", "--network", "cnn", "--pretrained", tmp_path / "a", "--out", tmp_path / "c")
+    other = (*DIGITS, "--method", "bella", "--network", "cnn", "--pretrained", tmp_path / "a", "--out", tmp_path / "c")
     assert "holds the network 'mlp'" in run(*other, expect=2).output
 
 
@@ -501,6 +503,15 @@ def _first_word(command: str) -> str:
     return str(callback.__doc__).split()[0]
 
 
+@pytest.mark.parametrize(("rows", "asked", "size"), [(100, None, 25), (256, None, 64), (3, None, 1), (100, 64, 64)])
+def test_few_rows_are_passed_in_four_steps_or_more(rows: int, asked: int | None, size: int) -> None:
+    """Proves the default of --batch-size, and that one which is given stands."""
+    task = data.digits()
+    few = dataclasses.replace(task, x_train=task.x_train[:rows], y_train=task.y_train[:rows])
+    given = {"data": "digits", "epochs": 1, "batch_size": asked, "lr": 0.1, "seed": 0, "device": "cpu"}
+    assert complete("rank1", given, few).batch_size == size
+
+
 def test_a_method_has_its_own_options_alone() -> None:
     """Proves that a page shows no option of another method, nor what stands for nothing."""
     task = data.digits()
@@ -600,15 +611,15 @@ def test_compare_trains_the_twin_once_and_takes_up_where_it_was_stopped(tmp_path
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_default_run_beats_the_deterministic_network(tmp_path: Path) -> None:
-    """Proves the default command's promise: over five seeds the mean NLL lies below that of the deterministic network
-    trained with the same budget, with accuracy of at least 98 % and ECE of at most 0.02 for every seed."""
+    """Proves the default command's promise: over five seeds the mean NLL, the mean NLL of corrupted images and the mean
+    AUROC are better than those of the deterministic network with the same budget; 85 % are right for every seed."""
     found = []
     for seed in range(5):
         run("fit", "--seed", seed, "--out", tmp_path / str(seed), "--quiet")
         found.append(metrics_of(tmp_path / str(seed)))
-    assert np.mean([m["nll"] for m in found]) < np.mean([m["deterministic"]["nll"] for m in found])
-    assert min(m["accuracy"] for m in found) >= 0.98
-    assert max(m["ece"] for m in found) <= 0.02
+    for name, sign in {"nll": 1, "cNLL": 1, "ood_auroc": -1}.items():
+        assert sign * np.mean([m[name] - m["deterministic"][name] for m in found]) < 0, name
+    assert min(m["accuracy"] for m in found) >= 0.85
 
 
 def test_console_script_is_installed() -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 import pyro_bnn as pb
 from pyro_bnn.models import architectures
 
-SHORT = ("--method", "dense", "--epochs", 3, "--samples", 3, "--quiet")
+SHORT = ("--method", "dense", "--epochs", 3, "--batch-size", 64, "--samples", 3, "--quiet")
 
 
 def houses(rows: int = 60) -> pd.DataFrame:

@@ -130,7 +130,7 @@ def test_two_processes_train_what_one_trains(tmp_path: Path) -> None:
         "--data",
         str(data),
         "--epochs",
-        "20",
+        "10",
         "--components",
         "2",
         "--device",

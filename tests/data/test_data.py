@@ -70,6 +70,33 @@ def test_digits_are_split_once_and_for_all() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("size", [10, 100, 999])
+def test_few_digits_are_balanced_and_the_same_each_time(size: int) -> None:
+    """Proves: so many of the training images, each digit as often give or take one, more of them hold the fewer, and
+    the same test images."""
+    whole, few, again = data.digits(), data.load(f"digits-{size}"), data.digits(size)
+    assert few.name == f"digits-{size}" and few.x_train.shape == (size, 1, 8, 8)
+    counts = few.y_train.bincount(minlength=10)
+    assert counts.max() - counts.min() <= 1 and torch.equal(few.x_train, again.x_train)
+    rows = {row.numpy().tobytes(): int(y) for row, y in zip(whole.x_train, whole.y_train, strict=True)}
+    assert [rows[row.numpy().tobytes()] for row in few.x_train] == few.y_train.tolist()
+    assert torch.equal(few.x_test, whole.x_test) and few.encoding == whole.encoding
+    more = {row.numpy().tobytes() for row in data.digits(min(size + 50, 1257)).x_train}
+    assert all(row.numpy().tobytes() in more for row in few.x_train)
+
+
+@pytest.mark.parametrize("name", ["digits-9", "digits-1258", "digits-0"])
+def test_a_number_of_digits_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"10 to 1,257 of them, as in 'digits-100', not {name[7:]}"):
+        data.load(name)
+
+
+@pytest.mark.parametrize("name", ["digits-", "digits-ten", "digits100", "few-digits"])
+def test_other_names_are_paths(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="no such data"):
+        data.load(name)
+
+
 def test_photograph_patches_look_like_images_of_the_same_range() -> None:
     """Proves that the out-of-distribution set has the digits' shape and range, and patches that are not flat grey."""
     x_ood = data.digits().x_ood
@@ -295,7 +322,7 @@ def test_image_folder_refuses(tmp_path: Path) -> None:
 
 def test_load_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     """Proves that a missing file, an unknown kind of file and a target without columns are refused."""
-    with pytest.raises(FileNotFoundError, match="'digit' is neither the built-in 'digits' nor a file or folder"):
+    with pytest.raises(FileNotFoundError, match="'digit' is neither built in, .* nor a file or folder"):
         data.load("digit")
     (tmp_path / "table.parquet").touch()
     with pytest.raises(ValueError, match=r"expected an .npz file, a .csv file or a folder of images"):

@@ -39,26 +39,32 @@ RUNS = Path("runs/images")
 METRICS = ("accuracy", "nll", "brier", "ece", "aurc")
 #: the first test images, which are corrupted
 SHIFTED = 500
+#: what all trainings have in common
+RECIPE = {"network": str(fresh(0)), "batch_size": BATCH, "lr": RATE}
 
 
 class Study:
     """The methods on one data set.
 
     :param share: of the usual number of epochs; below 1 for a quick look, of which nothing is written.
+
+    ``train``: all training images; ``inner`` and ``held``: those of them that settings are compared with.
     """
 
     def __init__(self, data: str, share: float = 1.0) -> None:
         self.data, self.share = data, share
         loaded = images(data)
-        some = slice(None) if share == 1 else slice(100)
-        self.train: Pair = loaded.x_train[:-HELD_OUT][some], loaded.y_train[:-HELD_OUT][some]
-        self.held: Pair = loaded.x_train[-HELD_OUT:][some], loaded.y_train[-HELD_OUT:][some]
+        some, held = (slice(None), HELD_OUT) if share == 1 else (slice(200), 100)
+        self.train: Pair = loaded.x_train[some], loaded.y_train[some]
+        self.inner: Pair = self.train[0][:-held], self.train[1][:-held]
+        self.held: Pair = self.train[0][-held:], self.train[1][-held:]
         self.test: Pair = loaded.x_test[some], loaded.y_test[some]
         self.std = 255 / float(loaded.x_train.max() - loaded.x_train.min())
         self.mean = -float(loaded.x_train.min()) * self.std
         other = next(name for name in CLASSES if name != data)
         pixels = {other: self.as_ours(raw(other)[some]), "notMNIST": self.as_ours(not_mnist()[some])}
         self.ood: dict[str, Tensor] = pixels
+        self.recipe = {**RECIPE, "images": len(self.train[1]), "held out": len(self.held[1])}
         self.quick: dict[str, Any] = {"rows": [], "chosen": {}}
 
     def as_ours(self, pixels: Tensor) -> Tensor:
@@ -72,29 +78,41 @@ class Study:
         return f"images_{self.data}"
 
     def known(self) -> dict[str, Any]:
-        return {"rows": [], "chosen": {}} | read_results(self.name) if self.share == 1 else self.quick
+        """The rows and the chosen settings that are there.
+
+        :raises ValueError: when they are of another network or training than that of today.
+        """
+        if self.share < 1:
+            return self.quick
+        found = {"rows": [], "chosen": {}} | read_results(self.name)
+        if (found["rows"] or found["chosen"]) and (of := found.get("recipe")) != self.recipe:
+            raise ValueError(
+                f"results/{self.name}.json has rows of the recipe {of}, and this benchmark has {self.recipe}: they "
+                f"cannot stand side by side; remove the file to measure anew"
+            )
+        return found
 
     def keep(self, **parts: Any) -> None:
         if self.share < 1:
             self.quick |= parts
             return
-        held = {key: self.known()[key] for key in ("rows", "chosen")} | parts
+        held = {"recipe": self.recipe, **{key: self.known()[key] for key in ("rows", "chosen")}, **parts}
         with contextlib.redirect_stdout(None):
             write_results(self.name, held, sorted({row["seed"] for row in held["rows"]}))
 
     # ----------------------------------------------------------------------------------------------- fitting
 
-    def network(self, seed: int, number: int) -> tuple[nn.Module, float]:
+    def network(self, seed: int, number: int, pair: Pair) -> tuple[nn.Module, float]:
         """The network of this number, trained with the settings that validation chose, from a file if it is there.
 
         A file of another network, or of another training, is not taken.
         """
-        path = RUNS / f"{self.data}-{seed}-{number}{'' if self.share == 1 else '-quick'}.pt"
+        path = RUNS / f"{self.data}-{len(pair[1])}-{seed}-{number}{'' if self.share == 1 else '-quick'}.pt"
         net, settings = fresh(0), self.chosen(ONE)
-        recipe = {"network": str(net), "batch_size": BATCH, "lr": RATE, **settings}
+        recipe = {**RECIPE, **settings}
         kept = torch.load(path, weights_only=True) if path.exists() else {}
         if kept.get("recipe") != recipe:
-            found = point(self.start(seed), settings, number)
+            found = point(self.start(seed, pair), settings, number)
             kept = {"recipe": recipe, "state": network_of(found).state_dict(), "seconds": found.seconds}
             RUNS.mkdir(parents=True, exist_ok=True)
             torch.save(kept, path.with_suffix(".tmp"))
@@ -102,15 +120,15 @@ class Study:
         net.load_state_dict(kept["state"])
         return net, kept["seconds"]
 
-    def start(self, seed: int) -> Start:
-        return Start(self.train, seed, lambda number: self.network(seed, number), self.share)
+    def start(self, seed: int, pair: Pair) -> Start:
+        return Start(pair, seed, lambda number: self.network(seed, number, pair), self.share)
 
     def fitted(self, method: str, settings: Settings, seed: int) -> Fit:
         if method == ONE and dict(settings) == self.known()["chosen"].get(ONE, {}).get("settings"):
-            net, seconds = self.network(seed, 0)
+            net, seconds = self.network(seed, 0, self.train)
             model = pb.models.Dense(net, pb.likelihoods.Categorical(), len(self.train[1]))
             return Fit(pb.Posterior(model.eval(), pb.models.PointGuide(model).eval()), seconds, numbers_of(net))
-        return METHODS[method].run(self.start(seed), settings)
+        return METHODS[method].run(self.start(seed, self.train), settings)
 
     def chosen(self, method: str) -> dict[str, Any]:
         """The settings with the lowest NLL on held-out training images, with the first seed; tried once."""
@@ -126,7 +144,7 @@ class Study:
     def validated(self, method: str, settings: Settings) -> float:
         how = METHODS[method]
         try:
-            posterior = how.run(self.start(0), {**settings, **how.compared}).posterior
+            posterior = how.run(self.start(0, self.inner), {**settings, **how.compared}).posterior
         except FloatingPointError:
             return math.inf
         draws = draws_of(method, posterior) if not how.compared else DRAWS

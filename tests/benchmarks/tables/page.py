@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.benchmarks.tables import images, reference, sequences, uci
+from tests.benchmarks.tables import few_digits, images, reference, sequences, uci
 from tests.benchmarks.uci import published
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -25,6 +25,7 @@ python -m tests.benchmarks.uci --gaps
 python -m tests.benchmarks.images
 python -m tests.benchmarks.reference
 python -m tests.benchmarks.sequences
+python -m tests.benchmarks.few_digits
 python -m tests.benchmarks.tables
 ```
 
@@ -35,7 +36,7 @@ error of it; none is where methods were measured on different splits.
 
 
 def page() -> str:
-    sections = [*uci.section(), *images.section(), *sequences.section(), *reference.section()]
+    sections = [*uci.section(), *images.section(), *sequences.section(), *few_digits.section(), *reference.section()]
     return "\n\n".join(text.strip() for text in [START, *sections]) + "\n"
 
 

@@ -126,7 +126,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Recorded]:
         pytest.param(rank1, plain, {"accumulate": 2}, 1e-5, marks=pytest.mark.slow),
         pytest.param(rank1, with_statistics, {"kl_annealing": 2.0}, 1e-5, marks=pytest.mark.slow),
         pytest.param(rank1, with_attention, {}, 1e-4, marks=pytest.mark.slow),
-        (dense, with_attention, {}, 1e-4),
+        pytest.param(dense, with_attention, {}, 1e-4, marks=pytest.mark.slow),
     ],
     ids=["mean field", "half precision", "accumulated", "rank-1", "rank-1 attention", "attention"],
 )
