@@ -118,7 +118,7 @@ def test_larger_tables_have_more_steps(size: int, steps: int) -> None:
 
 
 def test_the_recipe_of_the_docs_runs() -> None:
-    """The lines of docs/sghmc.md that users copy, with a few steps, for both kinds of noise."""
+    """The lines of docs/sghmc.md that users copy, with a few steps, for both scales."""
     text = (page.DOCS / "sghmc.md").read_text(encoding="utf-8")
     (lines,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "def chains" in block)
     for old, new in (
@@ -134,8 +134,39 @@ def test_the_recipe_of_the_docs_runs() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         exec(lines, names)
-    for found in ("one_noise", "predicted_noise"):
+    for found in ("smooth", "bent"):
         assert names[found].predict(x, num_samples=16).mean.numel() == 40
+
+
+@pytest.mark.usefixtures("small")
+def test_a_row_of_other_settings_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that a row counts if its settings are today's best by what was tried, and is replaced if it does not."""
+    of = {"part": "split 0", "method": "mean", "rmse": 1.0, "nll": 1.0}
+    tried = {str({"scale": scale}): float(scale) for scale in (1.0, 2.0)}
+
+    def grid(*scales: float) -> None:
+        monkeypatch.setitem(METHODS, "mean", Method(mean_of_y([]), tuple({"scale": s} for s in scales), 1))
+
+    rows.add("yacht", {**of, "settings": {"scale": 1.0}, "validation": tried})
+    for scales, counts in {(1.0, 2.0): True, (1.0,): True, (2.0,): False, (1.0, 3.0): False}.items():
+        grid(*scales)
+        assert rows.is_measured("yacht", "split 0", "mean") == counts
+        assert not rows.is_measured("yacht", "split 1", "mean")
+    rows.add("yacht", {**of, "part": "split 1", "settings": {"scale": 2.0}, "validation": tried})
+    rows.add("yacht", {**of, "settings": {"scale": 3.0}, "validation": {str({"scale": s}): s for s in (1.0, 3.0)}})
+    assert [(row["part"], row["settings"]["scale"]) for row in rows.known("yacht")] == [
+        ("split 1", 2.0),
+        ("split 0", 3.0),
+    ]
+    assert rows.is_measured("yacht", "split 0", "mean")
+
+
+def test_large_tables_may_have_another_grid() -> None:
+    small, large = (torch.zeros(size, 1) for size in (methods.SMALL, methods.SMALL + 1))
+    scales = [one.get("scale") for one in METHODS["SGHMC"].settings(Table(small, small, small, small, 1.0))]
+    assert scales == [1.0, 2.0]
+    (only,) = METHODS["SGHMC"].settings(Table(large, large, large, large, 1.0))
+    assert dict(only) == {"likelihood": "heteroscedastic"}
 
 
 def test_means_over_other_splits_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:

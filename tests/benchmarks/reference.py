@@ -45,7 +45,7 @@ NAMES = ("digits", *TABLES)
 METHODS = {
     **methods.METHODS,
     "spike and slab": replace(methods.METHODS["spike and slab"], grid=methods.grid(**{"step size": (0.05, 0.2)})),
-    "SGHMC": replace(methods.METHODS["SGHMC"], fit=partial(methods.sghmc, draws=200)),
+    "SGHMC": replace(methods.METHODS["SGHMC"], fit=partial(methods.sghmc, draws=200), grid=({"scale": 1.0},)),
 }
 
 

@@ -8,7 +8,8 @@ rows. ``--gaps`` leaves the middle third of one input out instead, for each inpu
 of your own is a file NAME.npz beside the others, with x ``[N, D]``, y ``[N]`` and test_mask ``[splits, N]``, and
 ``--tables NAME``.
 
-Rows are written as they come, a file for each table, and those that are there are not measured again: the run can be
-stopped and continued, and a second process can take other tables. A split of a small table takes some ten minutes on
-one core; ``python -m tests.benchmarks.tables`` shows what is there in docs/results.md.
+Rows are written as they come, a file for each table, and those that are there are not measured again, but for rows
+whose settings were chosen among others than those of today: the run can be stopped and continued, and a second process
+can take other tables. A split of a small table takes some ten minutes on one core; ``python -m
+tests.benchmarks.tables`` shows what is there in docs/results.md.
 """

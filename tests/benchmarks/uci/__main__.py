@@ -10,7 +10,7 @@ import torch
 import tests.benchmarks.uci as package
 from tests.benchmarks.datasets import uci, uci_splits
 from tests.benchmarks.uci.methods import METHODS
-from tests.benchmarks.uci.rows import SPLITS, add, known, measure
+from tests.benchmarks.uci.rows import SPLITS, add, is_measured, measure
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
         parts += [(i, name, f"{kind} {i}") for i in range(number)[: 1 if asked.quick else asked.splits]]
     for _, name, part in sorted(parts, key=lambda one: one[0]):  # the first split of every table, then the second
         for method in asked.methods:
-            if not asked.quick and any((row["part"], row["method"]) == (part, method) for row in known(name)):
+            if not asked.quick and is_measured(name, part, method):
                 continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # chains that disagree are judged by their scores here

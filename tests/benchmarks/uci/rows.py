@@ -55,7 +55,8 @@ def measure(name: str, part: str, method: str, share: float = 1.0) -> dict[str, 
 
     :param share: of the usual number of steps.
     """
-    table, seed, grid = table_of(name, part), int(part.split()[1]), METHODS[method].grid
+    table, seed = table_of(name, part), int(part.split()[1])
+    grid = METHODS[method].settings(table)
     start = time.perf_counter()
     inner = for_validation(table, seed)
     validation = {str(dict(settings)): tried(method, inner, settings, seed, share)["nll"] for settings in grid}
@@ -71,7 +72,16 @@ def known(name: str) -> list[dict[str, Any]]:
     return rows
 
 
+def is_measured(name: str, part: str, method: str) -> bool:
+    """Whether there is a row of it, whose settings are the best of today's by its validation."""
+    asked = {str(dict(settings)) for settings in METHODS[method].settings(table_of(name, part))}
+    of = [row for row in known(name) if (row["part"], row["method"]) == (part, method)]
+    return any(asked <= set(row["validation"]) and str(row["settings"]) in asked for row in of)
+
+
 def add(name: str, row: dict[str, Any]) -> None:
-    rows = [*known(name), row]
+    """Adds a row, in the place of one of the same method and part, whose settings were chosen among others."""
+    key = (row["part"], row["method"])
+    rows = [*(old for old in known(name) if (old["part"], old["method"]) != key), row]
     seeds = sorted({int(row["part"].split()[1]) for row in rows})
     write_results(f"uci_{name}", {"rows": rows}, seeds)
