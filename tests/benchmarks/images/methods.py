@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -71,13 +71,11 @@ class Method:
 
     :param run: from the settings.
     :param draws: of each member, in a prediction.
-    :param compared: what settings have besides while they are compared: fewer members take less time.
     """
 
     run: Callable[[Start, Settings], Fit]
     draws: int = 1
-    grid: tuple[Settings, ...] = field(default=({},))
-    compared: Settings = field(default_factory=dict)
+    grid: tuple[Settings, ...] = ({},)
 
 
 def grid(**values: tuple[Any, ...]) -> tuple[Settings, ...]:
@@ -142,7 +140,7 @@ def rank1(start: Start, settings: Settings, prior: pb.priors.Prior) -> Fit:
     net, size = fresh(MEMBERS * start.seed), len(start.pair[1])
     weight_prior = pb.priors.Normal(0.0, settings["scale"])
     model = Rank1(net, LIKELIHOOD, size, prior=prior, weight_prior=weight_prior)
-    guide = Rank1Guide(model, settings.get("members", MEMBERS), init_dropout_rate=NOISE)
+    guide = Rank1Guide(model, MEMBERS, init_dropout_rate=NOISE)
     return by_svi(start, model, guide, **training(start))
 
 
@@ -244,8 +242,8 @@ METHODS: dict[str, Method] = {
     ONE: Method(point, grid=grid(scale=SCALES, epochs=(EPOCHS // 2, EPOCHS))),
     "ensemble of 4": Method(ensemble, MEMBERS),
     "BatchEnsemble": Method(batch_ensemble, MEMBERS, grid(spread=(0.0, 0.5), scale=SCALES)),
-    "rank-1, Normal": Method(rank1_normal, DRAWS // MEMBERS, FACTORS, {"members": 1}),
-    "rank-1, Cauchy": Method(rank1_cauchy, DRAWS // MEMBERS, FACTORS, {"members": 1}),
+    "rank-1, Normal": Method(rank1_normal, DRAWS // MEMBERS, FACTORS),
+    "rank-1, Cauchy": Method(rank1_cauchy, DRAWS // MEMBERS, FACTORS),
     "MC dropout": Method(dropout, DRAWS, grid(p=(0.2, 0.5), scale=SCALES)),
     "SWAG": Method(swag, DRAWS, grid(lr=(1e-4, 1e-3, 1e-2))),
     "last-layer Laplace": Method(laplace, DRAWS),

@@ -19,7 +19,6 @@ from pyro_bnn.data.corruptions import image_shift
 from tests.benchmarks.datasets import CLASSES, images, not_mnist
 from tests.benchmarks.images.methods import (
     BATCH,
-    DRAWS,
     METHODS,
     ONE,
     RATE,
@@ -148,12 +147,11 @@ class Study:
         return settings
 
     def validated(self, method: str, settings: Settings) -> float:
-        how = METHODS[method]
         try:
-            posterior = how.run(self.start(0, self.inner), {**settings, **how.compared}).posterior
+            posterior = METHODS[method].run(self.start(0, self.inner), settings).posterior
         except FloatingPointError:
             return math.inf
-        draws = draws_of(method, posterior) if not how.compared else DRAWS
+        draws = draws_of(method, posterior)
         nll: float = pb.diagnostics.evaluate(posterior, self.held, num_samples=draws, seed=0)["nll"]
         print(f"  {self.data} {method} {dict(settings)}: validation NLL {nll:.4f}", flush=True)
         return nll
