@@ -24,7 +24,7 @@ PRINTED = frozenset(
     "seconds trainable_parameters sparsity bits_per_coded_weight".split()
 )
 
-#: few digits: of all 1,257 a deterministic network misses four or so in a thousand, and there is nothing to gain
+#: few digits: of all 1,257 a deterministic network misses hardly one in a hundred, and there is little to gain
 DEFAULT_DATA = "digits-100"
 
 # options of the commands that train

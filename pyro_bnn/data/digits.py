@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_bnn.data.encoding import ArrayForm, Encoding
 from pyro_bnn.data.task import Task
+from pyro_bnn.entry import checks
 
 #: training images, and classes
 TRAINING, CLASSES = 1257, 10
@@ -23,14 +24,14 @@ def digits(train_size: int = TRAINING) -> Task:
 
     :param train_size: how many training images to take, as many of each digit, give or take one; the same ones each
         time, and all of them in a larger number. The test images stay as they are.
-    :raises ValueError: when it is not from 10 to 1,257.
+    :raises TypeError, ValueError: when it is not a whole number from 10 to 1,257.
 
     Source: `sklearn.datasets.load_digits`, `sklearn.datasets.load_sample_images`.
     """
-    if not CLASSES <= train_size <= TRAINING:
+    if not CLASSES <= checks.count("train_size", train_size) <= TRAINING:
         raise ValueError(
-            f"there are {TRAINING:,} training digits of {CLASSES} kinds: ask for {CLASSES} to {TRAINING:,} of them, "
-            f"as in 'digits-100', not {train_size}"
+            f"train_size={train_size}: there are {TRAINING:,} training digits of {CLASSES} kinds; ask for {CLASSES} to "
+            f"{TRAINING:,} of them, as 'digits-100' does"
         )
     from sklearn.datasets import load_digits  # takes a second to import
     from sklearn.model_selection import train_test_split
