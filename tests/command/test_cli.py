@@ -174,9 +174,11 @@ def test_every_prior_trains_under_every_method(tmp_path: Path, method: str, prio
 
 def test_spike_slab_removes_weights_and_comes_back(tmp_path: Path) -> None:
     """Proves that the sampler starts at the trained twin, removes the share asked for, and is scored again alike."""
-    folder = tmp_path / "run"
-    common = (*DIGITS, "--method", "spike-slab", "--epochs", 2, "--samples", 4, "--group", "kernel", "--out", folder)
-    output = run(*common, "--sparsity", 0.6).output
+    folder, task = tmp_path / "run", data.digits()
+    arrays = {"x_train": task.x_train, "y_train": task.y_train, "x_test": task.x_test[:60], "y_test": task.y_test[:60]}
+    np.savez(tmp_path / "digits.npz", **{name: values.numpy() for name, values in arrays.items()})
+    common = ("--method", "spike-slab", "--epochs", 2, "--samples", 4, "--group", "kernel", "--out", folder)
+    output = run("fit", "--data", tmp_path / "digits.npz", *common, "--sparsity", 0.6).output
     before = metrics_of(folder)
     assert "spike-slab, 4 draws" in output and 0.5 < before["sparsity"] <= 0.6
     assert (
@@ -186,8 +188,13 @@ def test_spike_slab_removes_weights_and_comes_back(tmp_path: Path) -> None:
     assert without_seconds(metrics_of(folder)) == without_seconds(before)
     posterior = pb.load(folder / "posterior", architectures.digits_cnn())
     assert posterior.inclusion_probabilities()["3.weight"].shape == (32, 32)
-    run(*common, "--sparsity", 0, "--temperature", 0, "--epochs", 1, "--overwrite", "--quiet")
-    assert metrics_of(folder)["sparsity"] == 0
+
+
+@pytest.mark.slow
+def test_spike_slab_without_sparsity_removes_nothing(tmp_path: Path) -> None:
+    common = ("--method", "spike-slab", "--epochs", 1, "--samples", 4, "--group", "kernel", "--out", tmp_path / "run")
+    run(*DIGITS, *common, "--sparsity", 0, "--temperature", 0, "--quiet")
+    assert metrics_of(tmp_path / "run")["sparsity"] == 0
 
 
 def test_bella_starts_at_a_trained_network_and_comes_back(tmp_path: Path) -> None:
