@@ -147,7 +147,7 @@ def compare(
         list[Path] | None, typer.Option("--runs", help="folder of a finished run to include; repeat for several")
     ] = None,
     network: Annotated[NetworkName, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
-    epochs: Annotated[int, typer.Option(min=1, help="passes over the training data, the same for every method")] = 100,
+    epochs: Annotated[int, typer.Option(min=1, help="passes over the training data, the same for every method")] = 60,
     batch_size: BatchSize = None,
     lr: Annotated[float, typer.Option(help="as for `fit`")] = 1e-2,
     seed: Annotated[int, typer.Option(min=0, help="of weights, batches and draws")] = 0,

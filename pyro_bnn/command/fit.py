@@ -69,7 +69,7 @@ def fit(
     network: Annotated[NetworkName, typer.Option(help="auto: cnn for images, mlp otherwise")] = "auto",
     epochs: Annotated[
         int, typer.Option(min=1, help="passes over the training data; spike-slab: of warm-up, then one for each draw")
-    ] = 100,
+    ] = 60,
     components: Annotated[
         int | None, typer.Option(min=1, help="mixture components of the guide [default: rank1 4, dense 1]")
     ] = None,
