@@ -186,6 +186,33 @@ def test_a_kept_network_of_another_recipe_is_trained_again(
     assert study.network(0, 0, fewer)[1] > 0 and len(list((tmp_path / rows.RUNS).iterdir())) == 2
 
 
+@pytest.mark.parametrize(
+    ("nlls", "chosen"),
+    [((0.3, 0.2, 0.1), 2), ((0.1005, 0.2, 0.1), 0), ((0.102, 0.1004, 0.1), 1), ((math.inf, 0.2, 0.3), 1)],
+)
+def test_of_settings_that_are_alike_the_first_is_chosen(
+    nlls: tuple[float, ...], chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By fits to the images that are not held out; the one that is scored sees all training images."""
+    seen: list[int] = []
+
+    def run(start: methods.Start, settings: methods.Settings) -> methods.Fit:
+        seen.append(len(start.pair[1]))
+        return methods.Fit(settings["nll"], 0.0)
+
+    monkeypatch.setattr(rows, "draws_of", lambda method, posterior: 1)
+    monkeypatch.setattr(pb.diagnostics, "evaluate", lambda posterior, held, **_: {"nll": posterior}, raising=False)
+    grid = tuple({"nll": nll} for nll in nlls)
+    monkeypatch.setitem(methods.METHODS, "some", methods.Method(run, grid=grid))
+    study = object.__new__(rows.Study)
+    study.data, study.share, study.quick = "fashion", 0.01, {"rows": [], "chosen": {}}
+    study.train = torch.zeros(5, 1, 28, 28), torch.zeros(5)
+    study.inner, study.held = (tuple(part[of] for part in study.train) for of in (slice(3), slice(3, 5)))  # type: ignore[assignment]
+    assert study.chosen("some") == grid[chosen]
+    study.fitted("some", grid[chosen], 0)
+    assert seen == [3, 3, 3, 5]
+
+
 @pytest.mark.parametrize("changed", ["network", "images", None])
 def test_rows_of_another_recipe_are_refused(
     changed: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import warnings
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
 import pytest
 import torch
 
 import pyro_bnn as pb
+from pyro_bnn.command.fit import fit
+from pyro_bnn.command.options import complete
 from tests.benchmarks import measure as measuring
 from tests.benchmarks.datasets import Table, uci, uci_gap
 from tests.benchmarks.tables import figures, page
@@ -159,6 +163,28 @@ def test_a_row_of_other_settings_is_measured_again(monkeypatch: pytest.MonkeyPat
         ("split 0", 3.0),
     ]
     assert rows.is_measured("yacht", "split 0", "mean")
+
+
+def test_the_first_command_has_the_settings_that_are_best_for_the_deterministic_network() -> None:
+    """Proves, of the committed results, that neither network of the first table has been favoured by its budget."""
+    tried = [row for row in measuring.read_results("few_digits")["validation"] if row["method"] == "deterministic"]
+    best = min(tried, key=lambda row: row["nll"])
+    defaults = inspect.signature(fit).parameters
+    task = pb.data.load(defaults["data"].default)
+    given = {"data": task.name, "lr": 0.1, "seed": 0, "device": "cpu"}
+    asked = complete("rank1", given | {"epochs": defaults["epochs"].default, "batch_size": None}, task)
+    assert (asked.epochs, asked.batch_size) == (best["epochs"], best["batch_size"])
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_the_scale_is_that_of_the_first_layer_alone(scale: float) -> None:
+    """Proves it of the model under that prior, by its trace."""
+    x = torch.zeros(10, 3)
+    net, likelihood, size = methods.given(Table(x, x[:, :1], x, x[:, :1], 1.0), {"likelihood": "heteroscedastic"})
+    model = pb.models.Dense(net, likelihood, size, prior=methods.by_width(net, scale))
+    nodes = pyro.poutine.trace(model).get_trace(x, x[:, :1]).nodes
+    sizes = {site.name: nodes[site.name]["fn"].variance.sqrt().unique().item() for site in model.sites()}
+    assert sizes == pytest.approx({"0.weight": scale, "0.bias": scale, "2.weight": 50**-0.5, "2.bias": 1.0})
 
 
 def test_large_tables_may_have_another_grid() -> None:

@@ -172,6 +172,18 @@ def test_every_prior_trains_under_every_method(tmp_path: Path, method: str, prio
     assert metrics_of(tmp_path / "run") == before
 
 
+def test_a_run_on_few_digits_is_scored_again_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves that the built-in data of a run are kept by their name, and not as a path."""
+    folder = tmp_path / "run"
+    run("fit", "--data", "digits-30", "--network", "mlp", "--epochs", 1, "--samples", 1, "--quiet", "--out", folder)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["options"]["data"] == "digits-30" and config["options"]["batch_size"] == 7
+    monkeypatch.chdir(tmp_path)
+    before = metrics_of(folder)
+    run("evaluate", folder, "--quiet")
+    assert metrics_of(folder) == before
+
+
 def test_spike_slab_removes_weights_and_comes_back(tmp_path: Path) -> None:
     """Proves that the sampler starts at the trained twin, removes the share asked for, and is scored again alike."""
     folder, task = tmp_path / "run", data.digits()

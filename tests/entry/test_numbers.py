@@ -245,11 +245,7 @@ DOORS = [
         likelihoods.Categorical,
         {"class_dim": [*NEVER, math.inf, 0, 1.5], "ignore_index": [*NEVER, math.inf, 1.5]},
     ),
-    Door(
-        data.digits,
-        data.digits,
-        {"train_size": [*COUNT, 9, 1258]},
-    ),
+    Door(data.digits, data.digits, {"train_size": [*COUNT, 9, 1258]}),
     Door(
         data.next_token_labels,
         lambda **o: data.next_token_labels(torch.tensor([[1, 2]]), **o),
