@@ -629,16 +629,35 @@ def test_compare_trains_the_twin_once_and_takes_up_where_it_was_stopped(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_the_default_run_beats_the_deterministic_network(tmp_path: Path) -> None:
-    """Proves the default command's promise: over five seeds the mean NLL, the mean NLL of corrupted images and the mean
-    AUROC are better than those of the deterministic network with the same budget; 85 % are right for every seed."""
+def test_rank1_beats_the_deterministic_network_on_all_digits(tmp_path: Path) -> None:
+    """Proves: over five seeds the mean NLL lies below that of the deterministic network trained with the same budget,
+    with accuracy of at least 98 % and ECE of at most 0.02 for every seed."""
     found = []
     for seed in range(5):
+        run(*DIGITS, "--seed", seed, "--out", tmp_path / str(seed), "--quiet")
+        found.append(metrics_of(tmp_path / str(seed)))
+    assert np.mean([m["nll"] for m in found]) < np.mean([m["deterministic"]["nll"] for m in found])
+    assert min(m["accuracy"] for m in found) >= 0.98
+    assert max(m["ece"] for m in found) <= 0.02
+
+
+@pytest.mark.slow
+def test_the_default_run_beats_the_deterministic_network_where_data_are_unlike_those_of_training(
+    tmp_path: Path,
+) -> None:
+    """Proves the default command's promise: over ten seeds a lower NLL of corrupted images and a higher AUROC than the
+    deterministic network with the same budget, by more than two standard errors of the difference, and an NLL of clean
+    images that is not higher by as much."""
+    found = []
+    for seed in range(10):
         run("fit", "--seed", seed, "--out", tmp_path / str(seed), "--quiet")
         found.append(metrics_of(tmp_path / str(seed)))
-    for name, sign in {"nll": 1, "cNLL": 1, "ood_auroc": -1}.items():
-        assert sign * np.mean([m[name] - m["deterministic"][name] for m in found]) < 0, name
-    assert min(m["accuracy"] for m in found) >= 0.85
+
+    def in_errors(name: str) -> float:
+        gaps = [m[name] - m["deterministic"][name] for m in found]
+        return float(np.mean(gaps) / (np.std(gaps, ddof=1) / len(gaps) ** 0.5))
+
+    assert in_errors("cNLL") < -2 and in_errors("ood_auroc") > 2 and in_errors("nll") < 2
 
 
 def test_console_script_is_installed() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from tests.benchmarks.markdown import table
 from tests.benchmarks.measure import read_results
 from tests.benchmarks.tables.figures import by_method
+from tests.benchmarks.tables.images import BEYOND as SHIFTED
+from tests.benchmarks.tables.images import QUALITY
 
 TEXT = """\
 ## Few digits: what `pyro-bnn fit` prints
@@ -16,20 +17,10 @@ TEXT = """\
 scikit-learn's digits, and 540 others to test on; photographs for the OOD AUROC, and corrupted digits for cA, cNLL and
 cECE. Means over {seeds} seeds, with standard errors.
 """
-Columns = Mapping[str, tuple[str, int, bool]]
-#: ``{key: (title, decimal places, whether the highest is the best)}``
-QUALITY: Columns = {
-    "accuracy": ("accuracy", 4, True),
-    "nll": ("NLL", 4, False),
-    "brier": ("Brier", 4, False),
-    "ece": ("ECE", 4, False),
-    "aurc": ("AURC", 5, False),
-}
-BEYOND: Columns = {
+#: columns as those of the section of images
+BEYOND = {
     "ood_auroc": ("OOD AUROC", 3, True),
-    "cA": ("cA", 3, True),
-    "cNLL": ("cNLL", 3, False),
-    "cECE": ("cECE", 3, False),
+    **{key: SHIFTED[key] for key in ("cA", "cNLL", "cECE")},
     "seconds": ("seconds", 0, False),
 }
 
