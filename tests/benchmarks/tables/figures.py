@@ -53,3 +53,16 @@ def by_method(
     ]
     texts = with_best(values, [places for _, places, _ in columns.values()], [up for *_, up in columns.values()])
     return [[method, *cells] for method, cells in zip(methods, zip(*texts, strict=True), strict=True)]
+
+
+def difference(
+    rows: Sequence[Mapping[str, Any]], key: str, method: str, control: str, places: int, highest: bool
+) -> str:
+    """The mean over seeds of what a method has more than its control has with the same seed, and its standard error.
+
+    :param highest: whether more is better. The text is bold where the method is better by more than a standard error.
+    """
+    of = {name: {row["seed"]: row[key] for row in rows if row["method"] == name} for name in (method, control)}
+    mean, error = mean_and_error([of[method][seed] - of[control][seed] for seed in of[method] if seed in of[control]])
+    text = f"{mean:+.{places}f}" if math.isnan(error) else f"{mean:+.{places}f} ± {error:.{places}f}"
+    return f"**{text}**" if (mean if highest else -mean) > error else text

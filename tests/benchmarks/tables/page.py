@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.benchmarks.tables import few_digits, images, reference, sequences, uci
+from tests.benchmarks.tables import few_digits, finetune, images, reference, sequences, uci
 from tests.benchmarks.uci import published
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -26,6 +26,7 @@ python -m tests.benchmarks.images
 python -m tests.benchmarks.reference
 python -m tests.benchmarks.sequences
 python -m tests.benchmarks.few_digits
+python -m tests.benchmarks.finetune
 python -m tests.benchmarks.tables
 ```
 
@@ -36,7 +37,8 @@ error of it; none is where methods were measured on different splits.
 
 
 def page() -> str:
-    sections = [*uci.section(), *images.section(), *sequences.section(), *few_digits.section(), *reference.section()]
+    parts = (uci, images, sequences, few_digits, finetune, reference)
+    sections = [text for part in parts for text in part.section()]
     return "\n\n".join(text.strip() for text in [START, *sections]) + "\n"
 
 
