@@ -239,7 +239,7 @@ class Study:
         self.row("shared", self.shared)
 
     def around(self) -> None:
-        """A mean field whose prior lies around the trained network: nothing for codes, but as good as a mean field gets."""
+        """A mean field whose prior lies around the trained network: of no use for codes, but nearer to it."""
 
         def make() -> tuple[pb.Posterior, Row]:
             net, _, _ = self.start()

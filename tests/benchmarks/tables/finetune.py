@@ -17,9 +17,9 @@ the epochs of one particle or for as many as five have together ("long"). Means 
 training rows too, with standard errors; mutual information, in nats, is how much particles differ.
 """
 BESIDE = """\
-Repulsion is what "svgd" and "wgd" add to the plain ensemble of particles, from the same starts and the same batches: the
-differences below are of runs with the same seed, with the standard error of their mean, and bold where they are better
-by more than it.
+Repulsion is what "svgd" and "wgd" add to the plain ensemble of particles, from the same starts and the same batches:
+the differences below are of runs with the same seed, with the standard error of their mean, and bold where they are
+better by more than it.
 """
 TITLES = {
     "mobilenet": "MobileNetV2 of ImageNet, 500 animals of CIFAR-10; its vehicles are out of distribution",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.benchmarks.tables import few_digits, finetune, images, reference, sequences, uci
+from tests.benchmarks.tables import compression, few_digits, finetune, images, reference, sequences, uci
 from tests.benchmarks.uci import published
 
 DOCS = Path(__file__).parents[3] / "docs"
@@ -27,6 +27,7 @@ python -m tests.benchmarks.reference
 python -m tests.benchmarks.sequences
 python -m tests.benchmarks.few_digits
 python -m tests.benchmarks.finetune
+python -m tests.benchmarks.compression --network lenet5
 python -m tests.benchmarks.tables
 ```
 
@@ -37,7 +38,7 @@ error of it; none is where methods were measured on different splits.
 
 
 def page() -> str:
-    parts = (uci, images, sequences, few_digits, finetune, reference)
+    parts = (uci, images, sequences, few_digits, finetune, compression, reference)
     sections = [text for part in parts for text in part.section()]
     return "\n\n".join(text.strip() for text in [START, *sections]) + "\n"
 
