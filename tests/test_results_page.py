@@ -191,8 +191,31 @@ def test_large_tables_may_have_another_grid() -> None:
     small, large = (torch.zeros(size, 1) for size in (methods.SMALL, methods.SMALL + 1))
     scales = [one.get("scale") for one in METHODS["SGHMC"].settings(Table(small, small, small, small, 1.0))]
     assert scales == [1.0, 2.0]
-    (only,) = METHODS["SGHMC"].settings(Table(large, large, large, large, 1.0))
-    assert dict(only) == {"likelihood": "heteroscedastic"}
+    for name, settings in {"SGHMC": methods.BOTH, "SGHMC, predicted noise": methods.ONE}.items():
+        assert METHODS[name].settings(Table(large, large, large, large, 1.0)) == (settings,)
+
+
+def test_draws_with_one_noise_are_those_of_a_network_that_predicts_it() -> None:
+    """Proves, in float64, that means and densities are the same, and that half of the draws are of either kind."""
+    torch.manual_seed(0)
+    x = torch.randn(20, 3, dtype=torch.float64)
+    y = x[:, :1].sin()
+    table = Table(x.float(), y.float(), x, y, 1.0)
+    net, likelihood, size = methods.given(table, {"likelihood": "gaussian"})
+    one = pb.models.Dense(net.double(), likelihood, size)
+    draws = {site.name: torch.randn(7, *site.shape, dtype=torch.float64).abs() for site in one.sites()}
+    given = pb.Posterior.from_draws(one, draws)
+    net, likelihood, size = methods.given(table, {"likelihood": "heteroscedastic"})
+    embedded = methods.predicting_one_noise(methods.weights_of(given))
+    found = pb.Posterior.from_draws(pb.models.Dense(net.double(), likelihood, size), embedded)
+    expected, same = (p.predict(x, num_samples=7, seed=0) for p in (given, found))
+    assert torch.allclose(expected.mean, same.mean)
+    assert torch.allclose(expected.log_prob(y), same.log_prob(y), rtol=1e-4)  # but for the smallest scale, 1e-6
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        both = methods.of_both_noises(table, {"noise": "both", "scale": 1.0}, 0, 0.01)
+    last = methods.weights_of(both)["2.weight"][:, 1]
+    assert torch.equal((last == 0).all(1), torch.arange(len(last)) >= len(last) // 2)
 
 
 def test_means_over_other_splits_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:

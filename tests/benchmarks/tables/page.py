@@ -12,7 +12,7 @@ PAGE, README, PICTURE = DOCS / "results.md", DOCS.parent / "README.md", DOCS / "
 #: between these lines of the README stands what is made of results
 BEGIN, END = "<!-- results: made by python -m tests.benchmarks.tables -->", "<!-- end of results -->"
 #: what the README shows
-SHORT = ("one network", "ensemble of 5", "MC dropout", "rank-1", "SGHMC")
+SHORT = ("one network", "ensemble of 5", "MC dropout", "rank-1", "SGHMC, predicted noise", "SGHMC")
 
 START = """\
 # What the methods reach

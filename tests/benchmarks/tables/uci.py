@@ -22,9 +22,10 @@ UCI = """\
 
 One hidden layer of 50 ReLU units (100 for protein), on the published splits. NLL and RMSE of the test rows are in the
 units of y. Each method chooses among four settings by the NLL of a fifth of the training rows, the likelihood among
-them: one noise for all rows, or a noise that the network predicts. SGHMC has the predicted noise, and chooses the prior
-scale of the first layer of small tables among two. Trainings have up to 5,000 steps, and 20,000 of tables with more
-than 5,000 rows. The last row of ours takes on each split the method of ours whose validation NLL was lowest, among
+them: one noise for all rows, or a noise that the network predicts. Chains choose the prior scale of the first layer of
+small tables among two; half of the draws of SGHMC are of chains that predict the noise, half of chains with one noise
+for all rows, and the line before it has the first alone. Trainings have up to 5,000 steps, and 20,000 of tables with
+more than 5,000 rows. The last row of ours takes on each split the method of ours whose validation NLL was lowest, among
 those that were measured on that split. Published rows are those of their papers, which have one noise for all rows, but
 for deep ensembles, whose networks predict it. A table counts as won where ours is lower after rounding to the two
 digits of the published figures; naval's RMSE, 0.00 in one of them, cannot be. How to run the chains on a table of your
