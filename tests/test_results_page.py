@@ -122,24 +122,26 @@ def test_larger_tables_have_more_steps(size: int, steps: int) -> None:
 
 
 def test_the_recipe_of_the_docs_runs() -> None:
-    """The lines of docs/sghmc.md that users copy, with a few steps, for both scales."""
+    """The lines of docs/sghmc.md that users copy, with a few steps, for both noises."""
     text = (page.DOCS / "sghmc.md").read_text(encoding="utf-8")
     (lines,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "def chains" in block)
     for old, new in (
         ("compile=True", "compile=False"),
         ("50, 600", "4, 20"),
+        ("num_samples=200", "num_samples=16"),
+        ("smooth, bent = both(1.0), both(2.0)", "bent = both(2.0)"),
         ("epochs=200", "epochs=2, progress=False"),
     ):
         assert old in lines
         lines = lines.replace(old, new)
     torch.manual_seed(0)
     x = torch.randn(40, 3)
-    names: dict[str, Any] = {"pb": pb, "torch": torch, "x": x, "y": x[:, :1] + 0.1 * torch.randn(40, 1)}
+    names: dict[str, Any] = {"pb": pb, "torch": torch, "math": math, "x": x, "y": x[:, :1] + 0.1 * torch.randn(40, 1)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         exec(lines, names)
-    for found in ("smooth", "bent"):
-        assert names[found].predict(x, num_samples=16).mean.numel() == 40
+    mean, density = names["predict"](names["bent"], x, names["y"])
+    assert mean.shape == density.shape == (40,) and bool((mean.isfinite() & density.isfinite()).all())
 
 
 @pytest.mark.usefixtures("small")
@@ -195,27 +197,27 @@ def test_large_tables_may_have_another_grid() -> None:
         assert METHODS[name].settings(Table(large, large, large, large, 1.0)) == (settings,)
 
 
-def test_draws_with_one_noise_are_those_of_a_network_that_predicts_it() -> None:
-    """Proves, in float64, that means and densities are the same, and that half of the draws are of either kind."""
+def test_draws_with_one_noise_are_those_of_a_network_that_predicts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proves, in float64, that means and densities are the same, and that half of all draws are of either kind."""
     torch.manual_seed(0)
     x = torch.randn(20, 3, dtype=torch.float64)
     y = x[:, :1].sin()
-    table = Table(x.float(), y.float(), x, y, 1.0)
-    net, likelihood, size = methods.given(table, {"likelihood": "gaussian"})
-    one = pb.models.Dense(net.double(), likelihood, size)
-    draws = {site.name: torch.randn(7, *site.shape, dtype=torch.float64).abs() for site in one.sites()}
-    given = pb.Posterior.from_draws(one, draws)
-    net, likelihood, size = methods.given(table, {"likelihood": "heteroscedastic"})
-    embedded = methods.predicting_one_noise(methods.weights_of(given))
-    found = pb.Posterior.from_draws(pb.models.Dense(net.double(), likelihood, size), embedded)
-    expected, same = (p.predict(x, num_samples=7, seed=0) for p in (given, found))
-    assert torch.allclose(expected.mean, same.mean)
-    assert torch.allclose(expected.log_prob(y), same.log_prob(y), rtol=1e-4)  # but for the smallest scale, 1e-6
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        both = methods.of_both_noises(table, {"noise": "both", "scale": 1.0}, 0, 0.01)
-    last = methods.weights_of(both)["2.weight"][:, 1]
-    assert torch.equal((last == 0).all(1), torch.arange(len(last)) >= len(last) // 2)
+    table, known = Table(x, y, x, y, 1.0), {}
+    for likelihood in ("gaussian", methods.PREDICTED):
+        net, kind, size = methods.given(table, {"likelihood": likelihood})
+        model = pb.models.Dense(net.double(), kind, size)
+        draws = {site.name: torch.randn(7, *site.shape, dtype=torch.float64).abs() for site in model.sites()}
+        known[likelihood] = pb.Posterior.from_draws(model, draws)
+    one, predicted = known["gaussian"], known[methods.PREDICTED]
+    embedded = methods.predicting_one_noise(methods.weights_of(one))
+    expected, found = (p.predict(x, num_samples=7) for p in (one, pb.Posterior.from_draws(predicted.model, embedded)))
+    assert torch.allclose(expected.mean, found.mean)
+    assert torch.allclose(expected.log_prob(y), found.log_prob(y), rtol=1e-4)  # but for the smallest scale, 1e-6
+
+    monkeypatch.setattr(methods, "sghmc", lambda table, settings, seed, share: known[settings["likelihood"]])
+    both = methods.weights_of(methods.of_both_noises(table, methods.BOTH, 0, 1.0))
+    for name, value in methods.weights_of(predicted).items():
+        assert torch.equal(both[name], torch.cat([value, embedded[name]]))
 
 
 def test_means_over_other_splits_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
