@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.benchmarks import measure
+from tests.benchmarks import compression, measure
+from tests.benchmarks.datasets import Images
 
 FILES = sorted(measure.RESULTS.glob("*.json"))
 
@@ -52,3 +54,27 @@ def test_a_new_result_says_where_it_comes_from(tmp_path: Path, monkeypatch: pyte
     assert both[measure.ALL_ROWS] == record and both["digits"]["seeds"] == [7]
     measure.report("some", [], seeds=[3])
     assert set(json.loads((tmp_path / "some.json").read_text())["provenance"]) == {measure.ALL_ROWS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["lenet5", "resnet"])
+def test_every_row_of_the_compression_of_networks_is_made(
+    network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a few images and epochs: all ways to codes run, and a second run takes the rows from the first."""
+    torch.manual_seed(0)
+    few = Images(torch.randn(64, 1, 28, 28), torch.arange(64) % 10, torch.randn(32, 1, 28, 28), torch.arange(32) % 10)
+    monkeypatch.setattr(compression, "images", lambda name: few)
+    monkeypatch.setattr(compression, "RUNS", tmp_path)
+    settings = compression.Settings(
+        images=64, epochs=1, field_epochs=1, code_epochs=1, codes=8, frontier_codes=8, rates=(0.5,)
+    )
+    for _ in range(2):
+        study = compression.Study("mnist", network, settings, False, [])
+        study.methods()
+        study.frontier()
+        study.around()
+        rows = list(compression.with_ratios(list(study.rows.values())))
+        assert {"deterministic", "shared", "frontier 0.5", "mean-field around the network"} <= set(study.rows)
+        assert all(row["ratio"] > 0 and 0 <= row["accuracy"] <= 1 for row in rows)
+        monkeypatch.setattr(compression.Study, "fit", None)  # nothing is trained again

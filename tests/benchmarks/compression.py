@@ -198,9 +198,7 @@ class Study:
         if own_prior:
             prior = {name: CodebookPrior() for name in model.weights()} | {".*": PRIOR}
             state = model.state_dict()
-            model = WeightSharing(
-                copy.deepcopy(model.core().net).requires_grad_(), LIKELIHOOD, len(self.train[1]), prior=prior
-            )
+            model = WeightSharing(unfrozen(model), LIKELIHOOD, len(self.train[1]), prior=prior)
             model.load_state_dict(state)
         s = self.settings
         guide = CodebookGuide.from_mean_field(model, field, **({"codes": s.codes, "seed": 0} | options))
@@ -213,7 +211,7 @@ class Study:
     def shared(self) -> tuple[pb.Posterior, Row]:
         posterior, row = self.codebook(merge=False, frozen=True)
         codes: Any = posterior.guide
-        net = posterior.model.core().net  # type: ignore[attr-defined]
+        net = unfrozen(posterior.model)
         model = SharedWeights(net, LIKELIHOOD, len(self.train[1]), codebook=codes.book, prior=PRIOR)
         guide = model.shared_guide(codes)
         s = self.settings
@@ -269,6 +267,11 @@ class Study:
         self.row("ablation codes frozen", lambda: self.codebook(**few, frozen=True))
         self.row("ablation by the divergence", lambda: self.codebook(**few, distance="divergence"))
         self.row("ablation by the divergence, frozen", lambda: self.codebook(**few, distance="divergence", frozen=True))
+
+
+def unfrozen(model: Any) -> nn.Module:
+    """The network of a model, for another model: its weights may be made random again."""
+    return copy.deepcopy(model.core().net).requires_grad_()
 
 
 def beside(model: nn.Module) -> tuple[int, int]:
