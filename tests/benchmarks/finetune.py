@@ -1,4 +1,4 @@
-"""Five ways to fine-tune a trained network: ``python -m tests.benchmarks.finetune [--task mobilenet] [--seeds 3]``.
+"""Six ways to fine-tune a trained network: ``python -m tests.benchmarks.finetune [--task mobilenet] [--seeds 3]``.
 
 - ``mobilenet``: MobileNetV2, trained on ImageNet, on 500 of the animals of CIFAR-10; its vehicles are out of
   distribution.
@@ -7,18 +7,17 @@
 - ``resnet``: ResNet-18, trained here on Fashion-MNIST, on 200 digits of MNIST; Fashion-MNIST is out of distribution.
 
 Deterministic fine-tuning moves all weights, for the epochs of the particles or for as many as all of them have
-together. The particles of ``ensemble``, ``svgd`` and ``wgd`` start at the same values and see the same batches. A seed
-draws the training rows, the new output layer, the particles and the order. ``--validate`` measures on rows that are
-neither trained nor tested on, which is how the settings were chosen. What is done is kept in ``runs/``.
+together. The particles of ``ensemble``, ``svgd`` and ``wgd`` start at the same values and see the same batches; they
+repel each other by their products, and by the outputs on a batch in ``wgd, outputs``. A seed draws the training rows,
+the new output layer, the particles and the order. ``--validate`` measures on rows that are neither trained nor tested
+on, which is how the settings were chosen. Rows are written as they come, and those that are there are not measured
+again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -40,11 +39,12 @@ from tests.benchmarks.datasets import cifar10, images, minilm, reviews
 from tests.benchmarks.measure import read_results, write_results
 
 RUNS = Path("runs/finetune")
-METHODS = ("deterministic", "deterministic, long", "ensemble", "svgd", "wgd")
+METHODS = ("deterministic", "deterministic, long", "ensemble", "svgd", "wgd", "wgd, outputs")
 METRICS = ("accuracy", "nll", "ece", "ood_auroc")
 LIKELIHOOD = pb.likelihoods.Categorical()
 PARTICLES, RANK = 5, 4
 LENGTH = 20  # tokens of a sentence, at most
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Settings:
     :param lr: of all weights, deterministic.
     :param particle_lr: of the factors and the new output layer.
     :param scale: standard deviation that the prior gives each element of what a particle adds to a weight.
+    :param repulsion: lambda of ``wgd, outputs``.
     :param affine: whether particles have gains and biases of normalisation layers of their own.
     """
 
@@ -64,6 +65,7 @@ class Settings:
     particle_lr: float
     scale: float
     batch_size: int = 32
+    repulsion: float = 1.0
     affine: bool = False
 
 
@@ -164,6 +166,7 @@ def resnet() -> Task:
         net = network()
         posterior = deterministic(net, Rows(clothes.x_train, clothes.y_train), epochs=2, lr=1e-3, batch_size=64, seed=0)
         print("ResNet-18 on Fashion-MNIST", quality(posterior, Rows(clothes.x_test, clothes.y_test), digits.x_test))
+        RUNS.mkdir(parents=True, exist_ok=True)
         torch.save(trained_network(posterior).state_dict(), path)
 
     def build() -> nn.Module:
@@ -197,7 +200,9 @@ CHOSEN = (
     "affine: 3e-3 and 0.1 had 0.728 / 0.880 / 0.035, 3e-3 and 0.5 had 0.794 / 0.699 / 0.055; wgd with affine: "
     "3e-3 and 0.5 had 0.792 / 0.673 / 0.061, 1e-2 and 0.5 had 0.840 / 0.587 / 0.123, 1e-2 and 2 had 0.842 / "
     "0.559 / 0.099; with the statistics of the training rows put into the network first it was worse; "
-    "deterministic: 1e-3 had 0.850 / 0.482 / 0.050, 3e-4 had 0.822 / 0.561 / 0.037."
+    "deterministic: 1e-3 had 0.850 / 0.482 / 0.050, 3e-4 had 0.822 / 0.561 / 0.037. MiniLM, accuracy / NLL / OOD AUROC "
+    "/ mutual information: ensemble 0.768 / 0.488 / 0.701 / 0.0015, with scale 0.3 0.768 / 0.518 / 0.660 / 0.0085, wgd "
+    "between outputs 0.772 / 0.488 / 0.701 / 0.0017, with repulsion 30 0.774 / 0.487 / 0.695 / 0.0047."
 )
 
 
@@ -216,11 +221,14 @@ def deterministic(net: nn.Module, rows: Rows, *, epochs: int, lr: float, batch_s
     )
 
 
-def particles(net: nn.Module, head: str, rows: Rows, method: Any, settings: Settings, seed: int) -> pb.Posterior:
+def particles(net: nn.Module, head: str, rows: Rows, method: str, settings: Settings, seed: int) -> pb.Posterior:
     own = settings.affine
+    apart: dict[str, Any] = {"method": method}
+    if method == "wgd, outputs":
+        apart = {"method": "wgd", "space": "function", "repulsion": settings.repulsion}
     model = Bella(net, LIKELIHOOD, len(rows.y), rank=RANK, product_scale=settings.scale, head=head, affine=own)
     guide = ParticleGuide(model, PARTICLES)
-    engine = SVGD(model, guide, method=method, lr=settings.particle_lr)
+    engine = SVGD(model, guide, lr=settings.particle_lr, **apart)
     return engine.fit(
         *((rows.x, rows.y), settings.epochs),
         batch_size=settings.batch_size,
@@ -234,7 +242,7 @@ def quality(posterior: pb.Posterior, rows: Rows, ood: Tensor) -> dict[str, float
     return {name: found[name] for name in METRICS}
 
 
-def measure(task: Task, method: str, settings: Settings, seed: int, validate: bool) -> dict[str, Any]:
+def measure(task: Task, method: str, settings: Settings, seed: int, validate: bool) -> Row:
     torch.manual_seed(seed)
     order = torch.randperm(len(task.pool.y))
     rows = task.pool[order[: settings.train]]
@@ -246,7 +254,7 @@ def measure(task: Task, method: str, settings: Settings, seed: int, validate: bo
         epochs = settings.epochs * (PARTICLES if "long" in method else 1)
         kept = {"lr": settings.lr, "batch_size": settings.batch_size, "seed": seed}
         posterior = deterministic(net, rows, epochs=epochs, **kept)
-        row: dict[str, Any] = {"trained": total}
+        row: Row = {"trained": total}
     else:
         posterior = particles(net, task.head, rows, method, settings, seed)
         adapters = sum(v.numel() for name, v in posterior.draws(1).items() if name[-2:] in (".A", ".B")) // PARTICLES
@@ -257,19 +265,19 @@ def measure(task: Task, method: str, settings: Settings, seed: int, validate: bo
     return row | quality(posterior, held_out, task.ood[: len(held_out.y)])
 
 
-def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard error over the seeds."""
-    found = []
-    for method in METHODS:
-        own = [row for row in rows if row["method"] == method]
-        if own:
-            values = {name: [row[name] for row in own] for name in (*METRICS, "mutual_information", "seconds")}
-            mean = {name: statistics.mean(v) for name, v in values.items()}
-            errors = {
-                name: statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else None for name, v in values.items()
-            }
-            found.append({"method": method, "seeds": len(own), "mean": mean, "standard_error": errors})
-    return found
+def known(name: str, settings: Settings) -> list[Row]:
+    """The rows of a task, if they were measured with these settings."""
+    of = read_results("finetune").get("tasks", {}).get(name)
+    return of["rows"] if of and Settings(**of["settings"]) == settings else []
+
+
+def add(name: str, settings: Settings, row: Row) -> None:
+    tasks = read_results("finetune").get("tasks", {})
+    rows = [*known(name, settings), row]
+    rows.sort(key=lambda row: (row["seed"], METHODS.index(row["method"])))
+    found = {"chosen": CHOSEN, "tasks": tasks | {name: {"settings": asdict(settings), "rows": rows}}}
+    seeds = sorted({row["seed"] for row in rows})
+    write_results("finetune", found, seeds, part=name, keep=True)
 
 
 def main() -> None:
@@ -282,34 +290,21 @@ def main() -> None:
     options = parser.parse_args()
     if options.set and not options.validate:
         parser.error("--set goes with --validate: the test rows are for the settings that were chosen")
-    RUNS.mkdir(parents=True, exist_ok=True)
     for name in options.task or TASKS:
         build, settings = TASKS[name]
         settings = replace(settings, **{key: json.loads(value) for key, value in (s.split("=") for s in options.set)})
-        task = build()
-        rows = []
-        for seed in range(options.seeds):
-            for method in options.method or METHODS:
-                path = RUNS / f"{name}-{method.replace(', ', '-')}-{seed}.json"
-                known = json.loads(path.read_text()) if path.exists() and not options.validate else {}
-                if known.get("settings") != asdict(settings):
-                    row = {"task": name, "method": method, "seed": seed}
-                    row |= measure(task, method, settings, seed, options.validate)
-                    known = {"settings": asdict(settings), "row": row}
-                    print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else str(v) for k, v in row.items()))
-                    if not options.validate:
-                        _write(path, known)
-                rows.append(known["row"])
-        if not options.validate and not options.method:
-            tasks = read_results("finetune").get("tasks", {})
-            own = {"settings": asdict(settings), "summary": summary(rows), "rows": rows}
-            found = {"chosen": CHOSEN, "tasks": tasks | {name: own}}
-            write_results("finetune", found, seeds=range(options.seeds), part=name, keep=True)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.with_suffix(".tmp").write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(path.with_suffix(".tmp"), path)
+        wanted = [(seed, method) for seed in range(options.seeds) for method in options.method or METHODS]
+        if not options.validate:
+            there = {(row["seed"], row["method"]) for row in known(name, settings)}
+            wanted = [one for one in wanted if one not in there]
+        task = build() if wanted else None
+        for seed, method in wanted:
+            assert task is not None
+            row = {"task": name, "method": method, "seed": seed}
+            row |= measure(task, method, settings, seed, options.validate)
+            print("  ".join(f"{k} {v:.4f}" if isinstance(v, float) else str(v) for k, v in row.items()), flush=True)
+            if not options.validate:
+                add(name, settings, row)
 
 
 if __name__ == "__main__":
