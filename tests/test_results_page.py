@@ -6,6 +6,7 @@ import inspect
 import math
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ def test_the_recipe_of_the_docs_runs() -> None:
         lines = lines.replace(old, new)
     torch.manual_seed(0)
     x = torch.randn(40, 3)
-    names: dict[str, Any] = {"pb": pb, "torch": torch, "math": math, "x": x, "y": x[:, :1] + 0.1 * torch.randn(40, 1)}
+    names: dict[str, Any] = {"pb": pb, "torch": torch, "x": x, "y": x[:, :1] + 0.1 * torch.randn(40, 1)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         exec(lines, names)
@@ -218,6 +219,35 @@ def test_draws_with_one_noise_are_those_of_a_network_that_predicts_it(monkeypatc
     both = methods.weights_of(methods.of_both_noises(table, methods.BOTH, 0, 1.0))
     for name, value in methods.weights_of(predicted).items():
         assert torch.equal(both[name], torch.cat([value, embedded[name]]))
+
+
+def test_a_difference_is_of_runs_with_the_same_seed() -> None:
+    """Proves mean and error of the pairs, in either order of rows, and that only what is better by more is bold."""
+    rows = [{"method": "control", "seed": seed, "nll": 10.0 * seed} for seed in (2, 1, 0, 3)]
+    rows += [{"method": "ours", "seed": seed, "nll": 10.0 * seed + gap} for seed, gap in enumerate((-1.0, -3.0))]
+    assert figures.difference(rows, "nll", "ours", "control", 1, False) == "**-2.0 ± 1.0**"
+    assert figures.difference(rows, "nll", "ours", "control", 1, True) == "-2.0 ± 1.0"
+    assert figures.difference(rows, "nll", "control", "ours", 1, True) == "**+2.0 ± 1.0**"
+    even = [{**row, "nll": row["nll"] + (3.5 if row["method"] == "ours" and row["seed"] else 0.0)} for row in rows]
+    assert figures.difference(even, "nll", "ours", "control", 2, False) == "-0.25 ± 0.75"
+    assert figures.difference(rows[:5], "nll", "ours", "control", 1, False) == "-1.0"  # of one pair nothing is known
+
+
+def test_fine_tuned_rows_of_other_settings_are_refused_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="it comes with the extra benchmarks")
+    from tests.benchmarks import finetune
+
+    monkeypatch.setattr(measuring, "RESULTS", tmp_path)
+    settings = finetune.Settings(1, 1, 1, 1.0, 1.0, 1.0)
+    for method in ("wgd", "ensemble"):
+        finetune.add("resnet", settings, {"method": method, "seed": 0})
+    assert [row["method"] for row in finetune.known("resnet", settings)] == ["ensemble", "wgd"]
+    other = replace(settings, scale=2.0)
+    with pytest.raises(ValueError, match="rows of resnet with other settings"):
+        finetune.add("resnet", other, {"method": "svgd", "seed": 0})
+    assert len(finetune.known("resnet", settings)) == 2
 
 
 def test_means_over_other_splits_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,8 +45,6 @@ OTHER = {"mnist": "fashion", "fashion": "mnist"}
 DRAWS = 16
 #: most weights are nearly zero, a tenth is not: the mean field needs few of them
 PRIOR = GaussianMixture(locs=[0.0, 0.0], scales=[0.01, 0.2], weights=[0.9, 0.1])
-#: deviation of a prior around the weights of the deterministic network
-AROUND = 0.05
 Pair = tuple[Tensor, Tensor]
 Row = dict[str, Any]
 
@@ -87,6 +85,7 @@ class Settings:
 
     :param images: to train on.
     :param epochs, lr: of the deterministic network; ``field_epochs`` of the mean field that starts at it.
+    :param around: deviation of a prior around the weights of that network; no other was tried.
     :param code_epochs, code_lr: of codes.
     :param codes: K of the three modes and of the ablation; ``frontier_codes`` that of the frontier, where the rate
         leaves fewer.
@@ -97,6 +96,7 @@ class Settings:
     field_epochs: int = 10
     lr: float = 1e-3
     batch_size: int = 128
+    around: float = 0.05
     code_epochs: int = 5
     code_lr: float = 3e-4
     codes: int = 256
@@ -241,7 +241,7 @@ class Study:
 
         def make() -> tuple[pb.Posterior, Row]:
             net, _, _ = self.start()
-            model = WeightSharing(net, LIKELIHOOD, len(self.train[1]), prior=pretrained(AROUND))
+            model = WeightSharing(net, LIKELIHOOD, len(self.train[1]), prior=pretrained(self.settings.around))
             field = MeanFieldGuide(model)
             posterior = self.fit(model, field, self.settings.epochs, self.settings.lr)
             numbers = sum(p.numel() for p in field.parameters()) + sum(beside(model))

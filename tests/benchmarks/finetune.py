@@ -266,9 +266,18 @@ def measure(task: Task, method: str, settings: Settings, seed: int, validate: bo
 
 
 def known(name: str, settings: Settings) -> list[Row]:
-    """The rows of a task, if they were measured with these settings."""
-    of = read_results("finetune").get("tasks", {}).get(name)
-    return of["rows"] if of and Settings(**of["settings"]) == settings else []
+    """The rows of a task.
+
+    :raises ValueError: when they were measured with other settings, beside which new ones do not stand.
+    """
+    of = read_results("finetune").get("tasks", {}).get(name, {"settings": asdict(settings), "rows": []})
+    if Settings(**of["settings"]) != settings:
+        raise ValueError(
+            f"finetune.json has rows of {name} with other settings, {of['settings']}: expected {asdict(settings)}. "
+            "Take the task out of the file to measure it again, or give --validate to try settings"
+        )
+    rows: list[Row] = of["rows"]
+    return rows
 
 
 def add(name: str, settings: Settings, row: Row) -> None:

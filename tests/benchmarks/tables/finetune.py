@@ -13,7 +13,7 @@ TEXT = """\
 ## Fine-tuning trained networks
 
 `python -m tests.benchmarks.finetune`: five particles of rank 4 and a new output layer, against moving all weights, for
-the epochs of one particle or for as many as five have together ("long"). Means over three seeds, which draw the
+the epochs of one particle or for as many as five have together ("long"). Means over {seeds} seeds, which draw the
 training rows too, with standard errors; mutual information, in nats, is how much particles differ.
 """
 BESIDE = """\
@@ -44,7 +44,9 @@ def section() -> list[str]:
             parts += [f"**{title}**", of_task(tasks[name]["rows"])]
     if not parts:
         return []
-    return [TEXT, *parts, BESIDE, beside_the_control({name: tasks[name]["rows"] for name in TITLES if name in tasks})]
+    rows = {name: tasks[name]["rows"] for name in TITLES if name in tasks}
+    seeds = len({row["seed"] for of in rows.values() for row in of})
+    return [TEXT.format(seeds=seeds), *parts, BESIDE, beside_the_control(rows)]
 
 
 def of_task(rows: list[Mapping[str, Any]]) -> str:
