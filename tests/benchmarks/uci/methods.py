@@ -44,6 +44,7 @@ class Method:
     :param draws: of each member, in a prediction.
     :param is_ours: whether it is one of the methods that this library is for, and not a baseline.
     :param of_large: the grid for tables of more than :data:`SMALL` rows, if it is another one.
+    :param half_of: the method of whose draws this one's are half: where that is measured too, it stands for both.
     """
 
     fit: Fit
@@ -51,6 +52,7 @@ class Method:
     draws: int
     is_ours: bool = False
     of_large: tuple[Settings, ...] = ()
+    half_of: str = ""
 
     def settings(self, table: Table) -> tuple[Settings, ...]:
         """Those among which validation chooses for this table."""
@@ -264,6 +266,6 @@ METHODS: dict[str, Method] = {
     "rank-1": Method(rank1, TRAINED, 100, is_ours=True),
     "Bella": Method(bella, grid(room=({"product_scale": 0.6}, {"product_scale": 1.0})), 1, is_ours=True),
     "spike and slab": Method(spike_slab, grid(**{"step size": (0.02, 0.05)}), 400, is_ours=True),
-    "SGHMC, predicted noise": Method(sghmc, of_scales(ONE), 200, is_ours=True, of_large=(ONE,)),
+    "SGHMC, predicted noise": Method(sghmc, of_scales(ONE), 200, is_ours=True, of_large=(ONE,), half_of="SGHMC"),
     "SGHMC": Method(of_both_noises, of_scales(BOTH), 400, is_ours=True, of_large=(BOTH,)),
 }
