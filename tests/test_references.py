@@ -16,7 +16,7 @@ from pyro_bnn.models import Dense
 from tests.benchmarks import datasets, hmc, measure, reference, sequences
 from tests.benchmarks.images import methods, rows
 from tests.benchmarks.images.batch_ensemble import BatchEnsemble
-from tests.benchmarks.tables.figures import with_best
+from tests.benchmarks.tables.figures import by_method, with_best
 
 N, D, UNITS = 12, 3, 4
 
@@ -128,6 +128,14 @@ def test_the_best_of_a_column_is_bold_with_what_is_within_its_error() -> None:
     assert with_best([column], [2], [True])[0][2] == "**0.60 ± 0.01**"
 
 
+def test_means_over_other_seeds_are_not_compared() -> None:
+    rows = [{"method": name, "nll": nll} for name, nll in (("a", 1.0), ("b", 2.0))]
+    columns = {"nll": ("NLL", 1, False)}
+    assert by_method(rows, ["a", "b"], columns) == [["a", "**1.0**"], ["b", "2.0"]]
+    lines = by_method([*rows, {"method": "b", "nll": 3.0}], ["a", "b"], columns)
+    assert lines == [["a (1 seed)", "1.0"], ["b (2 seeds)", "2.5 ± 0.5"]]
+
+
 def test_sequences_are_standardised_by_their_training_part_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,7 +180,8 @@ def test_a_kept_network_of_another_recipe_is_trained_again(
     study.data, study.share = "fashion", 0.01
     pair = torch.randn(4, 1, 28, 28), torch.randint(10, (4,))
     settings = {"scale": 1.0, "epochs": 10}
-    study.quick = {"rows": [], "chosen": {methods.ONE: {"settings": settings}}}
+    nlls = {str(one): float(one != settings) for one in methods.METHODS[methods.ONE].grid}
+    study.quick = {"rows": [], "validation": {methods.ONE: nlls}}
     study.network(0, 0, pair)
     (file,) = (tmp_path / rows.RUNS).iterdir()
     kept = torch.load(file, weights_only=True)
@@ -205,12 +214,33 @@ def test_of_settings_that_are_alike_the_first_is_chosen(
     grid = tuple({"nll": nll} for nll in nlls)
     monkeypatch.setitem(methods.METHODS, "some", methods.Method(run, grid=grid))
     study = object.__new__(rows.Study)
-    study.data, study.share, study.quick = "fashion", 0.01, {"rows": [], "chosen": {}}
+    study.data, study.share, study.quick = "fashion", 0.01, {"rows": [], "validation": {}}
     study.train = torch.zeros(5, 1, 28, 28), torch.zeros(5)
     study.inner, study.held = (tuple(part[of] for part in study.train) for of in (slice(3), slice(3, 5)))  # type: ignore[assignment]
     assert study.chosen("some") == grid[chosen]
     study.fitted("some", grid[chosen], 0)
     assert seen == [3, 3, 3, 5]
+
+
+def test_rows_of_settings_that_are_no_longer_the_best_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A grid that grows is tried where it is new; what starts from a network follows the network's settings."""
+    monkeypatch.setattr(rows.Study, "validated", lambda self, method, settings: tried.append(settings) or settings["a"])
+    monkeypatch.setattr(rows.Study, "scored", lambda self, method, settings, seed: {})
+    study, tried = object.__new__(rows.Study), list[dict[str, float]]()
+    study.share, study.quick = 0.01, {"rows": [], "validation": {}}
+
+    def measured(*values: float) -> list[tuple[str, Any]]:
+        run = methods.METHODS[methods.ONE].run
+        monkeypatch.setitem(methods.METHODS, methods.ONE, methods.Method(run, grid=methods.grid(a=values)))
+        monkeypatch.setitem(methods.METHODS, "after", methods.Method(run, is_after=True))
+        return [(row["method"], row["settings"]) for row in study.rows([methods.ONE, "after"], [0])]
+
+    assert measured(2.0, 1.0) == [(methods.ONE, {"a": 1.0}), ("after", {"network": {"a": 1.0}})]
+    assert measured(2.0, 1.0) == []
+    assert measured(2.0, 1.0, 3.0) == []
+    assert tried == [{"a": 2.0}, {"a": 1.0}, {"a": 3.0}]
+    assert measured(0.5, 2.0, 1.0) == [(methods.ONE, {"a": 0.5}), ("after", {"network": {"a": 0.5}})]
+    assert len(tried) == 4 and len(study.quick["rows"]) == 2
 
 
 @pytest.mark.parametrize("changed", ["network", "images", None])

@@ -11,5 +11,6 @@ from the other set (AUROC); cA, cNLL and cECE of the first 500, corrupted in eig
 them what a posterior takes on disk, and the seconds of training and of predicting the test images on one core.
 
 Trained networks are kept in ``runs/images``, and rows are written as they come: the run can be stopped and continued,
-and a second process can take the other data set. ``python -m tests.benchmarks.tables`` shows what is there.
+and a second process can take the other data set. A row of settings that are not the best of today's is measured again.
+``python -m tests.benchmarks.tables`` shows what is there.
 """

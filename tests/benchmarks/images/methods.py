@@ -71,11 +71,14 @@ class Method:
 
     :param run: from the settings.
     :param draws: of each member, in a prediction.
+    :param grid: the settings among which validation chooses.
+    :param is_after: whether it starts from trained networks, whose settings are then part of its own.
     """
 
     run: Callable[[Start, Settings], Fit]
     draws: int = 1
     grid: tuple[Settings, ...] = ({},)
+    is_after: bool = False
 
 
 def grid(**values: tuple[Any, ...]) -> tuple[Settings, ...]:
@@ -236,23 +239,25 @@ def laplace(start: Start, settings: Settings) -> Fit:
 
 
 ONE = "one network"
-SCALES = (0.1, 1.0)
+SCALES = (0.1, 0.3, 1.0)
 FACTORS = grid(scale=SCALES)
+#: members of BatchEnsemble that start from signs instead
+SIGNS: Settings = {"spread": 0.0, "scale": 0.3}
 METHODS: dict[str, Method] = {
     ONE: Method(point, grid=grid(scale=SCALES, epochs=(EPOCHS // 2, EPOCHS))),
-    "ensemble of 4": Method(ensemble, MEMBERS),
-    "BatchEnsemble": Method(batch_ensemble, MEMBERS, grid(spread=(0.0, 0.5), scale=SCALES)),
+    "ensemble of 4": Method(ensemble, MEMBERS, is_after=True),
+    "BatchEnsemble": Method(batch_ensemble, MEMBERS, (*grid(spread=(0.5,), scale=SCALES), SIGNS)),
     "rank-1, Normal": Method(rank1_normal, DRAWS // MEMBERS, FACTORS),
     "rank-1, Cauchy": Method(rank1_cauchy, DRAWS // MEMBERS, FACTORS),
     "MC dropout": Method(dropout, DRAWS, grid(p=(0.2, 0.5), scale=SCALES)),
-    "SWAG": Method(swag, DRAWS, grid(lr=(1e-4, 1e-3, 1e-2))),
-    "last-layer Laplace": Method(laplace, DRAWS),
-    "mean field": Method(mean_field, DRAWS, grid(around=(0.02, 0.05, 0.1))),
-    "codebook": Method(codebook, DRAWS, grid(rate=(0.05,))),
-    "Bella": Method(bella, 1, grid(scale=(0.02, 0.1))),
-    "spike and slab": Method(spike_slab(0.0), 20),
-    "spike and slab, 90 %": Method(spike_slab(0.9), 20),
-    "spike and slab, 95 %": Method(spike_slab(0.95), 20),
+    "SWAG": Method(swag, DRAWS, grid(lr=(1e-4, 1e-3, 1e-2)), is_after=True),
+    "last-layer Laplace": Method(laplace, DRAWS, is_after=True),
+    "mean field": Method(mean_field, DRAWS, grid(around=(0.02, 0.05, 0.1)), is_after=True),
+    "codebook": Method(codebook, DRAWS, grid(rate=(0.05,)), is_after=True),
+    "Bella": Method(bella, 1, grid(scale=(0.02, 0.1)), is_after=True),
+    "spike and slab": Method(spike_slab(0.0), 20, is_after=True),
+    "spike and slab, 90 %": Method(spike_slab(0.9), 20, is_after=True),
+    "spike and slab, 95 %": Method(spike_slab(0.95), 20, is_after=True),
 }
 
 

@@ -66,7 +66,7 @@ class Study:
         pixels = {other: self.as_ours(raw(other)[some]), "notMNIST": self.as_ours(not_mnist()[some])}
         self.ood: dict[str, Tensor] = pixels
         self.recipe = {**RECIPE, "images": len(self.train[1]), "held out": len(self.held[1])}
-        self.quick: dict[str, Any] = {"rows": [], "chosen": {}}
+        self.quick: dict[str, Any] = {"rows": [], "validation": {}}
 
     def as_ours(self, pixels: Tensor) -> Tensor:
         """Pixels from 0 to 255 as the images of this set are: less its mean, in units of its deviation."""
@@ -79,14 +79,14 @@ class Study:
         return f"images_{self.data}"
 
     def known(self) -> dict[str, Any]:
-        """The rows and the chosen settings that are there.
+        """The rows that are there, and how settings did on held-out images.
 
         :raises ValueError: when they are of another network or training than that of today.
         """
         if self.share < 1:
             return self.quick
-        found = {"rows": [], "chosen": {}} | read_results(self.name)
-        if (found["rows"] or found["chosen"]) and (of := found.get("recipe")) != self.recipe:
+        found = {"rows": [], "validation": {}} | read_results(self.name)
+        if (found["rows"] or found["validation"]) and (of := found.get("recipe")) != self.recipe:
             raise ValueError(
                 f"results/{self.name}.json has rows of the recipe {of}, and this benchmark has {self.recipe}: they "
                 f"cannot stand side by side; remove the file to measure anew"
@@ -97,7 +97,7 @@ class Study:
         if self.share < 1:
             self.quick |= parts
             return
-        held = {"recipe": self.recipe, **{key: self.known()[key] for key in ("rows", "chosen")}, **parts}
+        held = {"recipe": self.recipe, **{key: self.known()[key] for key in ("rows", "validation")}, **parts}
         with contextlib.redirect_stdout(None):
             write_results(self.name, held, sorted({row["seed"] for row in held["rows"]}))
 
@@ -125,26 +125,35 @@ class Study:
         return Start(pair, seed, lambda number: self.network(seed, number, pair), self.share)
 
     def fitted(self, method: str, settings: Settings, seed: int) -> Fit:
-        if method == ONE and dict(settings) == self.known()["chosen"].get(ONE, {}).get("settings"):
+        if method == ONE and settings == self.chosen(ONE):
             net, seconds = self.network(seed, 0, self.train)
             model = pb.models.Dense(net, pb.likelihoods.Categorical(), len(self.train[1]))
             return Fit(pb.Posterior(model.eval(), pb.models.PointGuide(model).eval()), seconds, numbers_of(net))
         return METHODS[method].run(self.start(seed, self.train), settings)
 
+    def grid(self, method: str) -> list[dict[str, Any]]:
+        """The settings of a method; those of the network are among them where a method starts from one."""
+        start = {"network": self.chosen(ONE)} if METHODS[method].is_after else {}
+        return [{**settings, **start} for settings in METHODS[method].grid]
+
     def chosen(self, method: str) -> dict[str, Any]:
-        """The settings with the lowest NLL on held-out training images, with the first seed; tried once.
+        """The settings with the lowest NLL on held-out training images, with the first seed; each is tried once.
 
         Of those that these images hardly tell apart the first of the grid, which has the stronger prior.
         """
-        known = self.known()["chosen"]
-        if method not in known:
-            grid = METHODS[method].grid
-            tried = {str(dict(one)): self.validated(method, one) for one in grid} if len(grid) > 1 else {}
-            lowest = min(tried.values(), default=0.0)
-            best = next(one for one in grid if tried.get(str(dict(one)), 0.0) <= lowest + ALIKE)
-            self.keep(chosen={**known, method: {"settings": dict(best), "validation": tried}})
-        settings: dict[str, Any] = self.known()["chosen"][method]["settings"]
-        return settings
+        grid = self.grid(method)
+        for settings in grid if len(grid) > 1 else ():
+            tried = self.tried(method)
+            if str(settings) not in tried:
+                tried[str(settings)] = self.validated(method, settings)
+                self.keep(validation={**self.known()["validation"], method: tried})
+        tried = self.tried(method)
+        lowest = min((tried[str(one)] for one in grid if str(one) in tried), default=0.0)
+        return next(one for one in grid if tried.get(str(one), 0.0) <= lowest + ALIKE)
+
+    def tried(self, method: str) -> dict[str, float]:
+        """The NLL of held-out images, ``{settings: NLL}``."""
+        return dict(self.known()["validation"].get(method, {}))
 
     def validated(self, method: str, settings: Settings) -> float:
         try:
@@ -161,11 +170,13 @@ class Study:
     def rows(self, methods: list[str], seeds: list[int]) -> Iterator[dict[str, Any]]:
         for seed in seeds:
             for method in methods:
-                if any((row["method"], row["seed"]) == (method, seed) for row in self.known()["rows"]):
-                    continue
                 settings = self.chosen(method)
-                row = {"method": method, "seed": seed, "settings": settings, **self.scored(method, settings, seed)}
-                self.keep(rows=[*self.known()["rows"], row])
+                key = {"method": method, "seed": seed}
+                found = [row for row in self.known()["rows"] if row | key == row]
+                if any(row["settings"] == settings for row in found):
+                    continue
+                row = {**key, "settings": settings, **self.scored(method, settings, seed)}
+                self.keep(rows=[*(row for row in self.known()["rows"] if row not in found), row])
                 yield row
 
     def scored(self, method: str, settings: Settings, seed: int) -> dict[str, Any]:

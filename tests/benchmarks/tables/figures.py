@@ -48,11 +48,16 @@ def by_method(
 
     :param columns: ``{key: (title, decimal places, whether the highest is the best)}``.
     """
-    values = [
-        [mean_and_error([row[key] for row in rows if row["method"] == method]) for method in methods] for key in columns
-    ]
-    texts = with_best(values, [places for _, places, _ in columns.values()], [up for *_, up in columns.values()])
-    return [[method, *cells] for method, cells in zip(methods, zip(*texts, strict=True), strict=True)]
+    own = {method: [row for row in rows if row["method"] == method] for method in methods}
+    values = [[mean_and_error([row[key] for row in own[method]]) for method in methods] for key in columns]
+    places = [places for _, places, _ in columns.values()]
+    if len({len(found) for found in own.values()}) > 1:  # means over other seeds are not compared
+        heads = [f"{method} ({len(found)} seed{'s' * (len(found) > 1)})" for method, found in own.items()]
+        texts = [[shown(*cell, digits) for cell in column] for column, digits in zip(values, places, strict=True)]
+    else:
+        heads = list(methods)
+        texts = with_best(values, places, [up for *_, up in columns.values()])
+    return [[head, *cells] for head, cells in zip(heads, zip(*texts, strict=True), strict=True)]
 
 
 def difference(
