@@ -242,7 +242,7 @@ ONE = "one network"
 SCALES = (0.1, 0.3, 1.0)
 FACTORS = grid(scale=SCALES)
 #: members of BatchEnsemble that start from signs instead
-SIGNS: Settings = {"spread": 0.0, "scale": 0.3}
+SIGNS: Settings = {"spread": 0.0, "scale": 0.1}
 METHODS: dict[str, Method] = {
     ONE: Method(point, grid=grid(scale=SCALES, epochs=(EPOCHS // 2, EPOCHS))),
     "ensemble of 4": Method(ensemble, MEMBERS, is_after=True),
