@@ -16,10 +16,10 @@ TEXT = """\
 `python -m tests.benchmarks.images`: 431,080 parameters, with a ReLU after each layer but the last (the Caffe variant
 has none after its convolutions); 60,000 training images without augmentation, batches of 32, ten epochs or fewer; four
 networks in an ensemble, four members of BatchEnsemble and rank-1, four particles of Bella. Settings were chosen on
-10,000 training images by fits to the other 50,000. Out of distribution are notMNIST and the other of the two sets; cA,
-cNLL and cECE are means over eight corruptions at five severities. Means over seeds, with standard errors. Published,
-with ten networks: NLL .016 (MNIST) and .200 (Fashion-MNIST) for an ensemble, .037 and .321 for one network
-(uncertainty-baselines).
+10,000 training images by fits to the other 50,000; scale is the deviation of the prior of weights. Out of distribution
+are notMNIST and the other of the two sets; cA, cNLL and cECE are means over eight corruptions at five severities. Means
+over seeds, with standard errors. Published, with ten networks: NLL .016 (MNIST) and .200 (Fashion-MNIST) for an
+ensemble, .037 and .321 for one network (uncertainty-baselines).
 """
 TITLES = {"mnist": "MNIST", "fashion": "Fashion-MNIST"}
 #: ``{key: (title, decimal places, whether the highest is the best)}``
@@ -54,7 +54,7 @@ def section() -> list[str]:
             continue
         seeds = len({row["seed"] for row in rows})
         parts += [f"**{title}** ({seeds} seed{'s' * (seeds > 1)})", figures(rows, QUALITY), figures(rows, BEYOND)]
-        parts.append(costs(rows))
+        parts += [costs(rows), chosen(rows)]
     return [TEXT, *parts] if parts else []
 
 
@@ -67,6 +67,17 @@ def with_other(row: Row, data: str) -> Row:
 def figures(rows: list[Row], columns: Mapping[str, tuple[str, int, bool]]) -> str:
     methods = [name for name in METHODS if any(row["method"] == name for row in rows)]
     return table(["", *(title for title, *_ in columns.values())], by_method(rows, methods, columns))
+
+
+def chosen(rows: list[Row]) -> str:
+    """The settings of each method that has some of its own."""
+    of = {row["method"]: {key: value for key, value in row["settings"].items() if key != "network"} for row in rows}
+    texts = [
+        f"{method} {', '.join(f'{key} {value}' for key, value in of[method].items())}"
+        for method in METHODS
+        if of.get(method)
+    ]
+    return f"Chosen by validation: {'; '.join(texts)}." if texts else ""
 
 
 def costs(rows: list[Row]) -> str:
