@@ -16,6 +16,7 @@ from pyro_bnn.models import Dense
 from tests.benchmarks import datasets, hmc, measure, reference, sequences
 from tests.benchmarks.images import methods, rows
 from tests.benchmarks.images.batch_ensemble import BatchEnsemble
+from tests.benchmarks.tables import images as section
 from tests.benchmarks.tables.figures import by_method, with_best
 
 N, D, UNITS = 12, 3, 4
@@ -241,6 +242,23 @@ def test_rows_of_settings_that_are_no_longer_the_best_are_measured_again(monkeyp
     assert tried == [{"a": 2.0}, {"a": 1.0}, {"a": 3.0}]
     assert measured(0.5, 2.0, 1.0) == [(methods.ONE, {"a": 0.5}), ("after", {"network": {"a": 0.5}})]
     assert len(tried) == 4 and len(study.quick["rows"]) == 2
+
+
+def test_the_settings_of_a_table_are_those_of_all_its_rows() -> None:
+    """What was not tried is counted, with a network's settings or without, and rows of two settings have no mean."""
+    fields = [{"around": value} for value in (0.02, 0.05, 0.1)]
+    start = {"network": {"scale": 0.3, "epochs": 5}}
+    rows = [{"method": "mean field", "seed": seed, "settings": {**fields[0], **start}} for seed in (0, 1)]
+    tried = {"mean field": {str({**fields[i], **start}): 0.2 for i in (0, 2)}}
+    rows.append({"method": "ensemble of 4", "seed": 0, "settings": start})
+    assert (
+        section.chosen(rows, tried) == "Chosen by validation: mean field around 0.02 (1 of 3 settings not tried yet)."
+    )
+    tried["mean field"][str({**fields[1], **start})] = 0.3
+    assert section.chosen(rows, tried) == "Chosen by validation: mean field around 0.02."
+    later = {"method": "mean field", "seed": 2, "settings": {**fields[0], "network": {"scale": 1.0, "epochs": 5}}}
+    with pytest.raises(ValueError, match=r"rows of mean field have different settings.*0\.3.*1\.0"):
+        section.chosen([*rows, later], tried)
 
 
 @pytest.mark.parametrize("changed", ["network", "images", None])

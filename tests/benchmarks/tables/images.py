@@ -49,12 +49,13 @@ Row = Mapping[str, Any]
 def section() -> list[str]:
     parts = []
     for name, title in TITLES.items():
-        rows = [with_other(row, name) for row in read_results(f"images_{name}").get("rows", [])]
+        held = {"rows": [], "validation": {}} | read_results(f"images_{name}")
+        rows = [with_other(row, name) for row in held["rows"]]
         if not rows:
             continue
         seeds = len({row["seed"] for row in rows})
         parts += [f"**{title}** ({seeds} seed{'s' * (seeds > 1)})", figures(rows, QUALITY), figures(rows, BEYOND)]
-        parts += [costs(rows), chosen(rows)]
+        parts += [costs(rows), chosen(rows, held["validation"])]
     return [TEXT, *parts] if parts else []
 
 
@@ -69,15 +70,33 @@ def figures(rows: list[Row], columns: Mapping[str, tuple[str, int, bool]]) -> st
     return table(["", *(title for title, *_ in columns.values())], by_method(rows, methods, columns))
 
 
-def chosen(rows: list[Row]) -> str:
-    """The settings of each method that has some of its own."""
-    of = {row["method"]: {key: value for key, value in row["settings"].items() if key != "network"} for row in rows}
-    texts = [
-        f"{method} {', '.join(f'{key} {value}' for key, value in of[method].items())}"
-        for method in METHODS
-        if of.get(method)
-    ]
+def chosen(rows: list[Row], validation: Mapping[str, Mapping[str, float]]) -> str:
+    """The settings of each method that has some of its own, and how many of today's grid were not tried.
+
+    :raises ValueError: when rows of one method have different settings, whose mean would be of no method.
+    """
+    texts = []
+    for method in (name for name in METHODS if any(row["method"] == name for row in rows)):
+        settings, *others = [row["settings"] for row in rows if row["method"] == method]
+        if any(other != settings for other in others):
+            found = sorted({str(one) for one in (settings, *others)})
+            raise ValueError(
+                f"the rows of {method} have different settings, {' and '.join(found)}: expected one for all seeds. "
+                "Run the benchmark with all seeds, which measures those again that are no longer the best"
+            )
+        own = {key: value for key, value in settings.items() if key != "network"}
+        grid, tried = METHODS[method].grid, validation.get(method, {})
+        missing = sum(not is_tried(one, tried) for one in grid) if len(grid) > 1 else 0
+        note = f" ({missing} of {len(grid)} settings not tried yet)" if missing else ""
+        if own:
+            texts.append(f"{method} {', '.join(f'{key} {value}' for key, value in own.items())}{note}")
     return f"Chosen by validation: {'; '.join(texts)}." if texts else ""
+
+
+def is_tried(settings: Mapping[str, Any], tried: Mapping[str, float]) -> bool:
+    """Whether they were tried, with whatever settings of the network that a method starts from."""
+    start = str(dict(settings)).removesuffix("}")
+    return any(known.startswith((f"{start}}}", f"{start}, 'network'")) for known in tried)
 
 
 def costs(rows: list[Row]) -> str:
