@@ -223,6 +223,43 @@ def test_of_settings_that_are_alike_the_first_is_chosen(
     assert seen == [3, 3, 3, 5]
 
 
+def test_starting_means_in_strata_differ_between_the_members_of_every_factor() -> None:
+    """One member in each quarter of the distribution, in every order about equally often."""
+    torch.manual_seed(0)
+    share = torch.distributions.Normal(1.0, 0.7).cdf(methods.in_strata(0.7)(torch.Size((4, 600))))
+    stratum = (share * 4).floor()
+    assert torch.equal(stratum.sort(0).values, torch.arange(4.0)[:, None].expand(4, 600))
+    counts = torch.bincount(stratum[0].long(), minlength=4)
+    assert ((counts / 600 - 1 / 4).abs() < 4 * math.sqrt(3 / 16 / 600)).all()
+    within = (share * 4) % 1
+    assert abs(float(within.mean()) - 0.5) < 4 / math.sqrt(12 * 2400)
+
+
+@pytest.mark.parametrize(("seeds", "chosen"), [(1, 0), (2, 1)])
+def test_settings_are_compared_by_their_mean_over_the_seeds_of_validation(
+    seeds: int, chosen: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One seed may be lucky: of two seeds' fits the mean counts, and one that fails has no mean."""
+    nlls = {0: (0.1, 0.4), 1: (0.2, 0.2), 2: (0.0, math.nan)} if seeds == 2 else {0: (0.1,), 1: (0.2,)}
+
+    def run(start: methods.Start, settings: methods.Settings) -> methods.Fit:
+        nll = nlls[settings["a"]][start.seed]
+        if math.isnan(nll):
+            raise FloatingPointError
+        return methods.Fit(nll, 0.0)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(rows, "draws_of", lambda method, posterior: 1)
+    monkeypatch.setattr(pb.diagnostics, "evaluate", lambda posterior, held, **_: {"nll": posterior}, raising=False)
+    grid = methods.grid(a=tuple(nlls))
+    monkeypatch.setitem(methods.METHODS, "some", methods.Method(run, grid=grid, seeds=seeds))
+    study = object.__new__(rows.Study)
+    study.data, study.share, study.quick = "fashion", 0.01, {"rows": [], "validation": {}}
+    study.inner = study.held = torch.zeros(3, 1, 28, 28), torch.zeros(3)
+    assert study.chosen("some") == grid[chosen]
+    expected = [sum(own) / seeds if not math.isnan(own[-1]) else math.inf for own in nlls.values()]
+    assert list(study.tried("some").values()) == pytest.approx(expected)
+
+
 def test_rows_of_settings_that_are_no_longer_the_best_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A grid that grows is tried where it is new; what starts from a network follows the network's settings."""
     monkeypatch.setattr(rows.Study, "validated", lambda self, method, settings: tried.append(settings) or settings["a"])

@@ -34,9 +34,6 @@ Pair = tuple[Tensor, Tensor]
 Settings = Mapping[str, Any]
 LIKELIHOOD = pb.likelihoods.Categorical()
 EPOCHS, MEMBERS, BATCH, RATE = 10, 4, 32, 1e-3
-#: the dropout rate that the factors of rank-1 start from, by held-out Fashion-MNIST: of .03, .1 and .5 without a ReLU
-#: after convolutions, of .1 and .2 with it
-NOISE = 0.1
 #: networks of a prediction, where a posterior is not a few of them
 DRAWS = 16
 
@@ -73,12 +70,14 @@ class Method:
     :param draws: of each member, in a prediction.
     :param grid: the settings among which validation chooses.
     :param is_after: whether it starts from trained networks, whose settings are then part of its own.
+    :param seeds: of each setting's fits for validation: more than one where the NLL depends much on the seed.
     """
 
     run: Callable[[Start, Settings], Fit]
     draws: int = 1
     grid: tuple[Settings, ...] = ({},)
     is_after: bool = False
+    seeds: int = 1
 
 
 def grid(**values: tuple[Any, ...]) -> tuple[Settings, ...]:
@@ -143,8 +142,21 @@ def rank1(start: Start, settings: Settings, prior: pb.priors.Prior) -> Fit:
     net, size = fresh(MEMBERS * start.seed), len(start.pair[1])
     weight_prior = pb.priors.Normal(0.0, settings["scale"])
     model = Rank1(net, LIKELIHOOD, size, prior=prior, weight_prior=weight_prior)
-    guide = Rank1Guide(model, MEMBERS, init_dropout_rate=NOISE)
+    means = in_strata(settings["spread"]) if "strata" in settings else pb.priors.Normal(1.0, settings["spread"])
+    guide = Rank1Guide(model, MEMBERS, init_dropout_rate=settings["noise"], init_means=means)
     return by_svi(start, model, guide, **training(start))
+
+
+def in_strata(spread: float) -> Callable[[torch.Size], Tensor]:
+    """Starting means about 1 that differ between members whatever the seed: of K equally likely strata of the normal
+    distribution each member has another, in an order of its own for every factor (Latin hypercube sampling).
+    """
+
+    def draw(shape: torch.Size) -> Tensor:
+        share = (torch.rand(shape).argsort(0) + torch.rand(shape)) / shape[0]
+        return torch.distributions.Normal(1.0, spread).icdf(share.clamp(1e-6, 1 - 1e-6))
+
+    return draw
 
 
 def rank1_normal(start: Start, settings: Settings) -> Fit:
@@ -240,15 +252,22 @@ def laplace(start: Start, settings: Settings) -> Fit:
 
 ONE = "one network"
 SCALES = (0.1, 0.3, 1.0)
-FACTORS = grid(scale=SCALES)
+#: of rank-1: the dropout rate that factors start from, and the deviation of their starting means about 1
+FACTORS: tuple[Settings, ...] = (
+    *(
+        {"scale": 0.3, "noise": noise, "spread": spread}
+        for noise, spread in ((0.1, 0.5), (0.2, 0.5), (0.2, 1.0), (0.03, 1.0))
+    ),
+    {"scale": 0.3, "noise": 0.03, "spread": 1.0, "strata": True},
+)
 #: members of BatchEnsemble that start from signs instead
 SIGNS: Settings = {"spread": 0.0, "scale": 0.1}
 METHODS: dict[str, Method] = {
     ONE: Method(point, grid=grid(scale=SCALES, epochs=(EPOCHS // 2, EPOCHS))),
     "ensemble of 4": Method(ensemble, MEMBERS, is_after=True),
     "BatchEnsemble": Method(batch_ensemble, MEMBERS, (*grid(spread=(0.5,), scale=SCALES), SIGNS)),
-    "rank-1, Normal": Method(rank1_normal, DRAWS // MEMBERS, FACTORS),
-    "rank-1, Cauchy": Method(rank1_cauchy, DRAWS // MEMBERS, FACTORS),
+    "rank-1, Normal": Method(rank1_normal, DRAWS // MEMBERS, FACTORS, seeds=2),
+    "rank-1, Cauchy": Method(rank1_cauchy, DRAWS // MEMBERS, FACTORS, seeds=2),
     "MC dropout": Method(dropout, DRAWS, grid(p=(0.2, 0.5), scale=SCALES)),
     "SWAG": Method(swag, DRAWS, grid(lr=(1e-4, 1e-3, 1e-2)), is_after=True),
     "last-layer Laplace": Method(laplace, DRAWS, is_after=True),

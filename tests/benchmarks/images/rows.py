@@ -137,7 +137,7 @@ class Study:
         return [{**settings, **start} for settings in METHODS[method].grid]
 
     def chosen(self, method: str) -> dict[str, Any]:
-        """The settings with the lowest NLL on held-out training images, with the first seed; each is tried once.
+        """The settings with the lowest NLL on held-out training images, each tried once, with the first seeds.
 
         Of those that these images hardly tell apart the first of the grid, which has the stronger prior.
         """
@@ -156,12 +156,16 @@ class Study:
         return dict(self.known()["validation"].get(method, {}))
 
     def validated(self, method: str, settings: Settings) -> float:
-        try:
-            posterior = METHODS[method].run(self.start(0, self.inner), settings).posterior
-        except FloatingPointError:
-            return math.inf
-        draws = draws_of(method, posterior)
-        nll: float = pb.diagnostics.evaluate(posterior, self.held, num_samples=draws, seed=0)["nll"]
+        """The mean over the seeds that the method is validated with; infinite where a fit fails."""
+        found = []
+        for seed in range(METHODS[method].seeds):
+            try:
+                posterior = METHODS[method].run(self.start(seed, self.inner), settings).posterior
+            except FloatingPointError:
+                return math.inf
+            draws = draws_of(method, posterior)
+            found.append(pb.diagnostics.evaluate(posterior, self.held, num_samples=draws, seed=0)["nll"])
+        nll = sum(found) / len(found)
         print(f"  {self.data} {method} {dict(settings)}: validation NLL {nll:.4f}", flush=True)
         return nll
 
