@@ -139,7 +139,7 @@ class Study:
     def chosen(self, method: str) -> dict[str, Any]:
         """The settings with the lowest NLL on held-out training images, each tried once, with the first seeds.
 
-        Of those that these images hardly tell apart the first of the grid, which has the stronger prior.
+        Of those that these images hardly tell apart the first of the grid: a stronger prior, or the recipe of before.
         """
         grid = self.grid(method)
         for settings in grid if len(grid) > 1 else ():
