@@ -14,8 +14,8 @@ import pyro_bnn as pb
 from pyro_bnn.inference.potential import Potential
 from pyro_bnn.models import Dense
 from tests.benchmarks import datasets, hmc, measure, reference, sequences
-from tests.benchmarks.images import methods, rows
-from tests.benchmarks.images.batch_ensemble import BatchEnsemble
+from tests.benchmarks.images import methods, rows, tasks
+from tests.benchmarks.images.batch_ensemble import BatchEnsemble, signs
 from tests.benchmarks.tables import images as section
 from tests.benchmarks.tables.figures import by_method, with_best
 
@@ -90,21 +90,22 @@ def test_chains_have_the_moments_of_their_target() -> None:
 
 
 def test_members_of_a_batch_ensemble_are_the_networks_of_their_explicit_weights() -> None:
+    """Layers without a bias among them, and norms, which the members share."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4)).double()
-    for spread in (0.0, 0.5):
-        ensemble = BatchEnsemble(net, 3, spread).double()
-        for layer in (ensemble.net[0], ensemble.net[3]):  # type: ignore[index]
-            nn.init.normal_(layer.bias)
-        x = torch.randn(5, 2, 4, 4).double()
-        weights = ensemble.explicit()
-        for member, logits in enumerate(ensemble(x)):
-            own = {name: value[member].double() for name, value in weights.items()}
-            torch.testing.assert_close(torch.func.functional_call(net, own, (x,)), logits)
-        signs = ensemble.net[0].r.detach().abs()  # type: ignore[index]
-        assert bool((signs == 1).all()) == (spread == 0)
-        shared, factors, biases = 2 * 3 * 9 + 12 * 4, 3 * (2 + 3 + 12 + 4), 3 * (3 + 4)
-        assert ensemble.numbers() == shared + factors + biases
+    conv = nn.Conv2d(2, 4, 3, bias=False)
+    net = nn.Sequential(conv, nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)).double()
+    ensemble = BatchEnsemble(net, 3, signs).double()
+    for value in (ensemble.net[4].bias, *ensemble.net[1].parameters()):  # type: ignore[index]
+        nn.init.normal_(value)
+    x = torch.randn(5, 2, 4, 4).double()
+    weights = ensemble.explicit()
+    assert {name: value.shape[1:] for name, value in weights.items()} == {n: p.shape for n, p in net.named_parameters()}
+    for member, logits in enumerate(ensemble(x)):
+        own = {name: value[member].double() for name, value in weights.items()}
+        torch.testing.assert_close(torch.func.functional_call(net, own, (x,)), logits)
+    assert set(ensemble.net[0].r.flatten().tolist()) == {-1.0, 1.0}  # type: ignore[index]
+    shared, factors, biases = 2 * 4 * 9 + 16 * 5 + 4 + 4, 3 * (2 + 4 + 16 + 5), 3 * 5
+    assert ensemble.numbers() == shared + factors + biases
 
 
 def test_distance_of_two_normals_is_the_closed_form() -> None:
@@ -163,12 +164,45 @@ def test_sequences_are_standardised_by_their_training_part_alone(
 
 
 def test_the_network_of_the_images_has_a_relu_after_each_layer_but_the_last() -> None:
-    net = methods.fresh(0)
+    net = tasks.lenet5(0)
     layers = list(net.layers)  # type: ignore[arg-type]
     followed = [isinstance(layers[i + 1], nn.ReLU) for i in range(len(layers) - 1) if list(layers[i].parameters())]
     assert followed == [True, True, True] and isinstance(layers[-1], nn.Linear)
     assert sum(p.numel() for p in net.parameters()) == 431_080
     assert net(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+
+
+def test_the_network_of_colour_images_is_resnet_20() -> None:
+    """As He et al. 2015 count it: 20 layers with those of the blocks, .27 million numbers, at 32, 16 and 8 pixels."""
+    net = tasks.resnet20(0)
+    layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m.weight.shape[-1] != 1]
+    assert len(layers) == 20 and sum(p.numel() for p in net.parameters()) == pytest.approx(0.27e6, rel=0.02)
+    sizes: list[int] = []
+    for module in net.modules():
+        if isinstance(module, tasks.Block):
+            module.register_forward_hook(lambda module, args, out: sizes.append(out.shape[-1]))
+    assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+    assert sizes == [32] * 3 + [16] * 3 + [8] * 3
+
+
+@pytest.mark.parametrize("network", [tasks.lenet5, tasks.resnet20])
+def test_dropout_changes_no_starting_value(network: Any) -> None:
+    """Nor what a network says once it is trained."""
+    x = torch.randn(2, 1, 28, 28) if network is tasks.lenet5 else torch.randn(2, 3, 32, 32)
+    plain, noisy = network(3).eval(), network(3, dropout=0.5)
+    assert torch.equal(plain(x), noisy.eval()(x)) and not torch.equal(plain(x), noisy.train()(x))
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
+def test_grey_images_of_another_set_are_seen_as_those_of_the_own(shape: tuple[int, int, int]) -> None:
+    """Of as many channels and pixels, in the same units, in a black frame."""
+    study = object.__new__(rows.Study)
+    study.mean, study.std, study.test = 51.0, 10.0, (torch.zeros(1, *shape), torch.zeros(1))
+    found = study.as_ours(torch.full((2, 28, 28), 255, dtype=torch.uint8))
+    edge = (shape[-1] - 28) // 2
+    inside = found[..., edge : edge + 28, edge : edge + 28]
+    assert found.shape == (2, *shape) and (inside == 20.4).all()
+    assert (found == -5.1).sum() == found.numel() - inside.numel()
 
 
 @pytest.mark.parametrize("changed", ["network", "batch_size", "lr", "epochs"])
@@ -181,8 +215,8 @@ def test_a_kept_network_of_another_recipe_is_trained_again(
     study.data, study.share = "fashion", 0.01
     pair = torch.randn(4, 1, 28, 28), torch.randint(10, (4,))
     settings = {"scale": 1.0, "epochs": 10}
-    nlls = {str(one): float(one != settings) for one in methods.METHODS[methods.ONE].grid}
-    study.quick = {"rows": [], "validation": {methods.ONE: nlls}}
+    nlls = {str(one): float(one != settings) for one in methods.METHODS[tasks.ONE].grid}
+    study.quick = {"rows": [], "validation": {tasks.ONE: nlls}}
     study.network(0, 0, pair)
     (file,) = (tmp_path / rows.RUNS).iterdir()
     kept = torch.load(file, weights_only=True)
@@ -206,7 +240,7 @@ def test_of_settings_that_are_alike_the_first_is_chosen(
     """By fits to the images that are not held out; the one that is scored sees all training images."""
     seen: list[int] = []
 
-    def run(start: methods.Start, settings: methods.Settings) -> methods.Fit:
+    def run(start: methods.Start, settings: tasks.Settings) -> methods.Fit:
         seen.append(len(start.pair[1]))
         return methods.Fit(settings["nll"], 0.0)
 
@@ -226,7 +260,9 @@ def test_of_settings_that_are_alike_the_first_is_chosen(
 def test_starting_means_in_strata_differ_between_the_members_of_every_factor() -> None:
     """One member in each quarter of the distribution, in every order about equally often."""
     torch.manual_seed(0)
-    share = torch.distributions.Normal(1.0, 0.7).cdf(methods.in_strata(0.7)(torch.Size((4, 600))))
+    share = torch.distributions.Normal(1.0, 0.7).cdf(
+        methods.around_one({"spread": 0.7, "strata": True})(torch.Size((4, 600)))
+    )
     stratum = (share * 4).floor()
     assert torch.equal(stratum.sort(0).values, torch.arange(4.0)[:, None].expand(4, 600))
     counts = torch.bincount(stratum[0].long(), minlength=4)
@@ -242,7 +278,7 @@ def test_settings_are_compared_by_their_mean_over_the_seeds_of_validation(
     """One seed may be lucky: of two seeds' fits the mean counts, and one that fails has no mean."""
     nlls = {0: (0.1, 0.4), 1: (0.2, 0.2), 2: (0.0, math.nan)} if seeds == 2 else {0: (0.1,), 1: (0.2,)}
 
-    def run(start: methods.Start, settings: methods.Settings) -> methods.Fit:
+    def run(start: methods.Start, settings: tasks.Settings) -> methods.Fit:
         nll = nlls[settings["a"]][start.seed]
         if math.isnan(nll):
             raise FloatingPointError
@@ -250,7 +286,7 @@ def test_settings_are_compared_by_their_mean_over_the_seeds_of_validation(
 
     monkeypatch.setattr(rows, "draws_of", lambda method, posterior: 1)
     monkeypatch.setattr(pb.diagnostics, "evaluate", lambda posterior, held, **_: {"nll": posterior}, raising=False)
-    grid = methods.grid(a=tuple(nlls))
+    grid = tasks.grid(a=tuple(nlls))
     monkeypatch.setitem(methods.METHODS, "some", methods.Method(run, grid=grid, seeds=seeds))
     study = object.__new__(rows.Study)
     study.data, study.share, study.quick = "fashion", 0.01, {"rows": [], "validation": {}}
@@ -265,19 +301,19 @@ def test_rows_of_settings_that_are_no_longer_the_best_are_measured_again(monkeyp
     monkeypatch.setattr(rows.Study, "validated", lambda self, method, settings: tried.append(settings) or settings["a"])
     monkeypatch.setattr(rows.Study, "scored", lambda self, method, settings, seed: {})
     study, tried = object.__new__(rows.Study), list[dict[str, float]]()
-    study.share, study.quick = 0.01, {"rows": [], "validation": {}}
+    study.data, study.share, study.quick = "fashion", 0.01, {"rows": [], "validation": {}}
 
     def measured(*values: float) -> list[tuple[str, Any]]:
-        run = methods.METHODS[methods.ONE].run
-        monkeypatch.setitem(methods.METHODS, methods.ONE, methods.Method(run, grid=methods.grid(a=values)))
+        run = methods.METHODS[tasks.ONE].run
+        monkeypatch.setitem(methods.METHODS, tasks.ONE, methods.Method(run, grid=tasks.grid(a=values)))
         monkeypatch.setitem(methods.METHODS, "after", methods.Method(run, is_after=True))
-        return [(row["method"], row["settings"]) for row in study.rows([methods.ONE, "after"], [0])]
+        return [(row["method"], row["settings"]) for row in study.rows([tasks.ONE, "after"], [0])]
 
-    assert measured(2.0, 1.0) == [(methods.ONE, {"a": 1.0}), ("after", {"network": {"a": 1.0}})]
+    assert measured(2.0, 1.0) == [(tasks.ONE, {"a": 1.0}), ("after", {"network": {"a": 1.0}})]
     assert measured(2.0, 1.0) == []
     assert measured(2.0, 1.0, 3.0) == []
     assert tried == [{"a": 2.0}, {"a": 1.0}, {"a": 3.0}]
-    assert measured(0.5, 2.0, 1.0) == [(methods.ONE, {"a": 0.5}), ("after", {"network": {"a": 0.5}})]
+    assert measured(0.5, 2.0, 1.0) == [(tasks.ONE, {"a": 0.5}), ("after", {"network": {"a": 0.5}})]
     assert len(tried) == 4 and len(study.quick["rows"]) == 2
 
 
@@ -289,13 +325,14 @@ def test_the_settings_of_a_table_are_those_of_all_its_rows() -> None:
     tried = {"mean field": {str({**fields[i], **start}): 0.2 for i in (0, 2)}}
     rows.append({"method": "ensemble of 4", "seed": 0, "settings": start})
     assert (
-        section.chosen(rows, tried) == "Chosen by validation: mean field around 0.02 (1 of 3 settings not tried yet)."
+        section.chosen("fashion", rows, tried)
+        == "Chosen by validation: mean field around 0.02 (1 of 3 settings not tried yet)."
     )
     tried["mean field"][str({**fields[1], **start})] = 0.3
-    assert section.chosen(rows, tried) == "Chosen by validation: mean field around 0.02."
+    assert section.chosen("fashion", rows, tried) == "Chosen by validation: mean field around 0.02."
     later = {"method": "mean field", "seed": 2, "settings": {**fields[0], "network": {"scale": 1.0, "epochs": 5}}}
     with pytest.raises(ValueError, match=r"rows of mean field have different settings.*0\.3.*1\.0"):
-        section.chosen([*rows, later], tried)
+        section.chosen("fashion", [*rows, later], tried)
 
 
 @pytest.mark.parametrize("changed", ["network", "images", None])
@@ -305,7 +342,7 @@ def test_rows_of_another_recipe_are_refused(
     """Rows of one network or training do not stand beside those of another, and none is lost."""
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     study = object.__new__(rows.Study)
-    study.data, study.share, study.recipe = "fashion", 1.0, {**rows.RECIPE, "images": 60_000}
+    study.data, study.share, study.recipe = "fashion", 1.0, {**rows.recipe_of(tasks.TASKS["fashion"]), "images": 60_000}
     study.keep(rows=[{"method": "one network", "seed": 0}])
     before = (tmp_path / "images_fashion.json").read_text()
     if changed is None:

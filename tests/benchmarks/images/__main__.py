@@ -8,16 +8,16 @@ import warnings
 import torch
 
 import tests.benchmarks.images as package
-from tests.benchmarks.datasets import CLASSES
 from tests.benchmarks.images.methods import METHODS
 from tests.benchmarks.images.rows import Study
+from tests.benchmarks.images.tasks import TASKS
 
 SHOWN = ("accuracy", "nll", "ece", "AUROC, notMNIST", "cNLL")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=package.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", choices=list(CLASSES), default=list(CLASSES), metavar="NAME")
+    parser.add_argument("--data", nargs="+", choices=list(TASKS), default=list(TASKS), metavar="NAME")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=5, help="the first so many (default: 5)")
     parser.add_argument("--quick", action="store_true", help="a hundred images, a hundredth of the epochs, not written")

@@ -3,63 +3,70 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Start = Callable[[torch.Size], Tensor]
+
 
 class Layer(nn.Module):
     """A linear or convolutional layer of K members, whose rows lie one member after the other: ``[K N, ...]``.
 
-    :param spread: deviation of the starting values of r and s around 1; 0 draws signs, +1 or -1 with equal odds.
+    :param start: the starting values of r and s, of a shape ``[K, size]``.
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, members: int, spread: float) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, members: int, start: Start) -> None:
         super().__init__()
         self.layer = copy.deepcopy(layer)
         self.layer.bias = None
         out, inside = layer.weight.shape[:2]
-        self.r, self.s = (nn.Parameter(_start(members, size, spread)) for size in (out, inside))
-        self.bias = nn.Parameter(torch.zeros(members, out))
+        self.r, self.s = (nn.Parameter(start(torch.Size((members, size)))) for size in (out, inside))
+        self.bias = None if layer.bias is None else nn.Parameter(torch.zeros(members, out))
 
     def forward(self, x: Tensor) -> Tensor:
         space = (1,) * (x.dim() - 2)
         members = len(self.r)
-        by_member = [value.reshape(members, 1, -1, *space) for value in (self.s, self.r, self.bias)]
-        s, r, bias = by_member
+        s, r = (value.reshape(members, 1, -1, *space) for value in (self.s, self.r))
         if s.numel() == members:  # of one input: passes through the layer, and the images need no gradient
             r = r * s
         else:
             x = (x.unflatten(0, (members, -1)) * s).flatten(0, 1)
         y = self.layer(x)
-        result: Tensor = (y.unflatten(0, (members, -1)) * r + bias).flatten(0, 1)
-        return result
+        y = y.unflatten(0, (members, -1)) * r
+        if self.bias is not None:
+            y = y + self.bias.reshape(members, 1, -1, *space)
+        return y.flatten(0, 1)
 
-    def explicit(self) -> tuple[Tensor, Tensor]:
+    def explicit(self) -> dict[str, Tensor]:
         """The weights ``[K, ...]`` and biases ``[K, out]`` of the members."""
         w = self.layer.weight.detach()
         outer = (self.r[:, :, None] * self.s[:, None]).detach()
-        return w * outer.reshape(outer.shape + (1,) * (w.dim() - 2)), self.bias.detach().clone()
+        weights = {"weight": w * outer.reshape(outer.shape + (1,) * (w.dim() - 2))}
+        return weights if self.bias is None else weights | {"bias": self.bias.detach().clone()}
 
 
-def _start(members: int, size: int, spread: float) -> Tensor:
-    if spread:
-        return 1 + spread * torch.randn(members, size)
-    return torch.randint(2, (members, size)) * 2.0 - 1
+def signs(shape: torch.Size) -> Tensor:
+    """+1 or -1 with equal odds."""
+    return torch.randint(2, shape) * 2.0 - 1
 
 
 class BatchEnsemble(nn.Module):
-    """``[N, ...] -> [K, N, classes]``: a network whose linear and convolutional layers have factors for each member."""
+    """``[N, ...] -> [K, N, classes]``: a network whose linear and convolutional layers have factors for each member.
 
-    def __init__(self, net: nn.Module, members: int, spread: float) -> None:
+    All members share the other parameters, those of norms, whose statistics are to be of one row at a time.
+    """
+
+    def __init__(self, net: nn.Module, members: int, start: Start) -> None:
         super().__init__()
         self.net, self.members = copy.deepcopy(net), members
         self.names = [name for name, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
         for name in self.names:
             parent, _, own = name.rpartition(".")
             module = self.net.get_submodule(parent)
-            setattr(module, own, Layer(getattr(module, own), members, spread))
+            setattr(module, own, Layer(getattr(module, own), members, start))
 
     def forward(self, x: Tensor) -> Tensor:
         repeated = x.expand(self.members, *x.shape).flatten(0, 1)
@@ -68,11 +75,11 @@ class BatchEnsemble(nn.Module):
 
     def explicit(self) -> dict[str, Tensor]:
         """``{parameter of the given network: [K, ...]}``."""
-        found = {}
-        for name in self.names:
-            layer = self.net.get_submodule(name)
-            assert isinstance(layer, Layer)
-            found[f"{name}.weight"], found[f"{name}.bias"] = layer.explicit()
+        layers = [(f"{name}.", self.net.get_submodule(name)) for name in self.names]
+        found = {before + own: value for before, layer in layers for own, value in layer.explicit().items()}
+        for name, value in self.net.named_parameters():
+            if not name.startswith(tuple(before for before, _ in layers)):
+                found[name] = value.detach().repeat(self.members, *(1,) * value.dim())
         return found
 
     def numbers(self) -> int:

@@ -12,25 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pyro_bnn as pb
 from pyro_bnn.data.corruptions import image_shift
-from tests.benchmarks.datasets import CLASSES, images, not_mnist
+from tests.benchmarks.datasets import Images, not_mnist
 from tests.benchmarks.images.methods import (
     BATCH,
     METHODS,
-    ONE,
     RATE,
     Fit,
     Pair,
-    Settings,
     Start,
-    fresh,
+    grid_of,
     network_of,
     numbers_of,
     point,
 )
+from tests.benchmarks.images.tasks import ONE, TASKS, Settings, Task
 from tests.benchmarks.measure import read_results, write_results
 from tests.benchmarks.sparse_images import HELD_OUT
 
@@ -40,8 +40,6 @@ METRICS = ("accuracy", "nll", "brier", "ece", "aurc")
 SHIFTED = 500
 #: NLLs of held-out images that differ by less are taken for alike
 ALIKE = 1e-3
-#: what all trainings have in common
-RECIPE = {"network": str(fresh(0)), "batch_size": BATCH, "lr": RATE}
 
 
 class Study:
@@ -54,7 +52,7 @@ class Study:
 
     def __init__(self, data: str, share: float = 1.0) -> None:
         self.data, self.share = data, share
-        loaded = images(data)
+        loaded = self.task.load()
         some, held = (slice(None), HELD_OUT) if share == 1 else (slice(200), 100)
         self.train: Pair = loaded.x_train[some], loaded.y_train[some]
         self.inner: Pair = self.train[0][:-held], self.train[1][:-held]
@@ -62,15 +60,24 @@ class Study:
         self.test: Pair = loaded.x_test[some], loaded.y_test[some]
         self.std = 255 / float(loaded.x_train.max() - loaded.x_train.min())
         self.mean = -float(loaded.x_train.min()) * self.std
-        other = next(name for name in CLASSES if name != data)
-        pixels = {other: self.as_ours(raw(other)[some]), "notMNIST": self.as_ours(not_mnist()[some])}
+        other = self.task.other
+        pixels = {other: self.as_ours(grey(TASKS[other].load())[some]), "notMNIST": self.as_ours(not_mnist()[some])}
         self.ood: dict[str, Tensor] = pixels
-        self.recipe = {**RECIPE, "images": len(self.train[1]), "held out": len(self.held[1])}
+        self.recipe = {**recipe_of(self.task), "images": len(self.train[1]), "held out": len(self.held[1])}
         self.quick: dict[str, Any] = {"rows": [], "validation": {}}
 
     def as_ours(self, pixels: Tensor) -> Tensor:
-        """Pixels from 0 to 255 as the images of this set are: less its mean, in units of its deviation."""
-        return ((pixels.float() - self.mean) / self.std).unsqueeze(1)
+        """Grey images ``[N, height, width]``, 0 to 255, as those of this set are: of as many channels, with a black
+        frame where they are smaller, less its mean and in units of its deviation.
+        """
+        channels, height, width = self.test[0].shape[1:]
+        frame = ((width - pixels.shape[-1]) // 2,) * 2 + ((height - pixels.shape[-2]) // 2,) * 2
+        framed = F.pad(pixels.float(), frame)
+        return ((framed - self.mean) / self.std).unsqueeze(1).repeat(1, channels, 1, 1)
+
+    @property
+    def task(self) -> Task:
+        return TASKS[self.data]
 
     # ------------------------------------------------------------------------------------------ what is kept
 
@@ -109,8 +116,8 @@ class Study:
         A file of another network, or of another training, is not taken.
         """
         path = RUNS / f"{self.data}-{len(pair[1])}-{seed}-{number}{'' if self.share == 1 else '-quick'}.pt"
-        net, settings = fresh(0), self.chosen(ONE)
-        recipe = {**RECIPE, **settings}
+        net, settings = self.task.network(0, 0.0), self.chosen(ONE)
+        recipe = {**recipe_of(self.task), **settings}
         kept = torch.load(path, weights_only=True) if path.exists() else {}
         if kept.get("recipe") != recipe:
             found = point(self.start(seed, pair), settings, number)
@@ -122,7 +129,7 @@ class Study:
         return net, kept["seconds"]
 
     def start(self, seed: int, pair: Pair) -> Start:
-        return Start(pair, seed, lambda number: self.network(seed, number, pair), self.share)
+        return Start(self.task, pair, seed, lambda number: self.network(seed, number, pair), self.share)
 
     def fitted(self, method: str, settings: Settings, seed: int) -> Fit:
         if method == ONE and settings == self.chosen(ONE):
@@ -134,7 +141,7 @@ class Study:
     def grid(self, method: str) -> list[dict[str, Any]]:
         """The settings of a method; those of the network are among them where a method starts from one."""
         start = {"network": self.chosen(ONE)} if METHODS[method].is_after else {}
-        return [{**settings, **start} for settings in METHODS[method].grid]
+        return [{**settings, **start} for settings in grid_of(self.data, method)]
 
     def chosen(self, method: str) -> dict[str, Any]:
         """The settings with the lowest NLL on held-out training images, each tried once, with the first seeds.
@@ -194,7 +201,7 @@ class Study:
         for name, x in self.ood.items():
             scores = pb.diagnostics.evaluate(found.posterior, self.test, x, **options)
             row |= {key: scores[key] for key in METRICS} | {f"AUROC, {name}": scores["ood_auroc"]}
-        shift = image_shift(mean=(self.mean / 255,), std=(self.std / 255,))
+        shift = image_shift(mean=self.mean / 255, std=self.std / 255)
         some = tuple(part[: SHIFTED if self.share == 1 else 20] for part in self.test)
         shifted = pb.diagnostics.evaluate(found.posterior, some, **options, shift=shift)
         row |= {key: shifted[key] for key in ("cA", "cNLL", "cECE")}
@@ -208,9 +215,13 @@ def draws_of(method: str, posterior: pb.Posterior) -> int:
     return min(METHODS[method].draws, posterior.num_stored or METHODS[method].draws)
 
 
-def raw(name: str) -> Tensor:
-    """The test images with pixels from 0 to 255."""
-    loaded = images(name)
+def recipe_of(task: Task) -> dict[str, Any]:
+    """What all trainings on a data set have in common."""
+    return {"network": str(task.network(0, 0.0)), "batch_size": BATCH, "lr": RATE}
+
+
+def grey(loaded: Images) -> Tensor:
+    """The test images of one channel with pixels from 0 to 255, ``[N, height, width]``."""
     low, high = float(loaded.x_train.min()), float(loaded.x_train.max())
     return ((loaded.x_test - low) * (255 / (high - low))).squeeze(1)
 

@@ -1,11 +1,12 @@
-"""The section of LeNet-5 on MNIST and Fashion-MNIST."""
+"""The section of LeNet-5 on MNIST and Fashion-MNIST, and of ResNet-20 on CIFAR-10."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from tests.benchmarks.images.methods import METHODS
+from tests.benchmarks.images.methods import METHODS, grid_of
+from tests.benchmarks.images.tasks import TASKS
 from tests.benchmarks.markdown import table
 from tests.benchmarks.measure import read_results
 from tests.benchmarks.tables.figures import by_method, mean_and_error
@@ -23,7 +24,6 @@ other of the two sets; cA, cNLL and cECE are means over eight corruptions at fiv
 standard errors. Published, with ten networks: NLL .016 (MNIST) and .200 (Fashion-MNIST) for an ensemble, .037 and .321
 for one network (uncertainty-baselines).
 """
-TITLES = {"mnist": "MNIST", "fashion": "Fashion-MNIST"}
 #: ``{key: (title, decimal places, whether the highest is the best)}``
 QUALITY = {
     "accuracy": ("accuracy", 4, True),
@@ -50,21 +50,15 @@ Row = Mapping[str, Any]
 
 def section() -> list[str]:
     parts = []
-    for name, title in TITLES.items():
+    for name, task in TASKS.items():
         held = {"rows": [], "validation": {}} | read_results(f"images_{name}")
-        rows = [with_other(row, name) for row in held["rows"]]
+        rows = [{**row, "AUROC, other": row[f"AUROC, {task.other}"]} for row in held["rows"]]
         if not rows:
             continue
         seeds = len({row["seed"] for row in rows})
-        parts += [f"**{title}** ({seeds} seed{'s' * (seeds > 1)})", figures(rows, QUALITY), figures(rows, BEYOND)]
-        parts += [costs(rows), chosen(rows, held["validation"])]
+        parts += [f"**{task.title}** ({seeds} seed{'s' * (seeds > 1)})", figures(rows, QUALITY), figures(rows, BEYOND)]
+        parts += [costs(rows), chosen(name, rows, held["validation"])]
     return [TEXT, *parts] if parts else []
-
-
-def with_other(row: Row, data: str) -> Row:
-    """The row with the other of the two sets under a name of its own."""
-    other = next(name for name in TITLES if name != data)
-    return {**row, "AUROC, other": row[f"AUROC, {other}"]}
 
 
 def figures(rows: list[Row], columns: Mapping[str, tuple[str, int, bool]]) -> str:
@@ -72,7 +66,7 @@ def figures(rows: list[Row], columns: Mapping[str, tuple[str, int, bool]]) -> st
     return table(["", *(title for title, *_ in columns.values())], by_method(rows, methods, columns))
 
 
-def chosen(rows: list[Row], validation: Mapping[str, Mapping[str, float]]) -> str:
+def chosen(data: str, rows: list[Row], validation: Mapping[str, Mapping[str, float]]) -> str:
     """The settings of each method that has some of its own, and how many of today's grid were not tried.
 
     :raises ValueError: when rows of one method have different settings, whose mean would be of no method.
@@ -87,7 +81,7 @@ def chosen(rows: list[Row], validation: Mapping[str, Mapping[str, float]]) -> st
                 "Run the benchmark with all seeds, which measures those again that are no longer the best"
             )
         own = {key: value for key, value in settings.items() if key != "network"}
-        grid, tried = METHODS[method].grid, validation.get(method, {})
+        grid, tried = grid_of(data, method), validation.get(method, {})
         missing = sum(not is_tried(one, tried) for one in grid) if len(grid) > 1 else 0
         note = f" ({missing} of {len(grid)} settings not tried yet)" if missing else ""
         if own:
