@@ -353,9 +353,13 @@ class Rank1Guide(MixtureGuide):
     :param init_dropout_rate: p in the starting scale ``sqrt(p / (1 - p))`` of every factor (appendix B).
     :param init_means: distribution of the starting means: a Pyro distribution, a class of :mod:`pyro_bnn.priors` or a
         function ``shape -> tensor``. Random signs, for example: ``lambda shape: torch.randn(shape).sign()``.
+    :param init_stratified: whether the components start far apart in every factor: of K equally likely strata of
+        ``init_means`` each has another, in a random order (Latin hypercube sampling, McKay et al. 1979). Which means
+        a component has then depends less on the seed, and so does what they reach together (docs/rank1.md).
     :param draws: in training, one draw for every ``"row"`` of the batch (as in the paper) or for every ``"member"``.
     :raises TypeError: for a model that is not a :class:`Rank1`.
-    :raises ValueError: when ``components < 1``, the rate is not in (0, 1), or ``family`` or ``draws`` is unknown.
+    :raises ValueError: when ``components < 1``, the rate is not in (0, 1), ``family`` or ``draws`` is unknown, or
+        strata are asked of a function or of a distribution without quantiles.
     """
 
     @one_at_a_time
@@ -367,6 +371,7 @@ class Rank1Guide(MixtureGuide):
         *,
         init_dropout_rate: float = 1e-3,
         init_means: Prior | dist.TorchDistribution | Callable[[torch.Size], Tensor] = Normal(1.0, 0.5),
+        init_stratified: bool = False,
         draws: Literal["row", "member"] = "row",
     ) -> None:
         if not isinstance(model, Rank1):
@@ -389,17 +394,12 @@ class Rank1Guide(MixtureGuide):
                 "estimates are meaningless. Use the prior Cauchy, HierarchicalCauchy or StudentT, or family='normal'",
                 stacklevel=2,
             )
+        checks.truth("init_stratified", init_stratified)
         super().__init__(model, components, family, rows=draws == "row")
         self.draws = draws
         with torch.no_grad():
             for loc in self.loc:
-                if isinstance(init_means, Prior):
-                    loc.copy_(init_means.elements(1.0, loc, None).expand(loc.shape).sample())
-                elif isinstance(init_means, TorchDistributionMixin):
-                    loc.copy_(init_means.expand(loc.shape).sample())
-                else:
-                    checks.function("init_means", init_means)
-                    loc.copy_(init_means(loc.shape))
+                loc.copy_(starting_means(loc, init_means, init_stratified))
         self.start_scales((init_dropout_rate / (1 - init_dropout_rate)) ** 0.5)
 
     def arguments(self) -> dict[str, object]:
@@ -407,3 +407,32 @@ class Rank1Guide(MixtureGuide):
 
     def repr_arguments(self) -> dict[str, object]:
         return super().repr_arguments() | {"draws": self.draws}
+
+
+def starting_means(
+    loc: Tensor, means: Prior | dist.TorchDistribution | Callable[[torch.Size], Tensor], stratified: bool
+) -> Tensor:
+    """Values of the shape ``[K, ...]``, dtype and device of loc: see the arguments of :class:`Rank1Guide`."""
+    if isinstance(means, Prior):
+        means = means.elements(1.0, loc, None)
+    if not isinstance(means, TorchDistributionMixin):
+        checks.function("init_means", means)
+        if stratified:
+            raise ValueError(
+                "init_stratified=True, but init_means is a function, which has no strata: expected a distribution or a "
+                "class of pyro_bnn.priors with quantiles, such as Normal(1, 1)"
+            )
+        return means(loc.shape)
+    distribution = means.expand(loc.shape)
+    if not stratified:
+        return distribution.sample()
+    dtype = torch.promote_types(loc.dtype, torch.float32)
+    order, within = (torch.rand(loc.shape, dtype=dtype, device=loc.device) for _ in range(2))
+    share = (order.argsort(0) + within) / len(loc)
+    try:
+        return distribution.icdf(share.clamp(1e-6, 1 - 1e-6))  # the ends have no finite quantile
+    except NotImplementedError:
+        raise ValueError(
+            f"init_stratified=True, but init_means is {means}, whose quantiles are not known: expected a distribution "
+            "with icdf, such as Normal(1, 1), or init_stratified=False"
+        ) from None

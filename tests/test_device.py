@@ -103,7 +103,7 @@ def test_every_tensor_of_guide_model_and_prediction_is_on_the_networks_device(ne
     guide: Rank1Guide | MeanFieldGuide | ParticleGuide | CodebookGuide
     if method == "rank1":
         model = Rank1(net, likelihood, 100)
-        guide = Rank1Guide(model, components=2)
+        guide = Rank1Guide(model, components=2, init_stratified=True)
         with torch.no_grad():
             model(x)  # layouts are read off values, once; the shapes are then known
         weights = model.weights

@@ -257,20 +257,6 @@ def test_of_settings_that_are_alike_the_first_is_chosen(
     assert seen == [3, 3, 3, 5]
 
 
-def test_starting_means_in_strata_differ_between_the_members_of_every_factor() -> None:
-    """One member in each quarter of the distribution, in every order about equally often."""
-    torch.manual_seed(0)
-    share = torch.distributions.Normal(1.0, 0.7).cdf(
-        methods.around_one({"spread": 0.7, "strata": True})(torch.Size((4, 600)))
-    )
-    stratum = (share * 4).floor()
-    assert torch.equal(stratum.sort(0).values, torch.arange(4.0)[:, None].expand(4, 600))
-    counts = torch.bincount(stratum[0].long(), minlength=4)
-    assert ((counts / 600 - 1 / 4).abs() < 4 * math.sqrt(3 / 16 / 600)).all()
-    within = (share * 4) % 1
-    assert abs(float(within.mean()) - 0.5) < 4 / math.sqrt(12 * 2400)
-
-
 @pytest.mark.parametrize(("seeds", "chosen"), [(1, 0), (2, 1)])
 def test_settings_are_compared_by_their_mean_over_the_seeds_of_validation(
     seeds: int, chosen: int, monkeypatch: pytest.MonkeyPatch

@@ -39,6 +39,7 @@ CALLS: list[tuple[Callable[..., object], str]] = [
     (lambda **o: models.Rank1(doors.net(), doors.CATEGORICAL, 12, **o), "member_bias"),
     (doors.bella, "rank_stabilised"),
     (inference.ScaleLatents, "per_member"),
+    (lambda **o: models.Rank1Guide(doors.rank1(), **o), "init_stratified"),
     (doors.svgd, "sequential"),
     (doors.sghmc, "capture"),
     (doors.fit, "progress"),

@@ -277,6 +277,60 @@ def test_other_starting_means(means: Any, check: Any) -> None:
     assert float(torch.nn.functional.softplus(guide.rho[0][0, 0].detach())) == pytest.approx(0.5, rel=1e-5)
 
 
+@pytest.mark.parametrize("family", ["normal", "cauchy"])
+@pytest.mark.parametrize("components", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("means", "share"),
+    [
+        (Normal(1.0, 0.7), lambda loc: torch.special.ndtr((loc - 1) / 0.7)),
+        (Normal(None, 1.0), lambda loc: torch.special.ndtr(loc - 1)),
+        (pb.priors.Cauchy(0.0, 0.5), lambda loc: 0.5 + torch.atan(loc / 0.5) / math.pi),
+        (dist.Uniform(0.5, 1.5), lambda loc: loc - 0.5),
+    ],
+    ids=["normal", "default location", "cauchy", "uniform"],
+)
+def test_stratified_starting_means(means: Any, share: Any, components: int, family: Any) -> None:
+    """One component in each of K equally likely strata, of which each has every one about equally often, and no other
+    place in its stratum is likelier than the rest."""
+    torch.manual_seed(0)
+    model = Rank1(nn.Linear(700, 500).double(), None)
+    guide = Rank1Guide(model, components, family, init_means=means, init_stratified=True)
+    place = share(guide.loc[0].detach()) * components
+    factors = place.shape[1]
+    stratum = place.floor()
+    assert torch.equal(stratum.sort(0).values, torch.arange(components).double()[:, None].expand(place.shape))
+    for own in stratum:
+        counts = torch.bincount(own.long(), minlength=components) / factors
+        assert ((counts - 1 / components).abs() <= 4 * math.sqrt((1 - 1 / components) / components / factors)).all()
+    within = (place - stratum).flatten()
+    assert abs(float(within.mean()) - 1 / 2) < 4 / math.sqrt(12 * len(within))
+    assert abs(float(within.square().mean()) - 1 / 3) < 4 * math.sqrt(4 / 45 / len(within))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_stratified_starting_means_are_finite(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a random number is 0, whose quantile is minus infinity, or rounds to 1; in half precision too."""
+    model = Rank1(nn.Linear(30, 20).to(dtype), None)
+    for value in (0.0, 1 - 2**-24):
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "rand", lambda shape, value=value, **o: torch.full(shape, value, **o))
+            guide = Rank1Guide(model, 4, init_means=Normal(1.0, 1.0), init_stratified=True)
+        assert guide.loc[0].dtype == dtype and guide.loc[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("means", "message"),
+    [
+        (torch.ones, "init_stratified=True, but init_means is a function"),
+        (dist.VonMises(0.0, 1.0), "init_means is VonMises.*, whose quantiles are not known"),
+        (pb.priors.GaussianMixture([0.0, 1.0], [1.0, 1.0], [0.5, 0.5]), "whose quantiles are not known.*Normal"),
+    ],
+)
+def test_strata_need_quantiles(means: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Rank1Guide(Rank1(network(), Gaussian(), N), 3, init_means=means, init_stratified=True)
+
+
 @pytest.mark.parametrize("draws", ["row", "member"])
 def test_training_draws(draws: Any) -> None:
     """All members, and a draw for every row of the batch or one for all; scales never differ within a member."""

@@ -86,19 +86,24 @@ class BatchEnsemble(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def train(net: BatchEnsemble, x: Tensor, y: Tensor, epochs: int, batch_size: int, lr: float, decay: float) -> None:
+def train(
+    net: BatchEnsemble, pair: tuple[Tensor, Tensor], epochs: int, batch_size: int, lr: float, decay: float, half: bool
+) -> None:
     """AdamW along half a cosine, on the mean loss of the members, which all see the same rows.
 
     :param decay: the weight decay of shared weights, as a penalty of the loss.
+    :param half: whether the network runs in bfloat16, under ``torch.autocast``.
     """
+    x, y = pair
     optimizer = torch.optim.Adam(net.parameters(), lr=lr)
     steps = epochs * -(-len(y) // batch_size)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     shared = [layer.layer.weight for layer in net.modules() if isinstance(layer, Layer)]
     for _ in range(epochs):
         for rows in torch.randperm(len(y)).split(batch_size):
-            logits = net(x[rows])
-            loss = F.cross_entropy(logits.flatten(0, 1), y[rows].repeat(net.members))
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+                logits = net(x[rows])
+            loss = F.cross_entropy(logits.float().flatten(0, 1), y[rows].repeat(net.members))
             loss = loss + decay / 2 * torch.stack([w.square().sum() for w in shared]).sum()
             optimizer.zero_grad()
             loss.backward()

@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +26,7 @@ from pyro_bnn.models import (
     Rank1Guide,
     WeightSharing,
 )
+from pyro_bnn.models.rank1 import starting_means
 from tests.benchmarks import sparse_images
 from tests.benchmarks.images.batch_ensemble import BatchEnsemble, signs, train
 from tests.benchmarks.images.tasks import ONE, TASKS, Settings, Task, grid
@@ -88,7 +88,7 @@ class Method:
 def training(start: Start, epochs: float | None = None, lr: float = RATE) -> dict[str, Any]:
     options: dict[str, Any] = {"schedule": cosine(), "seed": start.seed, "progress": False}
     epochs = max(1, round(start.share * (epochs or start.task.epochs)))
-    return {"epochs": epochs, "batch_size": BATCH, "lr": lr, **options}
+    return {"epochs": epochs, "batch_size": BATCH, "lr": lr, "precision": start.task.precision, **options}
 
 
 def numbers_of(*modules: object) -> int:
@@ -124,35 +124,29 @@ def ensemble(start: Start, settings: Settings) -> Fit:
 
 def batch_ensemble(start: Start, settings: Settings) -> Fit:
     began = time.perf_counter()
-    net = BatchEnsemble(start.fresh(), MEMBERS, around_one(settings) if settings["spread"] else signs)
+    net = BatchEnsemble(start.fresh(), MEMBERS, signs if not settings["spread"] else around_one(settings))
     torch.manual_seed(start.seed)
     options = training(start)
     decay = 1 / (len(start.pair[1]) * settings["scale"] ** 2)
-    train(net, *start.pair, options["epochs"], options["batch_size"], RATE, decay)
+    train(net, start.pair, options["epochs"], options["batch_size"], RATE, decay, start.task.precision == "bf16")
     return Fit(of_draws(net.explicit(), start), time.perf_counter() - began, net.numbers())
+
+
+def around_one(settings: Settings) -> Callable[[torch.Size], Tensor]:
+    normal = pb.priors.Normal(1.0, settings["spread"])
+    return lambda shape: starting_means(torch.empty(shape), normal, settings.get("strata", False))
 
 
 def rank1(start: Start, settings: Settings, prior: pb.priors.Prior) -> Fit:
     net, size = start.fresh(), len(start.pair[1])
     weight_prior = pb.priors.Normal(0.0, settings["scale"])
     model = Rank1(net, LIKELIHOOD, size, prior=prior, weight_prior=weight_prior)
-    guide = Rank1Guide(model, MEMBERS, init_dropout_rate=settings["noise"], init_means=around_one(settings))
+    means: dict[str, Any] = {
+        "init_means": pb.priors.Normal(1.0, settings["spread"]),
+        "init_stratified": settings.get("strata", False),
+    }
+    guide = Rank1Guide(model, MEMBERS, init_dropout_rate=settings["noise"], **means)
     return by_svi(start, model, guide, **training(start))
-
-
-def around_one(settings: Settings) -> Callable[[torch.Size], Tensor]:
-    """Starting values of factors, ``[K, ...]``, from a normal distribution about 1.
-
-    With strata the members differ whatever the seed: of K equally likely strata of the distribution each member has
-    another, in an order of its own for every factor (Latin hypercube sampling).
-    """
-    normal = torch.distributions.Normal(1.0, settings["spread"])
-    return partial(stratified, normal) if "strata" in settings else normal.sample
-
-
-def stratified(distribution: torch.distributions.Distribution, shape: torch.Size) -> Tensor:
-    share = (torch.rand(shape).argsort(0) + torch.rand(shape)) / shape[0]
-    return distribution.icdf(share.clamp(1e-6, 1 - 1e-6))
 
 
 def rank1_normal(start: Start, settings: Settings) -> Fit:
@@ -251,10 +245,8 @@ FACTORS: tuple[Settings, ...] = (
 )
 #: of BatchEnsemble: starting signs, and what is best for rank-1
 OTHER: tuple[Settings, ...] = (
-    {"spread": 0.0, "scale": 0.1},
-    {"spread": 0.0, "scale": 0.3},
-    {"spread": 1.0, "scale": 0.1},
-    {"spread": 1.0, "scale": 0.1, "strata": True},
+    *grid(spread=(0.0,), scale=SCALES),
+    {"spread": 1.0, "scale": 0.3, "strata": True},
 )
 METHODS: dict[str, Method] = {
     ONE: Method(point, grid=grid(scale=SCALES, epochs=(5, 10))),

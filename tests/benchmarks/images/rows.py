@@ -217,7 +217,8 @@ def draws_of(method: str, posterior: pb.Posterior) -> int:
 
 def recipe_of(task: Task) -> dict[str, Any]:
     """What all trainings on a data set have in common."""
-    return {"network": str(task.network(0, 0.0)), "batch_size": BATCH, "lr": RATE}
+    half = {"precision": task.precision} if task.precision else {}
+    return {"network": str(task.network(0, 0.0)), "batch_size": BATCH, "lr": RATE, **half}
 
 
 def grey(loaded: Images) -> Tensor:

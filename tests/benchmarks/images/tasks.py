@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyro_bnn.inference.training.precision import Half
 from tests.benchmarks import datasets, sparse_images
 
 Settings = Mapping[str, Any]
@@ -32,6 +33,7 @@ class Task(NamedTuple):
     :param epochs: of each training, at most.
     :param load: the images, the training images of mean 0 and deviation 1.
     :param other: the data set whose test images are out of distribution, beside notMNIST.
+    :param precision: ``"bf16"`` trains networks in 16 bits (``fit(precision=)``), which two cores have time for.
     :param grids: the settings to choose among, for methods that have fewer than elsewhere.
     """
 
@@ -40,6 +42,7 @@ class Task(NamedTuple):
     epochs: int
     load: Callable[[], datasets.Images]
     other: str
+    precision: Half | None = None
     grids: Mapping[str, tuple[Settings, ...]] = {}
 
 
@@ -109,10 +112,13 @@ TASKS = {
         5,
         cifar10,
         "fashion",
+        "bf16",
         {
             ONE: grid(scale=(0.1, 0.3), epochs=(5,)),
-            "BatchEnsemble": grid(spread=(0.5,), scale=(0.1, 0.3)),
-            "rank-1, Normal": grid(scale=(0.1, 0.3), noise=(0.03,), spread=(0.5,)),
+            "BatchEnsemble": grid(spread=(0.0, 0.5), scale=(0.3,)),
+            "rank-1, Normal": grid(scale=(0.3,), noise=(0.03,), spread=(0.5, 1.0), strata=(True,)),
+            "rank-1, Cauchy": grid(scale=(0.3,), noise=(0.03,), spread=(0.5, 1.0), strata=(True,)),
+            "MC dropout": grid(p=(0.1, 0.2), scale=(0.3,)),
         },
     ),
 }
