@@ -116,8 +116,8 @@ TASKS = {
         {
             ONE: grid(scale=(0.1, 0.3), epochs=(5,)),
             "BatchEnsemble": grid(spread=(0.0, 0.5), scale=(0.3,)),
-            "rank-1, Normal": grid(scale=(0.3,), noise=(0.03,), spread=(0.5, 1.0), strata=(True,)),
-            "rank-1, Cauchy": grid(scale=(0.3,), noise=(0.03,), spread=(0.5, 1.0), strata=(True,)),
+            "rank-1, Normal": grid(scale=(0.3,), noise=(1e-3,), spread=(0.0, 0.5)),
+            "rank-1, Cauchy": grid(scale=(0.3,), noise=(1e-3,), spread=(0.5,)),
             "MC dropout": grid(p=(0.1, 0.2), scale=(0.3,)),
         },
     ),
