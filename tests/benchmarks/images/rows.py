@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,8 @@ class Study:
 
         Of those that these images hardly tell apart the first of the grid: a stronger prior, or the recipe of before.
         """
+        if self.judge is not self:
+            return self.judge.chosen(method)
         grid = self.grid(method)
         for settings in grid if len(grid) > 1 else ():
             tried = self.tried(method)
@@ -157,6 +160,11 @@ class Study:
         tried = self.tried(method)
         lowest = min((tried[str(one)] for one in grid if str(one) in tried), default=0.0)
         return next(one for one in grid if tried.get(str(one), 0.0) <= lowest + ALIKE)
+
+    @cached_property
+    def judge(self) -> Study:
+        """The study whose held-out images choose."""
+        return Study(self.task.settings_of, self.share) if self.task.settings_of else self
 
     def tried(self, method: str) -> dict[str, float]:
         """The NLL of held-out images, ``{settings: NLL}``."""

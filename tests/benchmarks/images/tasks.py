@@ -35,6 +35,7 @@ class Task(NamedTuple):
     :param other: the data set whose test images are out of distribution, beside notMNIST.
     :param precision: ``"bf16"`` trains networks in 16 bits (``fit(precision=)``), which two cores have time for.
     :param grids: the settings to choose among, for methods that have fewer than elsewhere.
+    :param settings_of: another data set, whose choices are taken over.
     """
 
     title: str
@@ -44,6 +45,7 @@ class Task(NamedTuple):
     other: str
     precision: Half | None = None
     grids: Mapping[str, tuple[Settings, ...]] = {}
+    settings_of: str | None = None
 
 
 def lenet5(seed: int, dropout: float = 0.0) -> nn.Module:
@@ -104,7 +106,7 @@ def cifar10() -> datasets.Images:
 
 
 TASKS = {
-    "mnist": Task("LeNet-5 on MNIST", lenet5, 10, lambda: datasets.images("mnist"), "fashion"),
+    "mnist": Task("LeNet-5 on MNIST", lenet5, 10, lambda: datasets.images("mnist"), "fashion", settings_of="fashion"),
     "fashion": Task("LeNet-5 on Fashion-MNIST", lenet5, 10, lambda: datasets.images("fashion"), "mnist"),
     "cifar10": Task(
         "ResNet-20 on CIFAR-10",
