@@ -34,7 +34,8 @@ class Task(NamedTuple):
     :param load: the images, the training images of mean 0 and deviation 1.
     :param other: the data set whose test images are out of distribution, beside notMNIST.
     :param precision: ``"bf16"`` trains networks in 16 bits (``fit(precision=)``), which two cores have time for.
-    :param grids: the settings to choose among, for methods that have fewer than elsewhere.
+    :param grids: the settings to choose among, for methods that have fewer than elsewhere: where a fit takes an hour,
+        those alone that held-out images of Fashion-MNIST chose.
     :param settings_of: another data set, whose choices are taken over.
     """
 
@@ -117,8 +118,8 @@ TASKS = {
         "bf16",
         {
             ONE: grid(scale=(0.1, 0.3), epochs=(5,)),
-            "BatchEnsemble": grid(spread=(0.0, 0.5), scale=(0.3,)),
-            "rank-1, Normal": grid(scale=(0.3,), noise=(1e-3,), spread=(0.0, 0.5)),
+            "BatchEnsemble": grid(spread=(0.0,), scale=(0.3,)),
+            "rank-1, Normal": grid(scale=(0.3,), noise=(1e-3,), spread=(0.0,)),
             "rank-1, Cauchy": grid(scale=(0.3,), noise=(1e-3,), spread=(0.5,)),
             "MC dropout": grid(p=(0.1, 0.2), scale=(0.3,)),
         },
