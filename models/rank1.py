@@ -8,12 +8,11 @@ prior is centred at 1, and their posterior is a mixture of K components with one
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, Unpack
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor, nn
 
 from pyro_bnn import priors
@@ -22,6 +21,7 @@ from pyro_bnn.entry.threads import one_at_a_time
 from pyro_bnn.given.fixed import not_frozen, require_own_weights, require_random
 from pyro_bnn.inputs import Inputs, inputs
 from pyro_bnn.likelihoods import Likelihood
+from pyro_bnn.models.starting_means import StartingMeans, starting_means
 from pyro_bnn.network import batch_size
 from pyro_bnn.perturb import Perturbation, Rank1Factors, Replacement
 from pyro_bnn.priors import HierarchicalCauchy, Normal, Prior, PriorLike
@@ -357,7 +357,7 @@ class Rank1Guide(MixtureGuide):
         ``init_means`` each has another, in a random order (Latin hypercube sampling, McKay et al. 1979). Which means
         a component has then depends less on the seed, and so does what they reach together (docs/rank1.md).
     :param draws: in training, one draw for every ``"row"`` of the batch (as in the paper) or for every ``"member"``.
-    :raises TypeError: for a model that is not a :class:`Rank1`.
+    :raises TypeError: for a model that is not a :class:`Rank1`, or where ``init_means`` gives no tensor.
     :raises ValueError: when ``components < 1``, the rate is not in (0, 1), ``family`` or ``draws`` is unknown, or
         strata are asked of a function or of a distribution without quantiles.
     """
@@ -370,7 +370,7 @@ class Rank1Guide(MixtureGuide):
         family: Family = "normal",
         *,
         init_dropout_rate: float = 1e-3,
-        init_means: Prior | dist.TorchDistribution | Callable[[torch.Size], Tensor] = Normal(1.0, 0.5),
+        init_means: StartingMeans = Normal(1.0, 0.5),
         init_stratified: bool = False,
         draws: Literal["row", "member"] = "row",
     ) -> None:
@@ -407,32 +407,3 @@ class Rank1Guide(MixtureGuide):
 
     def repr_arguments(self) -> dict[str, object]:
         return super().repr_arguments() | {"draws": self.draws}
-
-
-def starting_means(
-    loc: Tensor, means: Prior | dist.TorchDistribution | Callable[[torch.Size], Tensor], stratified: bool
-) -> Tensor:
-    """Values of the shape ``[K, ...]``, dtype and device of loc: see the arguments of :class:`Rank1Guide`."""
-    if isinstance(means, Prior):
-        means = means.elements(1.0, loc, None)
-    if not isinstance(means, TorchDistributionMixin):
-        checks.function("init_means", means)
-        if stratified:
-            raise ValueError(
-                "init_stratified=True, but init_means is a function, which has no strata: expected a distribution or a "
-                "class of pyro_bnn.priors with quantiles, such as Normal(1, 1)"
-            )
-        return means(loc.shape)
-    distribution = means.expand(loc.shape)
-    if not stratified:
-        return distribution.sample()
-    dtype = torch.promote_types(loc.dtype, torch.float32)
-    order, within = (torch.rand(loc.shape, dtype=dtype, device=loc.device) for _ in range(2))
-    share = (order.argsort(0) + within) / len(loc)
-    try:
-        return distribution.icdf(share.clamp(1e-6, 1 - 1e-6))  # the ends have no finite quantile
-    except NotImplementedError:
-        raise ValueError(
-            f"init_stratified=True, but init_means is {means}, whose quantiles are not known: expected a distribution "
-            "with icdf, such as Normal(1, 1), or init_stratified=False"
-        ) from None

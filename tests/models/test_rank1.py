@@ -331,6 +331,39 @@ def test_strata_need_quantiles(means: Any, message: str) -> None:
         Rank1Guide(Rank1(network(), Gaussian(), N), 3, init_means=means, init_stratified=True)
 
 
+@pytest.mark.parametrize("stratified", [False, True])
+def test_starting_means_that_half_precision_cannot_hold(stratified: bool) -> None:
+    """A Cauchy distribution of which most draws are beyond 65,504; float32 holds them."""
+    wide = pb.priors.Cauchy(0.0, 1e5)
+    assert Rank1Guide(Rank1(network(), None), 3, init_means=wide, init_stratified=stratified).loc[0].isfinite().all()
+    with pytest.raises(ValueError, match="init_means gave values that are not finite in torch.float16"):
+        Rank1Guide(Rank1(network().half(), None), 3, init_means=wide, init_stratified=stratified)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "message"),
+    [
+        (lambda shape: torch.full(shape, math.nan), ValueError, "not finite in torch.float32: expected finite means"),
+        (lambda shape: torch.full(shape, -math.inf), ValueError, "not finite"),
+        (lambda shape: torch.full(shape, 1e300, dtype=torch.float64), ValueError, "not finite in torch.float32"),
+        (lambda shape: torch.ones(7), ValueError, r"a tensor of the shape \[7\] where \[3, \d+\] was asked for"),
+        (lambda shape: torch.ones(2, *shape), ValueError, r"shape \[2, 3, \d+\] where \[3, \d+\]"),
+        (lambda shape: torch.ones(shape, dtype=torch.complex64), TypeError, "init_means gave torch.complex64"),
+        (lambda shape: None, TypeError, "init_means gave NoneType: expected a tensor of real numbers"),
+        ("signs", TypeError, "init_means='signs': expected a function"),
+    ],
+)
+def test_values_that_are_no_starting_means(values: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=message):
+        Rank1Guide(Rank1(network(), None), 3, init_means=values)
+
+
+def test_starting_means_of_one_number_for_each_component() -> None:
+    """Proves that values broadcast, and that whole numbers of another type will do."""
+    guide = Rank1Guide(Rank1(network(), None), 3, init_means=lambda shape: torch.arange(shape[0])[:, None])
+    assert all(torch.equal(loc, torch.arange(3.0)[:, None].expand(loc.shape)) for loc in guide.loc)
+
+
 @pytest.mark.parametrize("draws", ["row", "member"])
 def test_training_draws(draws: Any) -> None:
     """All members, and a draw for every row of the batch or one for all; scales never differ within a member."""

@@ -26,7 +26,7 @@ from pyro_bnn.models import (
     Rank1Guide,
     WeightSharing,
 )
-from pyro_bnn.models.rank1 import starting_means
+from pyro_bnn.models.starting_means import starting_means
 from tests.benchmarks import sparse_images
 from tests.benchmarks.images.batch_ensemble import BatchEnsemble, signs, train
 from tests.benchmarks.images.tasks import ONE, TASKS, Settings, Task, grid
