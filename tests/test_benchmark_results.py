@@ -67,7 +67,15 @@ def test_every_row_of_the_compression_of_networks_is_made(
     monkeypatch.setattr(compression, "images", lambda name: few)
     monkeypatch.setattr(compression, "RUNS", tmp_path)
     settings = compression.Settings(
-        images=64, epochs=1, field_epochs=1, code_epochs=1, codes=8, frontier_codes=8, rates=(0.5,)
+        images=64,
+        epochs=1,
+        field_epochs=1,
+        code_epochs=1,
+        codes=8,
+        frontier_codes=8,
+        rates=(0.5,),
+        temperature=0.5,
+        cold_rates=(1.0,),
     )
     for _ in range(2):
         study = compression.Study("mnist", network, settings, False, [])
@@ -76,5 +84,7 @@ def test_every_row_of_the_compression_of_networks_is_made(
         study.around()
         rows = list(compression.with_ratios(list(study.rows.values())))
         assert {"deterministic", "shared", "frontier 0.5", "mean-field around the network"} <= set(study.rows)
+        assert study.rows["cold frontier 1"]["temperature"] == 0.5
+        assert study.rows["cold mean-field"]["nll"] != study.rows["mean-field"]["nll"]
         assert all(row["ratio"] > 0 and 0 <= row["accuracy"] <= 1 for row in rows)
         monkeypatch.setattr(compression.Study, "fit", None)  # nothing is trained again

@@ -6,6 +6,7 @@ Every function returns a ``matplotlib.figure.Figure``, the caller's own: ``plot_
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TypedDict
 
 import torch
@@ -106,17 +107,19 @@ def plot_frontier(
 ) -> Figure:
     """Error in per cent against bits a weight, for each network.
 
-    :param rows: of one data set, with ``network``, ``accuracy`` and ``bits``.
+    :param rows: of one data set, with ``network``, ``accuracy`` and ``bits``, and ``label`` where there are several
+        lines; the default is "codebook posterior".
     :param published: with ``network``, ``method``, ``error`` and ``ratio`` to 32 bits.
     """
     networks = sorted({str(row["network"]) for row in rows})
     figure = Figure(figsize=(4.5 * max(1, len(networks)), 4), layout="constrained")
     for axes, network in zip(figure.subplots(1, max(1, len(networks)), squeeze=False)[0], networks, strict=False):
-        own = sorted(
-            (float(row["bits"]), 100 - 100 * float(row["accuracy"])) for row in rows if row["network"] == network
-        )
-        bits, errors = zip(*own, strict=True)
-        axes.plot(bits, errors, "C0-o", label="codebook posterior")
+        lines: dict[str, list[tuple[float, float]]] = {}
+        for row in (row for row in rows if row["network"] == network):
+            line = lines.setdefault(str(row.get("label", "codebook posterior")), [])
+            line.append((float(row["bits"]), 100 - 100 * float(row["accuracy"])))
+        for (label, line), style in zip(lines.items(), cycle(("-o", "--o", "-.o", ":o")), strict=False):
+            axes.plot(*zip(*sorted(line), strict=True), f"C0{style}", label=label)
         for i, point in enumerate(p for p in published if p["network"] == network):
             axes.plot(32 / point["ratio"], point["error"], "s^Dv*"[i % 5], color=f"C{i + 1}", label=point["method"])
         axes.set(title=network, xlabel="bits a weight, everything included", ylabel="test error, %", xscale="log")

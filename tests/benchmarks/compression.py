@@ -89,6 +89,8 @@ class Settings:
     :param code_epochs, code_lr: of codes.
     :param codes: K of the three modes and of the ablation; ``frontier_codes`` that of the frontier, where the rate
         leaves fewer.
+    :param temperature: of the likelihood of a second mean field and of its frontier, of ``cold_rates``; ``None`` for no
+        such rows.
     """
 
     images: int = 50_000
@@ -102,9 +104,15 @@ class Settings:
     codes: int = 256
     frontier_codes: int = 32
     rates: tuple[float, ...] = (0.05, 0.2, 0.5, 1.0)
+    temperature: float | None = None
+    cold_rates: tuple[float, ...] = (0.5, 1.0, 2.0)
 
 
-SETTINGS = {"lenet300100": Settings(), "lenet5": Settings(images=60_000, field_epochs=20), "resnet": Settings()}
+SETTINGS = {
+    "lenet300100": Settings(),
+    "lenet5": Settings(images=60_000, field_epochs=20, temperature=0.5),
+    "resnet": Settings(),
+}
 
 
 def build(network: str) -> nn.Module:
@@ -140,8 +148,11 @@ class Study:
             seed=0,
         )
 
-    def start(self) -> tuple[nn.Module, WeightSharing, MeanFieldGuide]:
-        """The deterministic network, and the mean field that starts there; measured once, trained once."""
+    def start(self, temperature: float = 1.0) -> tuple[nn.Module, WeightSharing, MeanFieldGuide]:
+        """The deterministic network, and the mean field that starts there; measured once, trained once.
+
+        :param temperature: of the likelihood of the mean field.
+        """
         s, size = self.settings, len(self.train[1])
         of_start = ("epochs", "field_epochs", "lr", "batch_size")
         key = {name: value for name, value in asdict(s).items() if name in of_start}
@@ -152,15 +163,16 @@ class Study:
             known["network"] = trained_network(self.fit(model, PointGuide(model), s.epochs, s.lr)).state_dict()
         net = build(self.network)
         net.load_state_dict(known["network"])
-        model = WeightSharing(net, LIKELIHOOD, size, prior=PRIOR)
+        model = WeightSharing(net, pb.likelihoods.Categorical(temperature=temperature), size, prior=PRIOR)
         field = MeanFieldGuide(model)
-        if "field" not in known:
+        at = "" if temperature == 1 else f" at {temperature:g}"
+        if f"field{at}" not in known:
             self.fit(model, field, s.field_epochs, s.lr)
-            known |= {"model": model.state_dict(), "field": field.state_dict()}
+            known |= {f"model{at}": model.state_dict(), f"field{at}": field.state_dict()}
             torch.save(known, self.states.with_suffix(".tmp"))
             os.replace(self.states.with_suffix(".tmp"), self.states)
-        model.load_state_dict(known["model"])
-        field.load_state_dict(known["field"])
+        model.load_state_dict(known[f"model{at}"])
+        field.load_state_dict(known[f"field{at}"])
         return net, model, field
 
     def row(self, name: str, make: Callable[[], tuple[pb.Posterior, Row]]) -> None:
@@ -191,14 +203,19 @@ class Study:
         return total
 
     def codebook(
-        self, frozen: bool = False, merge: bool = True, own_prior: bool = False, **options: Any
+        self,
+        frozen: bool = False,
+        merge: bool = True,
+        own_prior: bool = False,
+        temperature: float = 1.0,
+        **options: Any,
     ) -> tuple[pb.Posterior, Row]:
         """Codes of the mean field, trained by the ELBO under its prior, or the codebook's own, while they merge."""
-        _, model, field = self.start()
+        _, model, field = self.start(temperature)
         if own_prior:
             prior = {name: CodebookPrior() for name in model.weights()} | {".*": PRIOR}
             state = model.state_dict()
-            model = WeightSharing(unfrozen(model), LIKELIHOOD, len(self.train[1]), prior=prior)
+            model = WeightSharing(unfrozen(model), model.likelihood, len(self.train[1]), prior=prior)
             model.load_state_dict(state)
         s = self.settings
         guide = CodebookGuide.from_mean_field(model, field, **({"codes": s.codes, "seed": 0} | options))
@@ -206,7 +223,7 @@ class Study:
         if not frozen:
             callbacks = [MergeCodes(stop=max(1, s.code_epochs // 2))] if merge else []
             posterior = self.fit(model, guide, s.code_epochs, s.code_lr, callbacks)
-        return posterior, cost(model, guide)
+        return posterior, cost(model, guide) | ({} if temperature == 1 else {"temperature": temperature})
 
     def shared(self) -> tuple[pb.Posterior, Row]:
         posterior, row = self.codebook(merge=False, frozen=True)
@@ -219,15 +236,13 @@ class Study:
 
     def methods(self) -> None:
         net, model, field = self.start()
-        n, m = sum(p.numel() for p in net.parameters()), sum(p.numel() for p in field.parameters())
-        points, moments = (4 * count for count in beside(model))
+        n, (_, moments) = sum(p.numel() for p in net.parameters()), beside(model)
         point = Dense(net, LIKELIHOOD, len(self.train[1]))
         self.row(
             "deterministic",
-            lambda: (pb.Posterior(point, PointGuide(point)), {"trainable": n, "bytes": 4 * n + moments}),
+            lambda: (pb.Posterior(point, PointGuide(point)), {"trainable": n, "bytes": 4 * (n + moments)}),
         )
-        size = {"trainable": m + points // 4, "bytes": 4 * m + points + moments}
-        self.row("mean-field", lambda: (pb.Posterior(model, field), dict(size)))
+        self.row("mean-field", lambda: (pb.Posterior(model, field), cost_of_field(model, field)))
         self.row("codebook", self.codebook)
         if self.network == "resnet":  # few weights, each of which matters
             self.row("codebook by the divergence", lambda: self.codebook(distance="divergence"))
@@ -244,17 +259,23 @@ class Study:
             model = WeightSharing(net, LIKELIHOOD, len(self.train[1]), prior=pretrained(self.settings.around))
             field = MeanFieldGuide(model)
             posterior = self.fit(model, field, self.settings.epochs, self.settings.lr)
-            numbers = sum(p.numel() for p in field.parameters()) + sum(beside(model))
-            return posterior, {"trainable": numbers, "bytes": 4 * numbers}
+            return posterior, cost_of_field(model, field)
 
         self.row("mean-field around the network", make)
 
     def frontier(self) -> None:
         """All random parameters, biases too, in one codebook with a code at zero; labels cost what they take."""
-        own = {"distance": "divergence", "zero": True, "blend": 0.0, "outliers": 0.0, "smallest": 0, "coded": ".*"}
+        own: dict[str, Any] = {"distance": "divergence", "zero": True, "blend": 0.0, "outliers": 0.0, "smallest": 0}
+        own |= {"coded": ".*", "codes": self.settings.frontier_codes, "merge": False}
         for rate in self.settings.rates:
-            options = own | {"codes": self.settings.frontier_codes, "rate": rate}
-            self.row(f"frontier {rate:g}", lambda options=options: self.codebook(merge=False, **options))  # type: ignore[misc]
+            self.row(f"frontier {rate:g}", lambda rate=rate: self.codebook(**own, rate=rate))  # type: ignore[misc]
+        if (cold := self.settings.temperature) is None:
+            return
+        _, model, field = self.start(cold)
+        self.row("cold mean-field", lambda: (pb.Posterior(model, field), cost_of_field(model, field)))
+        for rate in self.settings.cold_rates:
+            options = own | {"rate": rate, "temperature": cold}
+            self.row(f"cold frontier {rate:g}", lambda options=options: self.codebook(**options))  # type: ignore[misc]
 
     def ablation(self) -> None:
         few = {"codes": 8}  # with 32, nothing is worth more than 0.04 points
@@ -281,6 +302,13 @@ def beside(model: nn.Module) -> tuple[int, int]:
         for b in model.core().net.buffers()
         if b.is_floating_point()  # type: ignore[operator]
     )
+
+
+def cost_of_field(model: nn.Module, guide: MeanFieldGuide) -> Row:
+    """Trained numbers, and bytes of them and of running statistics."""
+    points, moments = beside(model)
+    trainable = sum(p.numel() for p in guide.parameters()) + points
+    return {"trainable": trainable, "bytes": 4 * (trainable + moments)}
 
 
 def cost(model: nn.Module, guide: CodebookGuide) -> Row:
@@ -344,7 +372,11 @@ def main() -> None:
         "rows": rows,
     }
     write_results("compression", found, seeds=[0], part=" ".join(key), keep=True)
-    points = [row for row in rows if row["name"].split()[0] == "frontier" and row["data"] == "mnist"]
+    points = [
+        row | ({"label": f"likelihood at temperature {row['temperature']:g}"} if "temperature" in row else {})
+        for row in rows
+        if "frontier" in row["name"].split() and row["data"] == "mnist"
+    ]
     if points:
         plot_frontier(points).savefig("docs/compression.png", dpi=90)
 

@@ -75,3 +75,15 @@ def test_the_frontier() -> None:
     known = [p for p in PUBLISHED if p["network"] == "lenet5"]
     assert [float(line.get_xdata()[0]) for line in published] == [32 / p["ratio"] for p in known]  # type: ignore[index]
     assert len(figure.axes[1].lines) == 1 and png(figure)
+
+
+def test_frontiers_of_several_recipes_are_lines_of_their_own() -> None:
+    """Proves that points of another label are not joined to the first line, and that each has its own style."""
+    first = [{"network": "own", "accuracy": 0.9, "bits": bits} for bits in (3.0, 1.0)]
+    second = [{"network": "own", "accuracy": 0.8, "bits": bits, "label": "tempered"} for bits in (4.0, 2.0)]
+    lines = plot_frontier([*first, *second]).axes[0].lines
+    assert [(line.get_label(), list(line.get_xdata())) for line in lines] == [  # type: ignore[arg-type]
+        ("codebook posterior", [1.0, 3.0]),
+        ("tempered", [2.0, 4.0]),
+    ]
+    assert lines[0].get_linestyle() != lines[1].get_linestyle()
