@@ -105,7 +105,7 @@ class Settings:
     frontier_codes: int = 32
     rates: tuple[float, ...] = (0.05, 0.2, 0.5, 1.0)
     temperature: float | None = None
-    cold_rates: tuple[float, ...] = (0.5, 1.0, 2.0)
+    cold_rates: tuple[float, ...] = (0.2, 0.5, 1.0)
 
 
 SETTINGS = {

@@ -39,7 +39,7 @@ NAMES = {
     "mean-field around the network": "mean field, prior around the network",
     **{f"frontier {rate}": f"`rate={rate}`" for rate in ("0.05", "0.2", "0.5", "1")},
     "cold mean-field": "mean field, tempered",
-    **{f"cold frontier {rate}": f"tempered, `rate={rate}`" for rate in ("0.5", "1", "2")},
+    **{f"cold frontier {rate}": f"tempered, `rate={rate}`" for rate in ("0.2", "0.5", "1")},
     "codebook": "codebook",
     "codebook frozen": "codebook, as converted",
     "codebook by the divergence": "codebook, by the divergence",
