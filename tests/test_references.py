@@ -136,6 +136,10 @@ def test_means_over_other_seeds_are_not_compared() -> None:
     assert by_method(rows, ["a", "b"], columns) == [["a", "**1.0**"], ["b", "2.0"]]
     lines = by_method([*rows, {"method": "b", "nll": 3.0}], ["a", "b"], columns)
     assert lines == [["a (1 seed)", "1.0"], ["b (2 seeds)", "2.5 ± 0.5"]]
+    assert by_method(rows[:1], ["a"], columns) == [["a", "1.0"]], "the best of one is not told"
+    rows += [{"method": name, "nll": nll} for name, nll in (("a", 1.0), ("b", 4.0), ("c", 0.5))]
+    lines = by_method(rows, ["a", "b", "c"], columns)
+    assert lines == [["a (2 seeds)", "**1.0 ± 0.0**"], ["b (2 seeds)", "3.0 ± 1.0"], ["c (1 seed)", "0.5"]]
 
 
 def test_sequences_are_standardised_by_their_training_part_alone(

@@ -46,17 +46,25 @@ def by_method(
 ) -> list[list[str]]:
     """The lines of a table: each method, and its means over seeds.
 
+    The best of a column is bold among the methods with the most seeds, where these are several.
+
     :param columns: ``{key: (title, decimal places, whether the highest is the best)}``.
     """
     own = {method: [row for row in rows if row["method"] == method] for method in methods}
+    most = max(map(len, own.values()))
+    whole = [method for method in methods if len(own[method]) == most]
     values = [[mean_and_error([row[key] for row in own[method]]) for method in methods] for key in columns]
     places = [places for _, places, _ in columns.values()]
-    if len({len(found) for found in own.values()}) > 1:  # means over other seeds are not compared
-        heads = [f"{method} ({len(found)} seed{'s' * (len(found) > 1)})" for method, found in own.items()]
-        texts = [[shown(*cell, digits) for cell in column] for column, digits in zip(values, places, strict=True)]
-    else:
-        heads = list(methods)
-        texts = with_best(values, places, [up for *_, up in columns.values()])
+    texts = [[shown(*cell, digits) for cell in column] for column, digits in zip(values, places, strict=True)]
+    if len(whole) > 1:  # means over other seeds are not compared
+        compared = [
+            [cell if method in whole else None for method, cell in zip(methods, column, strict=True)]
+            for column in values
+        ]
+        marked = with_best(compared, places, [up for *_, up in columns.values()])
+        texts = [[a or b for a, b in zip(*both, strict=True)] for both in zip(marked, texts, strict=True)]
+    counts = {method: f" ({len(own[method])} seed{'s' * (len(own[method]) > 1)})" for method in methods}
+    heads = [method + (counts[method] if len(whole) < len(methods) else "") for method in methods]
     return [[head, *cells] for head, cells in zip(heads, zip(*texts, strict=True), strict=True)]
 
 
