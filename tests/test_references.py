@@ -89,22 +89,23 @@ def test_chains_have_the_moments_of_their_target() -> None:
     assert found.noise.shape == (8, 400)
 
 
-def test_members_of_a_batch_ensemble_are_the_networks_of_their_explicit_weights() -> None:
-    """Layers without a bias among them, and norms, which the members share."""
+@pytest.mark.parametrize("channels", [1, 2])
+def test_members_of_a_batch_ensemble_are_the_networks_of_their_explicit_weights(channels: int) -> None:
+    """Layers without a bias among them, and norms, which the members share; of a grey image and of one in colour."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(2, 4, 3, bias=False)
+    conv = nn.Conv2d(channels, 4, 3, bias=False)
     net = nn.Sequential(conv, nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)).double()
     ensemble = BatchEnsemble(net, 3, signs).double()
     for value in (ensemble.net[4].bias, *ensemble.net[1].parameters()):  # type: ignore[index]
         nn.init.normal_(value)
-    x = torch.randn(5, 2, 4, 4).double()
+    x = torch.randn(5, channels, 4, 4).double()
     weights = ensemble.explicit()
     assert {name: value.shape[1:] for name, value in weights.items()} == {n: p.shape for n, p in net.named_parameters()}
     for member, logits in enumerate(ensemble(x)):
         own = {name: value[member].double() for name, value in weights.items()}
         torch.testing.assert_close(torch.func.functional_call(net, own, (x,)), logits)
     assert set(ensemble.net[0].r.flatten().tolist()) == {-1.0, 1.0}  # type: ignore[index]
-    shared, factors, biases = 2 * 4 * 9 + 16 * 5 + 4 + 4, 3 * (2 + 4 + 16 + 5), 3 * 5
+    shared, factors, biases = channels * 4 * 9 + 16 * 5 + 4 + 4, 3 * (channels + 4 + 16 + 5), 3 * 5
     assert ensemble.numbers() == shared + factors + biases
 
 
@@ -187,6 +188,25 @@ def test_the_network_of_colour_images_is_resnet_20() -> None:
             module.register_forward_hook(lambda module, args, out: sizes.append(out.shape[-1]))
     assert net(torch.randn(2, 3, 32, 32)).shape == (2, 10)
     assert sizes == [32] * 3 + [16] * 3 + [8] * 3
+
+
+@pytest.mark.parametrize("outside", [16, 32])
+def test_a_block_adds_to_its_shortcut(outside: int) -> None:
+    """Proves it with a last norm that gives zero; the shortcut is the input where the shape stays."""
+    block = tasks.Block(16, outside, 0.0)
+    nn.init.zeros_(block.norm2.weight)
+    x = torch.randn(2, 16, 8, 8)
+    assert torch.equal(block(x), block.shortcut(x).relu()) and block(x).any()
+    assert (block.shortcut(x) is x) == (outside == 16)
+
+
+def test_colour_images_are_in_units_of_the_training_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = torch.rand(7, 3, 32, 32), torch.rand(5, 3, 32, 32) / 2
+    labels = torch.zeros(7, dtype=torch.long), torch.zeros(5, dtype=torch.long)
+    monkeypatch.setattr(datasets, "cifar10", lambda: datasets.Images(pixels[0], labels[0], pixels[1], labels[1]))
+    found = tasks.TASKS["cifar10"].load()
+    assert abs(float(found.x_train.mean())) < 1e-5 and float(found.x_train.std()) == pytest.approx(1.0)
+    torch.testing.assert_close(found.x_test, (pixels[1] - pixels[0].mean()) / pixels[0].std())
 
 
 @pytest.mark.parametrize("network", [tasks.lenet5, tasks.resnet20])
@@ -305,6 +325,29 @@ def test_rows_of_settings_that_are_no_longer_the_best_are_measured_again(monkeyp
     assert tried == [{"a": 2.0}, {"a": 1.0}, {"a": 3.0}]
     assert measured(0.5, 2.0, 1.0) == [(tasks.ONE, {"a": 0.5}), ("after", {"network": {"a": 0.5}})]
     assert len(tried) == 4 and len(study.quick["rows"]) == 2
+
+
+def test_settings_that_are_taken_over_are_those_that_the_other_set_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MNIST tries nothing on its own images, also for what starts from a network."""
+
+    def few(study: rows.Study, data: str, share: float) -> None:
+        study.data, study.share, study.quick = data, share, {"rows": [], "validation": {}}
+
+    def validated(study: rows.Study, method: str, settings: tasks.Settings) -> float:
+        tried.append(study.data)
+        return float(settings["a"])
+
+    monkeypatch.setattr(rows.Study, "__init__", few)
+    monkeypatch.setattr(rows.Study, "validated", validated)
+    monkeypatch.setattr(rows.Study, "scored", lambda self, method, settings, seed: {})
+    run = methods.METHODS[tasks.ONE].run
+    for name, after in ((tasks.ONE, False), ("after", True)):
+        grid = tasks.grid(a=(2.0, 1.0))
+        monkeypatch.setitem(methods.METHODS, name, methods.Method(run, grid=grid, is_after=after))
+    study, tried = rows.Study("mnist", 0.01), list[str]()
+    found = [row["settings"] for row in study.rows([tasks.ONE, "after"], [0, 1])]
+    assert found == [{"a": 1.0}, {"a": 1.0, "network": {"a": 1.0}}] * 2
+    assert tried == ["fashion"] * 4 and not study.quick["validation"]
 
 
 def test_the_settings_of_a_table_are_those_of_all_its_rows() -> None:
