@@ -203,12 +203,13 @@ class Study:
         draws = draws_of(method, found.posterior)
         options: dict[str, Any] = {"num_samples": draws, "seed": 0, "batch_size": 1000}
         began = time.perf_counter()
-        found.posterior.predict(self.test[0], draws, batch_size=1000, seed=0)
+        inside = found.posterior.predict(self.test[0], **options).entropy
         predicting = time.perf_counter() - began
-        row: dict[str, Any] = {}
+        scores = pb.diagnostics.evaluate(found.posterior, self.test, **options)
+        row = {key: scores[key] for key in METRICS}
         for name, x in self.ood.items():
-            scores = pb.diagnostics.evaluate(found.posterior, self.test, x, **options)
-            row |= {key: scores[key] for key in METRICS} | {f"AUROC, {name}": scores["ood_auroc"]}
+            outside = found.posterior.predict(x, **options).entropy
+            row[f"AUROC, {name}"] = pb.diagnostics.auroc(inside, outside)
         shift = image_shift(mean=self.mean / 255, std=self.std / 255)
         some = tuple(part[: SHIFTED if self.share == 1 else 20] for part in self.test)
         shifted = pb.diagnostics.evaluate(found.posterior, some, **options, shift=shift)
