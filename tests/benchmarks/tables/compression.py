@@ -14,9 +14,10 @@ TEXT = """\
 `python -m tests.benchmarks.compression --network lenet300100`, also with `--network lenet5` and with `--data fashion
 --network resnet`: from one trained network a mean field, under a prior of which nine tenths are narrow, and from that
 mean field codes of its weights, all trained on; one seed. A `rate` makes small files, as
-[weight_sharing.md](weight_sharing.md#small-files) has it: 32 codes at most, of biases too. The other rows have 256
-codes and the defaults. Out of distribution is the other of MNIST and Fashion-MNIST; bytes are those of everything but
-the headers of files (some 3 kB), and times smaller is against the float32 of the trained network.
+[weight_sharing.md](weight_sharing.md#small-files) has it: 32 codes at most, of biases too; tempered is under a
+likelihood at temperature .5. The other rows have 256 codes and the defaults. Out of distribution is the other of MNIST
+and Fashion-MNIST; bytes are those of everything but the headers of files (some 3 kB), and times smaller is against the
+float32 of the trained network.
 """
 TITLES = {
     "mnist lenet300100": "LeNet-300-100, MNIST",
