@@ -359,7 +359,8 @@ class Rank1Guide(MixtureGuide):
     :param draws: in training, one draw for every ``"row"`` of the batch (as in the paper) or for every ``"member"``.
     :raises TypeError: for a model that is not a :class:`Rank1`, or where ``init_means`` gives no tensor.
     :raises ValueError: when ``components < 1``, the rate is not in (0, 1), ``family`` or ``draws`` is unknown, or
-        strata are asked of a function or of a distribution without quantiles.
+        strata are asked of a function or of a distribution without quantiles; and for ``init_means`` of another
+        shape, or not finite.
     """
 
     @one_at_a_time

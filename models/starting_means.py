@@ -26,7 +26,13 @@ def starting_means(loc: Tensor, means: StartingMeans, stratified: bool) -> Tenso
     if isinstance(means, Prior):
         means = means.elements(1.0, loc, None)
     if isinstance(means, TorchDistributionMixin):
-        distribution = means.expand(loc.shape)
+        try:
+            distribution = means.expand(loc.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"init_means is {means} of the shape {list(means.batch_shape)}, where {list(loc.shape)} was asked for: "
+                "expected a distribution of one number, such as Normal(1, 1)"
+            ) from None
         return fitting(loc, of_strata(distribution, loc, means) if stratified else distribution.sample())
     checks.function("init_means", means)
     if stratified:

@@ -350,6 +350,8 @@ def test_starting_means_that_half_precision_cannot_hold(stratified: bool) -> Non
         (lambda shape: torch.ones(2, *shape), ValueError, r"shape \[2, 3, \d+\] where \[3, \d+\]"),
         (lambda shape: torch.ones(shape, dtype=torch.complex64), TypeError, "init_means gave torch.complex64"),
         (lambda shape: None, TypeError, "init_means gave NoneType: expected a tensor of real numbers"),
+        (dist.Normal(torch.zeros(7), 1.0), ValueError, r"Normal.* of the shape \[7\], where \[3, \d+\] was asked for"),
+        (dist.MultivariateNormal(torch.zeros(2), torch.eye(2)), ValueError, r"shape \[3, \d+, 2\] where \[3, \d+\]"),
         ("signs", TypeError, "init_means='signs': expected a function"),
     ],
 )
