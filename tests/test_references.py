@@ -132,15 +132,19 @@ def test_the_best_of_a_column_is_bold_with_what_is_within_its_error() -> None:
 
 
 def test_means_over_other_seeds_are_not_compared() -> None:
-    rows = [{"method": name, "nll": nll} for name, nll in (("a", 1.0), ("b", 2.0))]
-    columns = {"nll": ("NLL", 1, False)}
-    assert by_method(rows, ["a", "b"], columns) == [["a", "**1.0**"], ["b", "2.0"]]
-    lines = by_method([*rows, {"method": "b", "nll": 3.0}], ["a", "b"], columns)
-    assert lines == [["a (1 seed)", "1.0"], ["b (2 seeds)", "2.5 ± 0.5"]]
-    assert by_method(rows[:1], ["a"], columns) == [["a", "1.0"]], "the best of one is not told"
-    rows += [{"method": name, "nll": nll} for name, nll in (("a", 1.0), ("b", 4.0), ("c", 0.5))]
-    lines = by_method(rows, ["a", "b", "c"], columns)
-    assert lines == [["a (2 seeds)", "**1.0 ± 0.0**"], ["b (2 seeds)", "3.0 ± 1.0"], ["c (1 seed)", "0.5"]]
+    def lines(*found: tuple[str, int, float]) -> list[list[str]]:
+        methods = list(dict.fromkeys(method for method, _, _ in found))
+        rows = [{"method": method, "seed": seed, "nll": nll} for method, seed, nll in found]
+        return by_method(rows, methods, {"nll": ("NLL", 1, False)})
+
+    one = ("a", 0, 1.0), ("b", 0, 2.0)
+    assert lines(*one) == [["a", "**1.0**"], ["b", "2.0"]]
+    assert lines(*one, ("b", 1, 3.0)) == [["a (1 seed)", "1.0"], ["b (2 seeds)", "2.5 ± 0.5"]]
+    assert lines(one[0]) == [["a", "1.0"]], "the best of one is not told"
+    several = lines(*one, ("a", 1, 1.0), ("b", 1, 4.0), ("c", 0, 0.5))
+    assert several == [["a (2 seeds)", "**1.0 ± 0.0**"], ["b (2 seeds)", "3.0 ± 1.0"], ["c (1 seed)", "0.5"]]
+    other = lines(*one, ("a", 1, 1.0), ("b", 2, 4.0))
+    assert other == [["a (2 seeds)", "1.0 ± 0.0"], ["b (2 seeds)", "3.0 ± 1.0"]], "as many seeds, but others"
 
 
 def test_sequences_are_standardised_by_their_training_part_alone(

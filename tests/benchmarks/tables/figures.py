@@ -46,13 +46,14 @@ def by_method(
 ) -> list[list[str]]:
     """The lines of a table: each method, and its means over seeds.
 
-    The best of a column is bold among the methods with the most seeds, where these are several.
+    The best of a column is bold among the methods that share the most seeds, where these are several.
 
     :param columns: ``{key: (title, decimal places, whether the highest is the best)}``.
     """
     own = {method: [row for row in rows if row["method"] == method] for method in methods}
-    most = max(map(len, own.values()))
-    whole = [method for method in methods if len(own[method]) == most]
+    seeds = {method: sorted(row["seed"] for row in found) for method, found in own.items()}
+    most = max(seeds.values(), key=len)
+    whole = [method for method in methods if seeds[method] == most]
     values = [[mean_and_error([row[key] for row in own[method]]) for method in methods] for key in columns]
     places = [places for _, places, _ in columns.values()]
     texts = [[shown(*cell, digits) for cell in column] for column, digits in zip(values, places, strict=True)]
